@@ -1,0 +1,44 @@
+"""Package metadata. `kernels/` lies beside the package in the repository and installs as `immunity_fast.kernels`,
+because a top-level package called `kernels` would collide with a well-known one."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ATTACKS = ["torchattacks>=3.5"]
+TRAIN = [
+    "jinja2>=3.1",
+    "matplotlib>=3.8",
+    "numpy>=1.26",
+    "pillow>=10",
+    "rich>=13",
+    "safetensors>=0.4",
+    "scikit-learn>=1.3",
+    "tensorboard>=2.15",
+    "torchvision>=0.26",
+]
+DEV = [
+    *TRAIN,
+    *ATTACKS,
+    "build>=1.2",
+    "hypothesis>=6.100",
+    "mypy>=1.10",
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "ruff>=0.6",
+]
+
+setup(
+    name="immunity-fast",
+    version="0.1.0",
+    description="Fast mixtures of experts for adversarial defence, with losses on the experts' Grad-CAM heatmaps",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["immunity_fast", "immunity_fast.experts", "immunity_fast.kernels"],
+    package_dir={"immunity_fast": "immunity_fast", "immunity_fast.kernels": "kernels"},
+    package_data={"immunity_fast": ["py.typed", "report.html.jinja"]},
+    install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
+    extras_require={"train": TRAIN, "attacks": ATTACKS, "dev": DEV},
+)
