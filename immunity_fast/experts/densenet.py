@@ -1,0 +1,59 @@
+"""DenseNet-BC for small images: "Densely Connected Convolutional Networks" (arXiv 1608.06993)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from immunity_fast.experts.staged import StagedNetwork, classifier, initialise
+
+GROWTH = 32
+
+
+class DenseLayer(nn.Module):
+    """BN-ReLU-conv 1×1-BN-ReLU-conv 3×3, its output appended to its input: (B, C, h, w) to (B, C + 32, h, w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, 4 * GROWTH, 1, bias=False),
+            nn.BatchNorm2d(4 * GROWTH),
+            nn.ReLU(),
+            nn.Conv2d(4 * GROWTH, GROWTH, 3, padding=1, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.features(x)], dim=1)
+
+
+def _transition(channels: int) -> nn.Sequential:
+    """Halves channels and sides: (B, C, h, w) to (B, C/2, ⌊h/2⌋, ⌊w/2⌋)."""
+    return nn.Sequential(
+        nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels // 2, 1, bias=False), nn.AvgPool2d(2)
+    )
+
+
+def densenet121(num_classes: int) -> StagedNetwork:
+    """DenseNet-121 with a 3×3 stem and no pooling, as usual for CIFAR: images (B, 3, H, W) to logits (B, num_classes).
+
+    Images have sides of at least 8 pixels: three transitions halve them. On 32×32 images ``stem`` and ``block1`` give
+    maps of 32×32, ``block2`` 16×16, ``block3`` 8×8, ``block4`` 4×4.
+    """
+    channels = 2 * GROWTH
+    stages: OrderedDict[str, nn.Module] = OrderedDict()
+    stages["stem"] = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+    for index, num_layers in enumerate((6, 12, 24, 16), start=1):
+        layers: list[nn.Module] = []
+        if index > 1:
+            layers.append(_transition(channels))
+            channels //= 2
+        for _ in range(num_layers):
+            layers.append(DenseLayer(channels))
+            channels += GROWTH
+        stages[f"block{index}"] = nn.Sequential(*layers)
+    stages["classifier"] = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), *classifier(channels, num_classes))
+    return initialise(StagedNetwork(stages))

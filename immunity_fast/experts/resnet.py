@@ -1,0 +1,62 @@
+"""Residual networks for small images: "Deep Residual Learning for Image Recognition" (arXiv 1512.03385)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from immunity_fast.experts.staged import StagedNetwork, classifier, initialise
+
+
+class BasicBlock(nn.Module):
+    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)): (B, C, h, w) to (B, C', ⌈h/stride⌉, ⌈w/stride⌉)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(residual + self.shortcut(x))
+
+
+def _resnet(widths: tuple[int, ...], blocks: int, num_classes: int) -> StagedNetwork:
+    """Stages ``stem``, ``layer1``, …: a layer of ``blocks`` basic blocks for each width, all but the first halving."""
+    channels = widths[0]
+    stages: OrderedDict[str, nn.Module] = OrderedDict()
+    stages["stem"] = nn.Sequential(
+        nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+    )
+    for index, width in enumerate(widths, start=1):
+        first = BasicBlock(channels, width, stride=1 if index == 1 else 2)
+        stages[f"layer{index}"] = nn.Sequential(first, *(BasicBlock(width, width, stride=1) for _ in range(blocks - 1)))
+        channels = width
+    stages["classifier"] = classifier(channels, num_classes)
+    return initialise(StagedNetwork(stages))
+
+
+def resnet18(num_classes: int) -> StagedNetwork:
+    """ResNet-18 with a 3×3 stem and no pooling, as usual for CIFAR: images (B, 3, H, W) to logits (B, num_classes).
+
+    On 32×32 images ``stem`` and ``layer1`` give maps of 32×32, ``layer2`` 16×16, ``layer3`` 8×8, ``layer4`` 4×4.
+    """
+    return _resnet((64, 128, 256, 512), blocks=2, num_classes=num_classes)
+
+
+def resnet8(num_classes: int) -> StagedNetwork:
+    """The paper's CIFAR form with n = 1, small enough for a CPU: images (B, 3, H, W) to logits (B, num_classes).
+
+    Unlike there, a shortcut that changes the shape is a 1×1 convolution, as in :func:`resnet18`. On 32×32 images
+    ``stem`` and ``layer1`` give maps of 32×32, ``layer2`` 16×16, ``layer3`` 8×8.
+    """
+    return _resnet((16, 32, 64), blocks=1, num_classes=num_classes)
