@@ -1,0 +1,229 @@
+"""`FusedImmunityLoss`: the whole training loss of arXiv 2402.18787, eq. (12), as one module."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from immunity_fast.functional import (
+    Backend,
+    Experts,
+    Score,
+    WeightScale,
+    check_choice,
+    check_heatmap_options,
+    check_targets,
+    check_weight,
+    heatmap_losses,
+    label_scores,
+    mixture_cross_entropy,
+    stack_experts,
+)
+
+# Chosen on CIFAR-10's validation split for heatmaps of 32×32 pixels; README, "Choosing α, β and γ".
+ALPHA, BETA, GAMMA = 1.0, 1.0, 2e-5
+
+
+class ImmunityTerms(NamedTuple):
+    """The three addends of the loss before weighting, each 0-d: mean CE_q, mean MI_q, and PS / B."""
+
+    cross_entropy: Tensor
+    mutual_information: Tensor
+    position_stability: Tensor
+
+
+class FusedImmunityLoss(nn.Module):
+    """L = mean CE_q + (β/N)·mean MI_q + γ/(N(N−1))·PS/B, eq. (12), for N ≥ 2 experts.
+
+    Args:
+        alpha: weight α of the experts' own cross-entropies in CE_q, eq. (2).
+        beta: weight β of the mutual-information loss, eq. (9).
+        gamma: weight γ of the position-stability loss, eq. (11). That loss is in pixels⁴: halve `size` and the same
+            effect takes 16 times the γ.
+        size: (H, W) of the heatmaps, usually the images' size; None keeps the activations' own.
+        normalize: eq. (9) on the heatmaps' distributions; False is the paper's literal eq. (9), for study.
+        smoothing: ε of the distributions.
+        weight_scale: factor of Grad-CAM's channel weights, "channels" (1/C) or "spatial" (1/(h·w)).
+        score: what Grad-CAM differentiates, the label's "logit" or its "probability".
+        detach_weights: True treats the channel weights as constants: no double backprop, an approximate gradient.
+        backend: "torch", or "auto", which takes the fastest that is available.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        alpha: float = ALPHA,
+        beta: float = BETA,
+        gamma: float = GAMMA,
+        size: tuple[int, int] | None = (32, 32),
+        normalize: bool = True,
+        smoothing: float = 0.01,
+        weight_scale: WeightScale = "channels",
+        score: Score = "logit",
+        detach_weights: bool = False,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+            check_weight(name, value)
+        check_choice("score", score, Score)
+        self.size = check_heatmap_options(size, weight_scale, smoothing, backend)
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.normalize, self.smoothing, self.weight_scale = normalize, smoothing, weight_scale
+        self.score, self.detach_weights, self.backend = score, detach_weights, backend
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}, size={self.size}"
+
+    @overload
+    def forward(self, logits: Experts, activations: Experts, targets: Tensor, gate: Tensor | None = None) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        logits: Experts,
+        activations: Experts,
+        targets: Tensor,
+        gate: Tensor | None = None,
+        *,
+        return_terms: Literal[True],
+    ) -> tuple[Tensor, ImmunityTerms]: ...
+
+    def forward(
+        self,
+        logits: Experts,
+        activations: Experts,
+        targets: Tensor,
+        gate: Tensor | None = None,
+        *,
+        return_terms: bool = False,
+    ) -> Tensor | tuple[Tensor, ImmunityTerms]:
+        """The loss of a batch; takes ∂y/∂A itself, by one extra backward pass through the experts' heads.
+
+        Args:
+            logits: (N, B, K), or N tensors (B, K).
+            activations: (N, B, C, h, w), or N tensors (B, C, h, w), in the graph that leads to `logits`.
+            targets: (B,) integer labels.
+            gate: (B, N) or (N,) weights; None is 1/N each.
+            return_terms: return `(loss, ImmunityTerms)`; the heatmap terms are then computed even if β = γ = 0.
+
+        Returns:
+            The loss, 0-d; 0 for B = 0.
+
+        Raises:
+            ValueError: a wrong shape, or activations that are not in the graph of the logits.
+            TypeError: a wrong dtype.
+        """
+        stacked_logits = stack_experts("logits", logits, 3, "(N, B, K)")
+        targets = self._check(stacked_logits, activations, targets)
+        cross_entropy = mixture_cross_entropy(stacked_logits, gate, targets, self.alpha)
+        if not self._needs_heatmaps(return_terms):
+            return cross_entropy.sum() / max(len(targets), 1)
+        parts = [activations] if isinstance(activations, Tensor) else list(activations)
+        # From the caller's own tensors: a stacked copy of them would not be in the graph of the logits.
+        gradients = self._gradients(label_scores(stacked_logits, targets, self.score), parts)
+        stacked_gradients = gradients[0] if isinstance(activations, Tensor) else torch.stack(gradients)
+        return self._total(cross_entropy, activations, stacked_gradients, return_terms)
+
+    def from_head(
+        self,
+        head: Callable[[Tensor], Tensor],
+        activations: Tensor,
+        targets: Tensor,
+        gate: Tensor | None = None,
+        *,
+        return_terms: bool = False,
+    ) -> Tensor | tuple[Tensor, ImmunityTerms]:
+        """The same loss, running the head itself: all is one graph for `torch.compile(fullgraph=True)`.
+
+        ∂y/∂A is taken by `torch.func` instead of the autograd engine, which cannot be traced twice.
+
+        Args:
+            head: (N, B, C, h, w) activations to (N, B, K) logits, for example a `torch.vmap` over stacked experts. It
+                must be functional: BatchNorm in training mode may not update buffers that it captures; return copies
+                by other means, or run it in evaluation mode.
+            activations: (N, B, C, h, w).
+            targets, gate, return_terms: see `forward`.
+
+        Returns:
+            As `forward`.
+
+        Raises:
+            ValueError, TypeError: as `forward`.
+        """
+
+        def scored(maps: Tensor) -> tuple[Tensor, Tensor]:
+            logits = head(maps)
+            return label_scores(logits, self._check(logits, maps, targets), self.score), logits
+
+        if not self._needs_heatmaps(return_terms):
+            logits = head(activations)
+            self._check(logits, activations, targets)
+            return mixture_cross_entropy(logits, gate, targets, self.alpha).sum() / max(len(targets), 1)
+        gradients, logits = torch.func.grad(scored, has_aux=True)(activations)
+        cross_entropy = mixture_cross_entropy(logits, gate, targets, self.alpha)
+        if self.detach_weights:
+            gradients = gradients.detach()
+        return self._total(cross_entropy, activations, gradients, return_terms)
+
+    def _needs_heatmaps(self, return_terms: bool) -> bool:
+        return return_terms or self.beta > 0 or self.gamma > 0
+
+    def _check(self, logits: Tensor, activations: Experts, targets: Tensor) -> Tensor:
+        experts, samples, classes = logits.shape
+        if experts < 2:
+            raise ValueError(f"logits: at least 2 experts expected, got shape {tuple(logits.shape)}")
+        if isinstance(activations, Tensor):
+            shapes = [tuple(activations.shape[1:])] * activations.shape[0]
+        else:
+            shapes = [tuple(part.shape) for part in activations]
+        if len(shapes) != experts or len(set(shapes)) != 1 or len(shapes[0]) != 4 or shapes[0][0] != samples:
+            raise ValueError(
+                f"activations: expected shape ({experts}, {samples}, C, h, w) or a list of {experts} tensors "
+                f"({samples}, C, h, w), got {len(shapes)} of {' and '.join(map(str, dict.fromkeys(shapes)))}"
+            )
+        return check_targets(targets, samples, classes)
+
+    def _gradients(self, score: Tensor, activations: Sequence[Tensor]) -> list[Tensor]:
+        hint = "they must be in the graph that leads to logits, with gradients enabled"
+        if not score.requires_grad:
+            raise ValueError(f"logits: require no gradient, so Grad-CAM has none to take from activations; {hint}")
+        if not all(part.requires_grad for part in activations):
+            raise ValueError(f"activations: require no gradient; {hint}")
+        gradients = torch.autograd.grad(
+            score,
+            activations,
+            create_graph=not self.detach_weights and (self.beta > 0 or self.gamma > 0),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        if any(gradient is None for gradient in gradients):
+            raise ValueError(f"activations: logits do not depend on them; {hint}")
+        return list(gradients)
+
+    def _total(
+        self, cross_entropy: Tensor, activations: Experts, gradients: Tensor, return_terms: bool
+    ) -> Tensor | tuple[Tensor, ImmunityTerms]:
+        maps = stack_experts("activations", activations, 5, "(N, B, C, h, w)")
+        mutual_information, position_stability = heatmap_losses(
+            maps,
+            gradients,
+            size=self.size,
+            normalize=self.normalize,
+            smoothing=self.smoothing,
+            weight_scale=self.weight_scale,
+            backend=self.backend,
+        )
+        experts, samples = maps.shape[0], max(maps.shape[1], 1)
+        terms = ImmunityTerms(
+            cross_entropy.sum() / samples, mutual_information.sum() / samples, position_stability / samples
+        )
+        loss = terms.cross_entropy
+        if self.beta > 0:
+            loss = loss + self.beta / experts * terms.mutual_information
+        if self.gamma > 0:
+            loss = loss + self.gamma / (experts * (experts - 1)) * terms.position_stability
+        return (loss, terms) if return_terms else loss

@@ -1,0 +1,1 @@
+"""Kernels of the losses: tensors in, tensors out. Installs as `immunity_fast.kernels`, imports nothing else of it."""

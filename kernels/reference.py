@@ -1,0 +1,101 @@
+"""The losses in plain PyTorch: the oracle of tests and benchmarks, and the CPU path.
+
+Everything here is differentiable any number of times, runs in the dtype it is given (callers pass at least float32),
+and checks nothing: `immunity_fast.functional` does. Numbers in brackets are the equations of arXiv 2402.18787.
+
+Shapes: N experts, B samples, C channels, maps of h×w cells, heatmaps of H×W pixels, K classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def channel_weights(gradients: Tensor, weight_scale: str) -> Tensor:
+    """(3): w = s · Σ_uv ∂y/∂A(u, v), from (N, B, C, h, w) to (N, B, C); s = 1/C ("channels") or 1/(h·w) ("spatial")."""
+    channels, height, width = gradients.shape[2:]
+    return gradients.sum((-2, -1)) / (channels if weight_scale == "channels" else height * width)
+
+
+def score_maps(activations: Tensor, weights: Tensor) -> Tensor:
+    """(3) before its ReLU: R = Σ_k w_k A_k, from (N, B, C, h, w) and (N, B, C) to (N, B, h, w)."""
+    return torch.einsum("nbc,nbchw->nbhw", weights, activations)
+
+
+def heatmaps(scores: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """(3): ReLU, then bilinear resampling to `size`; (N, B, h, w) to (N, B, H, W)."""
+    small = scores.relu()
+    if size is None or tuple(size) == tuple(small.shape[-2:]):
+        return small
+    if small.shape[1] == 0:  # interpolate refuses an empty batch
+        return small.sum((-2, -1), keepdim=True).expand(-1, -1, *size)
+    return F.interpolate(small, size=size, mode="bilinear", align_corners=False)
+
+
+def distributions(activations: Tensor, weights: Tensor, size: tuple[int, int] | None, smoothing: float) -> Tensor:
+    """p = (h + ε·m) / Σ_ab (h + ε·m), (N, B, H, W), where m is the mean of |R| over the h×w cells.
+
+    A map that is zero everywhere gives the uniform distribution, with zero gradient.
+    """
+    # p does not change with the scale of w or of R. Dividing by their maxima, held constant, therefore changes neither
+    # the value nor any derivative, and keeps float32 away from overflow and underflow.
+    scores = score_maps(activations, weights / _maximum(weights, (-1,)))
+    scores = scores / _maximum(scores, (-2, -1))
+    smoothed = heatmaps(scores, size) + smoothing * scores.abs().mean((-2, -1), keepdim=True)
+    total = smoothed.sum((-2, -1), keepdim=True)
+    alive = total > 0
+    height, width = smoothed.shape[-2:]
+    return torch.where(alive, smoothed / torch.where(alive, total, 1), 1 / (height * width))
+
+
+def _maximum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    largest = x.detach().abs().amax(dims, keepdim=True)
+    return torch.where(largest >= torch.finfo(x.dtype).tiny, largest, 1)
+
+
+def mutual_information_loss(p: Tensor) -> Tensor:
+    """(9): MI_q = −Σ_i Σ_ab p_i log(p_i / Σ_j p_j), from (N, B, H, W) to (B,); 0·log 0 = 0.
+
+    The gradient at p_i = 0 is infinite; here it is some finite number, of no consequence, because such a pixel lies
+    where the ReLU is off, and the normalisation sees only its zero share.
+    """
+    positive = p > 0
+    total = p.sum(0)
+    log_ratio = torch.where(positive, p, 1).log() - torch.where(total > 0, total, 1).log()
+    return -(p * torch.where(positive, log_ratio, 0)).sum((0, -2, -1))
+
+
+def centres(p: Tensor) -> Tensor:
+    """(10): Σ_ab (a, b)·p(a, b), in pixels counted from 0; (N, B, H, W) to (N, B, 2), row first."""
+    rows = torch.arange(p.shape[-2], dtype=p.dtype, device=p.device)
+    columns = torch.arange(p.shape[-1], dtype=p.dtype, device=p.device)
+    return torch.stack([(p.sum(-1) * rows).sum(-1), (p.sum(-2) * columns).sum(-1)], -1)
+
+
+def position_stability(positions: Tensor) -> Tensor:
+    """(11): Σ_{i≠j} Σ_q (d²_qij − mean_q d²_qij)² over ordered pairs, d² in pixels²; centres (N, B, 2) to ()."""
+    squared_distances = (positions[:, None] - positions[None]).square().sum(-1)
+    deviations = squared_distances - squared_distances.sum(-1, keepdim=True) / max(positions.shape[1], 1)
+    return deviations.square().sum()
+
+
+def log_mixture(log_probabilities: Tensor, gate: Tensor) -> Tensor:
+    """(1) in logarithms: log Σ_i g_i exp(l_i), from (N, ...) and weights that broadcast against it to (...).
+
+    Stable where every term underflows, and right in value and gradient where a weight is exactly 0.
+    """
+    open_gate = gate > 0
+    exponents = log_probabilities + torch.where(open_gate, gate, 1).log()
+    largest = exponents.detach().masked_fill(~open_gate, -torch.inf).amax(0)
+    largest = torch.where(largest.isfinite(), largest, 0)
+    # A shut gate contributes nothing, but its derivative is the expert's probability; the clamp keeps 0·exp(·) finite.
+    shut = gate * (log_probabilities - largest).clamp(max=80).exp()
+    opened = torch.where(open_gate, exponents - largest, 0).exp()
+    return torch.where(open_gate, opened, shut).sum(0).log() + largest
+
+
+def mixture_cross_entropy(logits: Tensor, gate: Tensor, targets: Tensor, alpha: float) -> Tensor:
+    """(2): CE_q = −log ŷ_q[label] − α Σ_i log softmax(f_i)[label], (B,), from (N, B, K), gate (B, N), targets (B,)."""
+    index = targets.expand(logits.shape[0], -1)[..., None]
+    log_likelihoods = logits.log_softmax(-1).gather(-1, index)[..., 0]
+    return -log_mixture(log_likelihoods, gate.T) - alpha * log_likelihoods.sum(0)
