@@ -1,0 +1,8 @@
+"""Mixtures of experts made harder to attack, fast: arXiv 2402.18787 for PyTorch."""
+
+from immunity_fast.gate import RandomSwitchGate
+from immunity_fast.losses import FusedImmunityLoss, ImmunityTerms
+from immunity_fast.model import ImmunityMoE
+
+__all__ = ["FusedImmunityLoss", "ImmunityMoE", "ImmunityTerms", "RandomSwitchGate"]
+__version__ = "0.1.0"

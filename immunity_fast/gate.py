@@ -1,0 +1,80 @@
+"""The Random Switch Gate of arXiv 2402.18787: a small network that weighs the experts, shuffled at evaluation."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from immunity_fast.experts.staged import GlobalAveragePool
+from immunity_fast.functional import check_choice
+
+Switch = Literal["call", "sample", "off", "mean"]
+
+
+class RandomSwitchGate(nn.Module):
+    """Images (B, 3, H, W) to the experts' weights (B, N), ≥ 0, each row summing to 1.
+
+    In training mode these are the trained weights. In evaluation mode `switch` decides:
+
+    * "call": one random permutation of the experts for the whole batch, drawn at every call;
+    * "sample": one for each image;
+    * "off": the trained weights as they are;
+    * "mean": 1/N each, the exact expectation over all N! permutations, because a row sums to 1.
+
+    Args:
+        num_experts: N ≥ 1.
+        network: from images to (B, N) logits of the weights; None is two strided convolutions and a linear layer.
+        switch: see above; may be set at any time.
+        generator: where the permutations come from, on any device; None is PyTorch's default generator.
+
+    Raises:
+        ValueError: an unknown switch, fewer than one expert.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        network: nn.Module | None = None,
+        switch: Switch = "call",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+        self.num_experts = num_experts
+        self.switch = switch
+        self.generator = generator
+        self.network = network or nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            GlobalAveragePool(),
+            nn.Linear(32, num_experts),
+        )
+
+    @property
+    def switch(self) -> Switch:
+        """How the weights are permuted in evaluation mode."""
+        return self._switch
+
+    @switch.setter
+    def switch(self, value: Switch) -> None:
+        check_choice("switch", value, Switch)
+        self._switch: Switch = value
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Weights (B, N) for `images` (B, 3, H, W)."""
+        if not self.training and self.switch == "mean":
+            return images.new_full((images.shape[0], self.num_experts), 1 / self.num_experts)
+        weights: Tensor = self.network(images).softmax(-1)
+        if self.training or self.switch == "off":
+            return weights
+        return weights.gather(-1, self._permutations(images.shape[0], weights.device))
+
+    def _permutations(self, samples: int, device: torch.device) -> Tensor:
+        """(B, N) int64: each row a uniformly random permutation, the same in all rows for "call"."""
+        rows = samples if self.switch == "sample" else 1
+        source = device if self.generator is None else self.generator.device
+        keys = torch.rand(rows, self.num_experts, generator=self.generator, device=source, dtype=torch.float64)
+        return keys.argsort(-1).to(device).expand(samples, -1)

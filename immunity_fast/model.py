@@ -1,0 +1,205 @@
+"""`ImmunityMoE`: N experts and a Random Switch Gate as one `nn.Module` from images to log-probabilities."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from immunity_fast.batching import Batching, run_stacked, slices, stack_modules, unstack_modules
+from immunity_fast.experts import create
+from immunity_fast.experts.staged import default_stage, split
+from immunity_fast.functional import Experts, check_choice, mixture_log_probabilities
+from immunity_fast.gate import RandomSwitchGate, Switch
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+class ImmunityMoE(nn.Module):
+    """A mixture of N experts, arXiv 2402.18787 eq. (1): images in [0, 1], (B, 3, H, W), to log ŷ, (B, num_classes).
+
+    In evaluation mode the gate's weights are permuted at random, as `model.gate.switch` says; see `RandomSwitchGate`.
+
+    Args:
+        arch: a name of `immunity_fast.experts.NAMES`.
+        num_experts: N ≥ 2. Each expert is initialised on its own.
+        num_classes: K ≥ 2.
+        stage: where Grad-CAM looks, a name of the architecture's stages; None is the last stage whose map exceeds 8×8.
+        image_size: the images' side or (H, W); only the default of `stage` depends on it.
+        switch: what the gate does in evaluation mode.
+        generator: where the gate's permutations come from; None is PyTorch's default generator.
+        batching: "loop" or "vmap" over the experts; "auto" chooses by device.
+        mean, std: per channel, of images in [0, 1]; the model normalises with them itself. Default: CIFAR-10's.
+
+    Raises:
+        ValueError: an unknown name, or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        arch: str = "resnet18",
+        num_experts: int = 5,
+        num_classes: int = 10,
+        *,
+        stage: str | None = None,
+        image_size: int | tuple[int, int] = 32,
+        switch: Switch = "call",
+        generator: torch.Generator | None = None,
+        batching: Batching = "auto",
+        mean: Sequence[float] = CIFAR10_MEAN,
+        std: Sequence[float] = CIFAR10_STD,
+    ) -> None:
+        super().__init__()
+        self._assemble(
+            [create(arch, num_classes) for _ in range(num_experts)],
+            RandomSwitchGate(max(num_experts, 1), switch=switch, generator=generator),
+            stage,
+            image_size,
+            batching,
+            Normalize(mean, std),
+        )
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Sequence[nn.Module],
+        *,
+        gate: RandomSwitchGate | None = None,
+        stage: str | None = None,
+        image_size: int | tuple[int, int] = 32,
+        switch: Switch = "call",
+        generator: torch.Generator | None = None,
+        batching: Batching = "auto",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> "ImmunityMoE":
+        """A mixture of the user's own networks, which are copied.
+
+        Args:
+            experts: at least 2 modules from images (B, 3, H, W) to logits (B, K), of the same structure. An
+                `nn.Sequential` is split at a child; any other module runs whole, and its activations are caught on the
+                way, so that `expert_outputs` gives them as a list.
+            gate: None is a new `RandomSwitchGate` with `switch` and `generator`, which a given gate has of its own.
+            stage: the child, or (not for `nn.Sequential`) the dotted name of any submodule, whose output Grad-CAM
+                looks at; None is the last direct child whose map exceeds 8×8.
+            image_size, batching: see the class.
+            mean, std: normalisation before the experts and the gate; None is none: the experts do their own.
+
+        Raises:
+            ValueError: fewer than 2 experts, experts of different structure, an unknown stage.
+        """
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        if gate is None:
+            gate = RandomSwitchGate(max(len(experts), 1), switch=switch, generator=generator)
+        normalize = nn.Identity() if mean is None or std is None else Normalize(mean, std)
+        model._assemble(experts, gate, stage, image_size, batching, normalize)
+        return model
+
+    def _assemble(
+        self,
+        experts: Sequence[nn.Module],
+        gate: RandomSwitchGate,
+        stage: str | None,
+        image_size: int | tuple[int, int],
+        batching: Batching,
+        normalize: nn.Module,
+    ) -> None:
+        if len(experts) < 2:
+            raise ValueError(f"num_experts: expected at least 2, got {len(experts)}")
+        check_choice("batching", batching, Batching)
+        self.num_experts = len(experts)
+        self.batching: Batching = batching
+        self.stage = default_stage(experts[0], image_size) if stage is None else stage
+        self.normalize = normalize
+        self.gate = gate
+        self.experts = stack_modules(experts)
+        # A tuple, so that the two halves, which share the experts' modules, are not registered a second time.
+        self._halves = split(self.experts, self.stage) if isinstance(self.experts, nn.Sequential) else None
+        if self._halves is None and self.stage not in dict(self.experts.named_modules()):
+            raise ValueError(f"stage: the experts have no submodule {self.stage!r}")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Log-probabilities (B, num_classes) of `images` (B, 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: images of another shape.
+            TypeError: images that are not floating-point.
+        """
+        x = self._normalized(images)
+        logits = run_stacked(self.experts, x, self.num_experts, shared=True, batching=self.batching)
+        return mixture_log_probabilities(logits, self.gate(x))
+
+    def expert_outputs(self, images: Tensor) -> tuple[Tensor, Experts, Tensor]:
+        """What `FusedImmunityLoss` takes: logits (N, B, K), activations (N, B, C, h, w) in their graph, gate (B, N).
+
+        The activations are a list of N tensors (B, C, h, w) if the experts are not an `nn.Sequential`.
+        """
+        x = self._normalized(images)
+        if self._halves is None:
+            logits, activations = self._run_whole(x)
+            return logits, activations, self.gate(x)
+        trunk, head = self._halves
+        maps = run_stacked(trunk, x, self.num_experts, shared=True, batching=self.batching)
+        logits = run_stacked(head, maps, self.num_experts, shared=False, batching=self.batching)
+        return logits, maps, self.gate(x)
+
+    def unstack(self) -> list[nn.Module]:
+        """N ordinary modules from images in [0, 1] to logits, with tensors of their own.
+
+        Where the model normalises, so does each module, in a first child called `normalize`.
+        """
+        modules = unstack_modules(self.experts, self.num_experts)
+        if isinstance(self.normalize, nn.Identity):
+            return modules
+        return [_prepend(copy.deepcopy(self.normalize), module) for module in modules]
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        if images.dim() != 4:
+            raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {images.dtype}")
+        normalized: Tensor = self.normalize(images)
+        return normalized
+
+    def _run_whole(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """One expert after another: the activations inside a `vmap` are in no graph outside of it."""
+        caught: list[Tensor] = []
+
+        def catch(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            caught.append(output)
+
+        hook = self.experts.get_submodule(self.stage).register_forward_hook(catch)
+        try:
+            logits = [functional_call(self.experts, own, (x,)) for own in slices(self.experts, self.num_experts)]
+        finally:
+            hook.remove()
+        return torch.stack(logits), caught
+
+
+class Normalize(nn.Module):
+    """(x − mean) / std per channel, for images (B, channels, H, W)."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"mean, std: expected as many, std positive, got {tuple(mean)} and {tuple(std)}")
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images, of the same shape."""
+        if images.shape[-3] != self.mean.shape[0]:
+            raise ValueError(f"images: expected shape (B, {self.mean.shape[0]}, H, W), got {tuple(images.shape)}")
+        return (images - self.mean) / self.std
+
+
+def _prepend(normalize: nn.Module, network: nn.Module) -> nn.Module:
+    if isinstance(network, nn.Sequential):
+        return type(network)(OrderedDict([("normalize", normalize), *network.named_children()]))
+    return nn.Sequential(OrderedDict([("normalize", normalize), ("expert", network)]))
