@@ -1,0 +1,65 @@
+"""Random crop, rotation and mirroring of a batch of images in one pass, on the device where the images are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images of any shape → float32 in [0, 1]. TypeError for any other dtype."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images had dtype {images.dtype}, expected torch.uint8")
+    return images.to(torch.float32) / 255
+
+
+def augment(
+    images: Tensor, generator: torch.Generator, *, padding: int = 4, degrees: float = 15.0, flip: bool = False
+) -> Tensor:
+    """Crop, rotate and perhaps mirror each image at random, by numbers of its own.
+
+    images: uint8 (B, 3, H, W), on any device; the numbers are drawn on the generator's device, from it alone.
+    padding: pixels; each image is shifted by whole pixels, uniform in [−padding, padding] along each axis.
+    degrees: each image is rotated about its centre by an angle uniform in [−degrees, degrees].
+    flip: mirror half the images, left to right.
+
+    Returns float32 (B, 3, H, W) in [0, 1], zero where a pixel comes from outside the image.
+    Raises TypeError for images that are not uint8, ValueError for another shape, a negative padding, or degrees
+    outside [0, 180].
+    """
+    if padding < 0:
+        raise ValueError(f"padding was {padding}, expected at least 0 pixels")
+    if not 0 <= degrees <= 180:
+        raise ValueError(f"degrees was {degrees}, expected 0 to 180")
+    device, batch = generator.device, len(images)
+    shifts = torch.randint(-padding, padding + 1, (batch, 2), generator=generator, device=device)
+    angles = (2 * torch.rand(batch, generator=generator, device=device) - 1) * degrees
+    mirrored = torch.rand(batch, generator=generator, device=device) < 0.5
+    return warp(images, shifts, angles, mirrored & flip)
+
+
+def warp(images: Tensor, shifts: Tensor, degrees: Tensor, mirrored: Tensor) -> Tensor:
+    """Move each image by given numbers: output(p) = input(c + shift + R(angle)·M·(p − c)), bilinear, zero outside.
+
+    p and c, the image's centre, are in pixels, so that a rotation keeps its angles whatever the image's aspect. With
+    an angle of 0 this is a crop of the padded image, mirrored where M asks for it, to float32's rounding of positions.
+
+    images: uint8 (B, 3, H, W). shifts: whole pixels (B, 2), (down, right) of the crop's corner. degrees: (B,),
+    counter-clockwise. mirrored: bool (B,). Returns float32 (B, 3, H, W) in [0, 1].
+    Raises TypeError for images that are not uint8, ValueError for images of another shape.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images had shape {tuple(images.shape)}, expected (B, 3, H, W)")
+    height, width = images.shape[2:]
+    radians = torch.deg2rad(degrees.to(torch.float32))
+    sign = 1 - 2 * mirrored.to(torch.float32)
+    # One small tensor crosses to the images' device, whatever the generator's.
+    numbers = torch.stack([radians.cos(), radians.sin(), sign, shifts[:, 1], shifts[:, 0]])
+    cos, sin, sign, right, down = numbers.to(images.device, torch.float32)[:, :, None, None]
+    # Offsets from the centre, in pixels. Not affine_grid: its matrix product would round them under autocast or TF32.
+    x = (torch.arange(width, device=images.device, dtype=torch.float32) - (width - 1) / 2) * sign
+    y = (torch.arange(height, device=images.device, dtype=torch.float32) - (height - 1) / 2)[:, None]
+    grid = torch.stack([(cos * x - sin * y + right) * (2 / width), (sin * x + cos * y + down) * (2 / height)], dim=-1)
+    moved = grid_sample(to_float(images), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return moved.clamp_(0, 1)  # bilinear weights may add up to a rounding error more than 1

@@ -1,0 +1,139 @@
+"""Image data sets held whole in memory, so that they can live on the device: uint8 images, int64 labels, 3 splits."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from immunity_fast.readers import SPLIT_SEED, Parts, read_cifar, read_digits, read_folder, read_npz
+
+NAMES = ("cifar10", "cifar100", "digits", "npz", "folder")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """images: uint8 (n, 3, H, W); labels: int64 (n,), each in 0..K−1."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Split:
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def first(self, n: int) -> Split:
+        """The first n images (all of them where there are fewer), as views of this split's memory."""
+        return Split(self.images[:n], self.labels[:n])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Three disjoint splits of one size of image. `flip` says whether a mirrored image keeps its meaning."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+    classes: tuple[str, ...]
+    flip: bool
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        height, width = self.train.images.shape[-2:]
+        return height, width
+
+    def fingerprint(self) -> str:
+        """A hash of all images and labels, to tell whether a run goes on with the data it began with."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.validation, self.test):
+            for tensor in (split.images, split.labels):
+                digest.update(f"{tuple(tensor.shape)}".encode())
+                digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> ImageDataset:
+        return replace(
+            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
+        )
+
+
+def load(
+    name: str, path: str | Path | None = None, *, limit_train: int | None = None, image_size: int | None = None
+) -> ImageDataset:
+    """Read a data set into memory, on the CPU.
+
+    name         path                                                  notes
+    cifar10/100  the folder torchvision downloads to (default "data")  downloaded where it is missing
+    digits       None                                                  scikit-learn's 8×8 digits at 32×32
+    npz          an .npz file in MedMNIST's layout                     see :func:`immunity_fast.readers.read_npz`
+    folder       root/train/<class>/*, root/test/<class>/*, or only    see :func:`immunity_fast.readers.read_folder`
+                 root/<class>/*
+
+    The training images come in a fixed random order. A set without a validation split gives up 10 % of its training
+    images (at least 1, at most 5,000) for one. Both depend on the set alone, not on `limit_train` or a run's seed, so
+    that no run trains on what another validates on.
+
+    limit_train: keep the first `limit_train` training images, a fair sample; the other splits stay whole.
+    image_size: pixels; for `folder` only: scale each image's short side to it and crop the centre square.
+
+    Raises ValueError for a wrong argument or wrong content, FileNotFoundError for a missing file or folder, OSError
+    where a download fails, and ModuleNotFoundError where a reader's package is missing; each message is one line.
+    """
+    if name not in NAMES:
+        raise ValueError(f"name was {name!r}, expected one of {', '.join(NAMES)}")
+    if image_size is not None and name != "folder":
+        raise ValueError(f"image_size was {image_size}, but only 'folder' resizes images, not {name!r}")
+    parts = _read(name, path, image_size)
+    held_out, kept = _validation_cut(len(parts.train[1]), needed=parts.validation is None)
+    if not len(kept):
+        raise ValueError(f"{name} had 1 training image, expected at least 2: one of them is cut off for validation")
+    if limit_train is not None and not 1 <= limit_train <= len(kept):
+        raise ValueError(f"limit_train was {limit_train}, expected 1 to {len(kept)}, the training images there are")
+    validation = parts.validation or _select(parts.train, held_out)
+    return ImageDataset(
+        name=name,
+        train=Split(*_select(parts.train, kept[:limit_train])),
+        validation=Split(*validation),
+        test=Split(*parts.test),
+        classes=parts.classes,
+        flip=parts.flip,
+    )
+
+
+def _read(name: str, path: str | Path | None, image_size: int | None) -> Parts:
+    if name == "digits":
+        if path is not None:
+            raise ValueError(f"path was {str(path)!r}, expected None: 'digits' comes with scikit-learn")
+        return read_digits()
+    if name in ("cifar10", "cifar100"):
+        return read_cifar(name, Path("data" if path is None else path).expanduser())
+    if path is None:
+        raise ValueError(f"path was None, expected the {'file' if name == 'npz' else 'folder'} that {name!r} reads")
+    if name == "npz":
+        return read_npz(Path(path).expanduser())
+    return read_folder(Path(path).expanduser(), image_size)
+
+
+def _validation_cut(n: int, *, needed: bool) -> tuple[Tensor, Tensor]:
+    """(validation, training) indices of n images, in a fixed random order; no validation indices unless needed."""
+    # RandomState's stream is frozen for good, unlike torch's and the newer NumPy generators'.
+    order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(n))
+    size = min(5000, max(1, n // 10)) if needed else 0
+    return order[:size], order[size:]
+
+
+def _select(part: tuple[Tensor, Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:
+    images, labels = part
+    return images[indices], labels[indices]

@@ -1,0 +1,302 @@
+"""One reader a kind of data set: files in; images uint8 (n, 3, H, W) and labels int64 (n,) out, or one clear line of
+error. Each reader imports the packages it needs by itself, so that the others work without them."""
+
+from __future__ import annotations
+
+import importlib
+from http.client import HTTPException
+from pathlib import Path
+from textwrap import shorten
+from types import ModuleType
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+Pair: TypeAlias = tuple[Tensor, Tensor]
+SPLIT_SEED = 18787  # of every split this package cuts: a fixed property of the data, not of a run
+TEST_SHARE = 0.2
+NPZ_REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
+NPZ_VALIDATION = ("val_images", "val_labels")
+IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+class Parts(NamedTuple):
+    """(images uint8 (n, 3, H, W), labels int64 (n,)) of each part, in the order in which they are stored."""
+
+    train: Pair
+    validation: Pair | None
+    test: Pair
+    classes: tuple[str, ...]
+    flip: bool
+
+
+def read_digits() -> Parts:
+    """scikit-learn's 1,797 handwritten digits, 8×8 with values 0..16, as 32×32 RGB; 20 % of each class is the test."""
+    datasets = _need("sklearn.datasets", "scikit-learn")
+    selection = _need("sklearn.model_selection", "scikit-learn")
+    digits = datasets.load_digits()
+    grey = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)
+    grey = interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
+    images, labels = grey.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(digits.target).long()
+    train, test = selection.train_test_split(
+        np.arange(len(labels)), test_size=TEST_SHARE, stratify=digits.target, random_state=SPLIT_SEED
+    )
+    classes = tuple(str(name) for name in digits.target_names)
+    return Parts((images[train], labels[train]), None, (images[test], labels[test]), classes, flip=False)
+
+
+def read_cifar(name: str, root: Path) -> Parts:
+    """`name`, "cifar10" or "cifar100", from `root`; torchvision downloads and checks it. OSError where that fails."""
+    source = getattr(_need("torchvision.datasets", "torchvision"), name.upper())
+    try:
+        train, test = source(root, train=True, download=True), source(root, train=False, download=True)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise OSError(
+            f"{name} is not in {root} and could not be downloaded ({_reason(error)}): "
+            f"fetch {source.url} by hand and put the file into {root}"
+        ) from error
+
+    def pair(part: Any) -> Pair:
+        return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+
+    return Parts(pair(train), None, pair(test), tuple(train.classes), flip=True)
+
+
+def read_npz(file: Path) -> Parts:
+    """An .npz file in MedMNIST's layout.
+
+    {train,test}_images: uint8 (n, H, W, 3), or grey (n, H, W) or (n, H, W, 1), which is repeated to 3 channels.
+    {train,test}_labels: any integer dtype, (n,) or (n, 1), from 0. val_images and val_labels may be missing.
+    classes: names, a string array (K,); without it K is the highest training label + 1.
+
+    Raises FileNotFoundError, or ValueError with the file, the array, what it had and what was expected.
+    """
+    arrays = _npz_arrays(file)
+    images, labels = {}, {}
+    for part in ("train", "val", "test"):
+        if f"{part}_images" in arrays:
+            images[part] = _npz_images(file, f"{part}_images", arrays[f"{part}_images"])
+            labels[part] = _npz_labels(file, f"{part}_labels", arrays[f"{part}_labels"], expected=len(images[part]))
+    classes = _npz_classes(file, arrays.get("classes"), labels["train"])
+    size = tuple(images["train"].shape[2:])
+    pairs = {}
+    for part in images:
+        if tuple(images[part].shape[2:]) != size:
+            raise ValueError(
+                f"{file}: {part}_images had (H, W) = {tuple(images[part].shape[2:])}, expected train_images' {size}"
+            )
+        low, high = int(labels[part].min()), int(labels[part].max())
+        if low < 0 or high >= len(classes):
+            raise ValueError(
+                f"{file}: {part}_labels had values from {low} to {high}, "
+                f"expected 0 to {len(classes) - 1} for {len(classes)} classes"
+            )
+        pairs[part] = images[part], torch.from_numpy(labels[part].astype(np.int64))
+    return Parts(pairs["train"], pairs.get("val"), pairs["test"], classes, flip=False)
+
+
+def _npz_arrays(file: Path) -> dict[str, NDArray[Any]]:
+    """The arrays that the layout names, read in full."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: there is no such file, expected an .npz file in MedMNIST's layout")
+    arrays: dict[str, NDArray[Any]] = {}
+    key = "the archive"
+    try:
+        with file.open("rb") as stream:  # np.load leaves a file that it opened itself open where it fails
+            if stream.read(2) != b"PK":  # np.load would take it for a pickle, and advise to trust it
+                raise ValueError("it is no zip archive")
+            stream.seek(0)
+            archive = np.load(stream, allow_pickle=False)
+            names = sorted(archive.files)
+            for key in NPZ_REQUIRED + NPZ_VALIDATION + ("classes",):
+                if key in names:
+                    arrays[key] = np.asarray(archive[key])
+    except Exception as error:  # np.load reads lazily, and a damaged archive can raise nearly anything at any point
+        raise ValueError(
+            f"{file}: {key} could not be read ({_reason(error)}), expected a whole .npz file without pickled objects"
+        ) from error
+    wanted = NPZ_REQUIRED + (NPZ_VALIDATION if any(key in arrays for key in NPZ_VALIDATION) else ())
+    missing = [key for key in wanted if key not in arrays]
+    if missing:
+        raise ValueError(
+            f"{file}: lacks {', '.join(missing)}; had {_one_line(', '.join(names)) or 'nothing'}, "
+            f"expected {', '.join(wanted)}"
+        )
+    return arrays
+
+
+def _npz_images(file: Path, key: str, array: NDArray[Any]) -> Tensor:
+    if array.dtype != np.uint8:
+        raise ValueError(f"{file}: {key} had dtype {array.dtype}, expected uint8")
+    pixels = array[..., None] if array.ndim == 3 else array
+    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"{file}: {key} had shape {array.shape}, expected 2-D images as (n, H, W), (n, H, W, 1) or (n, H, W, 3)"
+        )
+    if 0 in pixels.shape:
+        raise ValueError(f"{file}: {key} had shape {array.shape}, expected at least one image of at least one pixel")
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
+
+
+def _npz_labels(file: Path, key: str, array: NDArray[Any], *, expected: int) -> NDArray[Any]:
+    """Labels (n,), of the stored dtype: their range is yet to be checked, and int64 cannot hold every uint64."""
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{file}: {key} had dtype {array.dtype}, expected integers")
+    labels = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    if labels.ndim != 1:
+        raise ValueError(f"{file}: {key} had shape {array.shape}, expected (n,) or (n, 1), one class for each image")
+    if len(labels) != expected:
+        raise ValueError(f"{file}: {key} had {len(labels)} labels, expected {expected}, one for each image")
+    return labels
+
+
+def _npz_classes(file: Path, names: NDArray[Any] | None, train_labels: NDArray[Any]) -> tuple[str, ...]:
+    if names is not None:
+        if names.ndim != 1 or names.dtype.kind != "U":
+            raise ValueError(f"{file}: classes had shape {names.shape}, dtype {names.dtype}, expected strings (K,)")
+        classes = tuple(str(name) for name in names)
+    else:
+        count = int(train_labels.max()) + 1
+        # One label gone wrong, an identifier for instance, must not make a network of a billion classes.
+        if count > len(train_labels):
+            raise ValueError(
+                f"{file}: train_labels had values up to {count - 1} for {len(train_labels)} images, "
+                "expected no more classes than images"
+            )
+        classes = tuple(str(label) for label in range(count))
+    if len(classes) < 2:
+        raise ValueError(f"{file}: had {len(classes)} classes, expected at least 2")
+    return classes
+
+
+def read_folder(root: Path, image_size: int | None) -> Parts:
+    """A folder of images, one folder a class: root/train/<class>/* and root/test/<class>/*, with root/validation or
+    root/val if there is one; or only root/<class>/*, of which 20 % of each class is then cut off as the test.
+
+    Classes are sorted by name. Hidden files and files without an image's extension are passed over. All images must
+    have one size, unless `image_size` (pixels) has each one's short side scaled to it and the centre square cropped.
+
+    Raises FileNotFoundError, or ValueError with the file or folder, what it had and what was expected.
+    """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size was {image_size}, expected at least 1 pixel")
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: there is no such folder, expected one folder of images for each class")
+    validation = None
+    if (root / "train").is_dir() and _subfolders(root / "train"):
+        train, test = _class_files(root / "train"), _class_files(root / "test")
+        for other in (root / "validation", root / "val"):
+            if other.is_dir():
+                validation = _class_files(other)
+                _check_classes(other, validation, train)
+                break
+        _check_classes(root / "test", test, train)
+    else:
+        train, test = _test_cut(root, _class_files(root))
+    if len(train) < 2:
+        raise ValueError(f"{root}: had {len(train)} class folders, expected at least 2")
+    first = next(iter(train.values()))[0]
+    return Parts(
+        _read_images(train, image_size, first),
+        _read_images(validation, image_size, first) if validation else None,
+        _read_images(test, image_size, first),
+        tuple(train),
+        flip=False,
+    )
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _class_files(folder: Path) -> dict[str, list[Path]]:
+    """The image files of each class, both sorted by name."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder, expected one folder of images for each class")
+    files = {
+        path.name: sorted(
+            file
+            for file in path.iterdir()
+            if file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file() and not file.name.startswith(".")
+        )
+        for path in _subfolders(folder)
+    }
+    for name, found in files.items():
+        if not found:
+            raise ValueError(f"{folder / name}: had no images, expected at least one directly in each class's folder")
+    return files
+
+
+def _check_classes(folder: Path, files: dict[str, list[Path]], train: dict[str, list[Path]]) -> None:
+    different = sorted(files.keys() ^ train.keys())
+    if different:
+        state = "lacked" if different[0] in train else "had"
+        raise ValueError(f"{folder}: {state} the class {different[0]!r}, expected the {len(train)} classes of train")
+
+
+def _test_cut(root: Path, files: dict[str, list[Path]]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """(train, test) files: TEST_SHARE of each class, at least 1 image, goes to the test."""
+    random = np.random.RandomState(SPLIT_SEED)
+    train, test = {}, {}
+    for name, found in files.items():
+        if len(found) < 2:
+            raise ValueError(f"{root / name}: had 1 image, expected at least 2: one of them is cut off for the test")
+        order = [found[index] for index in random.permutation(len(found))]
+        size = max(1, round(TEST_SHARE * len(found)))
+        train[name], test[name] = order[size:], order[:size]
+    return train, test
+
+
+def _read_images(files: dict[str, list[Path]], image_size: int | None, first: Path) -> Pair:
+    """Images and labels of all files; ValueError where an image has another size than the file `first`."""
+    expected = _read_image(first, image_size).shape
+    images, labels = [], []
+    for label, found in enumerate(files.values()):
+        for file in found:
+            image = _read_image(file, image_size)
+            if image.shape != expected:
+                raise ValueError(
+                    f"{file}: had {image.shape[1]}×{image.shape[0]} pixels, expected {expected[1]}×{expected[0]} as "
+                    f"{first} has; image_size brings all images to one size"
+                )
+            images.append(image)
+            labels.append(label)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+def _read_image(file: Path, image_size: int | None) -> NDArray[np.uint8]:
+    """RGB, uint8 (H, W, 3)."""
+    pillow, operations = _need("PIL.Image", "pillow"), _need("PIL.ImageOps", "pillow")
+    try:
+        with pillow.open(file) as image:
+            # Pillow would clip deeper images at 255 instead of scaling them.
+            if image.mode[0] in "IF":
+                raise ValueError(f"it has mode {image.mode}, more than 8 bits a channel")
+            image = image.convert("RGB")
+        if image_size is not None:
+            image = operations.fit(image, (image_size, image_size), method=pillow.Resampling.BILINEAR)
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        raise ValueError(f"{file}: could not be read ({_reason(error)}), expected an 8-bit image") from error
+    return np.asarray(image)
+
+
+def _need(module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"this data set needs {package}: pip install 'immunity-fast[train]' ({_reason(error)})"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The error's own words; zipfile's can quote a whole file."""
+    return _one_line(str(error)) or type(error).__name__
+
+
+def _one_line(text: str) -> str:
+    return shorten(text, 200, placeholder=" …")
