@@ -1,0 +1,247 @@
+"""The two figures of a run folder: where each expert looks, and how training went.
+
+Both are drawn with `matplotlib.figure.Figure` itself, so that no display and no global pyplot state is involved.
+"""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from torch import Tensor
+
+DPI = 256  # a power of two: whole pixels are exact as inches, and an image's pixels stay equal squares
+FONT_SIZE = 7.0  # points
+INK = "#222222"
+
+# Heatmaps
+CELL = 256  # pixels, about the longer side of one picture in the heatmap figure
+GAP = 10  # pixels between two pictures
+COLORMAP = "inferno"
+
+
+def heatmap_figure(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], path: Path) -> None:
+    """Draws every image beside the heatmap of each expert (as Figure 2 of arXiv 2402.18787) into a PNG.
+
+    Each heatmap is scaled by its own maximum, since Grad-CAM's magnitude differs between experts by orders of
+    magnitude. One that is zero everywhere shows the bare image, marked "dead"; one that has a NaN or an infinity,
+    marked "not finite".
+
+    Args:
+        images: (n, 3, H, W), floats in [0, 1].
+        heatmaps: (N, n, H, W), ≥ 0, one an expert and image, unnormalised.
+        row_labels: n texts, such as "cat → dog"; long ones are wrapped.
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: if a shape or the number of labels does not fit.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(f"images must have shape (n, 3, H, W), none of them 0, got {tuple(images.shape)}")
+    count, _, height, width = images.shape
+    if heatmaps.ndim != 4 or heatmaps.shape[0] == 0 or heatmaps.shape[1:] != (count, height, width):
+        expected = f"(N, {count}, {height}, {width}), N ≥ 1, to fit images {tuple(images.shape)}"
+        raise ValueError(f"heatmaps must have shape {expected}, got {tuple(heatmaps.shape)}")
+    if len(row_labels) != count:
+        raise ValueError(f"row_labels must hold {count} texts, one an image, got {len(row_labels)}")
+
+    pictures = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    maps = heatmaps.detach().float().cpu().numpy()
+    greys = pictures @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    # Lines break before an arrow rather than after it; a dollar sign would otherwise start a formula.
+    labels = [textwrap.fill(text.replace("→ ", "→\u00a0"), 18).replace("$", r"\$") for text in row_labels]
+    font = FontProperties(size=FONT_SIZE)
+
+    # The layout is counted in whole pixels, from the top left; a small image is enlarged by a whole factor.
+    scale = max(1, round(CELL / max(height, width))) if max(height, width) <= CELL else CELL / max(height, width)
+    cell_width, cell_height = max(1, round(width * scale)), max(1, round(height * scale))
+    label_width = max((_text_width(line, font) for label in labels for line in label.splitlines()), default=0)
+    left, top = label_width + 3 * GAP, 42
+    # Twice the gap after the input, to set it apart.
+    columns = [left] + [left + i * (cell_width + GAP) + GAP for i in range(1, len(maps) + 1)]
+    rows = [top + i * (cell_height + GAP) for i in range(count)]
+    bar_left, bar_height = columns[-1] + cell_width + 2 * GAP, min(rows[-1] + cell_height - top, CELL)
+    total_width, total_height = bar_left + 100, rows[-1] + cell_height + 2 * GAP
+
+    figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI, facecolor="white")
+
+    def add_axes(x: int, y: int, w: int, h: int) -> Axes:
+        return figure.add_axes((x / total_width, 1 - (y + h) / total_height, w / total_width, h / total_height))
+
+    def add_text(x: float, y: float, text: str, align: str, valign: str) -> None:
+        position = (x / total_width, 1 - y / total_height)
+        figure.text(*position, text, ha=align, va=valign, color=INK, fontproperties=font, linespacing=1.15)
+
+    for x, title in zip(columns, ["input", *(f"expert {i + 1}" for i in range(len(maps)))], strict=True):
+        add_text(x + cell_width / 2, top - GAP, title, "center", "baseline")
+    for row, y in enumerate(rows):
+        add_text(left - 2 * GAP, y + cell_height / 2, labels[row], "right", "center")
+        grey = np.repeat(greys[row][..., None], 3, axis=-1)
+        for column, x in enumerate(columns):
+            picture, mark = pictures[row], ""
+            if column > 0:
+                heatmap = maps[column - 1, row]
+                peak = float(heatmap.max())
+                if math.isfinite(peak) and peak > 0:
+                    picture = _blend(grey, heatmap / peak)
+                else:
+                    picture, mark = grey, "dead" if peak <= 0 else "not finite"
+            axes = add_axes(x, y, cell_width, cell_height)
+            axes.set_axis_off()
+            # "antialiased" is nearest for a whole factor, and smooths where a large image is shrunk.
+            axes.imshow(picture, aspect="auto", interpolation="antialiased", vmin=0, vmax=1)
+            if mark:
+                box = {"boxstyle": "round,pad=0.35", "facecolor": "black", "edgecolor": "none", "alpha": 0.75}
+                text = axes.text(0.5, 0.5, mark, color="white", fontproperties=font, bbox=box)
+                text.set(transform=axes.transAxes, ha="center", va="center")
+
+    bar = figure.colorbar(ScalarMappable(cmap=COLORMAP), cax=add_axes(bar_left, top, 16, bar_height), ticks=[0, 1])
+    bar.outline.set_visible(False)
+    bar.ax.set_yticklabels(["0", "max"], fontproperties=font, color=INK)
+    bar.ax.tick_params(length=0, pad=2)
+    figure.savefig(path, dpi=DPI, format="png")
+
+
+def _blend(grey: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
+    """The heatmap (H, W), in [0, 1], in colour over the grey picture (H, W, 3), in [0, 1]."""
+    # Where the heatmap is 0 the image stays legible, but darker than any focus; at its maximum the colour prevails.
+    share = 0.4 + 0.45 * heatmap[..., None]
+    blended: np.ndarray = (1 - share) * grey + share * matplotlib.colormaps[COLORMAP](heatmap)[..., :3]
+    return blended
+
+
+def _text_width(line: str, font: FontProperties) -> int:
+    """Width in pixels of one line of text."""
+    return math.ceil(TextPath((0, 0), line, prop=font).get_extents().width * DPI / 72) if line.strip() else 0
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One of the small multiples: its title, its lines (record key → name), and how its values are shown."""
+
+    title: str
+    lines: Mapping[str, str]
+    factor: float = 1.0
+    log: bool = False
+    from_zero: bool = False
+
+
+# Blue, vermilion and green of Okabe and Ito's palette, told apart by the colour-blind too.
+COLORS = ("#0072b2", "#d55e00", "#009e73")
+MARKED_RECORDS = 30  # up to as many records each point has a marker
+
+PANELS = (
+    _Panel(
+        "Training loss",
+        {"loss": "total", "cross_entropy": "cross-entropy", "mutual_information_loss": "mutual information"},
+    ),
+    _Panel(
+        "Accuracy on validation images (%)",
+        {
+            "val_accuracy_switching": "gate switching",
+            "val_accuracy_mean": "mean of experts",
+            "val_pgd10_accuracy_mean": "mean, under PGD-10",
+        },
+        factor=100,
+    ),
+    _Panel("Position stability", {"position_stability": "training, pixels⁴"}, log=True),
+    _Panel(
+        "Mutual information (nats)",
+        {"mutual_information": "training", "val_mutual_information": "validation"},
+        from_zero=True,
+    ),
+    _Panel("Dead heatmaps, validation (%)", {"val_dead_heatmaps": ""}, factor=100, from_zero=True),
+    _Panel("Training images per second", {"images_per_second": ""}, from_zero=True),
+)
+
+
+def training_curves(records: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draws what was recorded after each epoch as small multiples into a PNG.
+
+    A panel shows the keys that are in at least one record, and is left out where there is none; a value that is not
+    finite leaves a gap in its line.
+
+    Args:
+        records: one an epoch. "epoch" is the place on the horizontal axis (without it, 1, 2, …). Drawn are the losses
+            "loss", "cross_entropy", "mutual_information_loss" and "position_stability"; as fractions,
+            "val_accuracy_switching", "val_accuracy_mean", "val_pgd10_accuracy_mean" and "val_dead_heatmaps"; in nats,
+            "mutual_information" and "val_mutual_information"; and "images_per_second".
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: if no record has any of these keys.
+    """
+    known = {key for record in records for key in record}
+    panels = [panel for panel in PANELS if known.intersection(panel.lines)]
+    if not panels:
+        raise ValueError(f"records must hold at least one value to draw, got {len(records)} records with {known or {}}")
+
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    epochs = [record.get("epoch", i + 1) for i, record in enumerate(records)]
+    pad = 0.04 * (max(epochs) - min(epochs)) or 0.5
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.04)
+    with matplotlib.rc_context({"font.size": FONT_SIZE, "text.color": INK, "axes.labelcolor": INK}):
+        figure = Figure(figsize=(3.5 * columns, 1.8 * rows), dpi=DPI, facecolor="white", layout=layout)
+        for i, panel in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, i + 1)
+            _draw_panel(axes, panel, epochs, records)
+            axes.set_xlim(min(epochs) - pad, max(epochs) + pad)
+            if i + columns >= len(panels):
+                axes.set_xlabel("epoch", labelpad=1)
+        figure.savefig(path, dpi=DPI, format="png")
+
+
+def _draw_panel(axes: Axes, panel: _Panel, epochs: Sequence[float], records: Sequence[Mapping[str, float]]) -> None:
+    drawn: list[float] = []
+    for (key, name), color in zip(panel.lines.items(), COLORS, strict=False):
+        points = [(x, r[key] * panel.factor) for x, r in zip(epochs, records, strict=True) if key in r]
+        if not points:
+            continue
+        values = [value if math.isfinite(value) else math.nan for _, value in points]
+        drawn += [value for value in values if not math.isnan(value)]
+        marker = "o" if len(records) <= MARKED_RECORDS else ""
+        axes.plot([x for x, _ in points], values, color=color, label=name, lw=1.1, marker=marker, ms=2.2, clip_on=False)
+
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set(color="#888888", linewidth=0.6)
+    axes.tick_params(which="both", length=2, width=0.6, color="#888888", labelcolor=INK, labelsize=FONT_SIZE - 0.5)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    named = any(panel.lines.values())
+    axes.set_title(panel.title, loc="left", fontsize=FONT_SIZE + 0.5, fontweight="bold", pad=15 if named else 5)
+    if named:  # in a line of its own between title and axes, where it can hide nothing
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=len(axes.lines),
+            frameon=False,
+            fontsize=FONT_SIZE - 0.5,
+            handlelength=1.1,
+            handletextpad=0.4,
+            columnspacing=0.9,
+            borderaxespad=0.2,
+            borderpad=0.1,
+        )
+    if not drawn:
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", va="center")
+    elif panel.log and 0 < 5 * min(drawn) <= max(drawn):  # in a narrower range a log axis may have no labels
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    elif panel.from_zero and min(drawn) >= 0:
+        # Some room above, so that an all-zero line does not stretch rounding noise over the panel.
+        axes.set_ylim(0, max(1.08 * max(drawn), panel.factor / 100))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))  # no power of ten above the axis, where the title is

@@ -1,0 +1,91 @@
+"""What is measured on a trained mixture: accuracies, mutual information, IScore, CScore, dead heatmaps."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from immunity_fast.augmentation import to_float
+from immunity_fast.data import Split
+from immunity_fast.functional import label_scores, stack_experts
+from immunity_fast.kernels import reference
+from immunity_fast.losses import FusedImmunityLoss
+from immunity_fast.model import ImmunityMoE
+from immunity_fast.readers import SPLIT_SEED
+
+
+def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images (B, 3, H, W) in [0, 1], labels (B,)) of a split in order, `size` at a time, the rest last."""
+    for start in range(0, len(split), size):
+        yield to_float(split.images[start : start + size]), split.labels[start : start + size]
+
+
+def sample(split: Split, count: int) -> Split:
+    """A fixed random sample of at most `count` images: a stored order may be sorted by class."""
+    order = np.random.RandomState(SPLIT_SEED).permutation(len(split))[:count]
+    indices = torch.from_numpy(order).to(split.labels.device)
+    return Split(split.images[indices], split.labels[indices])
+
+
+def correct(model: ImmunityMoE, images: Tensor, labels: Tensor) -> int:
+    """How many of the images the model, in the mode it is in, gets right."""
+    with torch.no_grad():
+        return int((model(images).argmax(-1) == labels).sum())
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % confidence interval of a proportion (Wilson, 1927); for 0 trials (0, 1)."""
+    if trials == 0:
+        return 0.0, 1.0
+    z = 1.959964
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def expert_maps(model: ImmunityMoE, loss: FusedImmunityLoss, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Grad-CAM heatmaps and their distributions, both (N, B, H, W), as `loss` sees them for these labels; detached."""
+    with torch.enable_grad():
+        logits, activations, _ = model.expert_outputs(images)
+        parts = [activations] if isinstance(activations, Tensor) else list(activations)
+        gradients = torch.autograd.grad(label_scores(logits, labels, loss.score), parts)
+    maps = stack_experts("activations", activations, 5, "(N, B, C, h, w)").detach()
+    slopes = stack_experts(
+        "gradients", gradients[0] if isinstance(activations, Tensor) else gradients, 5, "(N, B, C, h, w)"
+    )
+    weights = reference.channel_weights(slopes, loss.weight_scale)
+    heatmaps = reference.heatmaps(reference.score_maps(maps, weights), loss.size)
+    return heatmaps, reference.distributions(maps, weights, loss.size, loss.smoothing)
+
+
+def heatmap_metrics(model: ImmunityMoE, loss: FusedImmunityLoss, split: Split, batch_size: int) -> dict[str, float]:
+    """Over a split, for its true labels, in the mode the model is in (section 4 of arXiv 2402.18787):
+
+    * mutual_information: of expert and position, log N − MI/N, in nats, mean over images;
+    * dead_heatmaps: share of heatmaps that are zero everywhere;
+    * iscore: mean over images of 1/(N(N−1)) Σ_ij Σ_ab (h_i − h_j)², heatmaps scaled to a maximum of 1;
+    * cscore: Σ_{i≠j} Σ_q (d²_qij − mean_q d²_qij)² over the number of images, in pixels⁴.
+    """
+    information, dead, iscore, positions = 0.0, 0.0, 0.0, []
+    experts = model.num_experts
+    for images, labels in batches(split, batch_size):
+        heatmaps, p = expert_maps(model, loss, images, labels)
+        information += float((math.log(experts) - reference.mutual_information_loss(p) / experts).sum())
+        peaks = heatmaps.amax((-2, -1), keepdim=True)
+        dead += float((peaks == 0).sum()) / experts
+        scaled = heatmaps / torch.where(peaks > 0, peaks, 1)
+        # Σ_ij Σ_ab (h_i − h_j)² = 2N Σ_i Σ_ab h_i² − 2 Σ_ab (Σ_i h_i)²: no N×N heatmaps
+        spread = 2 * experts * scaled.square().sum() - 2 * scaled.sum(0).square().sum()
+        iscore += float(spread) / (experts * (experts - 1))
+        positions.append(reference.centres(p).double())
+    count = max(len(split), 1)
+    return {
+        "mutual_information": information / count,
+        "dead_heatmaps": dead / count,
+        "iscore": iscore / count,
+        "cscore": float(reference.position_stability(torch.cat(positions, 1))) / count,
+    }
