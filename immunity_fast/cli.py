@@ -1,0 +1,79 @@
+"""What the commands share: one-line errors, the choice of a device, progress bars."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+try:
+    import jinja2  # noqa: F401  the reports' and the other two are asked for here so that one line says what is missing
+    import matplotlib  # noqa: F401
+    import safetensors  # noqa: F401
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"error: this command needs {missing.name}: pip install 'immunity-fast[train]'") from None
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose error is one line, without the long usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run a command and exit: what the user can mend is one line on stderr and status 1, never a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (InputError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; its text is one clear line."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is any. ValueError where it cannot be used."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device {name}: cannot be used here ({reason})") from error
+    return device
+
+
+def progress_bar(**options: Any) -> Progress:
+    """A progress bar that disappears when done; in a log that is no terminal nothing is drawn."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        **options,
+    )

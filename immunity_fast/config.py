@@ -1,0 +1,140 @@
+"""A training run's settings: one frozen dataclass, its presets, its JSON and its command-line options."""
+
+import argparse
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from immunity_fast.data import NAMES as DATASETS
+from immunity_fast.experts import NAMES as ARCHITECTURES
+from immunity_fast.functional import Score, WeightScale
+from immunity_fast.losses import ALPHA, BETA, GAMMA
+
+Flip = Literal["auto", "on", "off"]
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a run; `from_json` and the command line check names and types, construction checks the ranges.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    preset: str = _option("quickstart", "settings to start from; the other options change single ones")
+    dataset: str = _option("digits", "what to train on", DATASETS)
+    data: str | None = _option(None, "file (npz), folder of images (folder), or download folder (cifar10, cifar100)")
+    image_size: int | None = _option(None, "for --dataset folder: scale and crop images to this many pixels a side")
+    limit_train: int | None = _option(None, "use so many training images")
+    arch: str = _option("resnet8", "the experts' architecture", ARCHITECTURES)
+    experts: int = _option(5, "number of experts")
+    stage: str | None = _option(None, "stage Grad-CAM looks at; default: the last whose map exceeds 8×8")
+    alpha: float = _option(ALPHA, "weight of each expert's own cross-entropy")
+    beta: float = _option(BETA, "weight of the mutual-information loss")
+    gamma: float = _option(GAMMA, "weight of the position-stability loss (in pixels⁴, so it depends on the image size)")
+    smoothing: float = _option(0.01, "smoothing of the heatmaps' distributions")
+    weight_scale: WeightScale = _option("channels", "factor of Grad-CAM's channel weights")
+    score: Score = _option("logit", "what Grad-CAM differentiates")
+    detach_weights: bool = _option(False, "treat Grad-CAM's weights as constants: cheaper, approximate gradient")
+    epochs: int = _option(16, "passes over the training images")
+    batch_size: int = _option(32, "images a step")
+    lr: float = _option(0.02, "learning rate at the start of its cosine")
+    momentum: float = _option(0.9, "Nesterov momentum of SGD")
+    weight_decay: float = _option(5e-4, "weight decay of SGD")
+    clip_grad_norm: float | None = _option(None, "clip the gradient's norm to this; default: no clipping")
+    crop_padding: int = _option(4, "random crops move by up to so many pixels")
+    rotation: float = _option(15.0, "random rotations turn by up to so many degrees")
+    flip: Flip = _option("auto", "mirror half of the images; auto: where the data set is known to allow it")
+    seed: int = _option(0, "seed of weights, batches, augmentation and gate")
+    device: str = _option("auto", "cpu, cuda, cuda:1, …; auto: CUDA if there is any")
+    check_images: int = _option(256, "validation images attacked by PGD-10 after each epoch; 0: none")
+    attack_images: int = _option(1000, "test images attacked at the end of the run")
+    checkpoint_every: int = _option(500, "steps between checkpoints; the end of an epoch always writes one")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "checkpoint_every", "attack_images"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        _check(self, "experts", self.experts >= 2, "at least 2")
+        _check(self, "limit_train", self.limit_train is None or self.limit_train >= 1, "at least 1")
+        for name in ("alpha", "beta", "gamma", "smoothing", "weight_decay"):
+            _check(self, name, 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
+        _check(self, "lr", 0 < self.lr < math.inf, "a finite number above 0")
+        _check(self, "momentum", 0 < self.momentum < 1, "a number between 0 and 1")
+        _check(self, "clip_grad_norm", self.clip_grad_norm is None or self.clip_grad_norm > 0, "a number above 0")
+        for name in ("crop_padding", "check_images", "seed"):
+            _check(self, name, getattr(self, name) >= 0, "at least 0")
+        _check(self, "rotation", 0 <= self.rotation <= 180, "0 to 180 degrees")
+        for option in dataclasses.fields(self):
+            choices = _choices(option)
+            value = getattr(self, option.name)
+            _check(self, option.name, not choices or value in choices, f"one of {', '.join(choices)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object of all settings."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The inverse of `to_json`; ValueError where a setting is missing, unknown or of the wrong type."""
+        expected = typing.get_type_hints(cls)
+        if values.keys() != expected.keys():
+            raise ValueError(f"settings missing or unknown: {', '.join(sorted(values.keys() ^ expected.keys()))}")
+        for name, value in values.items():
+            if not isinstance(value, _plain_types(expected[name])):
+                raise ValueError(f"setting {name}: got {value!r}")
+        return cls(**values)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """One option a setting, none with a default: what the namespace holds afterwards is what the user gave."""
+    hints = typing.get_type_hints(TrainConfig)
+    for option in dataclasses.fields(TrainConfig):
+        keywords: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": option.metadata["help"]}
+        if hints[option.name] is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        elif option.name == "preset":
+            keywords["choices"] = tuple(PRESETS)
+        elif choices := _choices(option):
+            keywords["choices"] = choices
+        else:
+            kind = next(kind for kind in (int, float, str) if kind in _plain_types(hints[option.name]))
+            keywords["type"] = kind
+            keywords["metavar"] = kind.__name__.upper()
+        parser.add_argument(f"--{option.name.replace('_', '-')}", **keywords)
+
+
+def _choices(option: "dataclasses.Field[Any]") -> tuple[str, ...]:
+    hint = typing.get_type_hints(TrainConfig)[option.name]
+    listed: tuple[str, ...] = option.metadata["choices"]
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else listed
+
+
+def _plain_types(hint: Any) -> tuple[type, ...]:
+    """What a value of this annotation may be in JSON."""
+    if typing.get_origin(hint) is Literal:
+        return (str,)
+    if isinstance(hint, types.UnionType):
+        return tuple(kind for part in typing.get_args(hint) for kind in _plain_types(part))
+    return (int, float) if hint is float else (hint,)
+
+
+def _check(config: TrainConfig, name: str, fits: bool, expected: str) -> None:
+    if not fits:
+        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {getattr(config, name)}")
+
+
+PRESETS: dict[str, TrainConfig] = {
+    # Minutes on two CPU cores, on data that scikit-learn ships.
+    "quickstart": TrainConfig(),
+    # The paper's recipe as far as it is published; 200 epochs want a GPU.
+    "paper": TrainConfig(preset="paper", dataset="cifar10", arch="googlenet", epochs=200, batch_size=32, lr=0.01),
+    # CIFAR-10 in a sitting on one GPU: larger batches, fewer epochs, a smaller network.
+    "fast": TrainConfig(preset="fast", dataset="cifar10", arch="resnet18", epochs=30, batch_size=128, lr=0.05),
+}

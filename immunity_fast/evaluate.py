@@ -1,0 +1,248 @@
+"""`python -m immunity_fast.evaluate RUN`: test accuracy, clean and attacked, of a trained run, with a report.
+
+Every attacked number says what the attacker knew of the gate. Attacks are Linf, eps 8/255: FGSM (one step of 8/255) and
+PGD-20 (step 2/255, random start).
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from immunity_fast import cli
+from immunity_fast.attacks import fgsm, pgd
+from immunity_fast.augmentation import to_float
+from immunity_fast.checkpoint import load_model, write_atomically
+from immunity_fast.config import TrainConfig
+from immunity_fast.data import ImageDataset, Split, load
+from immunity_fast.figures import heatmap_figure, training_curves
+from immunity_fast.gate import Switch
+from immunity_fast.losses import FusedImmunityLoss
+from immunity_fast.metrics import batches, correct, expert_maps, heatmap_metrics, sample, wilson_interval
+from immunity_fast.model import ImmunityMoE
+from immunity_fast.report import Table, write_report
+from immunity_fast.runs import Run
+
+FIGURE_ROWS = 8
+EVALUATION_BATCH = 250
+
+
+class Setting(NamedTuple):
+    """One way to attack and defend: which switch the attacker differentiates, and which one then answers."""
+
+    key: str
+    attacker: Switch
+    defender: Switch
+    title: str
+
+
+SETTINGS = (
+    Setting("switching", "call", "call", "gate switching; attacker sees a draw a step"),
+    Setting("switching_mean_attacker", "mean", "call", "gate switching; attacker has the exact mean"),
+    Setting("mean", "mean", "mean", "exact mean of the gate; attacker has it"),
+)
+ATTACKS: dict[str, Callable[[ImmunityMoE, Tensor, Tensor, torch.Generator], Tensor]] = {
+    "clean": lambda model, images, labels, generator: images,
+    "FGSM": lambda model, images, labels, generator: fgsm(model, images, labels),
+    "PGD-20": lambda model, images, labels, generator: pgd(model, images, labels, steps=20, generator=generator),
+}
+
+
+def evaluate(
+    model: ImmunityMoE, loss_fn: FusedImmunityLoss, test: Split, *, attack_images: int, seed: int
+) -> dict[str, Any]:
+    """Accuracies on `test` (all of it clean, a fixed random sample of `attack_images` attacked) and heatmap measures.
+
+    Returns a JSON object: `accuracy`, a list of {attack, gate, attacker, correct, images, accuracy, interval (Wilson,
+    95 %)}, and `heatmaps`, see `heatmap_metrics`, on the sample. The model is left in evaluation mode, its switch and
+    generator as they were. The same seed gives the same result.
+    """
+    switch, generator = model.gate.switch, model.gate.generator
+    attacked = sample(test, attack_images)
+    counts: dict[tuple[str, str], int] = {}
+    model.eval()
+    model.gate.generator = torch.Generator().manual_seed(seed)
+    starts = torch.Generator().manual_seed(seed + 1)
+    try:
+        with cli.progress_bar() as progress:
+            for attack, make in ATTACKS.items():
+                split = test if attack == "clean" else attacked
+                task = progress.add_task(f"evaluation: {attack}", total=len(split), status="")
+                for images, labels in batches(split, EVALUATION_BATCH):
+                    made: dict[Switch, Tensor] = {}
+                    for setting in SETTINGS:
+                        if setting.attacker not in made:
+                            model.gate.switch = setting.attacker
+                            made[setting.attacker] = make(model, images, labels, starts)
+                        model.gate.switch = setting.defender
+                        right = correct(model, made[setting.attacker], labels)
+                        counts[attack, setting.key] = counts.get((attack, setting.key), 0) + right
+                    progress.advance(task, len(labels))
+        heatmaps = heatmap_metrics(model, loss_fn, attacked, EVALUATION_BATCH)
+    finally:
+        model.gate.switch, model.gate.generator = switch, generator
+    accuracy = []
+    for (attack, key), right in counts.items():
+        total = len(test if attack == "clean" else attacked)
+        setting = next(setting for setting in SETTINGS if setting.key == key)
+        accuracy.append(
+            {
+                "attack": attack,
+                "gate": setting.defender,
+                "attacker": setting.attacker,
+                "correct": right,
+                "images": total,
+                "accuracy": right / total,
+                "interval": wilson_interval(right, total),
+            }
+        )
+    return {"accuracy": accuracy, "heatmaps": heatmaps}
+
+
+def accuracy_table(results: dict[str, Any]) -> Table:
+    """The accuracies as a table: a row an attack, a column a knowledge of the gate."""
+    rows = []
+    for attack in ATTACKS:
+        found = {(r["attacker"], r["gate"]): r for r in results["accuracy"] if r["attack"] == attack}
+        cells = [found[setting.attacker, setting.defender] for setting in SETTINGS]
+        percent = [f"{100 * c['accuracy']:.1f} ± {50 * (c['interval'][1] - c['interval'][0]):.1f}" for c in cells]
+        if attack == "clean":
+            percent[1] = "—"  # nobody attacks: the same as the first column
+        rows.append([attack, str(cells[0]["images"]), *percent])
+    return Table(
+        "Test accuracy, %",
+        ["attack", "images", *(setting.title for setting in SETTINGS)],
+        rows,
+        "Linf, eps 8/255; PGD-20 with steps of 2/255 from a random start. ± is half the 95 % Wilson interval.",
+    )
+
+
+def evaluate_run(run: Run, model: ImmunityMoE, dataset: ImageDataset, config: TrainConfig, limit: int) -> None:
+    """Evaluate a trained model on the test split; write results.json, the figures and report.html into its folder."""
+    loss_fn = make_loss(config, dataset.image_size)
+    results = evaluate(model, loss_fn, dataset.test, attack_images=limit, seed=config.seed)
+    write_atomically(run.results_file, json.dumps(results, indent=2).encode())
+    figures = []
+    shown = sample(dataset.test, FIGURE_ROWS)
+    images = to_float(shown.images)
+    heatmaps, _ = expert_maps(model, loss_fn, images, shown.labels)
+    with torch.no_grad():
+        switch, model.gate.switch = model.gate.switch, "mean"
+        predicted = model(images).argmax(-1)
+        model.gate.switch = switch
+    names = dataset.classes
+    labels = [f"{names[t]} → {names[p]}" for t, p in zip(shown.labels.tolist(), predicted.tolist(), strict=True)]
+    run.figures.mkdir(exist_ok=True)
+    heatmap_figure(images, heatmaps, labels, run.figures / "heatmaps.png")
+    figures.append(
+        (
+            run.figures / "heatmaps.png",
+            "Where each expert looks: its Grad-CAM heatmap for the true class on test images "
+            "(true class → class predicted by the mean of the experts), each scaled by its own maximum.",
+        )
+    )
+    records = run.metrics()
+    if records:
+        training_curves(records, run.figures / "curves.png")
+        figures.append((run.figures / "curves.png", "Training: loss, accuracy and diversity after each epoch."))
+    table = accuracy_table(results)
+    measures = results["heatmaps"]
+    by_key = {(r["attack"], r["attacker"], r["gate"]): f"{100 * r['accuracy']:.1f} %" for r in results["accuracy"]}
+    write_report(
+        run.report,
+        title=f"Immunity: {config.experts} × {config.arch} on {config.dataset}",
+        lead=(
+            f"{config.experts} experts, trained for {config.epochs} epochs on {len(dataset.train):,} images and judged "
+            f"on {len(dataset.test):,} test images. α = {config.alpha:g}, β = {config.beta:g}, γ = {config.gamma:g}."
+        ),
+        facts={
+            "test accuracy, gate switching": by_key["clean", "call", "call"],
+            "test accuracy, exact mean": by_key["clean", "mean", "mean"],
+            "PGD-20, gate switching, attacker sees a draw a step": by_key["PGD-20", "call", "call"],
+            "PGD-20, gate switching, attacker has the exact mean": by_key["PGD-20", "mean", "call"],
+            "mutual information of expert and position": f"{measures['mutual_information']:.2f} nats",
+            "dead heatmaps": f"{100 * measures['dead_heatmaps']:.1f} %",
+        },
+        tables=[table, _measures_table(measures, config)],
+        figures=figures,
+        commands={
+            "Evaluate this run again": f"python -m immunity_fast.evaluate {run.folder}",
+            "Go on with it, if it was interrupted": f"python -m immunity_fast.train --resume {run.folder}",
+        },
+        settings=config.to_json(),
+    )
+    cli.console.print()
+    cli.console.print(table.to_markdown(), markup=False)
+    cli.console.print(
+        f"\nmutual information {measures['mutual_information']:.3f} nats, IScore {measures['iscore']:.1f}, "
+        f"CScore {measures['cscore']:.0f} pixels⁴, dead heatmaps {100 * measures['dead_heatmaps']:.1f} %"
+    )
+    cli.console.print(f"report:         {run.report}")
+    cli.console.print(f"evaluate again: python -m immunity_fast.evaluate {run.folder}")
+
+
+def _measures_table(measures: dict[str, float], config: TrainConfig) -> Table:
+    return Table(
+        "The experts' heatmaps on the attacked sample's clean images",
+        ["measure", "value", "what it says"],
+        [
+            [
+                "mutual information",
+                f"{measures['mutual_information']:.3f} nats",
+                f"0: all look at the same place; log {config.experts}: no two at the same",
+            ],
+            ["IScore", f"{measures['iscore']:.1f}", "mean squared difference of two experts' heatmaps"],
+            ["CScore", f"{measures['cscore']:.0f} pixels⁴", "how much the distance between two focuses varies"],
+            ["dead heatmaps", f"{100 * measures['dead_heatmaps']:.1f} %", "heatmaps that are zero everywhere"],
+        ],
+    )
+
+
+def make_loss(config: TrainConfig, image_size: tuple[int, int]) -> FusedImmunityLoss:
+    """The loss of a run's settings; its heatmaps have the images' size."""
+    return FusedImmunityLoss(
+        config.alpha,
+        config.beta,
+        config.gamma,
+        size=image_size,
+        smoothing=config.smoothing,
+        weight_scale=config.weight_scale,
+        score=config.score,
+        detach_weights=config.detach_weights,
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = cli.Parser(prog="python -m immunity_fast.evaluate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that immunity_fast.train wrote")
+    parser.add_argument("--limit", type=int, metavar="INT", help="test images to attack; default: the run's setting")
+    parser.add_argument("--data", metavar="PATH", help="where the data set lies now, if it was moved")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: CUDA if there is any")
+    options = parser.parse_args(arguments)
+    try:
+        run = Run.open(options.run)
+        config = run.config()
+        device = cli.pick_device(options.device)
+        limit = config.attack_images if options.limit is None else options.limit
+        if limit < 1:
+            raise ValueError(f"--limit: expected at least 1, got {limit}")
+        dataset = load(
+            config.dataset,
+            options.data or config.data,
+            limit_train=config.limit_train,
+            image_size=config.image_size,
+        ).to(device)
+        model, info = load_model(run.checkpoint, device)
+        if info["model"]["num_classes"] != dataset.num_classes or info["data"] != dataset.fingerprint():
+            raise ValueError(f"the data are not those that {options.run} was trained on")
+    except (ValueError, ModuleNotFoundError) as error:
+        raise cli.InputError(str(error)) from error
+    evaluate_run(run, model, dataset, config, limit)
+
+
+if __name__ == "__main__":
+    cli.run_command(main)
