@@ -1,0 +1,1 @@
+"""Measurements: what the numbers in the README come from. `results/` holds what was measured."""
