@@ -12,7 +12,7 @@ Shared arguments:
     generator: of random starts; None is PyTorch's default generator.
 
 Each returns adversarial images (B, C, H, W), detached, inside the ball and inside [0, 1]. `ValueError`: images outside
-[0, 1] or not 4-D, labels of another shape, eps or alpha < 0, steps < 0, or an output with no gradient for the images.
+[0, 1] or not 4-D, labels of another shape or not integers, eps or alpha < 0, steps < 0, or an output with no gradient for the images.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def mim(
 ) -> Tensor:
     """Momentum iterative method (Dong et al., arXiv 1710.06081): signed steps along a decaying sum of gradients."""
     _check(images, labels, eps, alpha, steps)
-    adversarial, momentum = images, torch.zeros_like(images)
+    adversarial, momentum = images.detach(), torch.zeros_like(images)
     for _ in range(steps):
         gradient = _gradient(model, adversarial, labels)
         magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
@@ -84,7 +84,7 @@ def mim(
 def _descend(
     model: Model, start: Tensor, images: Tensor, labels: Tensor, eps: float, alpha: float, steps: int
 ) -> Tensor:
-    adversarial = start
+    adversarial = start.detach()
     for _ in range(steps):
         adversarial = _project(adversarial + alpha * _gradient(model, adversarial, labels).sign(), images, eps)
     return adversarial
@@ -94,7 +94,7 @@ def _gradient(model: Model, images: Tensor, labels: Tensor) -> Tensor:
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         # The sum, not the mean: an image's gradient then does not shrink with the size of its batch.
-        loss = F.cross_entropy(model(images), labels, reduction="sum")
+        loss = F.cross_entropy(model(images), labels.long(), reduction="sum")
         gradient = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
     if gradient is None:
         raise ValueError(
@@ -111,10 +111,10 @@ def _project(adversarial: Tensor, images: Tensor, eps: float) -> Tensor:
 def _check(images: Tensor, labels: Tensor, eps: float, alpha: float, steps: int) -> None:
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(f"images: expected floating-point (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"labels: expected shape ({images.shape[0]},), got {tuple(labels.shape)}")
+    if labels.shape != images.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"labels: expected integers ({images.shape[0]},), got {labels.dtype} {tuple(labels.shape)}")
     if images.numel() and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(f"images: expected values in [0, 1], got {images.min():.4g} to {images.max():.4g}")
     for name, value in (("eps", eps), ("alpha", alpha), ("steps", steps)):
-        if value < 0:
+        if not value >= 0:  # NaN too
             raise ValueError(f"{name}: expected at least 0, got {value}")

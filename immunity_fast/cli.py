@@ -23,7 +23,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: this command needs {missing.name}: pip install 'immunity-fast[train]'") from None
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)  # a folder's name may look like markup
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +56,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device has no numbers to give back
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--device {name}: cannot be used here ({reason})") from error

@@ -43,9 +43,9 @@ class TrainConfig:
     weight_scale: WeightScale = _option("channels", "factor of Grad-CAM's channel weights")
     score: Score = _option("logit", "what Grad-CAM differentiates")
     detach_weights: bool = _option(False, "treat Grad-CAM's weights as constants: cheaper, approximate gradient")
-    epochs: int = _option(16, "passes over the training images")
+    epochs: int = _option(8, "passes over the training images")
     batch_size: int = _option(32, "images a step")
-    lr: float = _option(0.02, "learning rate at the start of its cosine")
+    lr: float = _option(0.05, "learning rate at the start of its cosine")
     momentum: float = _option(0.9, "Nesterov momentum of SGD")
     weight_decay: float = _option(5e-4, "weight decay of SGD")
     clip_grad_norm: float | None = _option(None, "clip the gradient's norm to this; default: no clipping")
@@ -68,8 +68,9 @@ class TrainConfig:
         _check(self, "lr", 0 < self.lr < math.inf, "a finite number above 0")
         _check(self, "momentum", 0 < self.momentum < 1, "a number between 0 and 1")
         _check(self, "clip_grad_norm", self.clip_grad_norm is None or self.clip_grad_norm > 0, "a number above 0")
-        for name in ("crop_padding", "check_images", "seed"):
+        for name in ("crop_padding", "check_images"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
+        _check(self, "seed", 0 <= self.seed < 2**63, "0 to 2⁶³ − 1")
         _check(self, "rotation", 0 <= self.rotation <= 180, "0 to 180 degrees")
         for option in dataclasses.fields(self):
             choices = _choices(option)
@@ -84,10 +85,14 @@ class TrainConfig:
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
         """The inverse of `to_json`; ValueError where a setting is missing, unknown or of the wrong type."""
         expected = typing.get_type_hints(cls)
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object of settings, got {values!r}")
         if values.keys() != expected.keys():
             raise ValueError(f"settings missing or unknown: {', '.join(sorted(values.keys() ^ expected.keys()))}")
         for name, value in values.items():
-            if not isinstance(value, _plain_types(expected[name])):
+            kinds = _plain_types(expected[name])
+            # To Python true is a number, to a reader of the file it is not.
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 raise ValueError(f"setting {name}: got {value!r}")
         return cls(**values)
 
@@ -104,7 +109,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         elif choices := _choices(option):
             keywords["choices"] = choices
         else:
-            kind = next(kind for kind in (int, float, str) if kind in _plain_types(hints[option.name]))
+            kind = next(kind for kind in (float, int, str) if kind in _plain_types(hints[option.name]))
             keywords["type"] = kind
             keywords["metavar"] = kind.__name__.upper()
         parser.add_argument(f"--{option.name.replace('_', '-')}", **keywords)
@@ -132,7 +137,7 @@ def _check(config: TrainConfig, name: str, fits: bool, expected: str) -> None:
 
 PRESETS: dict[str, TrainConfig] = {
     # Minutes on two CPU cores, on data that scikit-learn ships.
-    "quickstart": TrainConfig(),
+    "quickstart": TrainConfig(check_images=100, attack_images=200),
     # The paper's recipe as far as it is published; 200 epochs want a GPU.
     "paper": TrainConfig(preset="paper", dataset="cifar10", arch="googlenet", epochs=200, batch_size=32, lr=0.01),
     # CIFAR-10 in a sitting on one GPU: larger batches, fewer epochs, a smaller network.

@@ -5,9 +5,10 @@ PGD-20 (step 2/255, random start).
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,22 +31,17 @@ FIGURE_ROWS = 8
 EVALUATION_BATCH = 250
 
 
-class Setting(NamedTuple):
-    """One way to attack and defend: which switch the attacker differentiates, and which one then answers."""
+Attack = Callable[[ImmunityMoE, Tensor, Tensor, torch.Generator], Tensor]
 
-    key: str
-    attacker: Switch
-    defender: Switch
-    title: str
-
-
-SETTINGS = (
-    Setting("switching", "call", "call", "gate switching; attacker sees a draw a step"),
-    Setting("switching_mean_attacker", "mean", "call", "gate switching; attacker has the exact mean"),
-    Setting("mean", "mean", "mean", "exact mean of the gate; attacker has it"),
-)
-ATTACKS: dict[str, Callable[[ImmunityMoE, Tensor, Tensor, torch.Generator], Tensor]] = {
-    "clean": lambda model, images, labels, generator: images,
+# (which switch the attacker differentiates, which one then answers) → what a table says of it
+SETTINGS: dict[tuple[Switch, Switch], str] = {
+    ("sample", "sample"): "gate switching; attacker sees a draw a step",
+    ("mean", "sample"): "gate switching; attacker has the exact mean",
+    ("mean", "mean"): "exact mean of the gate; attacker has it",
+}
+ATTACKERS: tuple[Switch, ...] = ("sample", "mean")
+ATTACKS: dict[str, Attack | None] = {
+    "clean": None,
     "FGSM": lambda model, images, labels, generator: fgsm(model, images, labels),
     "PGD-20": lambda model, images, labels, generator: pgd(model, images, labels, steps=20, generator=generator),
 }
@@ -56,13 +52,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracies on `test` (all of it clean, a fixed random sample of `attack_images` attacked) and heatmap measures.
 
-    Returns a JSON object: `accuracy`, a list of {attack, gate, attacker, correct, images, accuracy, interval (Wilson,
-    95 %)}, and `heatmaps`, see `heatmap_metrics`, on the sample. The model is left in evaluation mode, its switch and
-    generator as they were. The same seed gives the same result.
+    Returns a JSON object: `accuracy`, a list of {attack, attacker (the switch it differentiates; None for clean
+    images), gate (the switch that answers), correct, images, accuracy, interval (Wilson, 95 %)}, and `heatmaps`, see
+    `heatmap_metrics`, on the sample. The model is left in evaluation mode, its switch and generator as they were. The
+    same seed gives the same result.
     """
-    switch, generator = model.gate.switch, model.gate.generator
+    generator = model.gate.generator
     attacked = sample(test, attack_images)
-    counts: dict[tuple[str, str], int] = {}
+    counts: Counter[tuple[str, Switch | None, Switch]] = Counter()
     model.eval()
     model.gate.generator = torch.Generator().manual_seed(seed)
     starts = torch.Generator().manual_seed(seed + 1)
@@ -72,27 +69,25 @@ def evaluate(
                 split = test if attack == "clean" else attacked
                 task = progress.add_task(f"evaluation: {attack}", total=len(split), status="")
                 for images, labels in batches(split, EVALUATION_BATCH):
-                    made: dict[Switch, Tensor] = {}
-                    for setting in SETTINGS:
-                        if setting.attacker not in made:
-                            model.gate.switch = setting.attacker
-                            made[setting.attacker] = make(model, images, labels, starts)
-                        model.gate.switch = setting.defender
-                        right = correct(model, made[setting.attacker], labels)
-                        counts[attack, setting.key] = counts.get((attack, setting.key), 0) + right
+                    for attacker in ATTACKERS if make else (None,):
+                        made = images
+                        if make and attacker:
+                            with model.gate.switched(attacker):
+                                made = make(model, images, labels, starts)
+                        for defender, right in correct(model, made, labels).items():
+                            counts[attack, attacker, defender] += right
                     progress.advance(task, len(labels))
         heatmaps = heatmap_metrics(model, loss_fn, attacked, EVALUATION_BATCH)
     finally:
-        model.gate.switch, model.gate.generator = switch, generator
+        model.gate.generator = generator
     accuracy = []
-    for (attack, key), right in counts.items():
+    for (attack, attacker, defender), right in counts.items():
         total = len(test if attack == "clean" else attacked)
-        setting = next(setting for setting in SETTINGS if setting.key == key)
         accuracy.append(
             {
                 "attack": attack,
-                "gate": setting.defender,
-                "attacker": setting.attacker,
+                "attacker": attacker,
+                "gate": defender,
                 "correct": right,
                 "images": total,
                 "accuracy": right / total,
@@ -107,14 +102,16 @@ def accuracy_table(results: dict[str, Any]) -> Table:
     rows = []
     for attack in ATTACKS:
         found = {(r["attacker"], r["gate"]): r for r in results["accuracy"] if r["attack"] == attack}
-        cells = [found[setting.attacker, setting.defender] for setting in SETTINGS]
-        percent = [f"{100 * c['accuracy']:.1f} ± {50 * (c['interval'][1] - c['interval'][0]):.1f}" for c in cells]
-        if attack == "clean":
-            percent[1] = "—"  # nobody attacks: the same as the first column
-        rows.append([attack, str(cells[0]["images"]), *percent])
+        if attack == "clean":  # nobody attacks: the first two columns are one
+            found |= {(gate, gate): r for (_, gate), r in found.items()}
+        cells = [found.get(setting) for setting in SETTINGS]
+        percent = [
+            f"{100 * c['accuracy']:.1f} ± {50 * (c['interval'][1] - c['interval'][0]):.1f}" if c else "—" for c in cells
+        ]
+        rows.append([attack, f"{next(iter(found.values()))['images']:,}", *percent])
     return Table(
         "Test accuracy, %",
-        ["attack", "images", *(setting.title for setting in SETTINGS)],
+        ["attack", "images", *SETTINGS.values()],
         rows,
         "Linf, eps 8/255; PGD-20 with steps of 2/255 from a random start. ± is half the 95 % Wilson interval.",
     )
@@ -129,10 +126,8 @@ def evaluate_run(run: Run, model: ImmunityMoE, dataset: ImageDataset, config: Tr
     shown = sample(dataset.test, FIGURE_ROWS)
     images = to_float(shown.images)
     heatmaps, _ = expert_maps(model, loss_fn, images, shown.labels)
-    with torch.no_grad():
-        switch, model.gate.switch = model.gate.switch, "mean"
+    with torch.no_grad(), model.gate.switched("mean"):
         predicted = model(images).argmax(-1)
-        model.gate.switch = switch
     names = dataset.classes
     labels = [f"{names[t]} → {names[p]}" for t, p in zip(shown.labels.tolist(), predicted.tolist(), strict=True)]
     run.figures.mkdir(exist_ok=True)
@@ -159,10 +154,10 @@ def evaluate_run(run: Run, model: ImmunityMoE, dataset: ImageDataset, config: Tr
             f"on {len(dataset.test):,} test images. α = {config.alpha:g}, β = {config.beta:g}, γ = {config.gamma:g}."
         ),
         facts={
-            "test accuracy, gate switching": by_key["clean", "call", "call"],
-            "test accuracy, exact mean": by_key["clean", "mean", "mean"],
-            "PGD-20, gate switching, attacker sees a draw a step": by_key["PGD-20", "call", "call"],
-            "PGD-20, gate switching, attacker has the exact mean": by_key["PGD-20", "mean", "call"],
+            "test accuracy, gate switching": by_key["clean", None, "sample"],
+            "test accuracy, exact mean": by_key["clean", None, "mean"],
+            "PGD-20, gate switching, attacker sees a draw a step": by_key["PGD-20", "sample", "sample"],
+            "PGD-20, gate switching, attacker has the exact mean": by_key["PGD-20", "mean", "sample"],
             "mutual information of expert and position": f"{measures['mutual_information']:.2f} nats",
             "dead heatmaps": f"{100 * measures['dead_heatmaps']:.1f} %",
         },

@@ -191,7 +191,11 @@ def check_heatmap_options(
         raise ValueError("backend: this version has no Triton kernels yet; use 'torch' or 'auto'")
     if size is None:
         return None
-    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+    if (
+        not isinstance(size, (tuple, list))
+        or len(size) != 2
+        or not all(isinstance(side, int) and side > 0 for side in size)
+    ):
         raise ValueError(f"size: expected two positive integers (H, W) or None, got {size!r}")
     return (size[0], size[1])
 

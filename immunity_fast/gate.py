@@ -1,5 +1,7 @@
 """The Random Switch Gate of arXiv 2402.18787: a small network that weighs the experts, shuffled at evaluation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -12,7 +14,7 @@ Switch = Literal["call", "sample", "off", "mean"]
 
 
 class RandomSwitchGate(nn.Module):
-    """Images (B, 3, H, W) to the experts' weights (B, N), ≥ 0, each row summing to 1.
+    """Images (B, 3, H, W) to the experts' weights (B, N), at least float32, ≥ 0, each row summing to 1.
 
     In training mode these are the trained weights. In evaluation mode `switch` decides:
 
@@ -63,11 +65,22 @@ class RandomSwitchGate(nn.Module):
         check_choice("switch", value, Switch)
         self._switch: Switch = value
 
+    @contextmanager
+    def switched(self, switch: Switch) -> Iterator[None]:
+        """Another `switch` for the length of a `with` block."""
+        before, self.switch = self.switch, switch
+        try:
+            yield
+        finally:
+            self.switch = before
+
     def forward(self, images: Tensor) -> Tensor:
         """Weights (B, N) for `images` (B, 3, H, W)."""
         if not self.training and self.switch == "mean":
-            return images.new_full((images.shape[0], self.num_experts), 1 / self.num_experts)
-        weights: Tensor = self.network(images).softmax(-1)
+            dtype = torch.promote_types(images.dtype, torch.float32)
+            return images.new_full((images.shape[0], self.num_experts), 1 / self.num_experts, dtype=dtype)
+        scores: Tensor = self.network(images)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         if self.training or self.switch == "off":
             return weights
         return weights.gather(-1, self._permutations(images.shape[0], weights.device))

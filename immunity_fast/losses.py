@@ -155,12 +155,15 @@ class FusedImmunityLoss(nn.Module):
             ValueError, TypeError: as `forward`.
         """
 
+        def run(maps: Tensor) -> Tensor:
+            return stack_experts("head", head(maps), 3, "(N, B, K) of its result")
+
         def scored(maps: Tensor) -> tuple[Tensor, Tensor]:
-            logits = head(maps)
+            logits = run(maps)
             return label_scores(logits, self._check(logits, maps, targets), self.score), logits
 
         if not self._needs_heatmaps(return_terms):
-            logits = head(activations)
+            logits = run(activations)
             self._check(logits, activations, targets)
             return mixture_cross_entropy(logits, gate, targets, self.alpha).sum() / max(len(targets), 1)
         gradients, logits = torch.func.grad(scored, has_aux=True)(activations)
@@ -177,9 +180,11 @@ class FusedImmunityLoss(nn.Module):
         if experts < 2:
             raise ValueError(f"logits: at least 2 experts expected, got shape {tuple(logits.shape)}")
         if isinstance(activations, Tensor):
-            shapes = [tuple(activations.shape[1:])] * activations.shape[0]
-        else:
+            shapes = [tuple(activations.shape[1:])] * (activations.shape[0] if activations.dim() else 1)
+        elif isinstance(activations, Sequence) and all(isinstance(part, Tensor) for part in activations):
             shapes = [tuple(part.shape) for part in activations]
+        else:
+            raise TypeError(f"activations: expected a tensor or a list of tensors, got {type(activations).__name__}")
         if len(shapes) != experts or len(set(shapes)) != 1 or len(shapes[0]) != 4 or shapes[0][0] != samples:
             raise ValueError(
                 f"activations: expected shape ({experts}, {samples}, C, h, w) or a list of {experts} tensors "
@@ -193,13 +198,15 @@ class FusedImmunityLoss(nn.Module):
             raise ValueError(f"logits: require no gradient, so Grad-CAM has none to take from activations; {hint}")
         if not all(part.requires_grad for part in activations):
             raise ValueError(f"activations: require no gradient; {hint}")
-        gradients = torch.autograd.grad(
-            score,
-            activations,
-            create_graph=not self.detach_weights and (self.beta > 0 or self.gamma > 0),
-            retain_graph=True,
-            allow_unused=True,
-        )
+        # Autocast would cast the backward pass of operations whose forward pass it has not seen.
+        with torch.autocast(score.device.type, enabled=False):
+            gradients = torch.autograd.grad(
+                score,
+                activations,
+                create_graph=not self.detach_weights and (self.beta > 0 or self.gamma > 0),
+                retain_graph=True,
+                allow_unused=True,
+            )
         if any(gradient is None for gradient in gradients):
             raise ValueError(f"activations: logits do not depend on them; {hint}")
         return list(gradients)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from immunity_fast.augmentation import to_float
 from immunity_fast.data import Split
-from immunity_fast.functional import label_scores, stack_experts
+from immunity_fast.functional import label_scores, mixture_log_probabilities, stack_experts
+from immunity_fast.gate import Switch
 from immunity_fast.kernels import reference
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.model import ImmunityMoE
@@ -29,10 +30,19 @@ def sample(split: Split, count: int) -> Split:
     return Split(split.images[indices], split.labels[indices])
 
 
-def correct(model: ImmunityMoE, images: Tensor, labels: Tensor) -> int:
-    """How many of the images the model, in the mode it is in, gets right."""
-    with torch.no_grad():
-        return int((model(images).argmax(-1) == labels).sum())
+def correct(model: ImmunityMoE, images: Tensor, labels: Tensor) -> dict[Switch, int]:
+    """How many of the images the model gets right: with its gate switching, and with the gate's exact mean.
+
+    The gate draws a permutation for each image, as it would were each image a call of its own: one draw for a whole
+    batch has the same mean, but its luck would pass for accuracy. One pass over the experts serves both. The model is to be in evaluation mode; its switch is left as it is.
+    """
+    with torch.no_grad(), model.gate.switched("sample"):
+        logits, _, gate = model.expert_outputs(images)
+    mixtures: dict[Switch, Tensor | None] = {"sample": gate, "mean": None}
+    return {
+        name: int((mixture_log_probabilities(logits, weights).argmax(-1) == labels).sum())
+        for name, weights in mixtures.items()
+    }
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

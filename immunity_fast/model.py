@@ -3,6 +3,7 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.func import functional_call
 
 from immunity_fast.batching import Batching, run_stacked, slices, stack_modules, unstack_modules
 from immunity_fast.experts import create
-from immunity_fast.experts.staged import default_stage, split
+from immunity_fast.experts.staged import StagedNetwork, default_stage, split
 from immunity_fast.functional import Experts, check_choice, mixture_log_probabilities
 from immunity_fast.gate import RandomSwitchGate, Switch
 
@@ -80,8 +81,8 @@ class ImmunityMoE(nn.Module):
 
         Args:
             experts: at least 2 modules from images (B, 3, H, W) to logits (B, K), of the same structure. An
-                `nn.Sequential` is split at a child; any other module runs whole, and its activations are caught on the
-                way, so that `expert_outputs` gives them as a list.
+                `nn.Sequential` is split at a child; any other module, or one with a `forward` of its own, runs whole,
+                and its activations are caught on the way, so that `expert_outputs` gives them as a list.
             gate: None is a new `RandomSwitchGate` with `switch` and `generator`, which a given gate has of its own.
             stage: the child, or (not for `nn.Sequential`) the dotted name of any submodule, whose output Grad-CAM
                 looks at; None is the last direct child whose map exceeds 8×8.
@@ -89,12 +90,14 @@ class ImmunityMoE(nn.Module):
             mean, std: normalisation before the experts and the gate; None is none: the experts do their own.
 
         Raises:
-            ValueError: fewer than 2 experts, experts of different structure, an unknown stage.
+            ValueError: fewer than 2 experts, experts of different structure, an unknown stage, a mean without a std.
         """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         if gate is None:
             gate = RandomSwitchGate(max(len(experts), 1), switch=switch, generator=generator)
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean, std: expected both or neither, got {mean} and {std}")
         normalize = nn.Identity() if mean is None or std is None else Normalize(mean, std)
         model._assemble(experts, gate, stage, image_size, batching, normalize)
         return model
@@ -118,7 +121,7 @@ class ImmunityMoE(nn.Module):
         self.gate = gate
         self.experts = stack_modules(experts)
         # A tuple, so that the two halves, which share the experts' modules, are not registered a second time.
-        self._halves = split(self.experts, self.stage) if isinstance(self.experts, nn.Sequential) else None
+        self._halves = split(self.experts, self.stage) if _is_chain(self.experts) else None
         if self._halves is None and self.stage not in dict(self.experts.named_modules()):
             raise ValueError(f"stage: the experts have no submodule {self.stage!r}")
 
@@ -158,10 +161,11 @@ class ImmunityMoE(nn.Module):
         return [_prepend(copy.deepcopy(self.normalize), module) for module in modules]
 
     def _normalized(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = getattr(images, "dtype", type(images).__name__)
+            raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {kind}")
         if images.dim() != 4:
             raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {images.dtype}")
         normalized: Tensor = self.normalize(images)
         return normalized
 
@@ -199,7 +203,15 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
+def _is_chain(network: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether running its children one after another is all that it does."""
+    return isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward
+
+
 def _prepend(normalize: nn.Module, network: nn.Module) -> nn.Module:
-    if isinstance(network, nn.Sequential):
-        return type(network)(OrderedDict([("normalize", normalize), *network.named_children()]))
+    if _is_chain(network):
+        # Not named_children(): it drops the second use of a module that stands in the chain twice. And a subclass of
+        # the user's may take other arguments than children.
+        kind = StagedNetwork if isinstance(network, StagedNetwork) else nn.Sequential
+        return kind(OrderedDict([("normalize", normalize), *network._modules.items()]))
     return nn.Sequential(OrderedDict([("normalize", normalize), ("expert", network)]))

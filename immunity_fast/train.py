@@ -199,37 +199,31 @@ def training_means(trainer: Trainer) -> dict[str, float]:
 def validate(trainer: Trainer) -> dict[str, float]:
     """Accuracies and heatmap measures on the validation split; PGD attacks the exact mean and is judged on it."""
     model, validation, config = trainer.model.eval(), trainer.dataset.validation, trainer.config
-    gate = model.gate
-    right = {"call": 0, "mean": 0}
-    try:
-        for images, labels in batches(validation, EVALUATION_BATCH):
-            gate.switch = "call"
-            right["call"] += correct(model, images, labels)
-            gate.switch = "mean"
-            right["mean"] += correct(model, images, labels)
-        measured = {
-            "val_accuracy_switching": right["call"] / len(validation),
-            "val_accuracy_mean": right["mean"] / len(validation),
-        }
-        checked = sample(validation, config.check_images)
-        if len(checked):
-            starts = torch.Generator().manual_seed(config.seed)
-            survived = 0
-            for images, labels in batches(checked, EVALUATION_BATCH):
+    right = [correct(model, images, labels) for images, labels in batches(validation, EVALUATION_BATCH)]
+    measured = {
+        "val_accuracy_switching": sum(count["sample"] for count in right) / len(validation),
+        "val_accuracy_mean": sum(count["mean"] for count in right) / len(validation),
+    }
+    checked = sample(validation, config.check_images)
+    if len(checked):
+        starts = torch.Generator().manual_seed(config.seed)
+        survived = 0
+        for images, labels in batches(checked, EVALUATION_BATCH):
+            with model.gate.switched("mean"):
                 attacked = pgd(model, images, labels, steps=10, generator=starts)
-                survived += correct(model, attacked, labels)
-            measured["val_pgd10_accuracy_mean"] = survived / len(checked)
-            heatmaps = heatmap_metrics(model, trainer.loss_fn, checked, EVALUATION_BATCH)
-            measured |= {f"val_{name}": value for name, value in heatmaps.items()}
-    finally:
-        gate.switch = "call"
-        model.train()
+            survived += correct(model, attacked, labels)["mean"]
+        measured["val_pgd10_accuracy_mean"] = survived / len(checked)
+        heatmaps = heatmap_metrics(model, trainer.loss_fn, checked, EVALUATION_BATCH)
+        measured |= {f"val_{name}": value for name, value in heatmaps.items()}
+    model.train()
     return measured
 
 
 def check_finite(trainer: Trainer, run: Run) -> None:
-    """Stop a run whose loss is no longer a number, before its checkpoint is overwritten."""
-    if not bool(trainer.sums.isfinite().all()):
+    """Stop a run whose loss or weights are no longer numbers, before its checkpoint is overwritten."""
+    # The weights too: a gradient can be NaN where the loss, from before its step, is not.
+    watched = [trainer.sums, *trainer.model.parameters()]
+    if not all(bool(tensor.isfinite().all()) for tensor in watched):
         raise cli.InputError(
             f"the loss became infinite or NaN in epoch {trainer.epoch + 1}; {run.checkpoint} is from before. "
             "Try a smaller --lr or --clip-grad-norm"
