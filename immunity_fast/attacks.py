@@ -12,7 +12,8 @@ Shared arguments:
     generator: of random starts; None is PyTorch's default generator.
 
 Each returns adversarial images (B, C, H, W), detached, inside the ball and inside [0, 1]. `ValueError`: images outside
-[0, 1] or not 4-D, labels of another shape or not integers, eps or alpha < 0, steps < 0, or an output with no gradient for the images.
+[0, 1] or not 4-D, labels of another shape or not integers, eps or alpha < 0, steps < 0, or an output without a gradient
+for the images.
 """
 
 from collections.abc import Callable

@@ -34,7 +34,8 @@ def correct(model: ImmunityMoE, images: Tensor, labels: Tensor) -> dict[Switch, 
     """How many of the images the model gets right: with its gate switching, and with the gate's exact mean.
 
     The gate draws a permutation for each image, as it would were each image a call of its own: one draw for a whole
-    batch has the same mean, but its luck would pass for accuracy. One pass over the experts serves both. The model is to be in evaluation mode; its switch is left as it is.
+    batch has the same mean, but its luck would pass for accuracy. One pass over the experts serves both. The model is
+    to be in evaluation mode; its switch is left as it is.
     """
     with torch.no_grad(), model.gate.switched("sample"):
         logits, _, gate = model.expert_outputs(images)
