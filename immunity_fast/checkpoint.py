@@ -29,9 +29,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except OSError:
+    except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not name its file
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
@@ -56,10 +56,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole checkpoint ({error})") from error
-    if metadata is None:
+    try:
+        info = json.loads(metadata or "")
+    except ValueError:
+        info = None
+    if not isinstance(info, dict):
         raise ValueError(f"{path}: not a checkpoint of immunity_fast")
-    info = json.loads(metadata)
-    if info.pop("format") != FORMAT:
+    if info.pop("format", None) != FORMAT:
         raise ValueError(f"{path}: written by another version of immunity_fast; expected format {FORMAT}")
     return tensors, info
 

@@ -1,6 +1,7 @@
 """What the commands share: one-line errors, the choice of a device, progress bars."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -35,6 +36,9 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command and exit: what the user can mend is one line on stderr and status 1, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a × that a terminal cannot show must not end a run
     try:
         main()
     except KeyboardInterrupt:

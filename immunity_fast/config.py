@@ -98,10 +98,12 @@ class TrainConfig:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """One option a setting, none with a default: what the namespace holds afterwards is what the user gave."""
+    """One option a setting, none with a default of the parser's: the namespace then holds what the user gave."""
     hints = typing.get_type_hints(TrainConfig)
     for option in dataclasses.fields(TrainConfig):
-        keywords: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": option.metadata["help"]}
+        default = getattr(PRESETS["quickstart"], option.name)
+        text = option.metadata["help"] + ("" if default is None else f" [{default}]")
+        keywords: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": text}
         if hints[option.name] is bool:
             keywords["action"] = argparse.BooleanOptionalAction
         elif option.name == "preset":

@@ -234,6 +234,14 @@ def main(arguments: list[str] | None = None) -> None:
         model, info = load_model(run.checkpoint, device)
         if info["model"]["num_classes"] != dataset.num_classes or info["data"] != dataset.fingerprint():
             raise ValueError(f"the data are not those that {options.run} was trained on")
+        if (info["model"]["arch"], info["model"]["num_experts"]) != (config.arch, config.experts):
+            raise ValueError(f"{run.checkpoint}: of another run: {info['model']}")
+        if info["epoch"] < config.epochs:
+            raise ValueError(
+                f"{options.run}: stopped after {info['epoch']} of {config.epochs} epochs; "
+                f"go on with: python -m immunity_fast.train --resume {options.run}"
+            )
+        run.metrics()
     except (ValueError, ModuleNotFoundError) as error:
         raise cli.InputError(str(error)) from error
     evaluate_run(run, model, dataset, config, limit)

@@ -71,17 +71,29 @@ class Run:
             raise ValueError(f"{self.config_file}: {error}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records of the epochs that were finished; a last line that was cut off is left out."""
+        """The records of the epochs that were finished; a last line that was cut off is left out.
+
+        Raises:
+            ValueError: a line is no record.
+        """
         records: list[dict[str, Any]] = []
         if self.metrics_file.is_file():
-            for line in self.metrics_file.read_text(encoding="utf-8").split("\n")[:-1]:
-                records.append(json.loads(line))
+            for number, line in enumerate(self.metrics_file.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    record = None
+                if not isinstance(record, dict) or "epoch" not in record:
+                    raise ValueError(f"{self.metrics_file}: line {number} is no record of an epoch")
+                records.append(record)
         return records
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one epoch's record."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # the checkpoint that follows takes this record for written
 
     def forget_metrics_after(self, epoch: int) -> None:
         """Drop the records of epochs after `epoch`: a resumed run will write them again."""

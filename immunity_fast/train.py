@@ -30,6 +30,7 @@ from immunity_fast.checkpoint import (
 from immunity_fast.config import PRESETS, TrainConfig, add_options
 from immunity_fast.data import ImageDataset, load
 from immunity_fast.evaluate import EVALUATION_BATCH, evaluate_run, make_loss
+from immunity_fast.experts import create
 from immunity_fast.loader import TrainLoader
 from immunity_fast.metrics import batches, correct, heatmap_metrics, sample
 from immunity_fast.model import ImmunityMoE
@@ -278,7 +279,11 @@ def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
     Raises:
         ValueError, OSError: settings out of range, or a run that cannot go on with them.
     """
-    parser = cli.Parser(prog="python -m immunity_fast.train", description=(__doc__ or "").split("\n")[0])
+    parser = cli.Parser(
+        prog="python -m immunity_fast.train",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="In brackets: what the preset quickstart sets.",
+    )
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--out", type=Path, metavar="DIR", help="folder of a new run; default: runs/DATASET-ARCH-TIME")
     folder.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
@@ -308,13 +313,28 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     """
     device = cli.pick_device(config.device)
     dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
+    check_trainable(config, dataset)
     trainer = Trainer(config, dataset, device)
     if not resume:
         return trainer, Run.create(folder, config)
     run = Run.open(folder)
+    run.metrics()
     if run.checkpoint.is_file():
         trainer.load(run.checkpoint)
     return trainer, run
+
+
+def check_trainable(config: TrainConfig, dataset: ImageDataset) -> None:
+    """ValueError where the images, or a batch of them, are too small for the architecture; nothing is computed."""
+    batch = min(config.batch_size, len(dataset.train))
+    height, width = dataset.image_size
+    try:
+        with torch.device("meta"):
+            create(config.arch, dataset.num_classes).train()(torch.empty(batch, 3, height, width))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"--arch {config.arch}: cannot be trained on images of {height}×{width}, {batch} at a time ({error})"
+        ) from error
 
 
 def main(arguments: list[str] | None = None) -> None:
