@@ -20,13 +20,13 @@ from immunity_fast.config import TrainConfig
 from immunity_fast.train import prepare, train
 
 GRID = (
-    # α, β, γ: the plain mixture, mutual information alone, then one coefficient at a time around (1, 1, 2e-5)
+    # α, β, γ: the plain mixture, mutual information alone, γ in steps of ten, then β and α around the best
     (1.0, 0.0, 0.0),
     (1.0, 1.0, 2e-5),
     (1.0, 1.0, 0.0),
     (1.0, 1.0, 2e-4),
-    (1.0, 3.0, 2e-5),
-    (0.1, 1.0, 2e-5),
+    (1.0, 3.0, 2e-4),
+    (0.1, 1.0, 2e-4),
 )
 
 

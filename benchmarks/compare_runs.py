@@ -1,6 +1,6 @@
 """Collects finished runs into one record and prints them as a table; runs that differ in their seed alone are one row.
 
-    python -m benchmarks.compare_runs runs/plain-0 runs/plain-1 runs/full-0 runs/full-1 --out benchmarks/results/NAME.json
+    python -m benchmarks.compare_runs runs/plain-0 runs/plain-1 runs/full-0 --out benchmarks/results/NAME.json
 
 Test accuracies and heatmap measures are those of each run's results.json; ± is half the range over the seeds.
 """

@@ -24,7 +24,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"error: this command needs {missing.name}: pip install 'immunity-fast[train]'") from None
 
-console = Console(highlight=False, soft_wrap=True, markup=False)  # a folder's name may look like markup
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a folder's name may look like markup
 
 
 class Parser(argparse.ArgumentParser):

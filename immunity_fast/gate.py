@@ -46,14 +46,16 @@ class RandomSwitchGate(nn.Module):
         self.num_experts = num_experts
         self.switch = switch
         self.generator = generator
-        self.network = network or nn.Sequential(
-            nn.Conv2d(3, 16, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.ReLU(),
-            GlobalAveragePool(),
-            nn.Linear(32, num_experts),
-        )
+        if network is None:
+            network = nn.Sequential(
+                nn.Conv2d(3, 16, 3, stride=2, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(16, 32, 3, stride=2, padding=1),
+                nn.ReLU(),
+                GlobalAveragePool(),
+                nn.Linear(32, num_experts),
+            )
+        self.network = network
 
     @property
     def switch(self) -> Switch:

@@ -144,10 +144,10 @@ def train(trainer: Trainer, run: Run) -> None:
     """
     config, loader = trainer.config, trainer.loader
     total = config.epochs * len(loader)
-    board = tensorboard(run)
     if not run.checkpoint.is_file():
         save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
     run.forget_metrics_after(trainer.epoch)
+    board = tensorboard(run)  # after these, because on a full disk its own thread would print a traceback
     with cli.progress_bar() as progress:
         task = progress.add_task("training", total=total, completed=trainer.step, status="")
         while trainer.epoch < config.epochs:

@@ -1,0 +1,203 @@
+"""Stacked experts: a loop and `vmap` agree with each other and with every expert alone, step after step."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from immunity_fast.batching import Batching, choose, run_stacked, slices, stack_modules, unstack_modules
+from immunity_fast.experts import create
+
+BOTH: list[Batching] = ["loop", "vmap"]
+
+
+def _experts(count: int = 3, *, training: bool = True) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [create("resnet8", 4).double().train(training) for _ in range(count)]
+
+
+def _images(samples: int = 4, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(samples, 3, 10, 12, generator=generator, dtype=torch.float64)
+
+
+def _assert_same_state(actual: nn.Module, expected: nn.Module, tolerance: float = 0) -> None:
+    torch.testing.assert_close(actual.state_dict(), expected.state_dict(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("batching", BOTH)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_stacked_experts_are_each_expert_alone(batching: Batching, training: bool, shared: bool) -> None:
+    experts = _experts(training=training)
+    stacked = stack_modules(experts)
+    x = _images() if shared else torch.stack([_images(seed=seed) for seed in range(3)])
+    expected = torch.stack([expert(x if shared else x[i]) for i, expert in enumerate(experts)])
+    actual = run_stacked(stacked, x, 3, shared=shared, batching=batching)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    for mine, alone in zip(unstack_modules(stacked, 3), experts, strict=True):
+        _assert_same_state(mine, alone, 1e-10)
+
+
+def test_loop_and_vmap_train_alike() -> None:
+    """Parameters, running statistics and num_batches_tracked after some steps of SGD, and then evaluation mode."""
+    models = {batching: stack_modules(_experts()) for batching in BOTH}
+    outputs = {}
+    for batching, model in models.items():
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(3):
+            loss = run_stacked(model, _images(seed=step), 3, shared=True, batching=batching).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        outputs[batching] = run_stacked(model.eval(), _images(), 3, shared=True, batching=batching)
+    torch.testing.assert_close(outputs["loop"], outputs["vmap"], rtol=1e-9, atol=1e-9)
+    _assert_same_state(models["loop"], models["vmap"], 1e-9)
+    tracked = models["vmap"].state_dict()["stem.1.num_batches_tracked"]
+    assert tracked.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("batching", BOTH)
+def test_evaluation_mode_leaves_the_statistics_alone(batching: Batching) -> None:
+    stacked = stack_modules(_experts(training=False))
+    before = copy.deepcopy(stacked)
+    run_stacked(stacked, _images(), 3, shared=True, batching=batching)
+    _assert_same_state(stacked, before)
+
+
+@pytest.mark.parametrize("batching", BOTH)
+def test_each_expert_has_statistics_of_its_own(batching: Batching) -> None:
+    stacked = stack_modules(_experts())
+    run_stacked(stacked, _images(), 3, shared=True, batching=batching)
+    means = stacked.state_dict()["stem.1.running_mean"]
+    assert means.shape == (3, 16)
+    assert all(not torch.equal(means[i], means[j]) for i in range(3) for j in range(i))
+
+
+@pytest.mark.parametrize("batching", BOTH)
+def test_gradients_are_those_of_each_expert_alone(batching: Batching) -> None:
+    experts = _experts()
+    stacked = stack_modules(experts)
+    run_stacked(stacked, _images(), 3, shared=True, batching=batching)[..., 0].sum().backward()
+    for i, expert in enumerate(experts):
+        expert(_images())[..., 0].sum().backward()
+        for (name, mine), alone in zip(stacked.named_parameters(), expert.parameters(), strict=True):
+            assert mine.grad is not None, name
+            torch.testing.assert_close(mine.grad[i], alone.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("batching", BOTH)
+def test_an_empty_batch_passes(batching: Batching) -> None:
+    stacked = stack_modules(_experts(training=False))
+    assert run_stacked(stacked, _images(0), 3, shared=True, batching=batching).shape == (3, 0, 4)
+
+
+def test_stacking_and_unstacking_is_lossless() -> None:
+    experts = _experts()
+    for expert in experts:
+        expert(_images())
+    for twin, expert in zip(unstack_modules(stack_modules(experts), 3), experts, strict=True):
+        assert type(twin) is type(expert)
+        assert repr(twin) == repr(expert)
+        _assert_same_state(twin, expert)
+
+
+def test_stacking_copies() -> None:
+    experts = _experts()
+    before = copy.deepcopy(experts[0])
+    stacked = stack_modules(experts)
+    twins = unstack_modules(stacked, 3)
+    pointers = {tensor.data_ptr() for module in (*experts, stacked, *twins) for tensor in module.state_dict().values()}
+    assert len(pointers) == sum(len(module.state_dict()) for module in (*experts, stacked, *twins))
+    run_stacked(stacked, _images(), 3, shared=True)
+    _assert_same_state(experts[0], before)
+    _assert_same_state(twins[0], before)
+
+
+def test_one_slice_holds_one_experts_tensors_as_views() -> None:
+    stacked = stack_modules(_experts())
+    for i, own in enumerate(slices(stacked, 3)):
+        assert own.keys() == stacked.state_dict().keys()
+        for name, value in stacked.state_dict().items():
+            assert own[name].data_ptr() == value[i].data_ptr()
+
+
+@pytest.mark.parametrize("batching", BOTH)
+def test_frozen_parameters_stay_frozen(batching: Batching) -> None:
+    experts = _experts()
+    for expert in experts:
+        expert.get_submodule("stem").requires_grad_(False)
+    stacked = stack_modules(experts)
+    run_stacked(stacked, _images(), 3, shared=True, batching=batching).sum().backward()
+    for module in (stacked, *unstack_modules(stacked, 3)):
+        assert {name for name, p in module.named_parameters() if not p.requires_grad} == {
+            "stem.0.weight",
+            "stem.1.weight",
+            "stem.1.bias",
+        }
+    assert all((p.grad is None) == (not p.requires_grad) for p in stacked.parameters())
+
+
+@pytest.mark.parametrize("batching", BOTH)
+def test_dropout_differs_between_experts(batching: Batching) -> None:
+    torch.manual_seed(0)
+    expert = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))
+    stacked = stack_modules([copy.deepcopy(expert) for _ in range(3)])
+    outputs = run_stacked(stacked, torch.ones(50, 3), 3, shared=True, batching=batching)
+    assert all(not torch.equal(outputs[i], outputs[j]) for i in range(3) for j in range(i))
+
+
+@pytest.mark.parametrize("batching", BOTH)
+def test_tied_parameters_stay_tied(batching: Batching) -> None:
+    def tied() -> nn.Module:
+        first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+        second.weight = first.weight
+        return nn.Sequential(first, nn.Tanh(), second).double()
+
+    torch.manual_seed(0)
+    experts = [tied() for _ in range(2)]
+    stacked = stack_modules(experts)
+    x = _images(2).flatten(1)[:, :3]
+    expected = torch.stack([expert(x) for expert in experts])
+    torch.testing.assert_close(run_stacked(stacked, x, 2, shared=True, batching=batching), expected)
+    for module in (stacked, *unstack_modules(stacked, 2)):
+        assert module.get_submodule("0").weight is module.get_submodule("2").weight
+
+
+@pytest.mark.parametrize(
+    ("batching", "device", "expected"),
+    [
+        ("auto", "cpu", "loop"),
+        ("auto", "cuda", "vmap"),
+        ("loop", "cuda", "loop"),
+        ("vmap", "cpu", "vmap"),
+    ],
+)
+def test_auto_loops_on_a_cpu_only(batching: Batching, device: str, expected: str) -> None:
+    assert choose(batching, torch.device(device)) == expected
+
+
+OTHERS: dict[str, Any] = {
+    "width": lambda: nn.Sequential(nn.Linear(3, 5)),
+    "dtype": lambda: nn.Sequential(nn.Linear(3, 4)).double(),
+    "depth": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU()),
+    "type": lambda: nn.Linear(3, 4),
+    "bias": lambda: nn.Sequential(nn.Linear(3, 4, bias=False)),
+    "mode": lambda: nn.Sequential(nn.Linear(3, 4)).eval(),
+    "frozen": lambda: nn.Sequential(nn.Linear(3, 4)).requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_experts_of_different_structure_are_an_error(kind: str) -> None:
+    with pytest.raises(ValueError, match="experts: number 2 differs"):
+        stack_modules([nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4)), OTHERS[kind]()])
+
+
+def test_no_experts_are_an_error() -> None:
+    with pytest.raises(ValueError, match="experts: expected at least one"):
+        stack_modules([])
