@@ -11,7 +11,7 @@ from typing import Any, Literal
 from immunity_fast.data import NAMES as DATASETS
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.functional import Score, WeightScale
-from immunity_fast.losses import ALPHA, BETA, GAMMA
+from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
 
 Flip = Literal["auto", "on", "off"]
 
@@ -76,6 +76,19 @@ class TrainConfig:
             choices = _choices(option)
             value = getattr(self, option.name)
             _check(self, option.name, not choices or value in choices, f"one of {', '.join(choices)}")
+
+    def loss_fn(self, image_size: tuple[int, int]) -> FusedImmunityLoss:
+        """The loss of these settings, with heatmaps of the images' size (H, W)."""
+        return FusedImmunityLoss(
+            self.alpha,
+            self.beta,
+            self.gamma,
+            size=image_size,
+            smoothing=self.smoothing,
+            weight_scale=self.weight_scale,
+            score=self.score,
+            detach_weights=self.detach_weights,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object of all settings."""

@@ -5,6 +5,7 @@ PGD-20 (step 2/255, random start).
 """
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +23,20 @@ from immunity_fast.data import ImageDataset, Split, load
 from immunity_fast.figures import heatmap_figure, training_curves
 from immunity_fast.gate import Switch
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.metrics import batches, correct, expert_maps, heatmap_metrics, sample, wilson_interval
+from immunity_fast.metrics import (
+    EVALUATION_BATCH,
+    batches,
+    correct,
+    expert_maps,
+    heatmap_metrics,
+    sample,
+    wilson_interval,
+)
 from immunity_fast.model import ImmunityMoE
 from immunity_fast.report import Table, write_report
 from immunity_fast.runs import Run
 
 FIGURE_ROWS = 8
-EVALUATION_BATCH = 250
 
 
 Attack = Callable[[ImmunityMoE, Tensor, Tensor, torch.Generator], Tensor]
@@ -119,7 +127,7 @@ def accuracy_table(results: dict[str, Any]) -> Table:
 
 def evaluate_run(run: Run, model: ImmunityMoE, dataset: ImageDataset, config: TrainConfig, limit: int) -> None:
     """Evaluate a trained model on the test split; write results.json, the figures and report.html into its folder."""
-    loss_fn = make_loss(config, dataset.image_size)
+    loss_fn = config.loss_fn(dataset.image_size)
     results = evaluate(model, loss_fn, dataset.test, attack_images=limit, seed=config.seed)
     write_atomically(run.results_file, json.dumps(results, indent=2).encode())
     figures = []
@@ -145,6 +153,7 @@ def evaluate_run(run: Run, model: ImmunityMoE, dataset: ImageDataset, config: Tr
         figures.append((run.figures / "curves.png", "Training: loss, accuracy and diversity after each epoch."))
     table = accuracy_table(results)
     measures = results["heatmaps"]
+    folder = shlex.quote(str(run.folder))
     by_key = {(r["attack"], r["attacker"], r["gate"]): f"{100 * r['accuracy']:.1f} %" for r in results["accuracy"]}
     write_report(
         run.report,
@@ -164,8 +173,8 @@ def evaluate_run(run: Run, model: ImmunityMoE, dataset: ImageDataset, config: Tr
         tables=[table, _measures_table(measures, config)],
         figures=figures,
         commands={
-            "Evaluate this run again": f"python -m immunity_fast.evaluate {run.folder}",
-            "Go on with it, if it was interrupted": f"python -m immunity_fast.train --resume {run.folder}",
+            "Evaluate this run again": f"python -m immunity_fast.evaluate {folder}",
+            "Go on with it, if it was interrupted": f"python -m immunity_fast.train --resume {folder}",
         },
         settings=config.to_json(),
     )
@@ -176,7 +185,7 @@ def evaluate_run(run: Run, model: ImmunityMoE, dataset: ImageDataset, config: Tr
         f"CScore {measures['cscore']:.0f} pixels⁴, dead heatmaps {100 * measures['dead_heatmaps']:.1f} %"
     )
     cli.console.print(f"report:         {run.report}")
-    cli.console.print(f"evaluate again: python -m immunity_fast.evaluate {run.folder}")
+    cli.console.print(f"evaluate again: python -m immunity_fast.evaluate {folder}")
 
 
 def _measures_table(measures: dict[str, float], config: TrainConfig) -> Table:
@@ -193,20 +202,6 @@ def _measures_table(measures: dict[str, float], config: TrainConfig) -> Table:
             ["CScore", f"{measures['cscore']:.0f} pixels⁴", "how much the distance between two focuses varies"],
             ["dead heatmaps", f"{100 * measures['dead_heatmaps']:.1f} %", "heatmaps that are zero everywhere"],
         ],
-    )
-
-
-def make_loss(config: TrainConfig, image_size: tuple[int, int]) -> FusedImmunityLoss:
-    """The loss of a run's settings; its heatmaps have the images' size."""
-    return FusedImmunityLoss(
-        config.alpha,
-        config.beta,
-        config.gamma,
-        size=image_size,
-        smoothing=config.smoothing,
-        weight_scale=config.weight_scale,
-        score=config.score,
-        detach_weights=config.detach_weights,
     )
 
 

@@ -16,6 +16,8 @@ from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.model import ImmunityMoE
 from immunity_fast.readers import SPLIT_SEED
 
+EVALUATION_BATCH = 250  # images at once: it bounds memory, no result depends on it but by rounding
+
 
 def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(images (B, 3, H, W) in [0, 1], labels (B,)) of a split in order, `size` at a time, the rest last."""
