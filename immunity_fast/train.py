@@ -153,6 +153,8 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
         ValueError, OSError, ModuleNotFoundError: one clear line.
     """
     device = cli.pick_device(config.device)
+    if config.dataset in ("npz", "folder") and config.data is None:
+        raise ValueError(f"--data: missing; --dataset {config.dataset} needs the path of what it reads")
     dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
     check_trainable(config, dataset)
     trainer = Trainer(config, dataset, device)

@@ -1,0 +1,126 @@
+"""Runs that take a second: a tiny data set, the options that go with it, and what of a run can be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from immunity_fast import cli, train
+from immunity_fast.checkpoint import load_checkpoint
+from immunity_fast.data import ImageDataset, Split
+from immunity_fast.runs import Run
+from immunity_fast.trainer import Trainer
+
+CLASSES = 3
+STEPS = 10  # of a run with `options`: 5 an epoch, 2 epochs
+TIMINGS = ("images_per_second", "seconds")
+
+
+def arrays(*, seed: int = 0, size: int = 12, train: int = 40, validation: int = 14, test: int = 30) -> dict[str, Any]:
+    """A data set in MedMNIST's layout: noise, in which one colour, the class, is a little brighter."""
+    random = np.random.default_rng(seed)
+    made = {}
+    for part, count in (("train", train), ("val", validation), ("test", test)):
+        labels = random.permutation(np.arange(count) % CLASSES)
+        images = random.integers(0, 200, (count, size, size, 3), dtype=np.uint8)
+        images[np.arange(count), :, :, labels] += 50
+        made |= {f"{part}_images": images, f"{part}_labels": labels}
+    return made
+
+
+def write_data(file: Path, **changes: Any) -> Path:
+    """`arrays` as an .npz file, some of them exchanged."""
+    np.savez(file, **arrays() | changes)
+    return file
+
+
+def options(data: Path, **changes: Any) -> list[str]:
+    """Options of a run of 2 epochs of 5 steps each, on a CPU."""
+    settings = {
+        "dataset": "npz",
+        "data": data,
+        "experts": 2,
+        "beta": 0.5,
+        "gamma": 1e-4,
+        "batch-size": 8,
+        "epochs": 2,
+        "check-images": 0,
+        "attack-images": 6,
+        "device": "cpu",
+    }
+    changed = settings | {name.replace("_", "-"): value for name, value in changes.items()}
+    return [str(part) for name, value in changed.items() for part in (f"--{name}", value)]
+
+
+def trained(arguments: list[str]) -> tuple[Trainer, Run]:
+    """What the command `train` does, but for the evaluation at its end."""
+    folder, resume, config = train.parse(arguments)
+    trainer, run = train.prepare(folder, resume, config)
+    train.train(trainer, run)
+    return trainer, run
+
+
+def go_on(folder: Path, arguments: list[str]) -> list[str]:
+    """The command line that a user gives next: the same one where the run folder is not there yet."""
+    return ["--resume", str(folder)] if folder.exists() else [*arguments, "--out", str(folder)]
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    """All that a run has written down of its training: the checkpoint's tensors as bytes, its info, the records."""
+    tensors, info = load_checkpoint(Run(folder).checkpoint)
+    records = [{k: v for k, v in record.items() if k not in TIMINGS} for record in Run(folder).metrics()]
+    return {"tensors": {name: as_bytes(tensor) for name, tensor in tensors.items()}, "info": info, "records": records}
+
+
+def as_bytes(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
+    """A tensor's dtype, shape and bits."""
+    return str(tensor.dtype), tuple(tensor.shape), tensor.detach().numpy().tobytes()
+
+
+def weights(trainer: Trainer) -> dict[str, Any]:
+    """The model's parameters and buffers, as bits."""
+    return {name: as_bytes(tensor) for name, tensor in trainer.model.state_dict().items()}
+
+
+def split(count: int, *, size: int = 12, seed: int = 0) -> Split:
+    """Noise with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    return Split(images, torch.randint(CLASSES, (count,), generator=generator))
+
+
+def dataset(**splits: Split) -> ImageDataset:
+    """Three splits of noise, some of them exchanged."""
+    made = {"train": split(20), "validation": split(10, seed=1), "test": split(10, seed=2)} | splits
+    return ImageDataset(name="npz", classes=tuple("abc"), flip=False, **made)
+
+
+def error_line(
+    capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], None], arguments: list[str], code: int = 1
+) -> str:
+    """Run a command that has to fail as a user's mistake does: its exit code, and one line, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        cli.run_command(lambda: main(arguments))
+    error = capsys.readouterr().err
+    assert exit_.value.code == code, error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert error.endswith("\n")
+    assert "Traceback" not in error
+    return error
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Change single settings in a run's config.json; a setting that is ... goes."""
+    file = Run(folder).config_file
+    settings = json.loads(file.read_text(encoding="utf-8")) | changes
+    kept = {name: value for name, value in settings.items() if value is not ...}
+    file.write_text(json.dumps(kept), encoding="utf-8")

@@ -1,0 +1,480 @@
+"""The command that trains: what it depends on and what not, what it writes, and what it says to wrong input."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from immunity_fast import train
+from immunity_fast.checkpoint import load_checkpoint
+from immunity_fast.config import TrainConfig
+from immunity_fast.data import ImageDataset
+from immunity_fast.kernels import reference
+from immunity_fast.runs import Run
+from immunity_fast.trainer import Trainer, channel_statistics, training_means, validate
+from tests.small_runs import arrays, dataset, error_line, options, saved, split, trained, weights, write_data
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(experts=2, batch_size=4, epochs=1, check_images=0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data") / "data.npz")
+
+
+def _train(images: ImageDataset, folder: Path, **changes: Any) -> Trainer:
+    """A whole run without a command line."""
+    config = dataclasses.replace(CONFIG, **changes)
+    trainer = Trainer(config, images, CPU)
+    train.train(trainer, Run.create(folder, config))
+    return trainer
+
+
+# What the weights depend on
+
+
+def test_a_seed_fixes_the_weights(tmp_path: Path) -> None:
+    first, again, other = (
+        weights(_train(dataset(), tmp_path / name, seed=seed)) for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    )
+    assert first == again
+    assert first != other
+
+
+def test_the_global_random_state_before_a_run_plays_no_part(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    first = weights(_train(dataset(), tmp_path / "a"))
+    torch.manual_seed(2)
+    np.random.default_rng(3)
+    assert weights(_train(dataset(), tmp_path / "b")) == first
+
+
+def test_every_expert_begins_elsewhere() -> None:
+    state = Trainer(CONFIG, dataset(), CPU).model.experts.state_dict()
+    convolutions = [value for value in state.values() if value.dim() == 5]
+    assert convolutions
+    assert not any(torch.equal(value[0], value[1]) for value in convolutions)
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_no_other_split_is_trained_on(part: str, tmp_path: Path) -> None:
+    poison = split(7, seed=9)
+    poison.images.fill_(255)
+    poison.labels.fill_(1)
+    clean = weights(_train(dataset(), tmp_path / "clean", check_images=4))
+    assert weights(_train(dataset(**{part: poison}), tmp_path / "poisoned", check_images=4)) == clean
+
+
+def test_the_test_split_is_not_looked_at_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(CONFIG, dataset(), CPU)
+    trainer.dataset = dataclasses.replace(trainer.dataset, test=None)  # type: ignore[arg-type]
+    train.train(trainer, Run.create(tmp_path / "run", CONFIG))
+    assert trainer.epoch == 1
+
+
+def test_checks_on_validation_images_do_not_change_the_training(tmp_path: Path) -> None:
+    checked = weights(_train(dataset(), tmp_path / "checked", epochs=2, check_images=4))
+    assert weights(_train(dataset(), tmp_path / "unchecked", epochs=2, check_images=0)) == checked
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha": 0.7},
+        {"beta": 0.7},
+        {"gamma": 0.1},
+        {"smoothing": 0.3},
+        {"score": "probability"},
+        {"detach_weights": True},
+        {"stage": "layer2"},
+        {"lr": 0.3},
+        {"momentum": 0.5},
+        {"weight_decay": 0.1},
+        {"clip_grad_norm": 0.1},
+        {"crop_padding": 0},
+        {"rotation": 0.0},
+        {"flip": "on"},
+        {"batch_size": 5},
+        {"epochs": 2},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_setting_of_the_training_has_an_effect(
+    changes: dict[str, Any], tmp_path: Path, plain: dict[str, Any]
+) -> None:
+    assert weights(_train(dataset(), tmp_path / "run", **changes)) != plain
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return weights(_train(dataset(), tmp_path_factory.mktemp("runs") / "plain"))
+
+
+def test_without_tensorboard_the_same_is_trained(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained([*options(data), "--out", str(tmp_path / "with")])
+    import_ = builtins.__import__
+
+    def no_tensorboard(name: str, *rest: Any, **keywords: Any) -> Any:
+        if "tensorboard" in name:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return import_(name, *rest, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", no_tensorboard)
+        _, run = trained([*options(data), "--out", str(tmp_path / "without")])
+    assert not run.tensorboard.exists()
+    assert saved(tmp_path / "without") == saved(tmp_path / "with")
+
+
+# What it measures and writes
+
+
+def test_channel_statistics_are_numpy_s() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (7, 3, 5, 9), dtype=np.uint8)
+    images[:, 1] //= 3
+    mean, std = channel_statistics(torch.from_numpy(images))
+    np.testing.assert_allclose(mean, (images / 255).mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(std, (images / 255).std((0, 2, 3)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("value", [0, 255, 93])
+def test_a_channel_of_one_value_has_a_spread_to_divide_by(value: int) -> None:
+    mean, std = channel_statistics(torch.full((2, 3, 4, 4), value, dtype=torch.uint8))
+    assert mean == pytest.approx([value / 255] * 3)
+    assert std == [1 / 255] * 3
+
+
+def test_the_model_normalises_with_the_training_images_alone() -> None:
+    images = dataset()
+    model = Trainer(CONFIG, images, CPU).model
+    mean, std = channel_statistics(images.train.images)
+    state = model.normalize.state_dict()
+    np.testing.assert_allclose(state["mean"].flatten(), mean, rtol=1e-6)
+    np.testing.assert_allclose(state["std"].flatten(), std, rtol=1e-6)
+
+
+def test_validation_leaves_training_mode_switch_and_generator() -> None:
+    trainer = Trainer(dataclasses.replace(CONFIG, check_images=3), dataset(), CPU)
+    trainer.model.train()
+    generator, before = trainer.model.gate.generator, weights(trainer)
+    validate(trainer)
+    assert all(module.training for module in trainer.model.modules())
+    assert trainer.model.gate.switch == "call"
+    assert trainer.model.gate.generator is generator is trainer.gate_generator
+    assert weights(trainer) == before
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_validation_measures_the_validation_split() -> None:
+    trainer = Trainer(dataclasses.replace(CONFIG, check_images=100), dataset(validation=split(9, seed=5)), CPU)
+    measured = validate(trainer)
+    images, labels = trainer.dataset.validation.images / 255, trainer.dataset.validation.labels
+    with torch.no_grad():
+        experts = [module.eval()(images).softmax(-1) for module in trainer.model.unstack()]
+    right = torch.stack(experts).mean(0).argmax(-1) == labels
+    assert measured["val_accuracy_mean"] == int(right.sum()) / 9
+    assert 0 <= measured["val_accuracy_switching"] <= 1
+    assert measured["val_pgd10_accuracy_mean"] <= measured["val_accuracy_mean"]
+    assert measured.keys() >= {f"val_{n}" for n in ("mutual_information", "dead_heatmaps", "iscore", "cscore")}
+
+
+def test_without_images_to_check_only_accuracies_are_measured() -> None:
+    measured = validate(Trainer(CONFIG, dataset(), CPU))
+    assert measured.keys() == {"val_accuracy_switching", "val_accuracy_mean"}
+
+
+def test_a_record_holds_the_means_of_its_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    train_step = train.train_step
+
+    def recorded(*arguments: Any) -> torch.Tensor:
+        steps.append(train_step(*arguments))
+        return steps[-1]
+
+    monkeypatch.setattr(train, "train_step", recorded)
+    _train(dataset(), tmp_path / "run", epochs=2)
+    means = torch.stack(steps).view(2, 5, 4).mean(1).tolist()
+    for number, (record, mean) in enumerate(zip(Run(tmp_path / "run").metrics(), means, strict=True), start=1):
+        loss, cross_entropy, information, stability = mean
+        assert record["epoch"] == number
+        assert record["step"] == 5 * number
+        assert record["loss"] == pytest.approx(loss, rel=1e-12)
+        assert record["cross_entropy"] == pytest.approx(cross_entropy, rel=1e-12)
+        assert record["mutual_information"] == pytest.approx(math.log(2) - information / 2, rel=1e-12)
+        assert record["position_stability"] == pytest.approx(stability, rel=1e-12)
+
+
+def test_the_learning_rate_falls_over_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = []
+    train_step = train.train_step
+
+    def recorded(model: Any, loss_fn: Any, optimizer: torch.optim.SGD, *rest: Any) -> torch.Tensor:
+        rates.extend(group["lr"] for group in optimizer.param_groups)
+        return train_step(model, loss_fn, optimizer, *rest)
+
+    monkeypatch.setattr(train, "train_step", recorded)
+    _train(dataset(), tmp_path / "run", epochs=2, lr=0.04)
+    assert rates == pytest.approx([0.02 * (1 + math.cos(math.pi * step / 10)) for step in range(10)])
+    assert [record["lr"] for record in Run(tmp_path / "run").metrics()] == [rates[4], rates[9]]
+
+
+def test_mutual_information_is_nothing_where_all_look_at_the_same_place() -> None:
+    trainer = Trainer(CONFIG, dataset(), CPU)
+    p = torch.full((2, 1, 12, 12), 1 / 144)
+    trainer.sums[2] = float(reference.mutual_information_loss(p)) * len(trainer.loader)
+    assert training_means(trainer)["mutual_information"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_run_folder_holds_what_the_command_promises(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.main([*options(data, seed=5), "--out", str(tmp_path / "new" / "run")])
+    run = Run(tmp_path / "new" / "run")
+    assert run.config().seed == 5
+    assert len(run.metrics()) == 2
+    assert load_checkpoint(run.checkpoint)[1]["epoch"] == 2
+    assert json.loads(run.results_file.read_text(encoding="utf-8")).keys() == {"accuracy", "heatmaps"}
+    assert "<html" in run.report.read_text(encoding="utf-8")
+    assert sorted(file.name for file in run.figures.iterdir()) == ["curves.png", "heatmaps.png"]
+    assert list(run.tensorboard.iterdir())
+    assert [folder.name for folder in run.folder.parent.iterdir()] == ["run"]
+    assert not list(run.folder.rglob(".*"))
+    output, error = capsys.readouterr()
+    assert "40 training, 14 validation, 30 test images" in output
+    assert "epoch   2/2" in output
+    assert f"evaluate again: python -m immunity_fast.evaluate {run.folder}" in output
+    assert error == ""
+
+
+def test_a_run_finds_a_name_of_its_own(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, resume, _ = train.parse(options(data))
+    assert not resume
+    assert folder.parent == Path("runs")
+    assert folder.name.startswith("npz-resnet8-")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_change_the_preset_s_settings() -> None:
+    _, _, config = train.parse(["--preset", "paper", "--epochs", "3", "--out", "none"])
+    assert (config.preset, config.arch, config.epochs, config.lr) == ("paper", "googlenet", 3, 0.01)
+
+
+# A loss that is no number
+
+
+@pytest.mark.parametrize("every", [1, 500])
+def test_a_loss_that_is_no_number_stops_with_one_line_before_the_checkpoint(
+    every: int, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*options(data, lr="1e30", checkpoint_every=every), "--out", str(tmp_path / "run")]
+    message = error_line(capsys, train.main, arguments)
+    run = Run(tmp_path / "run")
+    assert "epoch 1" in message
+    assert str(run.checkpoint) in message
+    tensors, info = load_checkpoint(run.checkpoint)
+    assert info["step"] < 5
+    assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
+    assert run.metrics() == []
+
+
+@pytest.mark.parametrize("call", [3, 5])
+def test_weights_that_are_no_numbers_do_not_reach_a_checkpoint(
+    call: int, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A gradient can be NaN where the loss, which is from before the step, is a number.
+    train_step, calls = train.train_step, 0
+
+    def spoilt(model: torch.nn.Module, *rest: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        measured = train_step(model, *rest)
+        if calls == call:
+            next(model.parameters()).data.view(-1)[0] = torch.nan
+        return measured
+
+    monkeypatch.setattr(train, "train_step", spoilt)
+    error_line(capsys, train.main, [*options(data, checkpoint_every=1), "--out", str(tmp_path / "run")])
+    tensors, info = load_checkpoint(Run(tmp_path / "run").checkpoint)
+    assert info["step"] == call - 1
+    assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
+
+
+# Wrong input: one line, and no run folder
+
+
+def _other_size(made: dict[str, Any]) -> dict[str, Any]:
+    return {"test_images": made["test_images"][:, :-1]}
+
+
+def _label_too_high(made: dict[str, Any]) -> dict[str, Any]:
+    return {"test_labels": made["test_labels"] + 1}
+
+
+def _negative_label(made: dict[str, Any]) -> dict[str, Any]:
+    return {"train_labels": made["train_labels"].astype(np.int64) - 1}
+
+
+def _fewer_labels(made: dict[str, Any]) -> dict[str, Any]:
+    return {"val_labels": made["val_labels"][1:]}
+
+
+def _floats(made: dict[str, Any]) -> dict[str, Any]:
+    return {"train_images": made["train_images"] / 255}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "names"),
+    [
+        (_other_size, "test_images"),
+        (_label_too_high, "test_labels"),
+        (_negative_label, "train_labels"),
+        (_fewer_labels, "val_labels"),
+        (_floats, "train_images"),
+    ],
+)
+def test_wrong_data_are_named(
+    spoil: Callable[[dict[str, Any]], dict[str, Any]],
+    names: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = write_data(tmp_path / "wrong.npz", **spoil(arrays()))
+    message = error_line(capsys, train.main, [*options(file), "--out", str(tmp_path / "runs" / "run")])
+    assert str(file) in message
+    assert names in message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*options(tmp_path / "none.npz"), "--out", str(tmp_path / "run")]
+    assert "none.npz" in error_line(capsys, train.main, arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_cut_off_is_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = data.read_bytes()
+    for name, length in (("a.npz", len(content) // 2), ("b.npz", len(content) - 30), ("c.npz", 0)):
+        (tmp_path / name).write_bytes(content[:length])
+        arguments = [*options(tmp_path / name), "--out", str(tmp_path / "run")]
+        assert name in error_line(capsys, train.main, arguments)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"lr": "0"}, "--lr"),
+        ({"lr": "nan"}, "--lr"),
+        ({"lr": "fast"}, "--lr"),
+        ({"epochs": "0"}, "--epochs"),
+        ({"epochs": "1.5"}, "--epochs"),
+        ({"experts": "1"}, "--experts"),
+        ({"batch_size": "0"}, "--batch-size"),
+        ({"seed": "-1"}, "--seed"),
+        ({"seed": str(2**64)}, "--seed"),
+        ({"device": "nonsense"}, "--device nonsense"),
+        ({"device": "meta"}, "--device meta"),
+        ({"stage": "layer9"}, "stage"),
+        ({"stage": "classifier"}, "stage"),
+        ({"preset": "slow"}, "--preset"),
+        ({"dataset": "mnist"}, "--dataset"),
+        ({"arch": "resnet9"}, "--arch"),
+        ({"score": "other"}, "--score"),
+        ({"limit_train": "0"}, "--limit-train"),
+        ({"limit_train": "41"}, "limit_train"),
+        ({"image_size": "16"}, "image_size"),
+        ({"colour": "red"}, "--colour"),
+        ({"dataset": "digits"}, "digits"),
+        ({"arch": "densenet121", "batch_size": "1"}, "densenet121"),
+    ],
+    ids=lambda value: "-".join(map(str, value.items())) if isinstance(value, dict) else "",
+)
+def test_a_wrong_option_is_named(
+    changes: dict[str, str], names: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*options(data, **changes), "--out", str(tmp_path / "runs" / "run")]
+    with pytest.raises(SystemExit) as ended:
+        train.cli.run_command(lambda: train.main(arguments))
+    assert ended.value.code in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert names in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_is_refused_where_there_is_none(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*options(data, device="cuda"), "--out", str(tmp_path / "run")]
+    assert "--device cuda" in error_line(capsys, train.main, arguments)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["npz", "folder"])
+def test_a_data_set_that_lies_somewhere_needs_a_path(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = error_line(capsys, train.main, ["--dataset", name, "--out", str(tmp_path / "run")])
+    assert "--data" in message
+    assert name in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_digits_are_not_mirrored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_line(capsys, train.main, ["--dataset", "digits", "--flip", "on", "--out", str(tmp_path / "run")])
+    assert "--flip" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("arch", "size"), [("resnet8", 8), ("densenet121", 4)])
+def test_images_too_small_for_the_architecture_are_refused(
+    arch: str, size: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "small.npz", **arrays(size=size))
+    arguments = [*options(tmp_path / "small.npz", arch=arch), "--out", str(tmp_path / "run")]
+    assert f"{size}×{size}" in error_line(capsys, train.main, arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_small_images_train_where_a_stage_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "small.npz", **arrays(size=5))
+    trainer, _ = trained([*options(tmp_path / "small.npz", stage="layer1", epochs=1), "--out", str(tmp_path / "run")])
+    assert trainer.model.stage == "layer1"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link to nothing"])
+def test_a_name_that_is_taken_is_refused_and_what_is_there_stays(
+    kind: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "taken"
+    if kind == "folder":
+        out.mkdir()
+    elif kind == "file":
+        out.write_text("mine")
+    else:
+        out.symlink_to(tmp_path / "nothing")
+    message = error_line(capsys, train.main, [*options(data), "--out", str(out)])
+    assert f"--out {out}" in message
+    assert [file.name for file in tmp_path.iterdir()] == ["taken"]
+    assert out.is_symlink() if kind == "link to nothing" else out.is_dir() or out.read_text() == "mine"
+
+
+def test_a_folder_below_a_file_is_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "file" in error_line(capsys, train.main, [*options(data), "--out", str(tmp_path / "file" / "run")])
+
+
+def test_a_run_may_have_a_name_that_looks_like_markup(data: Path, tmp_path: Path) -> None:
+    train.main([*options(data, epochs=1), "--out", str(tmp_path / "[b]" / "[/c]")])
+    assert Run(tmp_path / "[b]" / "[/c]").report.is_file()
