@@ -43,7 +43,7 @@ class TrainConfig:
     weight_scale: WeightScale = _option("channels", "factor of Grad-CAM's channel weights")
     score: Score = _option("logit", "what Grad-CAM differentiates")
     detach_weights: bool = _option(False, "treat Grad-CAM's weights as constants: cheaper, approximate gradient")
-    epochs: int = _option(8, "passes over the training images")
+    epochs: int = _option(12, "passes over the training images")
     batch_size: int = _option(32, "images a step")
     lr: float = _option(0.05, "learning rate at the start of its cosine")
     momentum: float = _option(0.9, "Nesterov momentum of SGD")
