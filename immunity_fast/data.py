@@ -28,10 +28,6 @@ class Split:
     def to(self, device: torch.device | str) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
 
-    def first(self, n: int) -> Split:
-        """The first n images (all of them where there are fewer), as views of this split's memory."""
-        return Split(self.images[:n], self.labels[:n])
-
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:

@@ -160,7 +160,8 @@ def evaluate_run(run: Run, model: ImmunityMoE, dataset: ImageDataset, config: Tr
         title=f"Immunity: {config.experts} × {config.arch} on {config.dataset}",
         lead=(
             f"{config.experts} experts, trained for {config.epochs} epochs on {len(dataset.train):,} images and judged "
-            f"on {len(dataset.test):,} test images. α = {config.alpha:g}, β = {config.beta:g}, γ = {config.gamma:g}."
+            f"on {len(dataset.test):,} test images. α\u00a0=\u00a0{config.alpha:g}, "
+            f"β\u00a0=\u00a0{config.beta:g}, γ\u00a0=\u00a0{config.gamma:g}."
         ),
         facts={
             "test accuracy, gate switching": by_key["clean", None, "sample"],
