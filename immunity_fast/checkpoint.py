@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from immunity_fast.model import ImmunityMoE
 
 FORMAT = 1
+LAST = Path("checkpoints") / "last.safetensors"  # in a run folder
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -113,7 +114,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Im
         FileNotFoundError, ValueError: see `load_checkpoint`.
     """
     path = Path(path)
-    path = path / "checkpoints" / "last.safetensors" if path.is_dir() else path
+    path = path / LAST if path.is_dir() else path
     tensors, info = load_checkpoint(path)
     description = info["model"]
     model = ImmunityMoE(**description | {"image_size": tuple(description["image_size"])})

@@ -4,7 +4,7 @@ import argparse
 import io
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -67,7 +67,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def progress_bar(**options: Any) -> Progress:
+def progress_bar() -> Progress:
     """A progress bar that disappears when done; in a log that is no terminal nothing is drawn."""
     return Progress(
         TextColumn("{task.description}"),
@@ -79,5 +79,4 @@ def progress_bar(**options: Any) -> Progress:
         console=console,
         transient=True,
         disable=not console.is_terminal,
-        **options,
     )

@@ -5,7 +5,6 @@ PGD-20 (step 2/255, random start).
 """
 
 import json
-import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +37,6 @@ from immunity_fast.runs import Run
 
 FIGURE_ROWS = 8
 
-
 Attack = Callable[[ImmunityMoE, Tensor, Tensor, torch.Generator], Tensor]
 
 # (which switch the attacker differentiates, which one then answers) → what a table says of it
@@ -47,7 +45,7 @@ SETTINGS: dict[tuple[Switch, Switch], str] = {
     ("mean", "sample"): "gate switching; attacker has the exact mean",
     ("mean", "mean"): "exact mean of the gate; attacker has it",
 }
-ATTACKERS: tuple[Switch, ...] = ("sample", "mean")
+ATTACKERS = tuple(dict.fromkeys(attacker for attacker, _ in SETTINGS))
 ATTACKS: dict[str, Attack | None] = {
     "clean": None,
     "FGSM": lambda model, images, labels, generator: fgsm(model, images, labels),
@@ -153,7 +151,6 @@ def evaluate_run(run: Run, model: ImmunityMoE, dataset: ImageDataset, config: Tr
         figures.append((run.figures / "curves.png", "Training: loss, accuracy and diversity after each epoch."))
     table = accuracy_table(results)
     measures = results["heatmaps"]
-    folder = shlex.quote(str(run.folder))
     by_key = {(r["attack"], r["attacker"], r["gate"]): f"{100 * r['accuracy']:.1f} %" for r in results["accuracy"]}
     write_report(
         run.report,
@@ -174,19 +171,19 @@ def evaluate_run(run: Run, model: ImmunityMoE, dataset: ImageDataset, config: Tr
         tables=[table, _measures_table(measures, config)],
         figures=figures,
         commands={
-            "Evaluate this run again": f"python -m immunity_fast.evaluate {folder}",
-            "Go on with it, if it was interrupted": f"python -m immunity_fast.train --resume {folder}",
+            "Evaluate this run again": run.evaluate_command,
+            "Go on with it, if it was interrupted": run.resume_command,
         },
         settings=config.to_json(),
     )
     cli.console.print()
-    cli.console.print(table.to_markdown(), markup=False)
+    cli.console.print(table.to_markdown())
     cli.console.print(
         f"\nmutual information {measures['mutual_information']:.3f} nats, IScore {measures['iscore']:.1f}, "
         f"CScore {measures['cscore']:.0f} pixels⁴, dead heatmaps {100 * measures['dead_heatmaps']:.1f} %"
     )
     cli.console.print(f"report:         {run.report}")
-    cli.console.print(f"evaluate again: python -m immunity_fast.evaluate {folder}")
+    cli.console.print(f"evaluate again: {run.evaluate_command}")
 
 
 def _measures_table(measures: dict[str, float], config: TrainConfig) -> Table:
@@ -235,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
         if info["epoch"] < config.epochs:
             raise ValueError(
                 f"{options.run}: stopped after {info['epoch']} of {config.epochs} epochs; "
-                f"go on with: python -m immunity_fast.train --resume {options.run}"
+                f"go on with: {run.resume_command}"
             )
         run.metrics()
     except (ValueError, ModuleNotFoundError) as error:

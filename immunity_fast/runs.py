@@ -2,13 +2,14 @@
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from immunity_fast.checkpoint import write_atomically
+from immunity_fast.checkpoint import LAST, write_atomically
 from immunity_fast.config import TrainConfig
 
 
@@ -19,11 +20,21 @@ class Run:
         self.folder = folder
         self.config_file = folder / "config.json"
         self.metrics_file = folder / "metrics.jsonl"
-        self.checkpoint = folder / "checkpoints" / "last.safetensors"
+        self.checkpoint = folder / LAST
         self.results_file = folder / "results.json"
         self.figures = folder / "figures"
         self.report = folder / "report.html"
         self.tensorboard = folder / "tensorboard"
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with this run, for a shell."""
+        return f"python -m immunity_fast.train --resume {shlex.quote(str(self.folder))}"
+
+    @property
+    def evaluate_command(self) -> str:
+        """What evaluates this run again, for a shell."""
+        return f"python -m immunity_fast.evaluate {shlex.quote(str(self.folder))}"
 
     @classmethod
     def create(cls, folder: Path, config: TrainConfig) -> "Run":

@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         train(trainer, run)
     except KeyboardInterrupt:
-        cli.console.print(f"interrupted; go on with: python -m immunity_fast.train --resume {run.folder}")
+        cli.console.print(f"interrupted; go on with: {run.resume_command}")
         raise
     evaluate_run(run, trainer.model.eval(), dataset, config, config.attack_images)
 
