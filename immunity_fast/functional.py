@@ -12,6 +12,16 @@ from torch import Tensor
 
 from immunity_fast.kernels import reference
 
+try:
+    from immunity_fast.kernels import cross_entropy as fused_cross_entropy
+    from immunity_fast.kernels import heatmap_losses as fused_losses
+    from immunity_fast.kernels import heatmaps as fused_heatmaps
+    from immunity_fast.kernels import launch
+except ImportError:  # Triton is not made for every platform
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
+
 WeightScale = Literal["channels", "spatial"]
 Score = Literal["logit", "probability"]
 Backend = Literal["auto", "torch", "triton"]
@@ -19,8 +29,8 @@ Experts = Tensor | Sequence[Tensor]  # one tensor with the experts first, or a s
 
 
 def gradcam_heatmaps(
-    activations: Tensor,
-    gradients: Tensor,
+    activations: Experts,
+    gradients: Experts,
     *,
     size: tuple[int, int] | None = None,
     weight_scale: WeightScale = "channels",
@@ -29,11 +39,13 @@ def gradcam_heatmaps(
     """Grad-CAM heatmaps, eq. (3), not normalised.
 
     Args:
-        activations: (N, B, C, h, w) maps A.
-        gradients: (N, B, C, h, w) derivatives of the label's score with respect to A.
+        activations: (N, B, C, h, w) maps A, or N tensors (B, C, h, w).
+        gradients: derivatives of the label's score with respect to A, of the same shapes; or those already summed over
+            space, (N, B, C) or N tensors (B, C), which is all that Grad-CAM looks at.
         size: (H, W) of the heatmaps, by bilinear resampling; None keeps (h, w).
         weight_scale: the factor s of the channel weights, "channels" (1/C, the paper) or "spatial" (1/(h·w), Grad-CAM).
-        backend: "torch", or "auto", which takes the fastest that is available.
+        backend: "torch" is plain PyTorch; "triton" the fused kernels, once differentiable, for CUDA tensors (or any, if
+            TRITON_INTERPRET=1 was set before the import); "auto" is "triton" for CUDA tensors that are not float64.
 
     Returns:
         (N, B, H, W), at least float32, ≥ 0, differentiable in both inputs.
@@ -42,15 +54,19 @@ def gradcam_heatmaps(
         ValueError, TypeError: an argument of the wrong shape, value or type.
     """
     size = check_heatmap_options(size, weight_scale, 0.0, backend)
-    activations, gradients = _check_maps(activations, gradients)
-    with torch.autocast(activations.device.type, enabled=False):
-        weights = reference.channel_weights(gradients, weight_scale)
-        return reference.heatmaps(reference.score_maps(activations, weights), size)
+    maps, slopes = _check_maps(activations, gradients)
+    scale = _scale(maps[0], weight_scale)
+    if _use_triton(backend, "activations", [*maps, *slopes]):
+        heatmaps: Tensor = fused_heatmaps.gradcam_heatmaps(maps, slopes, list(size or maps[0].shape[3:]), scale)[0]
+        return heatmaps
+    with torch.autocast(maps[0].device.type, enabled=False):
+        joined, weights = _reference_inputs(maps, slopes, scale)
+        return reference.heatmaps(reference.score_maps(joined, weights), size)
 
 
 def heatmap_losses(
-    activations: Tensor,
-    gradients: Tensor,
+    activations: Experts,
+    gradients: Experts,
     *,
     size: tuple[int, int] | None = None,
     normalize: bool = True,
@@ -61,8 +77,8 @@ def heatmap_losses(
     """Mutual-information loss, eq. (9), and position-stability loss, eqs. (10) and (11), of the experts' heatmaps.
 
     Args:
-        activations: (N, B, C, h, w) maps A, N ≥ 2.
-        gradients: (N, B, C, h, w) derivatives of the label's score with respect to A.
+        activations: (N, B, C, h, w) maps A, N ≥ 2, or N tensors (B, C, h, w). Read in place, whatever their strides.
+        gradients: see `gradcam_heatmaps`.
         size: (H, W) of the heatmaps; None keeps (h, w). Distances are in these pixels.
         normalize: eq. (9) on each heatmap's distribution; False puts the heatmap itself into eq. (9), as the paper
             prints it. Centres are those of the distribution either way.
@@ -78,13 +94,19 @@ def heatmap_losses(
         ValueError, TypeError: an argument of the wrong shape, value or type.
     """
     size = check_heatmap_options(size, weight_scale, smoothing, backend)
-    activations, gradients = _check_maps(activations, gradients)
-    if activations.shape[0] < 2:
-        raise ValueError(f"activations: at least 2 experts expected, got shape {tuple(activations.shape)}")
-    with torch.autocast(activations.device.type, enabled=False):
-        weights = reference.channel_weights(gradients, weight_scale)
-        p = reference.distributions(activations, weights, size, smoothing)
-        in_information = p if normalize else reference.heatmaps(reference.score_maps(activations, weights), size)
+    maps, slopes = _check_maps(activations, gradients)
+    if sum(part.shape[0] for part in maps) < 2:
+        raise ValueError(f"activations: at least 2 experts expected, got shape {tuple(maps[0].shape)}")
+    scale = _scale(maps[0], weight_scale)
+    if _use_triton(backend, "activations", [*maps, *slopes]):
+        information, stability, *_ = fused_losses.heatmap_losses(
+            maps, slopes, list(size or maps[0].shape[3:]), normalize, float(smoothing), scale
+        )
+        return information, stability
+    with torch.autocast(maps[0].device.type, enabled=False):
+        joined, weights = _reference_inputs(maps, slopes, scale)
+        p = reference.distributions(joined, weights, size, smoothing)
+        in_information = p if normalize else reference.heatmaps(reference.score_maps(joined, weights), size)
         return (
             reference.mutual_information_loss(in_information),
             reference.position_stability(reference.centres(p)),
@@ -105,11 +127,13 @@ def mixture_log_probabilities(logits: Experts, gate: Tensor | None = None) -> Te
         ValueError, TypeError: an argument of the wrong shape or type.
     """
     logits = stack_experts("logits", logits, 3, "(N, B, K)")
-    gate = _check_gate(gate, logits)
+    gate = _at_least_float32(_check_gate(gate, logits))
     return reference.log_mixture(logits.log_softmax(-1), gate.T[..., None])
 
 
-def mixture_cross_entropy(logits: Experts, gate: Tensor | None, targets: Tensor, alpha: float) -> Tensor:
+def mixture_cross_entropy(
+    logits: Experts, gate: Tensor | None, targets: Tensor, alpha: float, *, backend: Backend = "auto"
+) -> Tensor:
     """Cross-entropy of the mixture and, weighted by α, of each expert, eq. (2).
 
     Args:
@@ -117,6 +141,7 @@ def mixture_cross_entropy(logits: Experts, gate: Tensor | None, targets: Tensor,
         gate: (B, N) or (N,) weights ≥ 0 that sum to 1 over the experts; None is 1/N each.
         targets: (B,) integer labels in [0, K).
         alpha: weight of the experts' own cross-entropies, ≥ 0.
+        backend: see `gradcam_heatmaps`.
 
     Returns:
         (B,) in nats, at least float32; finite where the mixture's probability underflows.
@@ -124,11 +149,15 @@ def mixture_cross_entropy(logits: Experts, gate: Tensor | None, targets: Tensor,
     Raises:
         ValueError, TypeError: an argument of the wrong shape, value or type.
     """
-    logits = stack_experts("logits", logits, 3, "(N, B, K)")
+    logits = join_experts("logits", logits, 3, "(N, B, K)")
     check_weight("alpha", alpha)
-    return reference.mixture_cross_entropy(
-        logits, _check_gate(gate, logits), check_targets(targets, logits.shape[1], logits.shape[2]), alpha
-    )
+    check_choice("backend", backend, Backend)
+    gate = _check_gate(gate, logits)
+    targets = check_targets(targets, logits.shape[1], logits.shape[2])
+    if _use_triton(backend, "logits", [logits, gate]):
+        losses: Tensor = fused_cross_entropy.mixture_cross_entropy(logits, gate, targets, float(alpha))[0]
+        return losses
+    return reference.mixture_cross_entropy(_at_least_float32(logits), _at_least_float32(gate), targets, alpha)
 
 
 def label_scores(logits: Experts, targets: Tensor, score: Score) -> Tensor:
@@ -140,19 +169,34 @@ def label_scores(logits: Experts, targets: Tensor, score: Score) -> Tensor:
 
 def stack_experts(name: str, value: Experts, dim: int, expected: str) -> Tensor:
     """One tensor of at least float32 with the experts first, from such a tensor or from one tensor an expert."""
-    if not isinstance(value, Tensor):
+    return _at_least_float32(join_experts(name, value, dim, expected))
+
+
+def join_experts(name: str, value: Experts, dim: int, expected: str) -> Tensor:
+    """One tensor with the experts first, in the dtype it has, from such a tensor or from one tensor an expert."""
+    parts = _parts(name, value, dim, expected)
+    return parts[0] if isinstance(value, Tensor) else torch.cat(parts)
+
+
+def _parts(name: str, value: Experts, dim: int, expected: str) -> list[Tensor]:
+    """Tensors (n, ...) whose n add up to N, none of them copied: the one given, or one an expert."""
+    if isinstance(value, Tensor):
+        parts = [value]
+    else:
         if not isinstance(value, Sequence) or not all(isinstance(part, Tensor) for part in value):
             kinds = [type(part).__name__ for part in value] if isinstance(value, Sequence) else type(value).__name__
             raise TypeError(f"{name}: expected a tensor {expected} or a list of tensors, got {kinds}")
         shapes = [tuple(part.shape) for part in value]
         if not shapes or len(set(shapes)) != 1:
             raise ValueError(f"{name}: expected tensors of one shape, got {shapes}")
-        value = torch.stack(list(value))
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if value.dim() != dim or 0 in (value.shape[0], *value.shape[2:]):
-        raise ValueError(f"{name}: expected shape {expected}, got {tuple(value.shape)}")
-    return _at_least_float32(value)
+        parts = [part[None] for part in value]
+    for part in parts:
+        if not part.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {part.dtype}")
+        if part.dim() != dim or 0 in (part.shape[0], *part.shape[2:]):
+            shape = tuple(part.shape if isinstance(value, Tensor) else (len(parts), *part.shape[1:]))
+            raise ValueError(f"{name}: expected shape {expected}, got {shape}")
+    return parts
 
 
 def check_targets(targets: Tensor, samples: int, classes: int) -> Tensor:
@@ -187,8 +231,6 @@ def check_heatmap_options(
     check_choice("weight_scale", weight_scale, WeightScale)
     check_choice("backend", backend, Backend)
     check_weight("smoothing", smoothing)
-    if backend == "triton":
-        raise ValueError("backend: this version has no Triton kernels yet; use 'torch' or 'auto'")
     if size is None:
         return None
     if (
@@ -200,28 +242,83 @@ def check_heatmap_options(
     return (size[0], size[1])
 
 
-def _check_maps(activations: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    activations = stack_experts("activations", activations, 5, "(N, B, C, h, w)")
-    gradients = stack_experts("gradients", gradients, 5, "(N, B, C, h, w)")
-    if gradients.shape != activations.shape:
+def _check_maps(activations: Experts, gradients: Experts) -> tuple[list[Tensor], list[Tensor]]:
+    """Parts (n, B, C, h, w) of the activations and (n, B, C, h, w) or (n, B, C) of the gradients, as many of each."""
+    maps = _parts("activations", activations, 5, "(N, B, C, h, w)")
+    summed = _dimensions(gradients) == 3
+    slopes = _parts("gradients", gradients, *((3, "(N, B, C)") if summed else (5, "(N, B, C, h, w)")))
+    expected, found = _joined_shape(maps), _joined_shape(slopes)
+    if found != (expected[:3] if summed else expected):
         raise ValueError(
-            f"gradients: expected the shape of activations, {tuple(activations.shape)}, got {tuple(gradients.shape)}"
+            f"gradients: expected the shape of activations, {expected}, or that summed over space, {expected[:3]}, "
+            f"got {found}"
         )
-    dtype = torch.promote_types(activations.dtype, gradients.dtype)
-    return activations.to(dtype), gradients.to(dtype)
+    if len(slopes) > len(maps):
+        slopes = [torch.cat(slopes)]
+    elif len(slopes) < len(maps):
+        slopes = list(torch.split(slopes[0], 1))
+    return maps, slopes
+
+
+def _dimensions(value: Experts) -> int:
+    """Of the tensor that the parts are joined to; 0 where there is none, for `_parts` to say so."""
+    if isinstance(value, Tensor):
+        return value.dim()
+    return value[0].dim() + 1 if isinstance(value, Sequence) and value and isinstance(value[0], Tensor) else 0
+
+
+def _joined_shape(parts: Sequence[Tensor]) -> tuple[int, ...]:
+    return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+
+
+def _scale(maps: Tensor, weight_scale: str) -> float:
+    """s of eq. (3)."""
+    channels, height, width = maps.shape[2:]
+    return 1 / (channels if weight_scale == "channels" else height * width)
+
+
+def _reference_inputs(maps: Sequence[Tensor], slopes: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    """Activations (N, B, C, h, w) and channel weights (N, B, C), in one dtype of at least float32."""
+    joined, gradients = (_at_least_float32(torch.cat(list(x)) if len(x) > 1 else x[0]) for x in (maps, slopes))
+    dtype = torch.promote_types(joined.dtype, gradients.dtype)
+    sums = gradients.to(dtype)
+    return joined.to(dtype), scale * (sums.sum((-2, -1)) if sums.dim() == 5 else sums)
+
+
+def _use_triton(backend: str, name: str, tensors: Sequence[Tensor]) -> bool:
+    """Whether the fused kernels are to run; an error where they were asked for by name and cannot."""
+    if backend == "torch":
+        return False
+    fit = all(tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) for tensor in tensors)
+    on_gpu = tensors[0].device.type == "cuda"
+    if backend == "auto":
+        return HAS_TRITON and on_gpu and fit
+    if not HAS_TRITON:
+        raise ValueError("backend: 'triton' is not installed here; use 'torch' or 'auto'")
+    if not on_gpu and not launch.INTERPRETED:
+        raise ValueError(
+            f"backend: 'triton' expects CUDA tensors, got {name} on {tensors[0].device} (on a CPU it runs in Triton's "
+            "interpreter, if TRITON_INTERPRET=1 was set before the import); use 'torch' or 'auto'"
+        )
+    if not fit:
+        raise TypeError(
+            f"{name}: backend 'triton' computes in float32 from float32, bfloat16 or float16, got "
+            f"{' and '.join(sorted({str(tensor.dtype) for tensor in tensors}))}; use 'torch' for float64"
+        )
+    return True
 
 
 def _check_gate(gate: Tensor | None, logits: Tensor) -> Tensor:
     experts, samples = logits.shape[:2]
     if gate is None:
-        return logits.new_full((samples, experts), 1 / experts)
+        return torch.full((samples, experts), 1 / experts, dtype=_at_least_float32(logits).dtype, device=logits.device)
     if not isinstance(gate, Tensor) or not gate.is_floating_point():
         raise TypeError(f"gate: expected a floating-point tensor, got {getattr(gate, 'dtype', type(gate).__name__)}")
     if gate.shape not in ((experts,), (samples, experts)):
         raise ValueError(
             f"gate: expected (B, N) = ({samples}, {experts}) or (N,) = ({experts},), got shape {tuple(gate.shape)}"
         )
-    return _at_least_float32(gate).expand(samples, experts)
+    return gate.expand(samples, experts)
 
 
 def _at_least_float32(value: Tensor) -> Tensor:

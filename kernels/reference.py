@@ -43,7 +43,7 @@ def distributions(activations: Tensor, weights: Tensor, size: tuple[int, int] | 
     scores = scores / _maximum(scores, (-2, -1))
     smoothed = heatmaps(scores, size) + smoothing * scores.abs().mean((-2, -1), keepdim=True)
     total = smoothed.sum((-2, -1), keepdim=True)
-    alive = total > 0
+    alive = total != 0  # NaN is alive: it must not pass for a uniform map
     height, width = smoothed.shape[-2:]
     return torch.where(alive, smoothed / torch.where(alive, total, 1), 1 / (height * width))
 

@@ -1,0 +1,216 @@
+"""Cross-entropy of the mixture and of each expert, eq. (2), and its derivative, in Triton; a program a sample.
+
+With l_i = log softmax(f_i)[label], M = log Σ_i g_i exp(l_i) and r_i = g_i exp(l_i − M), expert i's share of the label:
+
+    CE = −M − α Σ_i l_i,   ∂CE/∂f_ik = (r_i + α)·(softmax(f_i)_k − δ_k,label),   ∂CE/∂g_i = −exp(l_i − M)
+
+Exponents are taken after subtracting the largest: nothing underflows where all experts are sure of another class.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from immunity_fast.kernels import launch
+from immunity_fast.kernels.scores import refuse_second_derivative
+
+# Rows of `statistics` (3, N, B) float32.
+_LIKELIHOOD = tl.constexpr(0)  # l_i
+_PEAK = tl.constexpr(1)  # max_k f_ik
+_LOG_TOTAL = tl.constexpr(2)  # log Σ_k exp(f_ik − max f_i)
+_STATISTICS = 3
+
+# exp of more than this is infinite in float32; a shut gate's derivative is cut there, as the reference does.
+_LARGEST_EXPONENT = tl.constexpr(80.0)
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits,  # (N, B, K) with the strides that follow
+    expert_stride, sample_stride, class_stride,
+    gate,  # (B, N) with the strides that follow
+    gate_sample_stride, gate_expert_stride,
+    targets,  # (B,) int64
+    target_stride,
+    losses,  # (B,) float32, out
+    statistics,  # (3, N, B) float32, out
+    samples, classes,
+    alpha,
+    EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
+    """The loss of one sample. A label out of range gives NaN: reading there could be reading anything."""
+    sample = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, BLOCK_EXPERTS)
+    present = expert < EXPERTS
+    rows = logits + expert.to(tl.int64) * expert_stride + sample * sample_stride
+    peak = tl.full([BLOCK_EXPERTS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_EXPERTS], tl.float32)
+    for start in range(0, classes, BLOCK_CLASSES):
+        index = start + tl.arange(0, BLOCK_CLASSES)
+        mask = present[:, None] & (index < classes)[None, :]
+        place = rows[:, None] + index.to(tl.int64)[None, :] * class_stride
+        values = tl.load(place, mask=mask, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(peak, tl.max(values, 1))
+        anchor = tl.where(larger == float("-inf"), 0, larger)
+        total = total * tl.exp(peak - anchor) + tl.sum(tl.exp(values - anchor[:, None]), 1)
+        peak = larger
+    label = tl.load(targets + sample * target_stride)
+    known = present & (label >= 0) & (label < classes)
+    value = tl.load(rows + label * class_stride, mask=known, other=float("nan")).to(tl.float32)
+    log_total = tl.log(tl.where(present, total, 1))
+    likelihood = tl.where(present, value - tl.where(present, peak, 0) - log_total, 0)
+    weight = tl.load(
+        gate + sample * gate_sample_stride + expert.to(tl.int64) * gate_expert_stride, mask=present, other=0
+    ).to(tl.float32)
+    _, largest, sum_of_shares = _shares(likelihood, weight)
+    mixture = tl.log(sum_of_shares) + largest
+    tl.store(losses + sample, -mixture - alpha * tl.sum(likelihood, 0))
+    place = statistics + expert.to(tl.int64) * samples + sample
+    all_maps = samples.to(tl.int64) * EXPERTS
+    tl.store(place + _LIKELIHOOD * all_maps, likelihood, mask=present)
+    tl.store(place + _PEAK * all_maps, peak, mask=present)
+    tl.store(place + _LOG_TOTAL * all_maps, log_total, mask=present)
+
+
+@triton.jit
+def _cross_entropy_backward_kernel(
+    of_losses,  # (B,) with the stride that follows
+    of_losses_stride,
+    logits,  # (N, B, K)
+    expert_stride, sample_stride, class_stride,
+    gate,  # (B, N)
+    gate_sample_stride, gate_expert_stride,
+    targets,  # (B,) int64
+    target_stride,
+    statistics,  # (3, N, B) float32
+    of_logits,  # (N, B, K) with the strides that follow, out
+    d_expert, d_sample, d_class,
+    of_gate,  # (B, N) float32, contiguous, out
+    samples, classes,
+    alpha,
+    EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
+    """Both derivatives for one sample."""
+    sample = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, BLOCK_EXPERTS)
+    present = expert < EXPERTS
+    upstream = tl.load(of_losses + sample * of_losses_stride).to(tl.float32)
+    place = statistics + expert.to(tl.int64) * samples + sample
+    all_maps = samples.to(tl.int64) * EXPERTS
+    likelihood = tl.load(place + _LIKELIHOOD * all_maps, mask=present, other=0)
+    peak = tl.load(place + _PEAK * all_maps, mask=present, other=0)
+    log_total = tl.load(place + _LOG_TOTAL * all_maps, mask=present, other=0)
+    weight = tl.load(
+        gate + sample * gate_sample_stride + expert.to(tl.int64) * gate_expert_stride, mask=present, other=0
+    ).to(tl.float32)
+    shares, largest, sum_of_shares = _shares(likelihood, weight)
+    # An open gate's own share bounds exp(l − M) by 1/g; a shut one's expert may be likelier by any factor.
+    exponent = tl.where(weight > 0, likelihood - largest, tl.minimum(likelihood - largest, _LARGEST_EXPONENT))
+    of_weight = -upstream * tl.exp(exponent - tl.log(sum_of_shares))
+    tl.store(of_gate + sample * EXPERTS + expert, of_weight, mask=present)
+    factor = upstream * (shares / sum_of_shares + alpha)
+    label = tl.load(targets + sample * target_stride)
+    rows = logits + expert.to(tl.int64) * expert_stride + sample * sample_stride
+    d_rows = of_logits + expert.to(tl.int64) * d_expert + sample * d_sample
+    for start in range(0, classes, BLOCK_CLASSES):
+        index = start + tl.arange(0, BLOCK_CLASSES)
+        mask = present[:, None] & (index < classes)[None, :]
+        wide = index.to(tl.int64)[None, :]
+        values = tl.load(rows[:, None] + wide * class_stride, mask=mask, other=0).to(tl.float32)
+        probability = tl.exp(values - peak[:, None] - log_total[:, None])
+        slope = factor[:, None] * (probability - tl.where(index == label, 1.0, 0.0)[None, :])
+        tl.store(d_rows[:, None] + wide * d_class, slope.to(of_logits.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _shares(likelihood, weight):
+    """g·exp(l − largest) of each expert, that largest exponent l + log g, and the shares' sum without its scale.
+
+    `largest` is the largest l + log g, so the first result's largest is 1; a shut gate (g = 0) has no part in it.
+    """
+    open_gate = weight > 0
+    exponent = likelihood + tl.log(tl.where(open_gate, weight, 1))
+    largest = tl.max(tl.where(open_gate, exponent, float("-inf")), 0)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    shares = tl.where(open_gate, tl.exp(tl.where(open_gate, exponent - largest, 0)), 0)
+    return shares, largest, tl.sum(shares, 0)
+
+
+@torch.library.custom_op("immunity_fast::mixture_cross_entropy", mutates_args=())
+def mixture_cross_entropy(logits: Tensor, gate: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """CE (B,) of logits (N, B, K), a gate (B, N) and int64 targets (B,), and statistics for the backward pass."""
+    experts, samples, classes = logits.shape
+    losses, statistics = _empty(logits)
+    block_experts = launch.power_of_two(experts)
+    block_classes = launch.block_within(classes, block_experts)
+    if samples:
+        with launch.on_device(logits):
+            _cross_entropy_kernel[(samples,)](
+                logits, *logits.stride(), gate, *gate.stride(), targets, *targets.stride(),
+                losses, statistics, samples, classes, alpha,
+                EXPERTS=experts, BLOCK_EXPERTS=block_experts, BLOCK_CLASSES=block_classes,
+                num_warps=_num_warps(block_experts, block_classes),
+            )  # fmt: skip
+    return losses, statistics
+
+
+@mixture_cross_entropy.register_fake
+def _(logits: Tensor, gate: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    return _empty(logits)
+
+
+def _empty(logits: Tensor) -> tuple[Tensor, Tensor]:
+    experts, samples, _ = logits.shape
+    losses = logits.new_empty(samples, dtype=torch.float32)
+    return losses, losses.new_empty((_STATISTICS, experts, samples))
+
+
+def _num_warps(block_experts: int, block_classes: int) -> int:
+    """A warp for 512 elements: ten classes need one, a thousand eight."""
+    return min(max(block_experts * block_classes // 512, 1), 8)
+
+
+@torch.library.custom_op("immunity_fast::mixture_cross_entropy_backward", mutates_args=())
+def mixture_cross_entropy_backward(
+    of_losses: Tensor, logits: Tensor, gate: Tensor, targets: Tensor, statistics: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """∂L/∂logits (N, B, K) in their dtype and ∂L/∂gate (B, N) in its."""
+    experts, samples, classes = logits.shape
+    of_logits = torch.empty_like(logits)
+    of_gate = statistics.new_empty((samples, experts))
+    block_experts = launch.power_of_two(experts)
+    block_classes = launch.block_within(classes, block_experts)
+    if samples:
+        with launch.on_device(logits):
+            _cross_entropy_backward_kernel[(samples,)](
+                of_losses, *of_losses.stride(), logits, *logits.stride(), gate, *gate.stride(),
+                targets, *targets.stride(), statistics, of_logits, *of_logits.stride(), of_gate,
+                samples, classes, alpha,
+                EXPERTS=experts, BLOCK_EXPERTS=block_experts, BLOCK_CLASSES=block_classes,
+                num_warps=_num_warps(block_experts, block_classes),
+            )  # fmt: skip
+    return of_logits, of_gate.to(gate.dtype)
+
+
+@mixture_cross_entropy_backward.register_fake
+def _(
+    of_losses: Tensor, logits: Tensor, gate: Tensor, targets: Tensor, statistics: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(logits), gate.new_empty(gate.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, gate, targets, ctx.alpha = inputs
+    ctx.save_for_backward(logits, gate, targets, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, of_losses: Tensor, *_: None) -> tuple[Any, ...]:
+    return (*mixture_cross_entropy_backward(of_losses, *ctx.saved_tensors, ctx.alpha), None, None)
+
+
+mixture_cross_entropy.register_autograd(_differentiate, setup_context=_save)
+mixture_cross_entropy_backward.register_autograd(refuse_second_derivative)

@@ -1,0 +1,186 @@
+"""Grad-CAM heatmaps, eq. (3), not normalised, and their derivative, in Triton.
+
+forward    scores → heatmaps                      ReLU and resampling; a program a map
+backward   heatmaps_backward → scores_backward    the adjoint, ReLU's mask; a program a map and tile of cells
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from immunity_fast.kernels import launch
+from immunity_fast.kernels.arithmetic import power_of_two, resample, resample_adjoint
+from immunity_fast.kernels.scores import (
+    broadcast,
+    describe,
+    empty_derivatives,
+    refuse_second_derivative,
+    scores,
+    scores_backward,
+)
+
+
+@triton.jit
+def _heatmaps_kernel(
+    partials,  # (splits, N, B, h·w) float32
+    peaks,  # (splits, N, B) float32
+    all_scores,  # (N, B, h·w) float32, out: R
+    heatmaps,  # (N, B, H, W) float32, out
+    maps, height, width, out_height, out_width,
+    SPLITS: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
+):  # fmt: skip
+    """One map: R from its splits, ReLU, bilinear resampling."""
+    row = tl.program_id(0).to(tl.int64)
+    cells = height * width
+    pixels = out_height * out_width
+    for start in range(0, cells, BLOCK_CELLS):
+        cell = start + tl.arange(0, BLOCK_CELLS)
+        score = tl.zeros([BLOCK_CELLS], tl.float32)
+        for split in range(SPLITS):
+            scale, _ = power_of_two(tl.load(peaks + split * maps.to(tl.int64) + row))
+            place = (split * maps.to(tl.int64) + row) * cells + cell
+            score += tl.load(partials + place, mask=cell < cells, other=0) * scale
+        tl.store(all_scores + row * cells + cell, score, mask=cell < cells)
+    tl.debug_barrier()  # what follows reads scores that other threads of this program have written
+    for start in range(0, pixels, BLOCK_PIXELS):
+        pixel = start + tl.arange(0, BLOCK_PIXELS)
+        heat = resample(
+            all_scores + row * cells, pixel // out_width, pixel % out_width,
+            height, width, out_height, out_width, pixel < pixels,
+        )  # fmt: skip
+        tl.store(heatmaps + row * pixels + pixel, heat, mask=pixel < pixels)
+
+
+@triton.jit
+def _heatmaps_backward_kernel(
+    of_heatmaps,  # (N, B, H, W) with the strides that follow
+    expert_stride, sample_stride, row_stride, column_stride,
+    all_scores,  # (N, B, h·w) float32
+    of_scores,  # (N, B, h·w) float32, out
+    samples, height, width, out_height, out_width,
+    ROW_TAPS: tl.constexpr, COLUMN_TAPS: tl.constexpr, BLOCK_CELLS: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂R = [R > 0]·Wᵀ(∂L/∂h) of one tile of one map's cells."""
+    row = tl.program_id(0).to(tl.int64)
+    cells = height * width
+    cell = tl.program_id(1) * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
+    inside = cell < cells
+    image = of_heatmaps + (row // samples) * expert_stride + (row % samples) * sample_stride
+    slope = resample_adjoint(
+        image, row_stride, column_stride, cell // width, cell % width, height, width, out_height, out_width, inside,
+        ROW_TAPS, COLUMN_TAPS,
+    )  # fmt: skip
+    score = tl.load(all_scores + row * cells + cell, mask=inside, other=0)
+    tl.store(of_scores + row * cells + cell, tl.where(score > 0, slope, 0), mask=inside)
+
+
+@torch.library.custom_op("immunity_fast::gradcam_heatmaps", mutates_args=())
+def gradcam_heatmaps(
+    activations: list[Tensor], gradients: list[Tensor], size: list[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Heatmaps (N, B, H, W), and two tensors that only the backward pass has a use for; see `heatmap_losses`."""
+    samples, _, height, width = activations[0].shape[1:]
+    heatmaps, sums, all_scores = _empty(activations, size)
+    if samples == 0:
+        return heatmaps, sums, all_scores
+    found = scores(activations, gradients, scale)
+    maps, cells, pixels = heatmaps.shape[0] * samples, height * width, size[0] * size[1]
+    with launch.on_device(heatmaps):
+        _heatmaps_kernel[(maps,)](
+            found.partials, found.peaks, all_scores, heatmaps, maps, height, width, *size,
+            SPLITS=found.partials.shape[0],
+            BLOCK_CELLS=launch.block_within(cells),
+            BLOCK_PIXELS=launch.block_within(pixels),
+            num_warps=4,
+        )  # fmt: skip
+    return heatmaps, found.sums, all_scores
+
+
+@gradcam_heatmaps.register_fake
+def _(
+    activations: list[Tensor], gradients: list[Tensor], size: list[int], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(activations, size)
+
+
+def _empty(activations: list[Tensor], size: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    samples, channels, height, width = activations[0].shape[1:]
+    experts = sum(part.shape[0] for part in activations)
+
+    def new(*shape: int) -> Tensor:
+        return activations[0].new_empty((experts, samples, *shape), dtype=torch.float32)
+
+    return new(*size), new(channels), new(height * width)
+
+
+@torch.library.custom_op("immunity_fast::gradcam_heatmaps_backward", mutates_args=())
+def gradcam_heatmaps_backward(
+    of_heatmaps: Tensor,
+    activations: list[Tensor],
+    sums: Tensor,
+    all_scores: Tensor,
+    scale: float,
+    needs_activations: bool,
+    needs_sums: bool,
+) -> tuple[list[Tensor], Tensor]:
+    """∂L/∂A, a part each, and ∂L/∂Σ_uv(∂y/∂A), (N, B, C); see `heatmap_losses_backward`."""
+    experts, samples, cells = all_scores.shape
+    height, width = activations[0].shape[3:]
+    out_height, out_width = of_heatmaps.shape[2:]
+    if samples == 0:
+        return empty_derivatives(activations, sums, needs_activations, needs_sums)
+    of_scores = torch.empty_like(all_scores)
+    row_taps, column_taps = launch.taps(height, out_height), launch.taps(width, out_width)
+    block_cells = launch.block_within(cells, column_taps)
+    with launch.on_device(sums):
+        _heatmaps_backward_kernel[(experts * samples, -(-cells // block_cells))](
+            of_heatmaps, *of_heatmaps.stride(), all_scores, of_scores,
+            samples, height, width, out_height, out_width,
+            ROW_TAPS=row_taps, COLUMN_TAPS=column_taps,
+            BLOCK_CELLS=block_cells, num_warps=4,
+        )  # fmt: skip
+    ones = sums.new_ones((experts, samples))
+    return scores_backward(
+        of_scores, ones, activations, sums, scale, needs_activations=needs_activations, needs_sums=needs_sums
+    )
+
+
+@gradcam_heatmaps_backward.register_fake
+def _(
+    of_heatmaps: Tensor,
+    activations: list[Tensor],
+    sums: Tensor,
+    all_scores: Tensor,
+    scale: float,
+    needs_activations: bool,
+    needs_sums: bool,
+) -> tuple[list[Tensor], Tensor]:
+    return empty_derivatives(activations, sums, needs_activations, needs_sums)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    activations, gradients, _, ctx.scale = inputs
+    ctx.gradients = describe(gradients)
+    ctx.save_for_backward(*activations, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx: Any, of_heatmaps: Tensor, *_: None) -> tuple[Any, ...]:
+    *activations, sums, all_scores = ctx.saved_tensors
+    needs_activations, needs_gradients = any(ctx.needs_input_grad[0]), any(ctx.needs_input_grad[1])
+    of_activations, of_sums = gradcam_heatmaps_backward(
+        of_heatmaps, activations, sums, all_scores, ctx.scale, needs_activations, needs_gradients
+    )
+    return (
+        of_activations if needs_activations else [None] * len(activations),
+        broadcast(of_sums, ctx.gradients) if needs_gradients else [None] * len(ctx.gradients),
+        None,
+        None,
+    )
+
+
+gradcam_heatmaps.register_autograd(_differentiate, setup_context=_save)
+gradcam_heatmaps_backward.register_autograd(refuse_second_derivative)

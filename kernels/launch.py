@@ -1,0 +1,89 @@
+"""What all launchers share: where kernels can run, how large their tiles are, and how strided tensors are described.
+
+The sizes come from a table and not from autotuning: no pause at the first call, and the same bits in every run.
+"""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# TRITON_INTERPRET=1 must be set before the kernels are imported: it decides what `triton.jit` makes of them.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# A program holds a tile of activations (channels × cells) in registers. 4096 elements are 32 registers a thread of four
+# warps, enough 16-byte loads in flight to hide the memory's latency, and leave room for several programs a
+# multiprocessor. Chosen from the compiled code (benchmarks/results/kernel_resources.json), not yet timed on a GPU.
+TILE = 4096
+MAX_CELLS = 1024  # of a tile; larger maps are read in several
+ENOUGH_PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU: fewer, and channels are split further
+MAX_SPLITS = 16
+
+
+class Tile(NamedTuple):
+    """How activations are cut up: (block_channels × block_cells) a tile, `num_warps` warps a program."""
+
+    block_channels: int
+    block_cells: int
+    num_warps: int
+
+
+class Strides(NamedTuple):
+    """Element strides of maps (N, B, C, h, w), with h and w as one axis of cells where memory allows it."""
+
+    expert: int
+    sample: int
+    channel: int
+    row: int
+    column: int
+    flat: bool  # cell (u, v) lies at (u·w + v)·column
+
+
+def strides(maps: Tensor) -> Strides:
+    """Of maps (N, B, C, h, w)."""
+    expert, sample, channel, row, column = maps.stride()
+    height, width = maps.shape[3:]
+    if width == 1:  # the stride of an axis of length 1 means nothing
+        column = row
+    return Strides(expert, sample, channel, row, column, flat=height == 1 or width == 1 or row == width * column)
+
+
+def tile(channels: int, cells: int, channels_last: bool) -> Tile:
+    """The table: a tile covers whole maps where they fit, and as many channels as its size allows.
+
+    Where channels lie next to each other, a tile takes at least 32 of them, a full line of memory, and more warps.
+    """
+    block_cells = min(power_of_two(cells), MAX_CELLS)
+    wanted = max(TILE // block_cells, 32) if channels_last else TILE // block_cells
+    block_channels = min(power_of_two(channels), wanted)
+    return Tile(block_channels, block_cells, 8 if block_channels * block_cells > TILE else 4)
+
+
+def channels_per_program(channels: int, block_channels: int, maps: int, most_splits: int) -> int:
+    """Channels that one program works through, a multiple of `block_channels`, so that enough programs run."""
+    blocks = -(-channels // block_channels)
+    splits = max(1, min(blocks, most_splits, -(-ENOUGH_PROGRAMS // max(maps, 1))))
+    return -(-blocks // splits) * block_channels
+
+
+def block_within(length: int, beside: int = 1) -> int:
+    """How much of an axis a tile takes that is `beside` wide in its other axis."""
+    return min(power_of_two(length), max(TILE // beside, 16), MAX_CELLS)
+
+
+def taps(size: int, resampled: int) -> int:
+    """A bound, and a power of two, of the pixels that see one cell when `size` cells are resampled to `resampled`."""
+    return 1 if size == resampled else power_of_two(-(-2 * resampled // size))
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch on the tensor's own GPU, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def power_of_two(length: int) -> int:
+    """The smallest power of two that is not less than `length`: tiles have no other sizes."""
+    return 1 << (length - 1).bit_length()
