@@ -16,9 +16,9 @@ from immunity_fast.functional import (
     check_targets,
     check_weight,
     heatmap_losses,
+    join_experts,
     label_scores,
     mixture_cross_entropy,
-    stack_experts,
 )
 
 # Chosen on CIFAR-10's validation split for heatmaps of 32×32 pixels; README, "Choosing α, β and γ".
@@ -47,7 +47,8 @@ class FusedImmunityLoss(nn.Module):
         weight_scale: factor of Grad-CAM's channel weights, "channels" (1/C) or "spatial" (1/(h·w)).
         score: what Grad-CAM differentiates, the label's "logit" or its "probability".
         detach_weights: True treats the channel weights as constants: no double backprop, an approximate gradient.
-        backend: "torch", or "auto", which takes the fastest that is available.
+        backend: "auto" runs the fused Triton kernels on CUDA tensors that are not float64, and plain PyTorch elsewhere;
+            "triton" and "torch" choose. With "torch" the loss can be differentiated any number of times, else once.
 
     Raises:
         ValueError: an option out of its range.
@@ -117,16 +118,16 @@ class FusedImmunityLoss(nn.Module):
             ValueError: a wrong shape, or activations that are not in the graph of the logits.
             TypeError: a wrong dtype.
         """
-        stacked_logits = stack_experts("logits", logits, 3, "(N, B, K)")
+        stacked_logits = join_experts("logits", logits, 3, "(N, B, K)")
         targets = self._check(stacked_logits, activations, targets)
-        cross_entropy = mixture_cross_entropy(stacked_logits, gate, targets, self.alpha)
+        cross_entropy = mixture_cross_entropy(stacked_logits, gate, targets, self.alpha, backend=self.backend)
         if not self._needs_heatmaps(return_terms):
             return cross_entropy.sum() / max(len(targets), 1)
         parts = [activations] if isinstance(activations, Tensor) else list(activations)
         # From the caller's own tensors: a stacked copy of them would not be in the graph of the logits.
         gradients = self._gradients(label_scores(stacked_logits, targets, self.score), parts)
-        stacked_gradients = gradients[0] if isinstance(activations, Tensor) else torch.stack(gradients)
-        return self._total(cross_entropy, activations, stacked_gradients, return_terms)
+        slopes = gradients[0] if isinstance(activations, Tensor) else gradients
+        return self._total(cross_entropy, activations, slopes, len(stacked_logits), return_terms)
 
     def from_head(
         self,
@@ -156,7 +157,7 @@ class FusedImmunityLoss(nn.Module):
         """
 
         def run(maps: Tensor) -> Tensor:
-            return stack_experts("head", head(maps), 3, "(N, B, K) of its result")
+            return join_experts("head", head(maps), 3, "(N, B, K) of its result")
 
         def scored(maps: Tensor) -> tuple[Tensor, Tensor]:
             logits = run(maps)
@@ -165,12 +166,13 @@ class FusedImmunityLoss(nn.Module):
         if not self._needs_heatmaps(return_terms):
             logits = run(activations)
             self._check(logits, activations, targets)
-            return mixture_cross_entropy(logits, gate, targets, self.alpha).sum() / max(len(targets), 1)
+            losses = mixture_cross_entropy(logits, gate, targets, self.alpha, backend=self.backend)
+            return losses.sum() / max(len(targets), 1)
         gradients, logits = torch.func.grad(scored, has_aux=True)(activations)
-        cross_entropy = mixture_cross_entropy(logits, gate, targets, self.alpha)
+        cross_entropy = mixture_cross_entropy(logits, gate, targets, self.alpha, backend=self.backend)
         if self.detach_weights:
             gradients = gradients.detach()
-        return self._total(cross_entropy, activations, gradients, return_terms)
+        return self._total(cross_entropy, activations, gradients, len(logits), return_terms)
 
     def _needs_heatmaps(self, return_terms: bool) -> bool:
         return return_terms or self.beta > 0 or self.gamma > 0
@@ -212,11 +214,10 @@ class FusedImmunityLoss(nn.Module):
         return list(gradients)
 
     def _total(
-        self, cross_entropy: Tensor, activations: Experts, gradients: Tensor, return_terms: bool
+        self, cross_entropy: Tensor, activations: Experts, gradients: Experts, experts: int, return_terms: bool
     ) -> Tensor | tuple[Tensor, ImmunityTerms]:
-        maps = stack_experts("activations", activations, 5, "(N, B, C, h, w)")
         mutual_information, position_stability = heatmap_losses(
-            maps,
+            activations,
             gradients,
             size=self.size,
             normalize=self.normalize,
@@ -224,7 +225,7 @@ class FusedImmunityLoss(nn.Module):
             weight_scale=self.weight_scale,
             backend=self.backend,
         )
-        experts, samples = maps.shape[0], max(maps.shape[1], 1)
+        samples = max(len(cross_entropy), 1)
         terms = ImmunityTerms(
             cross_entropy.sum() / samples, mutual_information.sum() / samples, position_stability / samples
         )

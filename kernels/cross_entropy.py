@@ -37,7 +37,7 @@ def _cross_entropy_kernel(
     target_stride,
     losses,  # (B,) float32, out
     statistics,  # (3, N, B) float32, out
-    samples, classes,
+    samples, classes: tl.constexpr,
     alpha,
     EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def _cross_entropy_backward_kernel(
     of_logits,  # (N, B, K) with the strides that follow, out
     d_expert, d_sample, d_class,
     of_gate,  # (B, N) float32, contiguous, out
-    samples, classes,
+    samples, classes: tl.constexpr,
     alpha,
     EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip

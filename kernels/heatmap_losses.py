@@ -60,7 +60,7 @@ def _maps_kernel(
     log_shares,  # (N, B, H, W) float32, out: l
     statistics,  # (7, N, B) float32, out
     information,  # (B,) float32, out: MI_q
-    samples, height, width, out_height, out_width, smoothing,
+    samples, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr, smoothing,
     EXPERTS: tl.constexpr, SPLITS: tl.constexpr, NORMALIZE: tl.constexpr,
     ROW_TAPS: tl.constexpr, COLUMN_TAPS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
@@ -201,7 +201,7 @@ def _maps_backward_kernel(
     statistics,  # (7, N, B) float32
     mean_distances,  # (N, N) float32
     of_scores,  # (N, B, h·w) float32, out: 2^e·∂L/∂R, e of the weights
-    samples, height, width, out_height, out_width, smoothing,
+    samples, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr, smoothing,
     INFORMATION: tl.constexpr, STABILITY: tl.constexpr,  # whether L depends on either
     EXPERTS: tl.constexpr, NORMALIZE: tl.constexpr, ROW_TAPS: tl.constexpr, COLUMN_TAPS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr, BLOCK_CELLS: tl.constexpr,
@@ -288,7 +288,7 @@ def _maps(
             BLOCK_EXPERTS=block_experts,
             BLOCK_CELLS=launch.block_within(cells, max(block_experts, row_taps, column_taps)),
             BLOCK_PIXELS=launch.block_within(pixels, block_experts),
-            num_warps=8,
+            num_warps=8, maxnreg=128,
         )  # fmt: skip
     return information, all_scores, log_shares, statistics
 
@@ -324,7 +324,7 @@ def _maps_backward(
     size = log_shares.shape[2:]
     of_scores = torch.empty_like(all_scores)
     row_taps, column_taps = launch.taps(shape[0], size[0]), launch.taps(shape[1], size[1])
-    block_cells = launch.block_within(cells, max(row_taps, column_taps))
+    block_cells = launch.adjoint_cells(cells, row_taps, column_taps)
     with launch.on_device(all_scores):
         _maps_backward_kernel[(experts * samples, -(-cells // block_cells))](
             of_information, 0 if of_information is None else of_information.stride(0), of_stability,

@@ -29,7 +29,7 @@ def _heatmaps_kernel(
     peaks,  # (splits, N, B) float32
     all_scores,  # (N, B, h·w) float32, out: R
     heatmaps,  # (N, B, H, W) float32, out
-    maps, height, width, out_height, out_width,
+    maps, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
     """One map: R from its splits, ReLU, bilinear resampling."""
@@ -60,7 +60,7 @@ def _heatmaps_backward_kernel(
     expert_stride, sample_stride, row_stride, column_stride,
     all_scores,  # (N, B, h·w) float32
     of_scores,  # (N, B, h·w) float32, out
-    samples, height, width, out_height, out_width,
+    samples, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
     ROW_TAPS: tl.constexpr, COLUMN_TAPS: tl.constexpr, BLOCK_CELLS: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂R = [R > 0]·Wᵀ(∂L/∂h) of one tile of one map's cells."""
@@ -134,7 +134,7 @@ def gradcam_heatmaps_backward(
         return empty_derivatives(activations, sums, needs_activations, needs_sums)
     of_scores = torch.empty_like(all_scores)
     row_taps, column_taps = launch.taps(height, out_height), launch.taps(width, out_width)
-    block_cells = launch.block_within(cells, column_taps)
+    block_cells = launch.adjoint_cells(cells, row_taps, column_taps)
     with launch.on_device(sums):
         _heatmaps_backward_kernel[(experts * samples, -(-cells // block_cells))](
             of_heatmaps, *of_heatmaps.stride(), all_scores, of_scores,

@@ -16,9 +16,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # A program holds a tile of activations (channels × cells) in registers. 4096 elements are 32 registers a thread of four
 # warps, enough 16-byte loads in flight to hide the memory's latency, and leave room for several programs a
-# multiprocessor. Chosen from the compiled code (benchmarks/results/kernel_resources.json), not yet timed on a GPU.
+# multiprocessor; loads of single elements need an address each, hence fewer of them. Chosen from the compiled code
+# (benchmarks/results/kernel_resources.json), not yet timed on a GPU.
 TILE = 4096
+UNALIGNED_TILE = 1024
 MAX_CELLS = 1024  # of a tile; larger maps are read in several
+MAX_CELLS_CHANNELS_LAST = 256
+MAPS_TILE = 2048  # experts × cells or pixels of a program that sees all experts
+ADJOINT_TILE = 1024  # cells × taps of a program that gathers gradients from pixels
 ENOUGH_PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU: fewer, and channels are split further
 MAX_SPLITS = 16
 
@@ -51,32 +56,46 @@ def strides(maps: Tensor) -> Strides:
     return Strides(expert, sample, channel, row, column, flat=height == 1 or width == 1 or row == width * column)
 
 
-def tile(channels: int, cells: int, channels_last: bool) -> Tile:
-    """The table: a tile covers whole maps where they fit, and as many channels as its size allows.
+def tile(maps: Tensor) -> Tile:
+    """The table, for maps (n, B, C, h, w): whole maps where they fit, and as many channels as the tile's size allows.
 
-    Where channels lie next to each other, a tile takes at least 32 of them, a full line of memory, and more warps.
+    Where channels lie next to each other, a tile takes at least 64 bytes of them, two sectors of memory.
     """
-    block_cells = min(power_of_two(cells), MAX_CELLS)
-    wanted = max(TILE // block_cells, 32) if channels_last else TILE // block_cells
+    channels, height, width = maps.shape[2:]
+    channels_last = maps.stride(2) == 1 and height * width > 1
+    elements = 16 // maps.element_size()  # of one 16-byte load
+    outer = maps.stride()[:2] + (maps.stride()[3:] if channels_last else (maps.stride(2),))
+    aligned = all(stride % elements == 0 for stride in outer)
+    size = TILE if aligned else UNALIGNED_TILE
+    block_cells = min(power_of_two(height * width), MAX_CELLS_CHANNELS_LAST if channels_last else MAX_CELLS)
+    wanted = max(size // block_cells, 64 // maps.element_size() if channels_last and aligned else 1)
     block_channels = min(power_of_two(channels), wanted)
     return Tile(block_channels, block_cells, 8 if block_channels * block_cells > TILE else 4)
 
 
 def channels_per_program(channels: int, block_channels: int, maps: int, most_splits: int) -> int:
-    """Channels that one program works through, a multiple of `block_channels`, so that enough programs run."""
+    """Channels that one program works through, a multiple of `block_channels`, so that enough programs run.
+
+    Splits are a power of two, so that few batch sizes are a reason to compile a kernel again.
+    """
     blocks = -(-channels // block_channels)
-    splits = max(1, min(blocks, most_splits, -(-ENOUGH_PROGRAMS // max(maps, 1))))
+    splits = max(1, min(blocks, most_splits, power_of_two(-(-ENOUGH_PROGRAMS // max(maps, 1)))))
     return -(-blocks // splits) * block_channels
 
 
 def block_within(length: int, beside: int = 1) -> int:
-    """How much of an axis a tile takes that is `beside` wide in its other axis."""
-    return min(power_of_two(length), max(TILE // beside, 16), MAX_CELLS)
+    """How much of an axis a tile of small maps takes that is `beside` wide in its other axis."""
+    return min(power_of_two(length), max(MAPS_TILE // beside, 16), MAX_CELLS)
 
 
 def taps(size: int, resampled: int) -> int:
     """A bound, and a power of two, of the pixels that see one cell when `size` cells are resampled to `resampled`."""
     return 1 if size == resampled else power_of_two(-(-2 * resampled // size))
+
+
+def adjoint_cells(cells: int, row_taps: int, column_taps: int) -> int:
+    """Cells of a tile in which each gathers from so many pixels."""
+    return min(power_of_two(cells), max(ADJOINT_TILE // max(row_taps, column_taps), 16))
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -3,6 +3,9 @@
 These two kernels read and write everything that is large; what follows them works on maps of h×w cells. Activations and
 gradients come in parts, tensors (n, B, C, h, w) whose n add up to N: one tensor, or one an expert, in their own memory.
 
+What belongs to the network (C, h, w and the strides within a map) is known when a kernel is compiled, so that the
+compiler sees which loads can be 16 bytes wide. Of the batch only the number of splits is, a power of two.
+
     forward   reads A and ∂y/∂A once          writes R (N, B, h·w) in float32, and Σ_uv ∂y/∂A (N, B, C)
     backward  reads A once                    writes ∂L/∂A once, and Σ_uv A·∂L/∂R (N, B, C)
 """
@@ -23,8 +26,8 @@ from immunity_fast.kernels.arithmetic import power_of_two
 def _sums_kernel(
     gradients,  # maps (n, B, C, h, w) with the strides that follow
     sums,  # (N, B, C) float32, out
-    expert_stride, sample_stride, channel_stride, row_stride, column_stride,
-    first_map, samples, channels, cells, width,
+    expert_stride, sample_stride, channel_stride: tl.constexpr, row_stride: tl.constexpr, column_stride: tl.constexpr,
+    first_map, samples, channels: tl.constexpr, cells: tl.constexpr, width: tl.constexpr,
     FLAT: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_CELLS: tl.constexpr,
 ):  # fmt: skip
     """Σ_uv ∂y/∂A(u, v) for the maps that are larger than a tile; a program a map and block of channels."""
@@ -47,15 +50,15 @@ def _sums_kernel(
 def _scores_kernel(
     activations,  # maps (n, B, C, h, w)
     gradients,  # maps (n, B, C, h, w), or (n, B, C) if SUMMED
-    sums,  # (N, B, C) float32, out
+    sums,  # (N, B, C) float32, out if KEEP; else `gradients` is a part of it already
     partials,  # (splits, N, B, h·w) float32, out: Σ_k w_k A_k / 2^e over a split's channels
     peaks,  # (splits, N, B) float32, out: max_k |w_k|, whose power of two is 2^e
-    a_expert, a_sample, a_channel, a_row, a_column,
-    g_expert, g_sample, g_channel, g_row, g_column,
-    first_map, all_maps, samples, channels, cells, width,
+    a_expert, a_sample, a_channel: tl.constexpr, a_row: tl.constexpr, a_column: tl.constexpr,
+    g_expert, g_sample, g_channel: tl.constexpr, g_row: tl.constexpr, g_column: tl.constexpr,
+    first_map, all_maps, samples, channels: tl.constexpr, cells: tl.constexpr, width: tl.constexpr,
     scale,  # s of eq. (3)
-    channels_per_program,
-    SUMMED: tl.constexpr, A_FLAT: tl.constexpr, G_FLAT: tl.constexpr,
+    channels_per_program: tl.constexpr,
+    SUMMED: tl.constexpr, KEEP: tl.constexpr, A_FLAT: tl.constexpr, G_FLAT: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_CELLS: tl.constexpr,
 ):  # fmt: skip
     """R of one map, from the channels of one split; a program a map, split and (if SUMMED) tile of cells.
@@ -89,7 +92,8 @@ def _scores_kernel(
         else:
             slopes = tl.load(g_maps + wide[:, None] * g_channel + g_offset[None, :], mask=mask, other=0)
             total = tl.sum(slopes.to(tl.float32), 1)
-        tl.store(sums + row * channels + channel, total, mask=exists & (tl.program_id(2) == 0))
+        if KEEP:
+            tl.store(sums + row * channels + channel, total, mask=exists & (tl.program_id(2) == 0))
         weight = total * scale
         larger = tl.maximum(peak, tl.abs(weight))
         former, _ = power_of_two(peak)
@@ -114,11 +118,11 @@ def _scores_backward_kernel(
     inverses,  # (N, B) float32: 2^−e, the inverse scale of the weights
     of_activations,  # maps (n, B, C, h, w), out: ∂L/∂A = w·∂L/∂R
     of_sums,  # (N, B, C) float32, out: ∂L/∂(Σ_uv ∂y/∂A) = s·Σ_uv A·∂L/∂R
-    a_expert, a_sample, a_channel, a_row, a_column,
-    d_expert, d_sample, d_channel, d_row, d_column,
-    first_map, samples, channels, cells, width,
+    a_expert, a_sample, a_channel: tl.constexpr, a_row: tl.constexpr, a_column: tl.constexpr,
+    d_expert, d_sample, d_channel: tl.constexpr, d_row: tl.constexpr, d_column: tl.constexpr,
+    first_map, samples, channels: tl.constexpr, cells: tl.constexpr, width: tl.constexpr,
     scale,  # s of eq. (3)
-    channels_per_program,
+    channels_per_program: tl.constexpr,
     ACTIVATIONS: tl.constexpr, SUMS: tl.constexpr,  # which of the two results are wanted
     A_FLAT: tl.constexpr, D_FLAT: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -182,9 +186,7 @@ def scores(activations: Sequence[Tensor], gradients: Sequence[Tensor], scale: fl
     samples, channels, height, width = activations[0].shape[1:]
     cells = height * width
     maps = sum(part.shape[0] for part in activations) * samples
-    tiles = [
-        launch.tile(channels, cells, part.stride(2) == 1 and cells > 1) for part in activations
-    ]  # of each part: they may differ in layout, but must agree in the number of splits
+    tiles = [launch.tile(part) for part in activations]  # parts may differ in layout, but not in the number of splits
     per_program = [launch.channels_per_program(channels, t.block_channels, maps, launch.MAX_SPLITS) for t in tiles]
     splits = max(-(-channels // each) for each in per_program)
     new = activations[0].new_empty
@@ -194,17 +196,17 @@ def scores(activations: Sequence[Tensor], gradients: Sequence[Tensor], scale: fl
     first_map = 0
     with launch.on_device(sums):
         for part, slopes, each, chunk in zip(activations, gradients, tiles, per_program, strict=True):
-            summed = slopes.dim() == 3
-            if not summed and cells > each.block_cells:
+            keep = slopes.dim() == 3 or cells <= each.block_cells
+            if not keep:
                 slopes = _sum_over_space(slopes, sums, first_map, each)
-                summed = True
+            summed = slopes.dim() == 3
             a = launch.strides(part)
             g = launch.strides(slopes[..., None, None] if summed else slopes)
             grid = (part.shape[0] * samples, splits, -(-cells // each.block_cells))
             _scores_kernel[grid](
                 part, slopes, sums, partials, peaks, *a[:5], *g[:5],
                 first_map, maps, samples, channels, cells, width, scale, chunk,
-                SUMMED=summed, A_FLAT=a.flat, G_FLAT=g.flat,
+                SUMMED=summed, KEEP=keep, A_FLAT=a.flat, G_FLAT=g.flat,
                 BLOCK_CHANNELS=each.block_channels, BLOCK_CELLS=each.block_cells, num_warps=each.num_warps,
             )  # fmt: skip
             first_map += part.shape[0] * samples
@@ -253,7 +255,7 @@ def scores_backward(
     first_map = 0
     with launch.on_device(sums):
         for part, result in zip(activations, of_activations or activations, strict=True):
-            each = launch.tile(channels, height * width, part.stride(2) == 1 and height * width > 1)
+            each = launch.tile(part)
             chunk = launch.channels_per_program(channels, each.block_channels, sums.shape[0] * samples, 1 << 16)
             a, d = launch.strides(part), launch.strides(result)
             _scores_backward_kernel[(part.shape[0] * samples, -(-channels // chunk))](

@@ -1,0 +1,85 @@
+"""Every kernel compiled ahead of time for GPUs that need not be there: nothing spills, and loads are 16 bytes wide."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import kernel_resources
+
+REPOSITORY = Path(__file__).parents[2]
+CONTRACTION = {"_scores_kernel", "_sums_kernel", "_scores_backward_kernel"}
+OTHERS = {
+    "_maps_kernel", "_stability_kernel", "_maps_backward_kernel", "_heatmaps_kernel", "_heatmaps_backward_kernel",
+    "_cross_entropy_kernel", "_cross_entropy_backward_kernel",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """In another process: this one may have Triton's interpreter, which compiles nothing."""
+    out = tmp_path_factory.mktemp("resources") / "resources.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--out", str(out)]
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, stdout=subprocess.DEVNULL)
+    found: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["records"]
+    return found
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_target(records: list[dict[str, Any]]) -> None:
+    for capability in kernel_resources.TARGETS:
+        found = {record["kernel"] for record in records if record["capability"] == capability}
+        assert found == CONTRACTION | OTHERS
+
+
+def test_nothing_is_spilled_and_shared_memory_fits(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        assert record["stack_bytes"] == 0, record
+        assert record["shared_bytes"] <= 1024 * kernel_resources.SHARED_MEMORY[record["capability"]], record
+
+
+def _aligned(record: dict[str, Any]) -> bool:
+    return not record["first_used_by"].startswith(str(kernel_resources.ODD_MAPS))
+
+
+def _bits_of_a_tile(record: dict[str, Any]) -> float:
+    """Bits of one thread's share of a tile of activations."""
+    constants = record["constants"]
+    itemsize = 32 if "fp32" in record["first_used_by"] else 16
+    elements = constants["BLOCK_CHANNELS"] * constants["BLOCK_CELLS"]
+    return itemsize * elements / (32 * record["num_warps"])
+
+
+def test_large_tensors_are_read_and_written_128_bits_at_a_time(records: list[dict[str, Any]]) -> None:
+    """In the contraction, which alone sees them; widths are strings in JSON."""
+    checked = 0
+    for record in records:
+        if record["kernel"] in CONTRACTION and _aligned(record):
+            wide = sum(int(bits) * count for bits, count in record["loads"].items() if int(bits) >= 128)
+            tiles = 2 if record["kernel"] == "_scores_kernel" and not record["constants"]["SUMMED"] else 1
+            assert wide >= tiles * _bits_of_a_tile(record), record
+            if tiles == 2:
+                assert all(int(bits) >= 128 for bits in record["loads"]), record
+            if record["kernel"] == "_scores_backward_kernel":
+                wide = sum(int(bits) * count for bits, count in record["stores"].items() if int(bits) >= 128)
+                assert wide >= _bits_of_a_tile(record), record
+            checked += 1
+    assert checked >= 60
+
+
+def test_the_committed_table_is_of_the_kernels_as_they_are(records: list[dict[str, Any]]) -> None:
+    """Of the versions it was made with; other compilers spend other registers."""
+    table = json.loads((REPOSITORY / "benchmarks" / "results" / "kernel_resources.json").read_text(encoding="utf-8"))
+    import triton
+
+    if table["versions"]["triton"] != triton.__version__:
+        pytest.skip(f"the table was made with triton {table['versions']['triton']}, this is {triton.__version__}")
+    assert [record["kernel"] for record in table["records"]] == [record["kernel"] for record in records]
+    assert table["records"] == records
