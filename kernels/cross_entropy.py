@@ -27,7 +27,7 @@ _STATISTICS = 3
 _LARGEST_EXPONENT = tl.constexpr(80.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _cross_entropy_kernel(
     logits,  # (N, B, K) with the strides that follow
     expert_stride, sample_stride, class_stride,
@@ -75,7 +75,7 @@ def _cross_entropy_kernel(
     tl.store(place + _LOG_TOTAL * all_maps, log_total, mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _cross_entropy_backward_kernel(
     of_losses,  # (B,) with the stride that follows
     of_losses_stride,

@@ -52,7 +52,7 @@ _LOG_SHARES = tl.constexpr(6)  # Σ_ab l_i
 _STATISTICS = 7
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _maps_kernel(
     partials,  # (splits, N, B, h·w) float32
     peaks,  # (splits, N, B) float32
@@ -148,7 +148,7 @@ def _maps_kernel(
     tl.store(statistics + _LOG_SHARES * all_maps + row, log_sum, mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _stability_kernel(
     statistics,  # (7, N, B) float32
     mean_distances,  # (N, N) float32, out: mean_q d²_qij
@@ -191,7 +191,7 @@ def _squared_distances(
     return down * down + across * across
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _maps_backward_kernel(
     of_information,  # (B,) float32 with the stride that follows: g
     information_stride,
@@ -280,15 +280,16 @@ def _maps(
     information = new(samples)
     block_experts = launch.power_of_two(experts)
     row_taps, column_taps = launch.taps(shape[0], size[0]), launch.taps(shape[1], size[1])
+    num_warps = launch.maps_warps(samples)
     with launch.on_device(partials):
         _maps_kernel[(samples,)](
             partials, peaks, all_scores, log_shares, statistics, information, samples, *shape, *size, smoothing,
             EXPERTS=experts, SPLITS=splits, NORMALIZE=normalize,
             ROW_TAPS=row_taps, COLUMN_TAPS=column_taps,
             BLOCK_EXPERTS=block_experts,
-            BLOCK_CELLS=launch.block_within(cells, max(block_experts, row_taps, column_taps)),
-            BLOCK_PIXELS=launch.block_within(pixels, block_experts),
-            num_warps=8, maxnreg=128,
+            BLOCK_CELLS=launch.block_within(cells, max(block_experts, row_taps, column_taps), num_warps),
+            BLOCK_PIXELS=launch.block_within(pixels, block_experts, num_warps),
+            num_warps=num_warps, maxnreg=128,  # else the compiler spills a few bytes for an occupancy of no use
         )  # fmt: skip
     return information, all_scores, log_shares, statistics
 
@@ -297,7 +298,7 @@ def _stability(statistics: Tensor) -> tuple[Tensor, Tensor]:
     """PS () and mean_q d²_qij (N, N)."""
     experts, samples = statistics.shape[1:]
     # One program is one launch, and right for a small batch; a large one takes a program a pair and a sum over them.
-    pairs = launch.power_of_two(experts**2) if samples <= launch.MAX_CELLS else 1
+    pairs = min(launch.power_of_two(experts**2), launch.MAX_PAIRS) if samples <= launch.MAX_CELLS else 1
     programs = -(-(experts**2) // pairs)
     mean_distances, stability = statistics.new_empty(experts, experts), statistics.new_empty(programs)
     with launch.on_device(statistics):

@@ -23,7 +23,7 @@ from immunity_fast.kernels.scores import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["maps"])
 def _heatmaps_kernel(
     partials,  # (splits, N, B, h·w) float32
     peaks,  # (splits, N, B) float32
@@ -54,7 +54,7 @@ def _heatmaps_kernel(
         tl.store(heatmaps + row * pixels + pixel, heat, mask=pixel < pixels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _heatmaps_backward_kernel(
     of_heatmaps,  # (N, B, H, W) with the strides that follow
     expert_stride, sample_stride, row_stride, column_stride,

@@ -22,7 +22,9 @@ TILE = 4096
 UNALIGNED_TILE = 1024
 MAX_CELLS = 1024  # of a tile; larger maps are read in several
 MAX_CELLS_CHANNELS_LAST = 256
-MAPS_TILE = 2048  # experts × cells or pixels of a program that sees all experts
+MAX_PAIRS = 64  # of a program of the position stability
+MAPS_TILE = 2048  # experts × cells or pixels of a program that sees all experts, for eight warps
+FEW_SAMPLES = 128  # about a multiprocessor each: a program may then have all of one
 ADJOINT_TILE = 1024  # cells × taps of a program that gathers gradients from pixels
 ENOUGH_PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU: fewer, and channels are split further
 MAX_SPLITS = 16
@@ -63,7 +65,7 @@ def tile(maps: Tensor) -> Tile:
     """
     channels, height, width = maps.shape[2:]
     channels_last = maps.stride(2) == 1 and height * width > 1
-    elements = 16 // maps.element_size()  # of one 16-byte load
+    elements = 8 // maps.element_size()  # of a load that is wide enough: 14 × 14 cells of bfloat16 allow no wider one
     outer = maps.stride()[:2] + (maps.stride()[3:] if channels_last else (maps.stride(2),))
     aligned = all(stride % elements == 0 for stride in outer)
     size = TILE if aligned else UNALIGNED_TILE
@@ -83,9 +85,14 @@ def channels_per_program(channels: int, block_channels: int, maps: int, most_spl
     return -(-blocks // splits) * block_channels
 
 
-def block_within(length: int, beside: int = 1) -> int:
+def maps_warps(samples: int) -> int:
+    """Warps of a program that works on one sample: many where few programs run, for latency."""
+    return 16 if samples <= FEW_SAMPLES else 8
+
+
+def block_within(length: int, beside: int = 1, num_warps: int = 8) -> int:
     """How much of an axis a tile of small maps takes that is `beside` wide in its other axis."""
-    return min(power_of_two(length), max(MAPS_TILE // beside, 16), MAX_CELLS)
+    return min(power_of_two(length), max(MAPS_TILE * num_warps // 8 // beside, 16), MAX_CELLS)
 
 
 def taps(size: int, resampled: int) -> int:

@@ -22,7 +22,7 @@ from immunity_fast.kernels import launch
 from immunity_fast.kernels.arithmetic import power_of_two
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_map", "samples"])
 def _sums_kernel(
     gradients,  # maps (n, B, C, h, w) with the strides that follow
     sums,  # (N, B, C) float32, out
@@ -46,7 +46,7 @@ def _sums_kernel(
     tl.store(sums + row * channels + channel, tl.sum(total, 1), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_map", "all_maps", "samples"])
 def _scores_kernel(
     activations,  # maps (n, B, C, h, w)
     gradients,  # maps (n, B, C, h, w), or (n, B, C) if SUMMED
@@ -110,7 +110,7 @@ def _scores_kernel(
         tl.store(peaks + place, largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_map", "samples"])
 def _scores_backward_kernel(
     activations,  # maps (n, B, C, h, w)
     sums,  # (N, B, C) float32: Σ_uv ∂y/∂A
