@@ -154,6 +154,8 @@ def mixture_cross_entropy(
     check_choice("backend", backend, Backend)
     gate = _check_gate(gate, logits)
     targets = check_targets(targets, logits.shape[1], logits.shape[2])
+    _check_device("gate", logits, [gate])
+    _check_device("targets", logits, [targets])
     if _use_triton(backend, "logits", [logits, gate]):
         losses: Tensor = fused_cross_entropy.mixture_cross_entropy(logits, gate, targets, float(alpha))[0]
         return losses
@@ -257,6 +259,8 @@ def _check_maps(activations: Experts, gradients: Experts) -> tuple[list[Tensor],
         slopes = [torch.cat(slopes)]
     elif len(slopes) < len(maps):
         slopes = list(torch.split(slopes[0], 1))
+    _check_device("activations", maps[0], maps)
+    _check_device("gradients", maps[0], slopes)
     return maps, slopes
 
 
@@ -289,12 +293,14 @@ def _use_triton(backend: str, name: str, tensors: Sequence[Tensor]) -> bool:
     """Whether the fused kernels are to run; an error where they were asked for by name and cannot."""
     if backend == "torch":
         return False
-    fit = all(tensor.dtype in (torch.float32, torch.bfloat16, torch.float16) for tensor in tensors)
+    if not HAS_TRITON:
+        if backend == "auto":
+            return False
+        raise ValueError("backend: 'triton' is not installed here; use 'torch' or 'auto'")
+    fit = all(tensor.dtype in launch.DTYPES for tensor in tensors)
     on_gpu = tensors[0].device.type == "cuda"
     if backend == "auto":
-        return HAS_TRITON and on_gpu and fit
-    if not HAS_TRITON:
-        raise ValueError("backend: 'triton' is not installed here; use 'torch' or 'auto'")
+        return on_gpu and fit
     if not on_gpu and not launch.INTERPRETED:
         raise ValueError(
             f"backend: 'triton' expects CUDA tensors, got {name} on {tensors[0].device} (on a CPU it runs in Triton's "
@@ -306,6 +312,13 @@ def _use_triton(backend: str, name: str, tensors: Sequence[Tensor]) -> bool:
             f"{' and '.join(sorted({str(tensor.dtype) for tensor in tensors}))}; use 'torch' for float64"
         )
     return True
+
+
+def _check_device(name: str, tensor: Tensor, others: Sequence[Tensor]) -> None:
+    """A kernel that is given another device's address stops the whole process."""
+    for other in others:
+        if other.device != tensor.device:
+            raise ValueError(f"{name}: expected a tensor on {tensor.device}, got one on {other.device}")
 
 
 def _check_gate(gate: Tensor | None, logits: Tensor) -> Tensor:

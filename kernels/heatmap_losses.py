@@ -41,7 +41,7 @@ from immunity_fast.kernels.scores import (
     scores_backward,
 )
 
-# Rows of `statistics` (8, N, B) float32: what the backward pass needs to know of each map.
+# Rows of `statistics` (7, N, B) float32: what the backward pass needs to know of each map.
 _INVERSE_WEIGHTS = tl.constexpr(0)  # 2^−e of the weights
 _INVERSE_SCORES = tl.constexpr(1)  # 2^−e of the scores
 _INVERSE_MASS = tl.constexpr(2)  # 1 / Z

@@ -178,3 +178,15 @@ def test_sums_over_space_are_all_that_grad_cam_looks_at(backend: Any) -> None:
 def test_gradients_of_a_wrong_shape_are_named(backend: Any, gradients: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         heatmap_losses(A, gradients, backend=backend)
+
+
+def test_tensors_on_another_device_are_named() -> None:
+    elsewhere = torch.device("meta")
+    with pytest.raises(ValueError, match=f"gradients: expected a tensor on {DEVICE}.*, got one on meta"):
+        heatmap_losses(A, G.to(elsewhere))
+    with pytest.raises(ValueError, match=f"activations: expected a tensor on {DEVICE}.*, got one on meta"):
+        heatmap_losses([A[0], A[1].to(elsewhere)], list(G))
+    with pytest.raises(ValueError, match=f"targets: expected a tensor on {DEVICE}.*, got one on meta"):
+        mixture_cross_entropy(A[..., 0, 0], None, LABELS.to(elsewhere), 1.0)
+    with pytest.raises(ValueError, match=f"gate: expected a tensor on {DEVICE}.*, got one on meta"):
+        mixture_cross_entropy(A[..., 0, 0], torch.ones(2, device=elsewhere), LABELS, 1.0)

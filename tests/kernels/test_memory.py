@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import traffic
 from immunity_fast.functional import gradcam_heatmaps, heatmap_losses, mixture_cross_entropy
 from immunity_fast.kernels import heatmap_losses as heatmap_losses_op
 from immunity_fast.kernels import scores
@@ -55,6 +56,37 @@ def test_each_activation_and_gradient_is_read_once_in_place(function: Any, shape
     assert (_counts(launches, "stores", of_activations) == 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("summed", [False, True])
+def test_bytes_are_those_that_the_design_allows(dtype: torch.dtype, summed: bool) -> None:
+    """Large tensors move what `benchmarks.traffic` counts from shapes; all else that is written has a heatmap's size."""
+    shape, size = (3, 2, 40, 5, 6), (8, 9)
+    activations = normal(*shape).to(dtype)
+    gradients = normal(*(shape[:3] if summed else shape), seed=1).to(dtype)
+    inputs = leaves([activations, gradients])
+    with memory.watched() as launches:
+        losses = heatmap_losses(*inputs, size=size, backend="triton")
+    moved = sum(int(_counts(launches, "loads", leaf).sum()) * leaf.element_size() for leaf in inputs)
+    assert moved == traffic.heatmap_losses_forward(shape, dtype.itemsize, summed)
+    splits = len({access.program for access in launches[0].loads}) // 6
+    heatmaps = 6 * ((splits + 1) * 30 + 72)
+    assert _stored(launches) <= heatmaps + 6 * 40 + (7 + splits) * 6 + 9 + 2 + 1
+
+    with memory.watched() as launches:
+        of_activations, _ = torch.autograd.grad(losses[0].sum() + losses[1], inputs)
+    moved = sum(
+        int(_counts(launches, kind, tensor).sum()) * tensor.element_size()
+        for kind, tensor in (("loads", inputs[0]), ("stores", of_activations))
+    )
+    assert moved == traffic.heatmap_losses_backward(shape, dtype.itemsize)
+    assert _stored(launches) <= of_activations.numel() + 6 * 30 + 6 * 40
+
+
+def _stored(launches: list[memory.Launch]) -> int:
+    """Elements that were written, each time that they were."""
+    return sum(len(access.addresses) for each in launches for access in each.stores)
+
+
 @pytest.mark.parametrize("layout", DENSE)
 def test_without_a_derivative_of_the_gradients_activations_are_not_read_again(layout: Any) -> None:
     """`detach_weights`: ∂L/∂A is w·∂L/∂R, which takes the weights and small maps alone."""
@@ -85,6 +117,9 @@ def test_logits_are_read_once_forward_and_once_backward() -> None:
         (gradient,) = torch.autograd.grad(losses.sum(), logits)
     assert (_counts(launches, "loads", logits) == 1).all()
     assert (_counts(launches, "stores", gradient) == 1).all()
+    moved = sum(int(_counts(launches, kind, x).sum()) * 4 for kind, x in (("loads", logits), ("stores", gradient)))
+    assert moved == traffic.cross_entropy_backward(logits.shape, 4)
+    assert traffic.cross_entropy_forward(logits.shape, 4) == 4 * logits.numel()
 
 
 def _far_apart(values: Tensor, strides: tuple[int, ...]) -> Tensor:
