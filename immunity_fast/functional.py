@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from immunity_fast.kernels import reference
 
@@ -45,7 +46,8 @@ def gradcam_heatmaps(
         size: (H, W) of the heatmaps, by bilinear resampling; None keeps (h, w).
         weight_scale: the factor s of the channel weights, "channels" (1/C, the paper) or "spatial" (1/(h·w), Grad-CAM).
         backend: "torch" is plain PyTorch; "triton" the fused kernels, once differentiable, for CUDA tensors (or any, if
-            TRITON_INTERPRET=1 was set before the import); "auto" is "triton" for CUDA tensors that are not float64.
+            TRITON_INTERPRET=1 was set before the import); "auto" is "triton" for CUDA tensors that are not float64, but
+            "torch" under `torch.func` and in forward mode.
 
     Returns:
         (N, B, H, W), at least float32, ≥ 0, differentiable in both inputs.
@@ -300,7 +302,11 @@ def _use_triton(backend: str, name: str, tensors: Sequence[Tensor]) -> bool:
     fit = all(tensor.dtype in launch.DTYPES for tensor in tensors)
     on_gpu = tensors[0].device.type == "cuda"
     if backend == "auto":
-        return on_gpu and fit
+        return on_gpu and fit and not _is_transformed(tensors)
+    if _is_transformed(tensors):
+        raise ValueError(
+            "backend: 'triton' is for reverse-mode autograd; under torch.func and in forward mode use 'torch' or 'auto'"
+        )
     if not on_gpu and not launch.INTERPRETED:
         raise ValueError(
             f"backend: 'triton' expects CUDA tensors, got {name} on {tensors[0].device} (on a CPU it runs in Triton's "
@@ -312,6 +318,16 @@ def _use_triton(backend: str, name: str, tensors: Sequence[Tensor]) -> bool:
             f"{' and '.join(sorted({str(tensor.dtype) for tensor in tensors}))}; use 'torch' for float64"
         )
     return True
+
+
+def _is_transformed(tensors: Sequence[Tensor]) -> bool:
+    """Whether derivatives are taken in a way that a custom op does not see: its tangents would be zero, in silence."""
+    if torch.compiler.is_compiling():  # what the compiler cannot trace it refuses
+        return False
+    return torch._C._are_functorch_transforms_active() or any(
+        forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+        for tensor in tensors
+    )
 
 
 def _check_device(name: str, tensor: Tensor, others: Sequence[Tensor]) -> None:

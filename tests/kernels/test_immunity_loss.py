@@ -190,3 +190,37 @@ def test_tensors_on_another_device_are_named() -> None:
         mixture_cross_entropy(A[..., 0, 0], None, LABELS.to(elsewhere), 1.0)
     with pytest.raises(ValueError, match=f"gate: expected a tensor on {DEVICE}.*, got one on meta"):
         mixture_cross_entropy(A[..., 0, 0], torch.ones(2, device=elsewhere), LABELS, 1.0)
+
+
+def _sum(activations: Tensor, backend: Any) -> Tensor:
+    information, stability = heatmap_losses(activations, G, size=(7, 7), backend=backend)
+    return information.sum() + 0.1 * stability
+
+
+def _by_func(backend: Any) -> Tensor:
+    gradient: Tensor = torch.func.grad(_sum)(A, backend)
+    return gradient
+
+
+def _by_jvp(backend: Any) -> Tensor:
+    tangent: Tensor = torch.func.jvp(lambda maps: _sum(maps, backend), (A,), (G,))[1]
+    return tangent
+
+
+def _by_dual_numbers(backend: Any) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.unpack_dual(
+            _sum(torch.autograd.forward_ad.make_dual(A, G), backend)
+        ).tangent
+        assert tangent is not None
+        return tangent
+
+
+@pytest.mark.parametrize("differentiated", [_by_func, _by_jvp, _by_dual_numbers])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_other_modes_of_differentiation_are_right_or_raise(differentiated: Any) -> None:
+    """A custom op knows reverse-mode autograd alone, and would otherwise give a tangent of zero without a word."""
+    with pytest.raises(ValueError, match=r"backend: 'triton' is for reverse-mode autograd; .* use 'torch' or 'auto'"):
+        differentiated("triton")
+    assert error(differentiated("auto"), differentiated("torch")) <= 1e-5
+    assert differentiated("torch").any()

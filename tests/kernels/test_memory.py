@@ -59,7 +59,7 @@ def test_each_activation_and_gradient_is_read_once_in_place(function: Any, shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("summed", [False, True])
 def test_bytes_are_those_that_the_design_allows(dtype: torch.dtype, summed: bool) -> None:
-    """Large tensors move what `benchmarks.traffic` counts from shapes; all else that is written has a heatmap's size."""
+    """Large tensors move what `benchmarks.traffic` counts from shapes; what else is written has a heatmap's."""
     shape, size = (3, 2, 40, 5, 6), (8, 9)
     activations = normal(*shape).to(dtype)
     gradients = normal(*(shape[:3] if summed else shape), seed=1).to(dtype)
