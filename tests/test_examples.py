@@ -1,0 +1,231 @@
+"""The examples: what they add to an ordinary loop, that it is right, and that they run as the README says."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import inspect
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from immunity_fast import FusedImmunityLoss
+from immunity_fast.losses import ALPHA, BETA, GAMMA
+from tests import oracle
+from tests.oracle import assert_matches
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def drop_in() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))  # as `python examples/drop_in.py` has it
+        yield importlib.import_module("drop_in")
+
+
+def _batches(drop_in: ModuleType, steps: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    images, labels, *_ = drop_in.digits("cpu")
+    batches: Iterator[tuple[Tensor, Tensor]] = drop_in.random_batches(images, labels, steps, batch_size)
+    return batches
+
+
+def _untrained(drop_in: ModuleType) -> nn.ModuleList:
+    torch.manual_seed(0)
+    return nn.ModuleList(drop_in.resnet10() for _ in range(3))
+
+
+def _assert_every_weight_moved(experts: nn.ModuleList, initial: nn.ModuleList) -> None:
+    assert len(experts) == len(initial) == 3
+    for (name, after), before in zip(experts.named_parameters(), initial.parameters(), strict=True):
+        assert after.isfinite().all(), name
+        assert not torch.equal(after.cpu(), before), name
+
+
+def test_the_loops_differ_by_the_three_lines_that_are_marked(drop_in: ModuleType) -> None:
+    plain, immune = (inspect.getsource(loop).splitlines()[2:] for loop in (drop_in.plain, drop_in.with_immunity))
+    changes = [line for line in difflib.ndiff(plain, immune) if line[0] in "+-"]
+    added = [line for line in changes if line[0] == "+"]
+    removed = [line for line in changes if line[0] == "-"]
+    assert len(added) == 3
+    assert all("# added" in line for line in added)
+    assert [line[1:].strip() for line in removed] == [
+        "loss = sum(F.cross_entropy(scores, labels) for scores in logits)"
+    ]
+    assert inspect.getsource(drop_in).count("  # added") == 3
+
+
+def test_of_the_package_the_example_imports_only_the_loss(drop_in: ModuleType) -> None:
+    imported = [
+        name.name
+        for node in ast.walk(ast.parse(inspect.getsource(drop_in)))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("immunity_fast")
+        for name in node.names
+    ]
+    assert imported == ["FusedImmunityLoss"]
+    assert "import immunity_fast" not in inspect.getsource(drop_in)
+
+
+def test_the_plain_loop_runs_without_the_loss_and_without_hooks(
+    drop_in: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("not in the plain loop")
+
+    monkeypatch.setattr(drop_in, "FusedImmunityLoss", forbidden)
+    monkeypatch.setattr(drop_in, "hook_outputs", forbidden)
+    experts = drop_in.plain(_batches(drop_in, 2, 4), "cpu")
+    assert not any(module._forward_hooks for module in experts.modules())
+    _assert_every_weight_moved(experts, _untrained(drop_in))
+
+
+def test_with_the_loss_every_weight_of_every_expert_moves(drop_in: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[float] = []
+
+    class Recorded(FusedImmunityLoss):
+        def forward(self, *arguments: object) -> Tensor:  # type: ignore[override]
+            loss: Tensor = super().forward(*arguments)  # type: ignore[call-overload]
+            losses.append(float(loss.detach()))
+            return loss
+
+    monkeypatch.setattr(drop_in, "FusedImmunityLoss", Recorded)
+    experts = drop_in.with_immunity(_batches(drop_in, 2, 4), "cpu")
+    _assert_every_weight_moved(experts, _untrained(drop_in))
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def _double_experts(drop_in: ModuleType, *, training: bool) -> tuple[nn.ModuleList, Tensor, Tensor]:
+    """In float64, with BatchNorm statistics that are not the initial ones."""
+    experts = _untrained(drop_in).double()
+    images, labels, *_ = drop_in.digits("cpu")
+    for expert in experts:
+        expert(images[:32].double())
+    return experts.train(training), images[32:36].double(), labels[32:36]
+
+
+def test_the_hooked_loss_and_its_gradients_match_the_oracle_on_networks_cut_by_hand(drop_in: ModuleType) -> None:
+    experts, images, labels = _double_experts(drop_in, training=False)
+    parameters = tuple(experts.parameters())
+    activations = drop_in.hook_outputs([expert.layer1 for expert in experts])
+    logits = [expert(images) for expert in experts]
+    loss = FusedImmunityLoss(size=(32, 32))(logits, activations, labels)
+
+    maps = [e.layer1(e.maxpool(e.relu(e.bn1(e.conv1(images))))) for e in experts]
+    heads = [
+        e.fc(e.avgpool(e.layer4(e.layer3(e.layer2(part)))).flatten(1)) for e, part in zip(experts, maps, strict=True)
+    ]
+    slopes = oracle.label_gradients(torch.stack(heads), maps, labels, "logit")
+    information, stability = oracle.heatmap_losses(torch.stack(maps), slopes, (32, 32))
+    gate = torch.full((len(labels), 3), 1 / 3, dtype=torch.float64)
+    cross_entropies = oracle.cross_entropy(torch.stack(heads), gate, labels, ALPHA)
+    expected = oracle.total(cross_entropies, information, stability, 3, BETA, GAMMA)
+
+    assert_matches(loss, expected)
+    gradients = torch.autograd.grad(loss, parameters)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, parameters), strict=True):
+        assert_matches(ours, theirs)
+
+
+def test_its_gradient_is_that_of_finite_differences_with_batch_norm_in_training_mode(drop_in: ModuleType) -> None:
+    """With respect to all weights at once, along a random direction, and through torchvision's in-place ReLUs."""
+    experts, images, labels = _double_experts(drop_in, training=True)
+    parameters = list(experts.parameters())
+    activations = drop_in.hook_outputs([expert.layer1 for expert in experts])
+    immunity_loss = FusedImmunityLoss(size=(32, 32))
+
+    def loss() -> Tensor:
+        logits = [expert(images) for expert in experts]
+        found: Tensor = immunity_loss(logits, activations, labels)
+        return found
+
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+
+    def moved(step: float) -> float:
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(direction, alpha=step)
+        return float(loss().detach())
+
+    gradients = torch.autograd.grad(loss(), parameters)
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+    step = 3e-10  # small, so that hardly a ReLU is crossed
+    above = moved(step)
+    below = moved(-2 * step)
+    assert slope == pytest.approx((above - below) / (2 * step), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_prints_what_the_loss_does(
+    drop_in: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["drop_in.py", "--steps", "22"])
+    drop_in.main()
+    title, header, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("22 steps of 32 images on ")
+    assert title.endswith("360 held-out images")
+    assert header.split() == ["plain", "with_immunity"]
+    table = {row[:42].strip(): [float(cell.replace(",", "")) for cell in row[42:].split()] for row in rows}
+    assert all(len(cells) == 2 and all(map(math.isfinite, cells)) for cells in table.values())
+    information = table["mutual information of the heatmaps, nats"]
+    losses = table["loss: mutual information, nats"]
+    assert information == pytest.approx([math.log(3) - loss / 3 for loss in losses], abs=0.01)
+    assert information[1] > information[0]
+    assert all(cell > 50 for cell in table["accuracy of the experts' mean, %"])
+    assert all(cell > 0 for cell in table["milliseconds a step, median"])
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--batch-size", "1"]])
+def test_the_command_refuses_what_cannot_be_trained(
+    drop_in: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["drop_in.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        drop_in.main()
+    assert ended.value.code == 2
+    assert "expected at least 1 step and 2 images a step" in capsys.readouterr().err
+
+
+def test_the_command_starts_from_any_folder(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "drop_in.py"), "--help"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "--steps" in shown
+    assert "--batch-size" in shown
+
+
+@pytest.fixture
+def lightning_module(drop_in: ModuleType) -> ModuleType:
+    if not any(importlib.util.find_spec(name) for name in ("lightning", "pytorch_lightning")):
+        pytest.skip("neither lightning nor pytorch_lightning is installed")
+    return importlib.import_module("lightning_module")
+
+
+def test_the_lightning_module_trains_validates_and_logs_the_terms(
+    drop_in: ModuleType, lightning_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mixture, metrics = lightning_module.fit(3, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    _assert_every_weight_moved(mixture.experts, _untrained(drop_in))
+    assert metrics["loss"] == pytest.approx(
+        metrics["cross_entropy"] + BETA / 3 * metrics["mutual_information"] + GAMMA / 6 * metrics["position_stability"],
+        rel=1e-5,
+    )
+    assert 0 < metrics["mutual_information"] < 3 * math.log(3)
+    *_, images, labels = drop_in.digits("cpu")
+    with torch.no_grad():
+        correct = mixture.eval()(images).argmax(-1) == labels
+    assert metrics["validation_accuracy"] == pytest.approx(float(correct.float().mean()), abs=1e-3)
+    assert not list(tmp_path.iterdir())
