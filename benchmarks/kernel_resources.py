@@ -98,9 +98,11 @@ def losses(samples: int, shape: tuple[int, int, int], dtype: torch.dtype, channe
         activations = [part[..., 1::2] for part in activations]
     gradients = [part[..., 0, 0].contiguous() if form == "sums" else part for part in activations]
     information, stability, *saved = heatmap_losses.heatmap_losses(activations, gradients, size, True, 0.01, 0.5)
-    heatmap_losses.heatmap_losses_backward(information, stability, activations, *saved, True, 0.01, 0.5, True, True)
+    heatmap_losses.heatmap_losses_backward(
+        information, stability, activations, *saved, True, 0.01, 0.5, dtype, True, True
+    )
     maps, *saved = heatmaps.gradcam_heatmaps(activations, gradients, size, 0.5)
-    heatmaps.gradcam_heatmaps_backward(maps, activations, *saved, 0.5, True, True)
+    heatmaps.gradcam_heatmaps_backward(maps, activations, *saved, 0.5, dtype, True, True)
 
 
 def mixture(samples: int, classes: int, dtype: torch.dtype) -> None:

@@ -34,6 +34,7 @@ from immunity_fast.kernels import launch
 from immunity_fast.kernels.arithmetic import moments, power_of_two, relu, resample, resample_adjoint
 from immunity_fast.kernels.scores import (
     broadcast,
+    common_dtype,
     describe,
     empty_derivatives,
     refuse_second_derivative,
@@ -408,22 +409,30 @@ def heatmap_losses_backward(
     normalize: bool,
     smoothing: float,
     scale: float,
+    dtype: torch.dtype,
     needs_activations: bool,
     needs_sums: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    """∂L/∂A, a part each, and ∂L/∂Σ_uv(∂y/∂A), (N, B, C); an empty list or tensor for what is not needed.
+    """∂L/∂A, a part each, and ∂L/∂Σ_uv(∂y/∂A), (N, B, C) in `dtype`; an empty list or tensor for what is not needed.
 
     It has no derivative of its own: a second one raises instead of being silently zero.
     """
     height, width = activations[0].shape[3:]
     if sums.shape[1] == 0:
-        return empty_derivatives(activations, sums, needs_activations, needs_sums)
+        return empty_derivatives(activations, sums, dtype, needs_activations, needs_sums)
     of_scores = _maps_backward(
         of_information, of_stability, all_scores, log_shares, statistics, mean_distances,
         (height, width), normalize, smoothing,
     )  # fmt: skip
     return scores_backward(
-        of_scores, statistics[0], activations, sums, scale, needs_activations=needs_activations, needs_sums=needs_sums
+        of_scores,
+        statistics[0],
+        activations,
+        sums,
+        dtype,
+        scale,
+        needs_activations=needs_activations,
+        needs_sums=needs_sums,
     )
 
 
@@ -440,10 +449,11 @@ def _(
     normalize: bool,
     smoothing: float,
     scale: float,
+    dtype: torch.dtype,
     needs_activations: bool,
     needs_sums: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    return empty_derivatives(activations, sums, needs_activations, needs_sums)
+    return empty_derivatives(activations, sums, dtype, needs_activations, needs_sums)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -459,7 +469,7 @@ def _differentiate(ctx: Any, of_information: Tensor | None, of_stability: Tensor
     needs_activations, needs_gradients = any(ctx.needs_input_grad[0]), any(ctx.needs_input_grad[1])
     of_activations, of_sums = heatmap_losses_backward(
         of_information, of_stability, activations, sums, all_scores, log_shares, statistics, mean_distances,
-        ctx.normalize, ctx.smoothing, ctx.scale, needs_activations, needs_gradients,
+        ctx.normalize, ctx.smoothing, ctx.scale, common_dtype(ctx.gradients), needs_activations, needs_gradients,
     )  # fmt: skip
     return (
         of_activations if needs_activations else [None] * len(activations),

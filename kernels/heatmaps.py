@@ -15,6 +15,7 @@ from immunity_fast.kernels import launch
 from immunity_fast.kernels.arithmetic import power_of_two, resample, resample_adjoint
 from immunity_fast.kernels.scores import (
     broadcast,
+    common_dtype,
     describe,
     empty_derivatives,
     refuse_second_derivative,
@@ -123,6 +124,7 @@ def gradcam_heatmaps_backward(
     sums: Tensor,
     all_scores: Tensor,
     scale: float,
+    dtype: torch.dtype,
     needs_activations: bool,
     needs_sums: bool,
 ) -> tuple[list[Tensor], Tensor]:
@@ -131,7 +133,7 @@ def gradcam_heatmaps_backward(
     height, width = activations[0].shape[3:]
     out_height, out_width = of_heatmaps.shape[2:]
     if samples == 0:
-        return empty_derivatives(activations, sums, needs_activations, needs_sums)
+        return empty_derivatives(activations, sums, dtype, needs_activations, needs_sums)
     of_scores = torch.empty_like(all_scores)
     row_taps, column_taps = launch.taps(height, out_height), launch.taps(width, out_width)
     block_cells = launch.adjoint_cells(cells, row_taps, column_taps)
@@ -144,7 +146,14 @@ def gradcam_heatmaps_backward(
         )  # fmt: skip
     ones = sums.new_ones((experts, samples))
     return scores_backward(
-        of_scores, ones, activations, sums, scale, needs_activations=needs_activations, needs_sums=needs_sums
+        of_scores,
+        ones,
+        activations,
+        sums,
+        dtype,
+        scale,
+        needs_activations=needs_activations,
+        needs_sums=needs_sums,
     )
 
 
@@ -155,10 +164,11 @@ def _(
     sums: Tensor,
     all_scores: Tensor,
     scale: float,
+    dtype: torch.dtype,
     needs_activations: bool,
     needs_sums: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    return empty_derivatives(activations, sums, needs_activations, needs_sums)
+    return empty_derivatives(activations, sums, dtype, needs_activations, needs_sums)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -172,7 +182,14 @@ def _differentiate(ctx: Any, of_heatmaps: Tensor, *_: None) -> tuple[Any, ...]:
     *activations, sums, all_scores = ctx.saved_tensors
     needs_activations, needs_gradients = any(ctx.needs_input_grad[0]), any(ctx.needs_input_grad[1])
     of_activations, of_sums = gradcam_heatmaps_backward(
-        of_heatmaps, activations, sums, all_scores, ctx.scale, needs_activations, needs_gradients
+        of_heatmaps,
+        activations,
+        sums,
+        all_scores,
+        ctx.scale,
+        common_dtype(ctx.gradients),
+        needs_activations,
+        needs_gradients,
     )
     return (
         of_activations if needs_activations else [None] * len(activations),

@@ -117,7 +117,7 @@ def _scores_backward_kernel(
     of_scores,  # (N, B, h·w) float32: 2^e·∂L/∂R
     inverses,  # (N, B) float32: 2^−e, the inverse scale of the weights
     of_activations,  # maps (n, B, C, h, w), out: ∂L/∂A = w·∂L/∂R
-    of_sums,  # (N, B, C) float32, out: ∂L/∂(Σ_uv ∂y/∂A) = s·Σ_uv A·∂L/∂R
+    of_sums,  # (N, B, C), out: ∂L/∂(Σ_uv ∂y/∂A) = s·Σ_uv A·∂L/∂R
     a_expert, a_sample, a_channel: tl.constexpr, a_row: tl.constexpr, a_column: tl.constexpr,
     d_expert, d_sample, d_channel: tl.constexpr, d_row: tl.constexpr, d_column: tl.constexpr,
     first_map, samples, channels: tl.constexpr, cells: tl.constexpr, width: tl.constexpr,
@@ -157,7 +157,8 @@ def _scores_backward_kernel(
                 result = (weight[:, None] * slope[None, :]).to(of_activations.dtype.element_ty)
                 tl.store(d_maps + wide[:, None] * d_channel + offset[None, :], result, mask=mask)
         if SUMS:
-            tl.store(of_sums + place, tl.sum(product, 1) * inverse * scale, mask=exists)
+            result = (tl.sum(product, 1) * inverse * scale).to(of_sums.dtype.element_ty)
+            tl.store(of_sums + place, result, mask=exists)
 
 
 @triton.jit
@@ -226,11 +227,11 @@ def _sum_over_space(gradients: Tensor, sums: Tensor, first_map: int, each: launc
 
 
 def empty_derivatives(
-    activations: Sequence[Tensor], sums: Tensor, needs_activations: bool, needs_sums: bool
+    activations: Sequence[Tensor], sums: Tensor, dtype: torch.dtype, needs_activations: bool, needs_sums: bool
 ) -> tuple[list[Tensor], Tensor]:
-    """What `scores_backward` fills: one tensor a part, laid out as that part is, and one like `sums`."""
+    """What `scores_backward` fills: one tensor a part, laid out as that part is, and one like `sums` in `dtype`."""
     of_activations = [torch.empty_like(part) for part in activations] if needs_activations else []
-    return of_activations, torch.empty_like(sums) if needs_sums else sums.new_empty(0)
+    return of_activations, sums.new_empty(sums.shape if needs_sums else 0, dtype=dtype)
 
 
 def scores_backward(
@@ -238,12 +239,13 @@ def scores_backward(
     inverses: Tensor,
     activations: Sequence[Tensor],
     sums: Tensor,
+    dtype: torch.dtype,
     scale: float,
     *,
     needs_activations: bool,
     needs_sums: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    """∂L/∂A, one tensor a part in the memory layout of that part, and ∂L/∂Σ_uv(∂y/∂A), (N, B, C) float32.
+    """∂L/∂A, one tensor a part in the memory layout of that part, and ∂L/∂Σ_uv(∂y/∂A), (N, B, C) in `dtype`.
 
     Args:
         of_scores: (N, B, h·w) float32, 2^e·∂L/∂R.
@@ -251,7 +253,7 @@ def scores_backward(
         needs_activations, needs_sums: what is not wanted is an empty list or tensor, and costs nothing.
     """
     samples, channels, height, width = activations[0].shape[1:]
-    of_activations, of_sums = empty_derivatives(activations, sums, needs_activations, needs_sums)
+    of_activations, of_sums = empty_derivatives(activations, sums, dtype, needs_activations, needs_sums)
     first_map = 0
     with launch.on_device(sums):
         for part, result in zip(activations, of_activations or activations, strict=True):
@@ -278,6 +280,12 @@ class Part(NamedTuple):
 def describe(gradients: Sequence[Tensor]) -> list[Part]:
     """Shape and dtype of each part."""
     return [Part(part.shape, part.dtype) for part in gradients]
+
+
+def common_dtype(parts: Sequence[Part]) -> torch.dtype:
+    """Of all parts: the kernel then writes their gradient as it is wanted. float32 where they differ."""
+    dtypes = {part.dtype for part in parts}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def broadcast(of_sums: Tensor, parts: Sequence[Part]) -> list[Tensor]:

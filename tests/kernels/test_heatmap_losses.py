@@ -309,11 +309,12 @@ def test_ops_are_what_the_compiler_takes_them_for(gradients: str, samples: int) 
     for needs in itertools.product([False, True], repeat=2):
         torch.library.opcheck(
             fused.heatmap_losses_backward,
-            (normal(samples), None, activations, *saved[2:], True, 0.01, 0.3, *needs),
+            (normal(samples), None, activations, *saved[2:], True, 0.01, 0.3, torch.float32, *needs),
         )
         maps, sums, scores = fused_heatmaps.gradcam_heatmaps(activations, slopes, [5, 6], 0.3)
         torch.library.opcheck(
-            fused_heatmaps.gradcam_heatmaps_backward, (normal(*maps.shape), activations, sums, scores, 0.3, *needs)
+            fused_heatmaps.gradcam_heatmaps_backward,
+            (normal(*maps.shape), activations, sums, scores, 0.3, torch.float32, *needs),
         )
 
 
