@@ -359,7 +359,7 @@ def heatmap_losses(
     """
     _, samples, _, height, width = activations[0].shape
     if samples == 0:
-        return tuple(tensor.zero_() for tensor in _empty_losses(activations, gradients, size))  # type: ignore[return-value]
+        return tuple(tensor.zero_() for tensor in _empty_losses(activations, size))  # type: ignore[return-value]
     found = scores(activations, gradients, scale)
     shape, target = (height, width), (size[0], size[1])
     information, all_scores, log_shares, statistics = _maps(
@@ -370,14 +370,12 @@ def heatmap_losses(
 
 
 @heatmap_losses.register_fake
-def _(
-    activations: list[Tensor], gradients: list[Tensor], size: list[int], normalize: bool, smoothing: float, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _empty_losses(activations, gradients, size)
+def _(activations, _gradients, size, *_):
+    return _empty_losses(activations, size)
 
 
 def _empty_losses(
-    activations: list[Tensor], gradients: list[Tensor], size: list[int]
+    activations: list[Tensor], size: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     samples, channels, height, width = activations[0].shape[1:]
     experts = sum(part.shape[0] for part in activations)
@@ -437,23 +435,8 @@ def heatmap_losses_backward(
 
 
 @heatmap_losses_backward.register_fake
-def _(
-    of_information: Tensor | None,
-    of_stability: Tensor | None,
-    activations: list[Tensor],
-    sums: Tensor,
-    all_scores: Tensor,
-    log_shares: Tensor,
-    statistics: Tensor,
-    mean_distances: Tensor,
-    normalize: bool,
-    smoothing: float,
-    scale: float,
-    dtype: torch.dtype,
-    needs_activations: bool,
-    needs_sums: bool,
-) -> tuple[list[Tensor], Tensor]:
-    return empty_derivatives(activations, sums, dtype, needs_activations, needs_sums)
+def _(_of_information, _of_stability, activations, sums, *rest):
+    return empty_derivatives(activations, sums, *rest[-3:])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

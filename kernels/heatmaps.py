@@ -101,9 +101,7 @@ def gradcam_heatmaps(
 
 
 @gradcam_heatmaps.register_fake
-def _(
-    activations: list[Tensor], gradients: list[Tensor], size: list[int], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(activations, _gradients, size, _scale):
     return _empty(activations, size)
 
 
@@ -158,17 +156,8 @@ def gradcam_heatmaps_backward(
 
 
 @gradcam_heatmaps_backward.register_fake
-def _(
-    of_heatmaps: Tensor,
-    activations: list[Tensor],
-    sums: Tensor,
-    all_scores: Tensor,
-    scale: float,
-    dtype: torch.dtype,
-    needs_activations: bool,
-    needs_sums: bool,
-) -> tuple[list[Tensor], Tensor]:
-    return empty_derivatives(activations, sums, dtype, needs_activations, needs_sums)
+def _(_of_heatmaps, activations, sums, *rest):
+    return empty_derivatives(activations, sums, *rest[-3:])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
