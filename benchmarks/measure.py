@@ -32,7 +32,7 @@ def keys(case: Case) -> list[tuple[str, str]]:
 
 @functools.cache
 def measure(case: Case) -> Measured:
-    """Once a session; all tensors are freed at its end."""
+    """Once a process; all tensors are freed at its end."""
     bandwidth = machine.copy_bandwidth()
     measured = Measured()
     needed = case.memory * torch.Size(case.largest).numel() * torch.float32.itemsize
