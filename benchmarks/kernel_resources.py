@@ -11,7 +11,6 @@ in the PTX, as width in bits: number of instructions.
 import argparse
 import functools
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -28,6 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks.record import write
 from immunity_fast.kernels import cross_entropy, heatmap_losses, heatmaps
 
 TARGETS = (80, 90, 100)
@@ -115,8 +115,6 @@ def mixture(samples: int, classes: int, dtype: torch.dtype) -> None:
 
 def compile_all(capability: int) -> list[dict[str, Any]]:
     """A record for each kernel and specialisation that the calls lead to, in the order in which they come."""
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("TRITON_INTERPRET is set: what is interpreted is not compiled")
     triton.runtime.driver.set_active(Driver(capability))
     found: dict[str, dict[str, Any]] = {}
     run = JITFunction.run
@@ -176,6 +174,8 @@ def main() -> None:
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS, help="compute capabilities")
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("error: TRITON_INTERPRET is set, and what is interpreted is not compiled: unset it")
     with ProcessPoolExecutor(min(len(arguments.targets), os.cpu_count() or 1)) as pool:
         records = list(itertools.chain(*pool.map(compile_all, arguments.targets)))
     print(
@@ -189,10 +189,7 @@ def main() -> None:
         )
     if arguments.out:
         versions = {"torch": torch.__version__, "triton": triton.__version__}
-        text = ",\n  ".join(json.dumps(record) for record in records)
-        arguments.out.write_text(
-            f'{{"versions": {json.dumps(versions)},\n "records": [\n  {text}\n]}}\n', encoding="utf-8"
-        )
+        write(arguments.out, {"versions": versions, "records": records})
 
 
 if __name__ == "__main__":

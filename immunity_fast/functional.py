@@ -57,7 +57,7 @@ def gradcam_heatmaps(
     """
     size = check_heatmap_options(size, weight_scale, 0.0, backend)
     maps, slopes = _check_maps(activations, gradients)
-    scale = _scale(maps[0], weight_scale)
+    scale = reference.weight_factor(maps[0], weight_scale)
     if _use_triton(backend, "activations", [*maps, *slopes]):
         heatmaps: Tensor = fused_heatmaps.gradcam_heatmaps(maps, slopes, list(size or maps[0].shape[3:]), scale)[0]
         return heatmaps
@@ -99,7 +99,7 @@ def heatmap_losses(
     maps, slopes = _check_maps(activations, gradients)
     if sum(part.shape[0] for part in maps) < 2:
         raise ValueError(f"activations: at least 2 experts expected, got shape {tuple(maps[0].shape)}")
-    scale = _scale(maps[0], weight_scale)
+    scale = reference.weight_factor(maps[0], weight_scale)
     if _use_triton(backend, "activations", [*maps, *slopes]):
         information, stability, *_ = fused_losses.heatmap_losses(
             maps, slopes, list(size or maps[0].shape[3:]), normalize, float(smoothing), scale
@@ -275,12 +275,6 @@ def _dimensions(value: Experts) -> int:
 
 def _joined_shape(parts: Sequence[Tensor]) -> tuple[int, ...]:
     return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-
-
-def _scale(maps: Tensor, weight_scale: str) -> float:
-    """s of eq. (3)."""
-    channels, height, width = maps.shape[2:]
-    return 1 / (channels if weight_scale == "channels" else height * width)
 
 
 def _reference_inputs(maps: Sequence[Tensor], slopes: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,13 @@ from torch import Tensor
 
 def channel_weights(gradients: Tensor, weight_scale: str) -> Tensor:
     """(3): w = s · Σ_uv ∂y/∂A(u, v), from (N, B, C, h, w) to (N, B, C); s = 1/C ("channels") or 1/(h·w) ("spatial")."""
-    channels, height, width = gradients.shape[2:]
-    return gradients.sum((-2, -1)) / (channels if weight_scale == "channels" else height * width)
+    return gradients.sum((-2, -1)) * weight_factor(gradients, weight_scale)
+
+
+def weight_factor(maps: Tensor, weight_scale: str) -> float:
+    """s of (3) for maps (N, B, C, h, w)."""
+    channels, height, width = maps.shape[2:]
+    return 1 / (channels if weight_scale == "channels" else height * width)
 
 
 def score_maps(activations: Tensor, weights: Tensor) -> Tensor:

@@ -83,7 +83,6 @@ class Maps(NamedTuple):
     gradients: str  # "maps", "sums", "broadcast" over space
     listed: bool  # a list of tensors, one an expert
     dtype: torch.dtype
-    magnitude: float
     normalize: bool
     smoothing: float
     weight_scale: Any
@@ -91,11 +90,10 @@ class Maps(NamedTuple):
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Activations, and gradients as maps or sums; values and memory as the case has them."""
-        activations = self.layout(self.magnitude * normal(*self.shape, seed=self.seed)).to(self.dtype)
+        activations = self.layout(normal(*self.shape, seed=self.seed, dtype=self.dtype))
         if self.gradients == "maps":
-            gradients = self.layout(self.magnitude * normal(*self.shape, seed=self.seed + 1)).to(self.dtype)
-            return activations, gradients
-        sums = (self.magnitude * normal(*self.shape[:3], seed=self.seed + 1)).to(self.dtype)
+            return activations, self.layout(normal(*self.shape, seed=self.seed + 1, dtype=self.dtype))
+        sums = normal(*self.shape[:3], seed=self.seed + 1, dtype=self.dtype)
         return activations, sums if self.gradients == "sums" else sums[..., None, None].expand(self.shape)
 
     @property
@@ -113,7 +111,6 @@ maps = st.builds(
     gradients=st.sampled_from(["maps", "maps", "sums", "broadcast"]),
     listed=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16]),
-    magnitude=st.just(1.0),
     normalize=st.booleans(),
     smoothing=st.sampled_from([0.01, 1e-4, 1.0]),
     weight_scale=st.sampled_from(["channels", "spatial"]),
