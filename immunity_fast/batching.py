@@ -2,20 +2,13 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-Batching = Literal["auto", "loop", "vmap"]
-
-
-def choose(batching: Batching, device: torch.device) -> Literal["loop", "vmap"]:
-    """What "auto" means: on a CPU grouped convolutions lose to a plain loop; on a GPU its launches bind a loop."""
-    if batching == "auto":
-        return "loop" if device.type == "cpu" else "vmap"
-    return batching
+from immunity_fast.strategies import Batching, choose
 
 
 def stack_modules(experts: Sequence[nn.Module]) -> nn.Module:
@@ -74,6 +67,43 @@ def run_stacked(
     return outputs
 
 
+def call_stacked(
+    stacked: nn.Module, x: Tensor, num_experts: int, *, batching: Batching = "auto"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`run_stacked` on x (N, B, ...) as a function: `stacked` stays as it is, so that `torch.func` can transform it.
+
+    Returns (N, B, ...) and the buffers as `run_stacked` would have left them, (N, ...) each, detached.
+    """
+    buffers = {name: buffer.clone() for name, buffer in stacked.named_buffers()}
+    if choose(batching, x.device) == "loop":
+        outputs = []
+        for own, mine, maps in zip(slices(stacked, num_experts), _unbound(buffers, num_experts), x, strict=True):
+            outputs.append(functional_call(stacked, own | mine, (maps,)))
+        return torch.stack(outputs), {name: buffer.detach() for name, buffer in buffers.items()}
+
+    def apply(parameters: dict[str, nn.Parameter], own: dict[str, Tensor], x: Tensor) -> Any:
+        return functional_call(stacked, {**parameters, **own}, (x,))
+
+    parameters = dict(stacked.named_parameters())
+    result: Tensor = torch.vmap(apply, randomness="different")(parameters, buffers, x)
+    return result, {name: buffer.detach() for name, buffer in buffers.items()}
+
+
+def channels_last_(stacked: nn.Module) -> None:
+    """Lay out the weights of every expert's 2-D convolutions channels-last, in place; values and shapes stay.
+
+    A stack of them has five dimensions, which PyTorch's own memory formats do not cover.
+    """
+    for parameter in stacked.parameters():
+        if parameter.dim() == 5:
+            parameter.data = parameter.data.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+def _unbound(tensors: dict[str, Tensor], num_experts: int) -> list[dict[str, Tensor]]:
+    """A view of each expert's part; indexing, because autograd forbids in-place updates of unbind's views."""
+    return [{name: tensor[index] for name, tensor in tensors.items()} for index in range(num_experts)]
+
+
 def slices(stacked: nn.Module, num_experts: int) -> list[dict[str, Tensor]]:
     """Each expert's own parameters and buffers, as views, for `torch.func.functional_call`."""
     own: list[dict[str, Tensor]] = [{} for _ in range(num_experts)]
@@ -81,10 +111,8 @@ def slices(stacked: nn.Module, num_experts: int) -> list[dict[str, Tensor]]:
         # unbind, because its backward is one stack; indexing N times would add up N tensors of the stacked size.
         for tensors, value in zip(own, parameter.unbind(), strict=True):
             tensors[name] = value
-    for name, buffer in stacked.named_buffers():
-        for index, tensors in enumerate(own):
-            tensors[name] = buffer[index]  # indexing, because autograd forbids in-place updates of unbind's views
-    return own
+    buffers = _unbound(dict(stacked.named_buffers()), num_experts)
+    return [parameters | buffers for parameters, buffers in zip(own, buffers, strict=True)]
 
 
 def _replace(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:

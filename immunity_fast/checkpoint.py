@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from immunity_fast.model import ImmunityMoE
 
-FORMAT = 1
+FORMAT = 2
 LAST = Path("checkpoints") / "last.safetensors"  # in a run folder
 
 

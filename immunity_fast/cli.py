@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -55,9 +56,14 @@ class InputError(Exception):
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where there is any. ValueError where it cannot be used."""
+    """The device called `name`; "auto" is CUDA where there is any. ValueError where it cannot be used.
+
+    Of several processes on one machine, each gets a GPU of its own for "auto" and "cuda".
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the meta device has no numbers to give back
@@ -67,7 +73,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def progress_bar() -> Progress:
+def progress_bar(shown: bool = True) -> Progress:
     """A progress bar that disappears when done; in a log that is no terminal nothing is drawn."""
     return Progress(
         TextColumn("{task.description}"),
@@ -78,5 +84,5 @@ def progress_bar() -> Progress:
         TextColumn("{task.fields[status]}"),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (shown and console.is_terminal),
     )

@@ -8,10 +8,13 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from immunity_fast.compilation import Compile
 from immunity_fast.data import NAMES as DATASETS
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.functional import Score, WeightScale
 from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
+from immunity_fast.precision import Amp, Float32
+from immunity_fast.strategies import Batching, DoubleBackprop
 
 Flip = Literal["auto", "on", "off"]
 
@@ -54,6 +57,12 @@ class TrainConfig:
     flip: Flip = _option("auto", "mirror half of the images; auto: where the data set is known to allow it")
     seed: int = _option(0, "seed of weights, batches, augmentation and gate")
     device: str = _option("auto", "cpu, cuda, cuda:1, …; auto: CUDA if there is any")
+    compile: Compile = _option("auto", "compile the step; max: try kernels out, takes long; auto: on, on a GPU")
+    batching: Batching = _option("auto", "how the experts run at once; auto: what was measured to be faster")
+    double_backprop: DoubleBackprop = _option("auto", "how to differentiate Grad-CAM, both exact; auto: likewise")
+    amp: Amp = _option("off", "half precision for convolutions and products")
+    float32: Float32 = _option("tf32", "factors of a GPU's float32 convolutions and products in training")
+    profile: bool = _option(False, "write a trace of some steps and a table of operators to the run folder")
     check_images: int = _option(256, "validation images attacked by PGD-10 after each epoch; 0: none")
     attack_images: int = _option(1000, "test images attacked at the end of the run")
     checkpoint_every: int = _option(500, "steps between checkpoints; the end of an epoch always writes one")
@@ -77,8 +86,8 @@ class TrainConfig:
             value = getattr(self, option.name)
             _check(self, option.name, not choices or value in choices, f"one of {', '.join(choices)}")
 
-    def loss_fn(self, image_size: tuple[int, int]) -> FusedImmunityLoss:
-        """The loss of these settings, with heatmaps of the images' size (H, W)."""
+    def loss_fn(self, image_size: tuple[int, int], group_name: str = "") -> FusedImmunityLoss:
+        """The loss of these settings, with heatmaps of the images' size (H, W), for a process group or this process."""
         return FusedImmunityLoss(
             self.alpha,
             self.beta,
@@ -88,6 +97,7 @@ class TrainConfig:
             weight_scale=self.weight_scale,
             score=self.score,
             detach_weights=self.detach_weights,
+            group_name=group_name,
         )
 
     def to_json(self) -> dict[str, Any]:

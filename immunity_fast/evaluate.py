@@ -32,6 +32,7 @@ from immunity_fast.metrics import (
     wilson_interval,
 )
 from immunity_fast.model import ImmunityMoE
+from immunity_fast.precision import set_float32
 from immunity_fast.report import Table, write_report
 from immunity_fast.runs import Run
 
@@ -125,6 +126,7 @@ def accuracy_table(results: dict[str, Any]) -> Table:
 
 def evaluate_run(run: Run, model: ImmunityMoE, dataset: ImageDataset, config: TrainConfig, limit: int) -> None:
     """Evaluate a trained model on the test split; write results.json, the figures and report.html into its folder."""
+    set_float32("ieee")  # the numbers that are kept are not to depend on the device
     loss_fn = config.loss_fn(dataset.image_size)
     results = evaluate(model, loss_fn, dataset.test, attack_images=limit, seed=config.seed)
     write_atomically(run.results_file, json.dumps(results, indent=2).encode())

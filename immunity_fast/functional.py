@@ -75,6 +75,7 @@ def heatmap_losses(
     smoothing: float = 0.01,
     weight_scale: WeightScale = "channels",
     backend: Backend = "auto",
+    group_name: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Mutual-information loss, eq. (9), and position-stability loss, eqs. (10) and (11), of the experts' heatmaps.
 
@@ -87,6 +88,9 @@ def heatmap_losses(
         smoothing: ε ≥ 0, what every pixel gets of the map's mean magnitude before normalising.
         weight_scale: see `gradcam_heatmaps`.
         backend: see `gradcam_heatmaps`.
+        group_name: of a `torch.distributed` process group (`ProcessGroup.group_name`) whose processes each call this
+            with B samples of their own: eq. (11)'s mean is then over the samples of all, and the second result this
+            process' share of the sum over all. Once differentiable. "" is this process alone.
 
     Returns:
         (mutual_information (B,), position_stability ()), not weighted, differentiable in both inputs. The first lies in
@@ -102,7 +106,7 @@ def heatmap_losses(
     scale = reference.weight_factor(maps[0], weight_scale)
     if _use_triton(backend, "activations", [*maps, *slopes]):
         information, stability, *_ = fused_losses.heatmap_losses(
-            maps, slopes, list(size or maps[0].shape[3:]), normalize, float(smoothing), scale
+            maps, slopes, list(size or maps[0].shape[3:]), normalize, float(smoothing), scale, group_name
         )
         return information, stability
     with torch.autocast(maps[0].device.type, enabled=False):
@@ -111,8 +115,65 @@ def heatmap_losses(
         in_information = p if normalize else reference.heatmaps(reference.score_maps(joined, weights), size)
         return (
             reference.mutual_information_loss(in_information),
-            reference.position_stability(reference.centres(p)),
+            reference.position_stability(reference.centres(p), group_name),
         )
+
+
+def heatmap_loss_gradients(
+    activations: Tensor,
+    gradients: Tensor,
+    of_information: Tensor,
+    of_stability: Tensor,
+    *,
+    size: tuple[int, int] | None = None,
+    normalize: bool = True,
+    smoothing: float = 0.01,
+    weight_scale: WeightScale = "channels",
+    backend: Backend = "auto",
+    group_name: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`heatmap_losses` and their derivatives, computed at once, without a graph.
+
+    Args:
+        activations: (N, B, C, h, w).
+        gradients: summed over space, (N, B, C).
+        of_information, of_stability: ∂L/∂(each result of `heatmap_losses`), (B,) and ().
+        size, normalize, smoothing, weight_scale, backend, group_name: see `heatmap_losses`.
+
+    Returns:
+        (mutual_information (B,), position_stability (), ∂L/∂activations, ∂L/∂gradients), the last two as their
+        namesakes; detached.
+
+    Raises:
+        ValueError, TypeError: see `heatmap_losses`.
+    """
+    maps, slopes = activations.detach(), gradients.detach()
+
+    def losses(maps: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+        return heatmap_losses(
+            maps,
+            slopes,
+            size=size,
+            normalize=normalize,
+            smoothing=smoothing,
+            weight_scale=weight_scale,
+            backend="torch",
+            group_name=group_name,
+        )
+
+    if not _use_triton(backend, "activations", [maps, slopes]):
+        (information, stability), pullback = torch.func.vjp(losses, maps, slopes)  # type: ignore[misc]
+        return information, stability, *pullback((of_information, of_stability))
+    (maps_part,), (slopes_part,) = _check_maps(maps, slopes)
+    scale = reference.weight_factor(maps, weight_scale)
+    options = (normalize, float(smoothing), scale)
+    information, stability, *saved = fused_losses.heatmap_losses(
+        [maps_part], [slopes_part], list(size or maps.shape[3:]), *options, group_name
+    )
+    (of_maps,), of_slopes = fused_losses.heatmap_losses_backward(
+        of_information, of_stability, [maps_part], *saved, *options, slopes.dtype, True, True
+    )
+    return information, stability, of_maps, of_slopes
 
 
 def mixture_log_probabilities(logits: Experts, gate: Tensor | None = None) -> Tensor:

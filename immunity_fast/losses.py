@@ -1,11 +1,12 @@
 """`FusedImmunityLoss`: the whole training loss of arXiv 2402.18787, eq. (12), as one module."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
+from immunity_fast.forward_mode import ExactTangents
 from immunity_fast.functional import (
     Backend,
     Experts,
@@ -15,14 +16,18 @@ from immunity_fast.functional import (
     check_heatmap_options,
     check_targets,
     check_weight,
+    heatmap_loss_gradients,
     heatmap_losses,
     join_experts,
     label_scores,
     mixture_cross_entropy,
 )
+from immunity_fast.strategies import DoubleBackprop
 
 # Chosen on CIFAR-10's validation split for heatmaps of 32×32 pixels; README, "Choosing α, β and γ".
 ALPHA, BETA, GAMMA = 1.0, 3.0, 2e-4
+
+FLOAT16_SCALE = 256.0  # of ∂y/∂A while it is in float16; a power of two, so that nothing is rounded
 
 
 class ImmunityTerms(NamedTuple):
@@ -49,6 +54,9 @@ class FusedImmunityLoss(nn.Module):
         detach_weights: True treats the channel weights as constants: no double backprop, an approximate gradient.
         backend: "auto" runs the fused Triton kernels on CUDA tensors that are not float64, and plain PyTorch elsewhere;
             "triton" and "torch" choose. With "torch" the loss can be differentiated any number of times, else once.
+        group_name: of a `torch.distributed` process group whose processes train together, as in
+            `DistributedDataParallel`, each on as many samples; see `heatmap_losses`. The mean of the processes' losses,
+            and of their gradients, is then that of all samples in one process. "" is this process alone.
 
     Raises:
         ValueError: an option out of its range.
@@ -66,6 +74,7 @@ class FusedImmunityLoss(nn.Module):
         score: Score = "logit",
         detach_weights: bool = False,
         backend: Backend = "auto",
+        group_name: str = "",
     ) -> None:
         super().__init__()
         for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
@@ -75,6 +84,7 @@ class FusedImmunityLoss(nn.Module):
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.normalize, self.smoothing, self.weight_scale = normalize, smoothing, weight_scale
         self.score, self.detach_weights, self.backend = score, detach_weights, backend
+        self.group_name = group_name
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}, size={self.size}"
@@ -131,48 +141,117 @@ class FusedImmunityLoss(nn.Module):
 
     def from_head(
         self,
-        head: Callable[[Tensor], Tensor],
+        head: Callable[[Tensor], Any],
         activations: Tensor,
         targets: Tensor,
         gate: Tensor | None = None,
         *,
         return_terms: bool = False,
-    ) -> Tensor | tuple[Tensor, ImmunityTerms]:
+        has_aux: bool = False,
+        double_backprop: DoubleBackprop = "reverse",
+    ) -> Any:
         """The same loss, running the head itself: all is one graph for `torch.compile(fullgraph=True)`.
 
         ∂y/∂A is taken by `torch.func` instead of the autograd engine, which cannot be traced twice.
 
         Args:
             head: (N, B, C, h, w) activations to (N, B, K) logits, for example a `torch.vmap` over stacked experts. It
-                must be functional: BatchNorm in training mode may not update buffers that it captures; return copies
-                by other means, or run it in evaluation mode.
+                must be functional: BatchNorm in training mode may not update buffers that it captures, but copies of
+                them, which it may return besides the logits; `ImmunityMoE.head_outputs` does.
             activations: (N, B, C, h, w).
             targets, gate, return_terms: see `forward`.
+            has_aux: whether `head` returns (logits, anything else).
+            double_backprop: how the loss is differentiated through Grad-CAM's weights. Both ways are exact.
+
+                * "reverse" differentiates the head's backward pass: 6 passes' worth of its convolutions.
+                * "forward" takes the loss's derivatives u by the activations and v by the channel weights first, and
+                  then one tangent of the head along v: plain convolutions only, 7 passes' worth. It runs the head
+                  twice, so the head may not be random; batch, instance and layer normalisation are computed from
+                  primitives. The terms it returns have no gradient of their own.
+
+                A plain step is 3 passes' worth. "auto" is "reverse".
 
         Returns:
-            As `forward`.
+            As `forward`; with `has_aux` a pair of that and what `head` returned besides the logits.
 
         Raises:
-            ValueError, TypeError: as `forward`.
+            ValueError, TypeError: as `forward`; a head that "forward" cannot differentiate.
         """
+        check_choice("double_backprop", double_backprop, DoubleBackprop)
 
-        def run(maps: Tensor) -> Tensor:
-            return join_experts("head", head(maps), 3, "(N, B, K) of its result")
-
-        def scored(maps: Tensor) -> tuple[Tensor, Tensor]:
-            logits = run(maps)
-            return label_scores(logits, self._check(logits, maps, targets), self.score), logits
+        def run(maps: Tensor) -> tuple[Tensor, Any]:
+            logits, aux = head(maps) if has_aux else (head(maps), ())
+            return join_experts("head", logits, 3, "(N, B, K) of its result"), aux
 
         if not self._needs_heatmaps(return_terms):
-            logits = run(activations)
+            logits, aux = run(activations)
             self._check(logits, activations, targets)
             losses = mixture_cross_entropy(logits, gate, targets, self.alpha, backend=self.backend)
-            return losses.sum() / max(len(targets), 1)
-        gradients, logits = torch.func.grad(scored, has_aux=True)(activations)
+            loss = losses.sum() / max(len(targets), 1)
+            return (loss, aux) if has_aux else loss
+        differentiated = not self.detach_weights and (self.beta > 0 or self.gamma > 0)
+        if differentiated and double_backprop == "forward":
+            result, aux = self._forward_over_reverse(run, activations, targets, gate, return_terms)
+        else:
+            logits, gradients, aux = self._head_gradients(run, activations, targets)
+            cross_entropy = mixture_cross_entropy(logits, gate, targets, self.alpha, backend=self.backend)
+            if not differentiated:
+                gradients = gradients.detach()
+            result = self._total(cross_entropy, activations, gradients, len(logits), return_terms)
+        return (result, aux) if has_aux else result
+
+    def _head_gradients(
+        self, run: Callable[[Tensor], tuple[Tensor, Any]], activations: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Logits, ∂y/∂A or its sums over space, and what else the head returned."""
+        logits, pullback, aux = torch.func.vjp(run, activations, has_aux=True)  # type: ignore[misc]
+        targets = self._check(logits, activations, targets)
+        slopes = torch.func.grad(label_scores)(logits, targets, self.score)
+        # Autocast would cast the backward pass of operations whose forward pass it has not seen.
+        with torch.autocast(logits.device.type, enabled=False):
+            if activations.dtype != torch.float16:
+                return logits, pullback(slopes)[0], aux
+            # Derivatives of a logit by single activations fall below float16's smallest number.
+            sums = pullback(slopes * FLOAT16_SCALE)[0].sum((-2, -1), dtype=torch.float32)
+            return logits, sums / FLOAT16_SCALE, aux
+
+    def _forward_over_reverse(
+        self,
+        run: Callable[[Tensor], tuple[Tensor, Any]],
+        activations: Tensor,
+        targets: Tensor,
+        gate: Tensor | None,
+        return_terms: bool,
+    ) -> tuple[Any, Any]:
+        """The loss and its gradient by a tangent of the head.
+
+        H(A, w) are the heatmap losses, w_k = Σ_uv ∂y/∂A_k(u, v), u = ∂H/∂A and v = ∂H/∂w. Then dH = ⟨u, dA⟩ + ⟨v, dw⟩,
+        and ⟨v, w⟩ is the derivative of y along v, constant over space: its tangent.
+        """
+        with torch.no_grad():
+            logits, gradients, aux = self._head_gradients(run, activations, targets)
+            sums = gradients if gradients.dim() == 3 else gradients.sum((-2, -1), dtype=_at_least_float32(gradients))
+            experts, samples = logits.shape[:2]
+            divisor = max(samples, 1)
+            of_information = sums.new_full((samples,), self.beta / experts / divisor)
+            of_stability = sums.new_full((), self.gamma / (experts * (experts - 1)) / divisor)
+            information, stability, u, v = heatmap_loss_gradients(
+                activations, sums, of_information, of_stability, **self._heatmap_options()
+            )
+            along = v.to(activations.dtype)[..., None, None].expand_as(activations)
+
+        def scored(maps: Tensor) -> tuple[Tensor, Tensor]:
+            with ExactTangents():
+                logits, _ = run(maps)
+            return label_scores(logits, targets, self.score), logits
+
+        _, tangent, logits = torch.func.jvp(scored, (activations,), (along,), has_aux=True)  # type: ignore[misc]
         cross_entropy = mixture_cross_entropy(logits, gate, targets, self.alpha, backend=self.backend)
-        if self.detach_weights:
-            gradients = gradients.detach()
-        return self._total(cross_entropy, activations, gradients, len(logits), return_terms)
+        with torch.autocast(activations.device.type, enabled=False):
+            through = (u.to(sums.dtype) * activations).sum() + tangent
+        terms = ImmunityTerms(cross_entropy.sum() / divisor, information.sum() / divisor, stability / divisor)
+        loss = self._weighted(terms, experts) + (through - through.detach())
+        return ((loss, terms) if return_terms else loss), aux
 
     def _needs_heatmaps(self, return_terms: bool) -> bool:
         return return_terms or self.beta > 0 or self.gamma > 0
@@ -216,22 +295,32 @@ class FusedImmunityLoss(nn.Module):
     def _total(
         self, cross_entropy: Tensor, activations: Experts, gradients: Experts, experts: int, return_terms: bool
     ) -> Tensor | tuple[Tensor, ImmunityTerms]:
-        mutual_information, position_stability = heatmap_losses(
-            activations,
-            gradients,
-            size=self.size,
-            normalize=self.normalize,
-            smoothing=self.smoothing,
-            weight_scale=self.weight_scale,
-            backend=self.backend,
-        )
+        mutual_information, position_stability = heatmap_losses(activations, gradients, **self._heatmap_options())
         samples = max(len(cross_entropy), 1)
         terms = ImmunityTerms(
             cross_entropy.sum() / samples, mutual_information.sum() / samples, position_stability / samples
         )
+        loss = self._weighted(terms, experts)
+        return (loss, terms) if return_terms else loss
+
+    def _weighted(self, terms: ImmunityTerms, experts: int) -> Tensor:
         loss = terms.cross_entropy
         if self.beta > 0:
             loss = loss + self.beta / experts * terms.mutual_information
         if self.gamma > 0:
             loss = loss + self.gamma / (experts * (experts - 1)) * terms.position_stability
-        return (loss, terms) if return_terms else loss
+        return loss
+
+    def _heatmap_options(self) -> dict[str, Any]:
+        return {
+            "size": self.size,
+            "normalize": self.normalize,
+            "smoothing": self.smoothing,
+            "weight_scale": self.weight_scale,
+            "backend": self.backend,
+            "group_name": self.group_name,
+        }
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

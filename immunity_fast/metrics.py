@@ -1,7 +1,7 @@
 """What is measured on a trained mixture: accuracies, mutual information, IScore, CScore, dead heatmaps."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -32,15 +32,19 @@ def sample(split: Split, count: int) -> Split:
     return Split(split.images[indices], split.labels[indices])
 
 
-def correct(model: ImmunityMoE, images: Tensor, labels: Tensor) -> dict[Switch, int]:
+def correct(
+    model: ImmunityMoE, images: Tensor, labels: Tensor, expert_logits: Callable[[Tensor], Tensor] | None = None
+) -> dict[Switch, int]:
     """How many of the images the model gets right: with its gate switching, and with the gate's exact mean.
 
     The gate draws a permutation for each image, as it would were each image a call of its own: one draw for a whole
     batch has the same mean, but its luck would pass for accuracy. One pass over the experts serves both. The model is
-    to be in evaluation mode; its switch is left as it is.
+    to be in evaluation mode; its switch is left as it is. `expert_logits`: what computes the model's, if compiled code
+    is to; None is `model.expert_logits`.
     """
     with torch.no_grad(), model.gate.switched("sample"):
-        logits, _, gate = model.expert_outputs(images)
+        logits = (expert_logits or model.expert_logits)(images)
+        gate = model.gate_weights(images)
     mixtures: dict[Switch, Tensor | None] = {"sample": gate, "mean": None}
     return {
         name: int((mixture_log_probabilities(logits, weights).argmax(-1) == labels).sum())

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from immunity_fast.batching import Batching, run_stacked, slices, stack_modules, unstack_modules
+from immunity_fast.batching import call_stacked, run_stacked, slices, stack_modules, unstack_modules
 from immunity_fast.experts import create
 from immunity_fast.experts.staged import StagedNetwork, default_stage, split
 from immunity_fast.functional import Experts, check_choice, mixture_log_probabilities
 from immunity_fast.gate import RandomSwitchGate, Switch
+from immunity_fast.strategies import Batching, choose
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -32,7 +33,7 @@ class ImmunityMoE(nn.Module):
         image_size: the images' side or (H, W); only the default of `stage` depends on it.
         switch: what the gate does in evaluation mode.
         generator: where the gate's permutations come from; None is PyTorch's default generator.
-        batching: "loop" or "vmap" over the experts; "auto" chooses by device.
+        batching: "loop" or "vmap" over the experts; "auto" is what was measured to be faster, see `strategies`.
         mean, std: per channel, of images in [0, 1]; the model normalises with them itself. Default: CIFAR-10's.
 
     Raises:
@@ -54,6 +55,7 @@ class ImmunityMoE(nn.Module):
         std: Sequence[float] = CIFAR10_STD,
     ) -> None:
         super().__init__()
+        self.arch = arch
         self._assemble(
             [create(arch, num_classes) for _ in range(num_experts)],
             RandomSwitchGate(max(num_experts, 1), switch=switch, generator=generator),
@@ -94,6 +96,7 @@ class ImmunityMoE(nn.Module):
         """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
+        model.arch = ""
         if gate is None:
             gate = RandomSwitchGate(max(len(experts), 1), switch=switch, generator=generator)
         if (mean is None) != (std is None):
@@ -133,22 +136,60 @@ class ImmunityMoE(nn.Module):
             TypeError: images that are not floating-point.
         """
         x = self._normalized(images)
-        logits = run_stacked(self.experts, x, self.num_experts, shared=True, batching=self.batching)
-        return mixture_log_probabilities(logits, self.gate(x))
+        return mixture_log_probabilities(self._logits(x), self.gate(x))
+
+    def expert_logits(self, images: Tensor) -> Tensor:
+        """Logits (N, B, K) of `images` (B, 3, H, W) in [0, 1]: all of the model that is not the gate.
+
+        Raises:
+            ValueError, TypeError: as for `forward`.
+        """
+        return self._logits(self._normalized(images))
+
+    def gate_weights(self, images: Tensor) -> Tensor:
+        """The gate's weights (B, N) for `images` (B, 3, H, W) in [0, 1], in the mode the model is in."""
+        weights: Tensor = self.gate(self._normalized(images))
+        return weights
 
     def expert_outputs(self, images: Tensor) -> tuple[Tensor, Experts, Tensor]:
         """What `FusedImmunityLoss` takes: logits (N, B, K), activations (N, B, C, h, w) in their graph, gate (B, N).
 
         The activations are a list of N tensors (B, C, h, w) if the experts are not an `nn.Sequential`.
         """
-        x = self._normalized(images)
         if self._halves is None:
+            x = self._normalized(images)
             logits, activations = self._run_whole(x)
             return logits, activations, self.gate(x)
-        trunk, head = self._halves
-        maps = run_stacked(trunk, x, self.num_experts, shared=True, batching=self.batching)
-        logits = run_stacked(head, maps, self.num_experts, shared=False, batching=self.batching)
-        return logits, maps, self.gate(x)
+        maps, weights = self.trunk_outputs(images)
+        logits = run_stacked(self._halves[1], maps, self.num_experts, shared=False, batching=self._batching(maps))
+        return logits, maps, weights
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the experts are an `nn.Sequential`, which can be cut at the stage that Grad-CAM looks at."""
+        return self._halves is not None
+
+    def trunk_outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations (N, B, C, h, w) and the gate's weights (B, N); the first half of `expert_outputs`."""
+        x = self._normalized(images)
+        maps = run_stacked(self._cut()[0], x, self.num_experts, shared=True, batching=self._batching(x))
+        return maps, self.gate(x)
+
+    def head_outputs(self, activations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The second half of `expert_outputs`, as a function: for `FusedImmunityLoss.from_head` with `has_aux=True`.
+
+        Args:
+            activations: (N, B, C, h, w).
+
+        Returns:
+            Logits (N, B, K), and the buffers that `update_head` takes.
+        """
+        return call_stacked(self._cut()[1], activations, self.num_experts, batching=self._batching(activations))
+
+    def update_head(self, buffers: dict[str, Tensor]) -> None:
+        """Take over what a pass through `head_outputs` made of the head's buffers, such as BatchNorm's statistics."""
+        for name, buffer in self._cut()[1].named_buffers():
+            buffer.copy_(buffers[name])
 
     def unstack(self) -> list[nn.Module]:
         """N ordinary modules from images in [0, 1] to logits, with tensors of their own.
@@ -159,6 +200,17 @@ class ImmunityMoE(nn.Module):
         if isinstance(self.normalize, nn.Identity):
             return modules
         return [_prepend(copy.deepcopy(self.normalize), module) for module in modules]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return run_stacked(self.experts, x, self.num_experts, shared=True, batching=self._batching(x))
+
+    def _batching(self, x: Tensor) -> Batching:
+        return choose(self.batching, x.device, self.arch)
+
+    def _cut(self) -> tuple[nn.Sequential, nn.Sequential]:
+        if self._halves is None:
+            raise ValueError("experts: expected an nn.Sequential, which can be cut into a trunk and a head")
+        return self._halves
 
     def _normalized(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or not images.is_floating_point():

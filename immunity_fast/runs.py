@@ -25,6 +25,7 @@ class Run:
         self.figures = folder / "figures"
         self.report = folder / "report.html"
         self.tensorboard = folder / "tensorboard"
+        self.profile = folder / "profile"
 
     @property
     def resume_command(self) -> str:

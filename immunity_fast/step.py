@@ -1,39 +1,184 @@
-"""One training step: forward, loss through Grad-CAM, backward, clipping, optimiser."""
+"""One training step: augmentation, forward, loss through Grad-CAM, backward, clipping, optimiser."""
 
+from __future__ import annotations
+
+import inspect
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import SGD
+from torch.optim import Optimizer
 
+from immunity_fast import strategies
+from immunity_fast.augmentation import move
+from immunity_fast.batching import channels_last_
+from immunity_fast.compilation import Announce, Compile, Compiled
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.model import ImmunityMoE
+from immunity_fast.precision import Amp, autocast, grad_scaler
+from immunity_fast.strategies import DoubleBackprop
 
 MEASURED = ("loss", "cross_entropy", "mutual_information_loss", "position_stability")
 
 
-def train_step(
-    model: ImmunityMoE,
-    loss_fn: FusedImmunityLoss,
-    optimizer: SGD,
-    images: Tensor,
-    labels: Tensor,
-    clip_grad_norm: float | None = None,
-) -> Tensor:
-    """Update the model, in training mode, on images (B, 3, H, W) in [0, 1] and labels (B,).
+class TrainStep:
+    """Updates a model on a batch. All up to the gradient is one function, which can be compiled to one graph.
 
-    Returns:
-        (4,) float64 on the model's device: what `MEASURED` names, of this batch, before the update.
+    Nothing in a step waits for the device: the learning rate is read from the optimiser's `param_groups`, a gradient is
+    clipped where it is, and what is measured stays there.
+
+    Args:
+        model: on its device, which is fixed from here on. On a GPU its weights are laid out channels-last.
+        loss_fn: what is minimised.
+        optimizer: over the model's parameters; a fused one, or else float16's scaler waits for the device.
+        clip_grad_norm: the gradient's norm is brought down to it where it is larger; None does not clip.
+        amp: "bf16" and "fp16" run convolutions and products in half precision; see `precision`.
+        double_backprop: see `FusedImmunityLoss.from_head`; "auto" is what was measured to be faster, see `strategies`.
+        compile: "on" and "max" compile; "auto" does on a GPU. Where that fails, the step is eager, and says so.
+        announce: what takes such a line; None is `warnings.warn`.
+        group: processes that train together, each on as many samples of its own; None is this one alone. Then
+            `loss_fn.group_name` is to be this group's.
     """
-    logits, activations, gate = model.expert_outputs(images)
-    loss, terms = loss_fn(logits, activations, labels, gate, return_terms=True)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    if clip_grad_norm is not None:
-        clip_grad_norm_(model.parameters(), clip_grad_norm)
-    optimizer.step()
-    return torch.stack([loss.detach(), *(term.detach() for term in terms)]).double()
+
+    def __init__(
+        self,
+        model: ImmunityMoE,
+        loss_fn: FusedImmunityLoss,
+        optimizer: Optimizer,
+        *,
+        clip_grad_norm: float | None = None,
+        amp: Amp = "off",
+        double_backprop: DoubleBackprop = "auto",
+        compile: Compile = "off",
+        announce: Announce | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.clip_grad_norm = model, optimizer, clip_grad_norm
+        device = next(model.parameters()).device
+        self.scaler = grad_scaler(amp, device)
+        if device.type == "cuda":
+            channels_last_(model.experts)
+        if double_backprop == "auto":
+            double_backprop = strategies.fastest(device.type, model.arch).double_backprop
+        self.objective = _Objective(model, loss_fn, amp, double_backprop, compile, device, announce)
+        self._forward: nn.Module = self.objective
+        if group is not None:
+            self._forward = _distributed(self.objective, group)
+        self._proven = False
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the step runs compiled code, or will from its first call on."""
+        return self.objective.function.active
+
+    def __call__(self, images: Tensor, labels: Tensor, motion: Tensor | None = None) -> Tensor:
+        """Update the model, in training mode.
+
+        Args:
+            images: (B, 3, H, W) floating-point in [0, 1]; or uint8, where there is a `motion`.
+            labels: (B,) integers.
+            motion: (5, B), of `augmentation.draw`; None leaves the images as they are.
+
+        Returns:
+            (4,) float64 on the model's device: what `MEASURED` names, of this batch, before the update.
+        """
+        if self.compiled and not self._proven:
+            measured = self._prove(images, labels, motion)
+        else:
+            measured = self._backward(images, labels, motion)
+        if self.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return measured
+
+    def _backward(self, images: Tensor, labels: Tensor, motion: Tensor | None) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, measured = self._forward(images, labels, motion)
+        self.scaler.scale(loss).backward()
+        taken: Tensor = measured
+        return taken
+
+    def _prove(self, images: Tensor, labels: Tensor, motion: Tensor | None) -> Tensor:
+        """The first compiled pass: a backward pass that fails to compile must not count a batch twice in BatchNorm."""
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        try:
+            measured = self._backward(images, labels, motion)
+        except Exception as error:
+            for buffer, value in zip(self.model.buffers(), before, strict=True):
+                buffer.copy_(value)
+            measured = self.objective.function.fall_back(error, lambda: self._backward(images, labels, motion))
+        self._proven = True
+        return measured
+
+
+class _Objective(nn.Module):
+    """From a batch to (loss (), measured (4,)): what `DistributedDataParallel` wraps, and what is compiled."""
+
+    def __init__(
+        self,
+        model: ImmunityMoE,
+        loss_fn: FusedImmunityLoss,
+        amp: Amp,
+        double_backprop: DoubleBackprop,
+        compile: Compile,
+        device: torch.device,
+        announce: Announce | None,
+    ) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+        self.amp, self.double_backprop, self.device = amp, double_backprop, device
+        self.function = Compiled(self._loss, compile, device, announce)
+
+    def forward(self, images: Tensor, labels: Tensor, motion: Tensor | None) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = self.function(images, labels, motion)
+        return result
+
+    def _loss(self, images: Tensor, labels: Tensor, motion: Tensor | None) -> tuple[Tensor, Tensor]:
+        if motion is not None:
+            images = move(images, motion)
+        if self.device.type == "cuda":
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(self.amp, self.device):
+            loss, terms = self._terms(images, labels)
+        return loss, torch.stack([loss.detach(), *(term.detach() for term in terms)]).double()
+
+    def _terms(self, images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        # The autograd engine is a little faster than torch.func; a compiler can trace only the latter.
+        if not self.model.has_head or (self.double_backprop != "forward" and not torch.compiler.is_compiling()):
+            logits, activations, gate = self.model.expert_outputs(images)
+            result: tuple[Tensor, tuple[Tensor, ...]] = self.loss_fn(
+                logits, activations, labels, gate, return_terms=True
+            )
+            return result
+        maps, gate = self.model.trunk_outputs(images)
+        result, buffers = self.loss_fn.from_head(
+            self.model.head_outputs,
+            maps,
+            labels,
+            gate,
+            return_terms=True,
+            has_aux=True,
+            double_backprop=self.double_backprop,
+        )
+        self.model.update_head(buffers)
+        return result
+
+
+def _distributed(objective: _Objective, group: torch.distributed.ProcessGroup) -> DistributedDataParallel:
+    # It would cut the graph where its buckets of gradients end.
+    torch._dynamo.config.optimize_ddp = False
+    # Of what a process measures of its samples in BatchNorm, the mean is taken when it is needed. The older name is
+    # deprecated where the newer one is known.
+    known = inspect.signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
+    return DistributedDataParallel(objective, process_group=group, gradient_as_bucket_view=True, **options)
 
 
 def cosine_lr(lr: float, step: int, steps: int) -> float:

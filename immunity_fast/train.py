@@ -6,80 +6,123 @@ A run folder holds config.json, metrics.jsonl (a record an epoch), checkpoints/,
 import dataclasses
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from immunity_fast import cli
+from immunity_fast import cli, distributed
 from immunity_fast.checkpoint import save_checkpoint
+from immunity_fast.compilation import keep_caches
 from immunity_fast.config import PRESETS, TrainConfig, add_options
 from immunity_fast.data import ImageDataset, load
 from immunity_fast.evaluate import evaluate_run
 from immunity_fast.experts import create
+from immunity_fast.precision import set_float32
+from immunity_fast.profiling import profiled
 from immunity_fast.runs import Run
-from immunity_fast.step import cosine_lr, train_step
 from immunity_fast.trainer import Trainer, training_means, validate
 
-MOVABLE = ("data", "device")  # settings that may differ when a run goes on
+# Settings that may differ when a run goes on: where, and by which of several exact ways.
+MOVABLE = ("data", "device", "compile", "batching", "double_backprop", "profile")
 
 
 def train(trainer: Trainer, run: Run) -> None:
-    """Train from where the trainer stands to the end, writing records and checkpoints.
+    """Train from where the trainer stands to the end; the first process writes records and checkpoints.
 
     Raises:
         cli.InputError: the loss is no longer finite; the last checkpoint is from before.
     """
     config, loader = trainer.config, trainer.loader
-    total = config.epochs * len(loader)
-    if not run.checkpoint.is_file():
-        save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
-    run.forget_metrics_after(trainer.epoch)
-    board = tensorboard(run)  # after these, because on a full disk its own thread would print a traceback
-    with cli.progress_bar() as progress:
-        task = progress.add_task("training", total=total, completed=trainer.step, status="")
+    main = distributed.rank() == 0
+    if main:
+        if not run.checkpoint.is_file():
+            save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
+        run.forget_metrics_after(trainer.epoch)
+    board = tensorboard(run) if main else None  # after these: on a full disk its own thread would print a traceback
+    begin = time.perf_counter()
+    stepped = False
+    with cli.progress_bar(shown=main) as progress, steps_profiled(trainer, run) as profile:
+        task = progress.add_task("training", total=trainer.steps, completed=trainer.step, status=waiting_for(trainer))
         while trainer.epoch < config.epochs:
             started, images_seen = time.perf_counter(), 0
             trainer.model.train()
-            for images, labels in loader:
-                lr = cosine_lr(config.lr, trainer.step - 1, total)
-                for group in trainer.optimizer.param_groups:
-                    group["lr"] = lr
-                trainer.sums += train_step(
-                    trainer.model, trainer.loss_fn, trainer.optimizer, images, labels, config.clip_grad_norm
-                )
-                images_seen += len(labels)
+            for batch in loader:
+                trainer.advance(batch)
+                if not stepped:
+                    stepped = True
+                    synchronize(trainer.device)
+                    progress.update(task, status="")
+                    if main and trainer.train_step.compiled:
+                        progress.console.print(f"first step after {time.perf_counter() - begin:.1f} s")
+                images_seen += loader.batch_size
                 progress.advance(task)
+                if profile is not None:
+                    profile.step()
                 if trainer.step % config.checkpoint_every == 0 and loader.position < len(loader):
-                    check_finite(trainer, run)
-                    save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
-            check_finite(trainer, run)
-            if trainer.device.type == "cuda":
-                torch.cuda.synchronize(trainer.device)
+                    save(trainer, run)
+            synchronize(trainer.device)
             seconds = time.perf_counter() - started
+            trainer.synchronize()
+            check_finite(trainer, run)
             trainer.epoch += 1
-            progress.update(task, status="checking on the validation split")
-            record = {
-                "epoch": trainer.epoch,
-                "step": trainer.step,
-                "lr": lr,
-                **training_means(trainer),
-                **validate(trainer),
-                "images_per_second": images_seen / seconds,
-                "seconds": seconds,
-            }
+            if main:
+                progress.update(task, status="checking on the validation split")
+                record = {
+                    "epoch": trainer.epoch,
+                    "step": trainer.step,
+                    "lr": trainer.lr,
+                    **training_means(trainer),
+                    **validate(trainer),
+                    "images_per_second": images_seen / seconds,
+                    "seconds": seconds,
+                }
+                run.append_metrics(record)
+                if board is not None:
+                    for name, value in record.items():
+                        board.add_scalar(name, value, trainer.epoch)
+                progress.update(task, status="")
+                progress.console.print(summary(record, config.epochs))
             trainer.sums.zero_()
-            run.append_metrics(record)
-            save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
-            if board is not None:
-                for name, value in record.items():
-                    board.add_scalar(name, value, trainer.epoch)
-            progress.update(task, status="")
-            progress.console.print(summary(record, config.epochs))
+            if main:
+                save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
     if board is not None:
         board.close()
+
+
+def save(trainer: Trainer, run: Run) -> None:
+    """A checkpoint between two steps."""
+    trainer.synchronize()
+    check_finite(trainer, run)
+    if distributed.rank() == 0:
+        save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
+
+
+def synchronize(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def waiting_for(trainer: Trainer) -> str:
+    """What the first step will take its time for."""
+    if not trainer.train_step.compiled:
+        return ""
+    if distributed.rank() == 0:
+        cli.console.print(
+            f"compiling the training step: minutes, or seconds where {keep_caches()} has it from an earlier run; "
+            "--compile off does without"
+        )
+    return "compiling the training step"
+
+
+def steps_profiled(trainer: Trainer, run: Run) -> AbstractContextManager[Any]:
+    """The profiler of some steps, where it was asked for."""
+    if trainer.config.profile and distributed.rank() == 0:
+        return profiled(run.profile, trainer.device)
+    return nullcontext()
 
 
 def check_finite(trainer: Trainer, run: Run) -> None:
@@ -155,11 +198,14 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     device = cli.pick_device(config.device)
     if config.dataset in ("npz", "folder") and config.data is None:
         raise ValueError(f"--data: missing; --dataset {config.dataset} needs the path of what it reads")
-    dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
+    with distributed.first_of_all():  # a data set that is missing is downloaded once
+        dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
     check_trainable(config, dataset)
-    trainer = Trainer(config, dataset, device)
+    set_float32(config.float32)
+    keep_caches()
+    trainer = Trainer(config, dataset, device, cli.console.print)
     if not resume:
-        return trainer, Run.create(folder, config)
+        return trainer, Run.create(folder, config) if distributed.rank() == 0 else Run(folder)
     run = Run.open(folder)
     run.metrics()
     if run.checkpoint.is_file():
@@ -184,22 +230,32 @@ def main(arguments: list[str] | None = None) -> None:
     """The command."""
     try:
         folder, resume, config = parse(arguments)
-        trainer, run = prepare(folder, resume, config)
-    except (ValueError, ModuleNotFoundError) as error:
+        device = cli.pick_device(config.device)
+    except ValueError as error:
         raise cli.InputError(str(error)) from error
-    dataset = trainer.dataset
-    cli.console.print(
-        f"{config.experts} × {config.arch} on {config.dataset}: {len(dataset.train):,} training, "
-        f"{len(dataset.validation):,} validation, {len(dataset.test):,} test images; {trainer.device}; {run.folder}"
-    )
-    if trainer.epoch:
-        cli.console.print(f"going on after epoch {trainer.epoch}, step {trainer.step}")
-    try:
-        train(trainer, run)
-    except KeyboardInterrupt:
-        cli.console.print(f"interrupted; go on with: {run.resume_command}")
-        raise
-    evaluate_run(run, trainer.model.eval(), dataset, config, config.attack_images)
+    with distributed.processes(device):
+        main_process = distributed.rank() == 0
+        try:
+            trainer, run = prepare(folder, resume, config)
+        except (ValueError, ModuleNotFoundError) as error:
+            raise cli.InputError(str(error)) from error
+        dataset = trainer.dataset
+        if main_process:
+            where = f"{trainer.device}" + (f" × {distributed.count()}" if distributed.count() > 1 else "")
+            cli.console.print(
+                f"{config.experts} × {config.arch} on {config.dataset}: {len(dataset.train):,} training, "
+                f"{len(dataset.validation):,} validation, {len(dataset.test):,} test images; {where}; {run.folder}"
+            )
+            if trainer.epoch:
+                cli.console.print(f"going on after epoch {trainer.epoch}, step {trainer.step}")
+        try:
+            train(trainer, run)
+        except KeyboardInterrupt:
+            if main_process:
+                cli.console.print(f"interrupted; go on with: {run.resume_command}")
+            raise
+    if main_process:
+        evaluate_run(run, trainer.model.eval(), dataset, config, config.attack_images)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """A training run in memory: what it consists of, how all of it is saved, and what is measured after an epoch."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.optim import SGD
 
+from immunity_fast import distributed
 from immunity_fast.attacks import pgd
 from immunity_fast.checkpoint import (
     load_checkpoint,
@@ -17,12 +21,14 @@ from immunity_fast.checkpoint import (
     optimizer_tensors,
     under,
 )
+from immunity_fast.compilation import Announce, Compiled
 from immunity_fast.config import TrainConfig
 from immunity_fast.data import ImageDataset
-from immunity_fast.loader import TrainLoader
+from immunity_fast.functional import mixture_log_probabilities
+from immunity_fast.loader import Batch, TrainLoader
 from immunity_fast.metrics import EVALUATION_BATCH, batches, correct, heatmap_metrics, sample
 from immunity_fast.model import ImmunityMoE
-from immunity_fast.step import MEASURED
+from immunity_fast.step import MEASURED, TrainStep, cosine_lr
 
 
 class Trainer:
@@ -31,7 +37,9 @@ class Trainer:
     `tensors` and `info` are all of it that a checkpoint holds; `load` takes up from them.
     """
 
-    def __init__(self, config: TrainConfig, dataset: ImageDataset, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: ImageDataset, device: torch.device, announce: Announce | None = None
+    ) -> None:
         self.config = config
         self.device = device
         self.dataset = dataset.to(device)
@@ -52,13 +60,34 @@ class Trainer:
             stage=config.stage,
             image_size=dataset.image_size,
             generator=self.gate_generator,
+            batching=config.batching,
             mean=mean,
             std=std,
         ).to(device)
-        self.loss_fn = config.loss_fn(dataset.image_size)
+        if distributed.rank():  # whatever is random in a network: not the same in every process
+            torch.manual_seed(config.seed + 3 + distributed.rank())
+        group = distributed.group()
+        self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name)
         self.optimizer = SGD(
-            self.model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=True
+            self.model.parameters(),
+            config.lr,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=True,
+            fused=device.type in ("cpu", "cuda"),
         )
+        self.train_step = TrainStep(
+            self.model,
+            self.loss_fn,
+            self.optimizer,
+            clip_grad_norm=config.clip_grad_norm,
+            amp=config.amp,
+            double_backprop=config.double_backprop,
+            compile=config.compile,
+            announce=announce,
+            group=group,
+        )
+        self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, announce)
         self.loader = TrainLoader(
             self.dataset.train,
             config.batch_size,
@@ -66,6 +95,8 @@ class Trainer:
             padding=config.crop_padding,
             degrees=config.rotation,
             flip=dataset.flip if config.flip == "auto" else config.flip == "on",
+            rank=distributed.rank(),
+            processes=distributed.count(),
         )
         self.fingerprint = dataset.fingerprint()
         self.epoch = 0  # epochs finished
@@ -76,6 +107,36 @@ class Trainer:
         """Optimiser steps taken."""
         return self.epoch * len(self.loader) + self.loader.position
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.config.epochs * len(self.loader)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step that was taken last."""
+        last: float = self.optimizer.param_groups[0]["lr"]
+        return last
+
+    def advance(self, batch: Batch) -> None:
+        """Take the step of the batch that the loader gave last."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = cosine_lr(self.config.lr, self.step - 1, self.steps)
+        self.sums += self.train_step(*batch)
+
+    def expert_logits(self, images: Tensor) -> Tensor:
+        """`model.expert_logits` of at most `EVALUATION_BATCH` images, by code that is compiled for one size only."""
+        if not self._expert_logits.active:
+            return self.model.expert_logits(images)
+        missing = min(EVALUATION_BATCH, len(self.dataset.validation)) - len(images)
+        logits: Tensor = self._expert_logits(pad(images, (0, 0, 0, 0, 0, 0, 0, missing)))
+        return logits[:, : len(images)]
+
+    def synchronize(self) -> None:
+        """Make what each process has measured on its samples the same in all; before anything is made of it."""
+        self.sums = distributed.mean(self.sums)
+        distributed.average_buffers(self.model)
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the rest of the run depends on, and is a tensor."""
         random = {"random/torch": torch.get_rng_state(), "random/gate": self.gate_generator.get_state()}
@@ -85,6 +146,7 @@ class Trainer:
             **module_tensors("model", self.model),
             **optimizer_tensors("optimizer", self.optimizer),
             **{f"loader/{name}": value for name, value in self.loader.state().items()},
+            **{f"scaler/{name}": torch.tensor(value) for name, value in self.train_step.scaler.state_dict().items()},
             **random,
             "sums": self.sums,
         }
@@ -103,11 +165,16 @@ class Trainer:
             raise ValueError(f"{path}: trained on other data than {self.config.dataset} as it is now")
         load_optimizer_tensors(self.optimizer, under("optimizer", tensors))
         self.loader.load_state(under("loader", tensors))
+        if scaler := under("scaler", tensors):
+            self.train_step.scaler.load_state_dict({name: value.item() for name, value in scaler.items()})
         random = under("random", tensors)
-        torch.set_rng_state(random["torch"])
         self.gate_generator.set_state(random["gate"])
-        if self.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], self.device)
+        if distributed.rank():  # the states are those of the process that wrote them
+            torch.manual_seed(self.config.seed + 3 + distributed.rank() + info["step"])
+        else:
+            torch.set_rng_state(random["torch"])
+            if self.device.type == "cuda" and "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"], self.device)
         self.sums = tensors["sums"].to(self.device)
         self.epoch = info["epoch"]
 
@@ -131,21 +198,41 @@ def training_means(trainer: Trainer) -> dict[str, float]:
 def validate(trainer: Trainer) -> dict[str, float]:
     """Accuracies and heatmap measures on the validation split; PGD attacks the exact mean and is judged on it."""
     model, validation, config = trainer.model.eval(), trainer.dataset.validation, trainer.config
-    right = [correct(model, images, labels) for images, labels in batches(validation, EVALUATION_BATCH)]
+    right = [
+        correct(model, images, labels, trainer.expert_logits)
+        for images, labels in batches(validation, EVALUATION_BATCH)
+    ]
     measured = {
         "val_accuracy_switching": sum(count["sample"] for count in right) / len(validation),
         "val_accuracy_mean": sum(count["mean"] for count in right) / len(validation),
     }
+
+    def mean_of_gate(images: Tensor) -> Tensor:
+        return mixture_log_probabilities(trainer.expert_logits(images))
+
     checked = sample(validation, config.check_images)
     if len(checked):
         starts = torch.Generator().manual_seed(config.seed)
         survived = 0
         for images, labels in batches(checked, EVALUATION_BATCH):
-            with model.gate.switched("mean"):
-                attacked = pgd(model, images, labels, steps=10, generator=starts)
-            survived += correct(model, attacked, labels)["mean"]
+            with frozen(model):
+                attacked = pgd(mean_of_gate, images, labels, steps=10, generator=starts)
+            survived += correct(model, attacked, labels, trainer.expert_logits)["mean"]
         measured["val_pgd10_accuracy_mean"] = survived / len(checked)
         heatmaps = heatmap_metrics(model, trainer.loss_fn, checked, EVALUATION_BATCH)
         measured |= {f"val_{name}": value for name, value in heatmaps.items()}
     model.train()
     return measured
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients of the model's own tensors in a `with` block: an attack has no use for them."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from immunity_fast.kernels import launch
 from immunity_fast.kernels.arithmetic import moments, power_of_two, relu, resample, resample_adjoint
+from immunity_fast.kernels.group import group_mean
 from immunity_fast.kernels.scores import (
     broadcast,
     common_dtype,
@@ -348,6 +349,7 @@ def heatmap_losses(
     normalize: bool,
     smoothing: float,
     scale: float,
+    group_name: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """MI_q (B,), PS (), and five tensors that only the backward pass has a use for.
 
@@ -356,6 +358,7 @@ def heatmap_losses(
         gradients: ∂y/∂A in as many parts, of the same shapes, or summed over space, (n, B, C).
         size: [H, W] of the heatmaps.
         scale: s of eq. (3).
+        group_name: see `reference.position_stability`.
     """
     _, samples, _, height, width = activations[0].shape
     if samples == 0:
@@ -366,6 +369,10 @@ def heatmap_losses(
         found.partials, found.peaks, shape, target, normalize, smoothing
     )
     stability, mean_distances = _stability(statistics)
+    if group_name:
+        # The backward pass takes deviations from whatever means it is given, which is all of PS's gradient.
+        local, mean_distances = mean_distances, group_mean(mean_distances, group_name)
+        stability = stability + samples * (local - mean_distances).square().sum()
     return information, stability, found.sums, all_scores, log_shares, statistics, mean_distances
 
 
@@ -440,7 +447,7 @@ def _(_of_information, _of_stability, activations, sums, *rest):
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    activations, gradients, _, ctx.normalize, ctx.smoothing, ctx.scale = inputs
+    activations, gradients, _, ctx.normalize, ctx.smoothing, ctx.scale, _ = inputs
     ctx.gradients = describe(gradients)
     ctx.save_for_backward(*activations, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
@@ -457,7 +464,7 @@ def _differentiate(ctx: Any, of_information: Tensor | None, of_stability: Tensor
     return (
         of_activations if needs_activations else [None] * len(activations),
         broadcast(of_sums, ctx.gradients) if needs_gradients else [None] * len(ctx.gradients),
-        None, None, None, None,
+        None, None, None, None, None,
     )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from immunity_fast.kernels.group import group_mean
+
 
 def channel_weights(gradients: Tensor, weight_scale: str) -> Tensor:
     """(3): w = s · Σ_uv ∂y/∂A(u, v), from (N, B, C, h, w) to (N, B, C); s = 1/C ("channels") or 1/(h·w) ("spatial")."""
@@ -77,11 +79,18 @@ def centres(p: Tensor) -> Tensor:
     return torch.stack([(p.sum(-1) * rows).sum(-1), (p.sum(-2) * columns).sum(-1)], -1)
 
 
-def position_stability(positions: Tensor) -> Tensor:
-    """(11): Σ_{i≠j} Σ_q (d²_qij − mean_q d²_qij)² over ordered pairs, d² in pixels²; centres (N, B, 2) to ()."""
+def position_stability(positions: Tensor, group_name: str = "") -> Tensor:
+    """(11): Σ_{i≠j} Σ_q (d²_qij − mean_q d²_qij)² over ordered pairs, d² in pixels²; centres (N, B, 2) to ().
+
+    With the name of a process group, whose processes have B samples each: the mean is over all of them, and the result
+    this process' share of the sum. Its gradient is exact, because PS has no derivative with respect to the mean; its
+    second derivative is not.
+    """
     squared_distances = (positions[:, None] - positions[None]).square().sum(-1)
-    deviations = squared_distances - squared_distances.sum(-1, keepdim=True) / max(positions.shape[1], 1)
-    return deviations.square().sum()
+    means = squared_distances.sum(-1, keepdim=True) / max(positions.shape[1], 1)
+    if group_name:
+        means = group_mean(means, group_name)
+    return (squared_distances - means).square().sum()
 
 
 def log_mixture(log_probabilities: Tensor, gate: Tensor) -> Tensor:

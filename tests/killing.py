@@ -25,6 +25,7 @@ from immunity_fast.checkpoint import load_checkpoint
 from immunity_fast.experts import create
 from immunity_fast.experts.staged import default_stage
 from immunity_fast.runs import Run
+from immunity_fast.trainer import Trainer
 from tests.small_runs import go_on, options
 
 EPOCHS = 16
@@ -48,7 +49,7 @@ def start(arguments: list[str], folder: Path) -> tuple[int, int]:
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        train.train_step = _telling(telling, STEP, train.train_step)
+        Trainer.advance = _telling(telling, STEP, Trainer.advance)  # type: ignore[method-assign]
         os.fsync = _telling(telling, WRITE, os.fsync)
         try:
             cli.run_command(lambda: train.main(arguments))

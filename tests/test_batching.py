@@ -8,9 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from immunity_fast.batching import Batching, choose, run_stacked, slices, stack_modules, unstack_modules
+from immunity_fast import FusedImmunityLoss, ImmunityMoE
+from immunity_fast.batching import (
+    channels_last_,
+    run_stacked,
+    slices,
+    stack_modules,
+    unstack_modules,
+)
 from immunity_fast.experts import create
+from immunity_fast.strategies import Batching, choose
 
 BOTH: list[Batching] = ["loop", "vmap"]
 
@@ -201,3 +210,64 @@ def test_experts_of_different_structure_are_an_error(kind: str) -> None:
 def test_no_experts_are_an_error() -> None:
     with pytest.raises(ValueError, match="experts: expected at least one"):
         stack_modules([])
+
+
+# Layout
+
+
+class _Convolutions(TorchDispatchMode):
+    """Whether everything that convolutions read and write is channels-last, and nothing large is copied for it."""
+
+    def __init__(self, smallest: int) -> None:
+        super().__init__()
+        self.smallest = smallest  # elements of what counts as large
+        self.seen = 0
+        self.wrong: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        if "convolution" in name:
+            self.seen += 1
+            for tensor in (*args, *results):
+                if isinstance(tensor, Tensor) and tensor.dim() == 4 and not channels_last(tensor):
+                    self.wrong.append(f"{name}: {tuple(tensor.shape)} {tensor.stride()}")
+        elif name in ("clone", "copy_", "_to_copy", "contiguous"):
+            copied = [t for t in results if isinstance(t, Tensor) and t.numel() >= self.smallest]
+            self.wrong += [f"{name}: {tuple(tensor.shape)}" for tensor in copied]
+        return result
+
+
+def channels_last(tensor: Tensor) -> bool:
+    """Whether a 4-D tensor lies channels-last; a gradient that is the same for all places lies in any way."""
+    return tensor.is_contiguous(memory_format=torch.channels_last) or 0 in tensor.stride()
+
+
+@pytest.mark.parametrize("double_backprop", ["reverse", "forward"])
+@pytest.mark.parametrize("batching", BOTH)
+def test_channels_last_goes_all_the_way_without_copies(batching: Batching, double_backprop: Any) -> None:
+    """Forward, inner gradient, tangent and both backward passes, of convolutions with 1, 2 and more channels."""
+    torch.manual_seed(0)
+    model = ImmunityMoE("resnet8", 3, 4, image_size=12, batching=batching)
+    channels_last_(model.experts)
+    images = torch.rand(16, 3, 12, 14).contiguous(memory_format=torch.channels_last)
+    loss_fn = FusedImmunityLoss(0.5, 1.0, 0.01, size=(12, 14))
+    labels = torch.arange(16) % 4
+    with _Convolutions(smallest=16 * 16 * 12 * 14) as watched:
+        maps, gate = model.trunk_outputs(images)
+        loss, _ = loss_fn.from_head(
+            model.head_outputs, maps, labels, gate, has_aux=True, double_backprop=double_backprop
+        )
+        loss.backward()
+    assert watched.seen > 40
+    assert watched.wrong == []
+
+
+def test_channels_last_changes_no_value() -> None:
+    stacked = stack_modules(_experts())
+    other = copy.deepcopy(stacked)
+    channels_last_(stacked)
+    _assert_same_state(stacked, other)
+    for parameter in stacked.parameters():
+        assert parameter.dim() != 5 or channels_last(parameter[0])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
+from immunity_fast.augmentation import move
 from immunity_fast.data import Split
-from immunity_fast.loader import TrainLoader
+from immunity_fast.loader import Batch, TrainLoader
 
 
 def _split(count: int) -> Split:
@@ -22,18 +22,18 @@ def _loader(
     return TrainLoader(_split(count), batch_size, seed, padding=padding, degrees=degrees, flip=padding > 0)
 
 
-def _epoch(loader: TrainLoader) -> list[tuple[Tensor, Tensor]]:
+def _epoch(loader: TrainLoader) -> list[Batch]:
     return list(loader)
 
 
-def _same(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
+def _same(a: list[Batch], b: list[Batch]) -> bool:
     return len(a) == len(b) and all(
-        torch.equal(x, y) for pair, other in zip(a, b, strict=True) for x, y in zip(pair, other, strict=True)
+        torch.equal(x, y) for batch, other in zip(a, b, strict=True) for x, y in zip(batch, other, strict=True)
     )
 
 
-def _labels(epoch: list[tuple[Tensor, Tensor]]) -> list[int]:
-    return torch.cat([labels for _, labels in epoch]).tolist()
+def _labels(epoch: list[Batch]) -> list[int]:
+    return torch.cat([batch.labels for batch in epoch]).tolist()
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 3), (12, 3), (10, 10), (7, 1), (10, 6)])
@@ -42,7 +42,7 @@ def test_an_epoch_repeats_no_image_and_fills_every_batch(count: int, batch_size:
     for _ in range(3):
         epoch = _epoch(loader)
         assert len(epoch) == len(loader) == count // batch_size
-        assert all(len(labels) == batch_size for _, labels in epoch)
+        assert all(len(part) == batch_size for batch in epoch for part in (batch.images, batch.labels, batch.motion.T))
         assert len(set(_labels(epoch))) == len(loader) * batch_size
 
 
@@ -69,17 +69,54 @@ def test_each_epoch_has_an_order_of_its_own() -> None:
 
 def test_labels_stay_with_their_images() -> None:
     loader = _loader(200, 7)
-    for images, labels in (pair for _ in range(2) for pair in loader):
-        assert torch.equal((images * 255).round(), labels[:, None, None, None].expand(-1, 3, 4, 4).float())
+    for images, labels, _ in (batch for _ in range(2) for batch in loader):
+        assert torch.equal(images, labels[:, None, None, None].expand(-1, 3, 4, 4).to(torch.uint8))
 
 
-def test_images_are_floats_from_0_to_1() -> None:
-    for images, labels in _loader(255, 5, padding=2, degrees=30):
-        assert images.dtype == torch.float32
+def test_images_are_bytes_and_come_with_their_augmentation() -> None:
+    for images, labels, motion in _loader(255, 5, padding=2, degrees=30):
+        assert images.dtype == torch.uint8
         assert labels.dtype == torch.int64
         assert images.shape == (5, 3, 4, 4)
-        assert images.min() >= 0
-        assert images.max() <= 1
+        assert motion.shape == (5, 5)
+        moved = move(images, motion)
+        assert moved.min() >= 0
+        assert moved.max() <= 1
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_each_batch_of_one(processes: int) -> None:
+    """Images, labels and augmentation, in the order of the ranks; also of a split smaller than the batch."""
+    for count in (20, 10):
+        alone = TrainLoader(_split(count), 6 if count == 20 else 12, 3, padding=2, degrees=30, flip=True)
+        alone.batch_size -= alone.batch_size % processes
+        ranks = [
+            TrainLoader(
+                _split(count), alone.batch_size, 3, padding=2, degrees=30, flip=True, rank=rank, processes=processes
+            )
+            for rank in range(processes)
+        ]
+        for expected, *parts in zip(alone, *ranks, strict=True):
+            assert torch.equal(torch.cat([part.images for part in parts]), expected.images)
+            assert torch.equal(torch.cat([part.labels for part in parts]), expected.labels)
+            assert torch.equal(torch.cat([part.motion for part in parts], 1), expected.motion)
+
+
+def test_a_state_is_taken_up_by_another_number_of_processes() -> None:
+    alone = _loader(20, 6, padding=2, degrees=30)
+    rest = iter(alone)
+    next(rest)
+    other = TrainLoader(_split(20), 6, 99, padding=2, degrees=30, flip=True, rank=1, processes=2)
+    other.load_state(alone.state())
+    for batch, expected in zip(other, rest, strict=True):
+        assert torch.equal(batch.labels, expected.labels[3:])
+        assert torch.equal(batch.motion, expected.motion[:, 3:])
+
+
+@pytest.mark.parametrize(("count", "batch_size", "processes"), [(20, 5, 2), (1, 2, 2)])
+def test_a_batch_that_cannot_be_divided_is_an_error(count: int, batch_size: int, processes: int) -> None:
+    with pytest.raises(ValueError, match=f"multiple of the {processes} processes"):
+        TrainLoader(_split(count), batch_size, 0, padding=0, degrees=0, flip=False, processes=processes)
 
 
 def test_a_seed_fixes_order_and_augmentation() -> None:

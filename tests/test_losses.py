@@ -18,6 +18,7 @@ from immunity_fast.batching import stack_modules
 from tests import oracle
 from tests.oracle import assert_matches
 
+WAYS = ("reverse", "forward")
 SCORES: list[Any] = ["logit", "probability"]
 
 
@@ -299,39 +300,41 @@ def test_without_heatmap_terms_activations_need_not_be_in_the_graph() -> None:
         assert torch.equal(FusedImmunityLoss(0.5, 0.0, 0.0)(logits, maps, experts.targets, experts.gate), loss.detach())
 
 
-def _from_head(loss: FusedImmunityLoss, experts: Experts, maps: Tensor) -> tuple[Tensor, ImmunityTerms]:
+def _from_head(loss: FusedImmunityLoss, experts: Experts, maps: Tensor, way: Any) -> tuple[Tensor, ImmunityTerms]:
     found: tuple[Tensor, ImmunityTerms] = loss.from_head(
-        experts.head, maps, experts.targets, experts.gate, return_terms=True
-    )  # type: ignore[assignment]
+        experts.head, maps, experts.targets, experts.gate, return_terms=True, double_backprop=way
+    )
     return found
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("detach", [False, True])
-@pytest.mark.parametrize("coefficients", [(0.5, 1.0, 0.05), (0.5, 0.0, 0.0)])
-def test_from_head_equals_forward(score: Any, detach: bool, coefficients: tuple[float, float, float]) -> None:
+@pytest.mark.parametrize("coefficients", [(0.5, 1.0, 0.05), (0.5, 0.0, 0.0), (0.5, 1.0, 0.0), (0.5, 0.0, 0.05)])
+def test_from_head_equals_forward(way: Any, score: Any, detach: bool, coefficients: tuple[float, float, float]) -> None:
     experts = _experts()
     loss = FusedImmunityLoss(*coefficients, size=(5, 5), score=score, detach_weights=detach)
     maps = torch.stack(experts.maps())
     expected, wanted = loss(experts.head(maps), maps, experts.targets, experts.gate, return_terms=True)
-    actual, found = _from_head(loss, experts, maps)
+    actual, found = _from_head(loss, experts, maps, way)
     _assert_same(actual, expected, experts.leaves)
     for one, other in zip(found, wanted, strict=True):
         assert_matches(one, other)
     _assert_same(
-        loss.from_head(experts.head, maps, experts.targets, experts.gate),  # type: ignore[arg-type]
+        loss.from_head(experts.head, maps, experts.targets, experts.gate, double_backprop=way),
         expected,
         experts.leaves,
     )
 
 
-def test_from_head_needs_no_graph_for_the_value_alone() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_from_head_needs_no_graph_for_the_value_alone(way: Any) -> None:
     experts = _experts()
     loss = FusedImmunityLoss(0.5, 1.0, 0.05, size=(5, 5))
     maps = torch.stack(experts.maps())
     expected = loss(experts.head(maps), maps, experts.targets, experts.gate)
     with torch.no_grad():
-        assert_matches(_from_head(loss, experts, maps)[0], expected.detach())
+        assert_matches(_from_head(loss, experts, maps, way)[0], expected.detach())
 
 
 def _head(experts: int) -> nn.Module:
@@ -365,21 +368,23 @@ def _applied(head: nn.Module) -> Callable[[Tensor], Tensor]:
     return run
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("score", SCORES)
-def test_from_head_equals_forward_for_vmapped_heads_with_batch_norm(score: Any) -> None:
+def test_from_head_equals_forward_for_vmapped_heads_with_batch_norm(way: Any, score: Any) -> None:
     head = _head(3)
     run = _applied(head)
     leaves = (_normal(3, 6, 3, 4, 4, seed=1).requires_grad_(), *head.parameters())
     targets, gate = torch.tensor([0, 1, 2, 3, 0, 1]), _normal(6, 3, seed=2).softmax(-1)
     loss = FusedImmunityLoss(0.5, 1.0, 0.05, size=(7, 7), score=score)
     expected = loss(run(leaves[0]), leaves[0], targets, gate)
-    actual = loss.from_head(run, leaves[0], targets, gate)
+    actual = loss.from_head(run, leaves[0], targets, gate, double_backprop=way)
     assert isinstance(actual, Tensor)
     _assert_same(actual, expected, leaves)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("score", SCORES)
-def test_from_head_compiles_to_one_graph_backward_included(score: Any) -> None:
+def test_from_head_compiles_to_one_graph_backward_included(way: Any, score: Any) -> None:
     head = _head(2)
     run = _applied(head)
     leaves = (_normal(2, 4, 3, 4, 4, seed=1).requires_grad_(), *head.parameters())
@@ -387,7 +392,10 @@ def test_from_head_compiles_to_one_graph_backward_included(score: Any) -> None:
     loss = FusedImmunityLoss(0.5, 1.0, 0.05, size=(7, 7), score=score)
 
     def step(maps: Tensor) -> tuple[Tensor, ImmunityTerms]:
-        return loss.from_head(run, maps, targets, gate, return_terms=True)  # type: ignore[return-value]
+        found: tuple[Tensor, ImmunityTerms] = loss.from_head(
+            run, maps, targets, gate, return_terms=True, double_backprop=way
+        )
+        return found
 
     torch.compiler.reset()
     actual, terms = torch.compile(step, fullgraph=True, backend="aot_eager")(leaves[0])

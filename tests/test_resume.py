@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from immunity_fast import checkpoint, train
 from immunity_fast.checkpoint import load_checkpoint
 from immunity_fast.runs import Run
+from immunity_fast.trainer import Trainer
 from tests.small_runs import STEPS, arrays, change_config, error_line, go_on, options, saved, trained, write_data
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +91,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def half(data: Path, tmp_path: Path) -> Path:
     """A run that was killed in the middle of its second epoch."""
     folder = tmp_path / "half"
-    interrupted((train, "train_step"), 8, [*options(data, checkpoint_every=1), "--out", str(folder)])
+    interrupted((Trainer, "advance"), 8, [*options(data, checkpoint_every=1), "--out", str(folder)])
     assert load_checkpoint(Run(folder).checkpoint)[1]["step"] == 7
     return folder
 
@@ -105,7 +106,7 @@ def test_the_same_command_twice_trains_the_same(whole: dict[str, Any], data: Pat
 
 def test_a_checkpoint_holds_weights_statistics_momentum_order_and_random_states(whole: dict[str, Any]) -> None:
     names = whole["tensors"].keys()
-    assert {"loader/order", "loader/position", "loader/generator", "random/torch", "random/gate", "sums"} <= names
+    assert {"loader/position", "loader/generator", "random/torch", "random/gate", "sums"} <= names
     assert any(name.startswith("optimizer/") and name.endswith("momentum_buffer") for name in names)
     assert any(name.endswith("running_var") for name in names)
     assert any(name.startswith("model/gate") for name in names)
@@ -130,7 +131,7 @@ def test_interrupted_at_any_steps_it_ends_the_same(
     # Each stop counts an attempt's own steps; without checkpoints inside an epoch, an attempt starts its epoch anew.
     arguments, folder = options(data, checkpoint_every=every), tmp_path / "run"
     for stop in stops:
-        interrupted((train, "train_step"), stop, go_on(folder, arguments))
+        interrupted((Trainer, "advance"), stop, go_on(folder, arguments))
     trained(go_on(folder, arguments))
     assert saved(folder) == whole
 
@@ -140,7 +141,7 @@ def test_interrupted_at_eight_random_places_it_ends_the_same(whole: dict[str, An
     chance, arguments, folder = random.Random(3), options(data, checkpoint_every=1), tmp_path / "run"
     for _ in range(8):
         stop = chance.choice([1, 1, 1, 2])
-        interrupted((train, "train_step"), stop, go_on(folder, arguments), after=True)
+        interrupted((Trainer, "advance"), stop, go_on(folder, arguments), after=True)
     assert load_checkpoint(Run(folder).checkpoint)[1]["step"] > 0
     trained(go_on(folder, arguments))
     assert saved(folder) == whole
@@ -233,7 +234,7 @@ def test_options_that_repeat_the_settings_are_accepted(half: Path, data: Path, w
 def test_an_interrupt_says_how_to_go_on(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "train_step", counted(train.train_step, 3, KeyboardInterrupt(), after=False))
+    monkeypatch.setattr(Trainer, "advance", counted(Trainer.advance, 3, KeyboardInterrupt(), after=False))
     with pytest.raises(KeyboardInterrupt):
         train.main([*options(data), "--out", str(tmp_path / "run")])
     assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().out
@@ -266,7 +267,7 @@ def test_killed_with_sigkill_at_ten_random_moments_it_ends_the_same(data: Path, 
 def test_resuming_a_finished_run_trains_no_more_and_reports_anew(
     run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "train_step", None)
+    monkeypatch.setattr(Trainer, "advance", None)
     results = Run(run).results_file.read_bytes()
     for file in (Run(run).results_file, Run(run).report, run / "figures" / "heatmaps.png"):
         file.unlink()

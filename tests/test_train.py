@@ -20,6 +20,7 @@ from immunity_fast.config import TrainConfig
 from immunity_fast.data import ImageDataset
 from immunity_fast.kernels import reference
 from immunity_fast.runs import Run
+from immunity_fast.step import TrainStep
 from immunity_fast.trainer import Trainer, channel_statistics, training_means, validate
 from tests.small_runs import arrays, dataset, error_line, options, saved, split, trained, weights, write_data
 
@@ -106,6 +107,7 @@ def test_checks_on_validation_images_do_not_change_the_training(tmp_path: Path) 
         {"flip": "on"},
         {"batch_size": 5},
         {"epochs": 2},
+        {"amp": "bf16"},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -195,13 +197,13 @@ def test_without_images_to_check_only_accuracies_are_measured() -> None:
 
 def test_a_record_holds_the_means_of_its_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    train_step = train.train_step
+    take = TrainStep.__call__
 
     def recorded(*arguments: Any) -> torch.Tensor:
-        steps.append(train_step(*arguments))
+        steps.append(take(*arguments))
         return steps[-1]
 
-    monkeypatch.setattr(train, "train_step", recorded)
+    monkeypatch.setattr(TrainStep, "__call__", recorded)
     _train(dataset(), tmp_path / "run", epochs=2)
     means = torch.stack(steps).view(2, 5, 4).mean(1).tolist()
     for number, (record, mean) in enumerate(zip(Run(tmp_path / "run").metrics(), means, strict=True), start=1):
@@ -216,13 +218,13 @@ def test_a_record_holds_the_means_of_its_epoch(tmp_path: Path, monkeypatch: pyte
 
 def test_the_learning_rate_falls_over_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = []
-    train_step = train.train_step
+    take = TrainStep.__call__
 
-    def recorded(model: Any, loss_fn: Any, optimizer: torch.optim.SGD, *rest: Any) -> torch.Tensor:
-        rates.extend(group["lr"] for group in optimizer.param_groups)
-        return train_step(model, loss_fn, optimizer, *rest)
+    def recorded(step: TrainStep, *batch: Any) -> torch.Tensor:
+        rates.extend(group["lr"] for group in step.optimizer.param_groups)
+        return take(step, *batch)
 
-    monkeypatch.setattr(train, "train_step", recorded)
+    monkeypatch.setattr(TrainStep, "__call__", recorded)
     _train(dataset(), tmp_path / "run", epochs=2, lr=0.04)
     assert rates == pytest.approx([0.02 * (1 + math.cos(math.pi * step / 10)) for step in range(10)])
     assert [record["lr"] for record in Run(tmp_path / "run").metrics()] == [rates[4], rates[9]]
@@ -293,17 +295,17 @@ def test_weights_that_are_no_numbers_do_not_reach_a_checkpoint(
     call: int, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A gradient can be NaN where the loss, which is from before the step, is a number.
-    train_step, calls = train.train_step, 0
+    take, calls = TrainStep.__call__, 0
 
-    def spoilt(model: torch.nn.Module, *rest: Any) -> torch.Tensor:
+    def spoilt(step: TrainStep, *batch: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        measured = train_step(model, *rest)
+        measured = take(step, *batch)
         if calls == call:
-            next(model.parameters()).data.view(-1)[0] = torch.nan
+            next(step.model.parameters()).data.view(-1)[0] = torch.nan
         return measured
 
-    monkeypatch.setattr(train, "train_step", spoilt)
+    monkeypatch.setattr(TrainStep, "__call__", spoilt)
     error_line(capsys, train.main, [*options(data, checkpoint_every=1), "--out", str(tmp_path / "run")])
     tensors, info = load_checkpoint(Run(tmp_path / "run").checkpoint)
     assert info["step"] == call - 1

@@ -1,0 +1,93 @@
+"""Compiled functions that a person can live with: caches that are kept, and a fall-back to eager that says so."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Compile = Literal["auto", "off", "on", "max"]
+Announce = Callable[[str], None]
+
+# "on" replays CUDA graphs; "max" also times several kernels for each operation, which takes minutes.
+_MODES = {
+    ("cuda", "on"): "reduce-overhead",
+    ("cuda", "max"): "max-autotune",
+    ("cpu", "max"): "max-autotune-no-cudagraphs",
+}
+
+
+def resolve(choice: Compile, device: torch.device) -> Literal["off", "on", "max"]:
+    """What "auto" means: on a CPU compiling takes a minute or two, and a step is not faster for it."""
+    if choice == "auto":
+        return "on" if device.type == "cuda" else "off"
+    return choice
+
+
+def keep_caches() -> Path:
+    """Have compiled code kept from one run to the next; returns the folder.
+
+    PyTorch's default is the folder of temporary files. TORCHINDUCTOR_CACHE_DIR, where it is set, is respected.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "immunity_fast" / "inductor")))
+
+
+class Compiled:
+    """A function that is compiled to one graph at its first call, for the shapes of that call.
+
+    Where compiling fails it is announced, in a line, and the function runs in eager mode from then on.
+
+    Args:
+        function: what is to be compiled; it is called with tensors.
+        choice: "off" runs the function as it is.
+        device: where the tensors are.
+        announce: what takes the line; None is `warnings.warn`.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], choice: Compile, device: torch.device, announce: Announce | None = None
+    ) -> None:
+        self._function = function
+        self._announce = announce or warnings.warn
+        self._compiled: Callable[..., Any] | None = None
+        choice = resolve(choice, device)
+        if choice != "off":
+            mode = _MODES.get((device.type, choice))
+            self._compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+
+    @property
+    def active(self) -> bool:
+        """Whether calls go to compiled code."""
+        return self._compiled is not None
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The function's result."""
+        if self._compiled is None:
+            return self._function(*arguments)
+        try:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            return self._compiled(*arguments)
+        except Exception as error:
+            return self.fall_back(error, lambda: self._function(*arguments))
+
+    def fall_back(self, error: Exception, call: Callable[[], Any]) -> Any:
+        """The result of `call` in eager mode, which is for good: unless that, too, raises what is wrong with its input.
+
+        Args:
+            error: what compiled code raised in its place.
+            call: what uses this function.
+        """
+        compiled, self._compiled = self._compiled, None
+        try:
+            result = call()
+        except Exception:
+            self._compiled = compiled
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        self._announce(f"compiling failed, going on in eager mode: {type(error).__name__}: {reason[:300]}")
+        return result

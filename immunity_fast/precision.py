@@ -1,0 +1,32 @@
+"""In which number formats a model is trained and evaluated."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Amp = Literal["off", "bf16", "fp16"]
+Float32 = Literal["tf32", "ieee"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(amp: Amp, device: torch.device) -> torch.autocast:
+    """Convolutions and products in half precision; statistics of BatchNorm, the losses and weights in float32."""
+    return torch.autocast(device.type, _DTYPES.get(amp), enabled=amp != "off")
+
+
+def grad_scaler(amp: Amp, device: torch.device) -> torch.amp.GradScaler:
+    """What keeps gradients in float16's range; for the other formats it does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def set_float32(precision: Float32) -> None:
+    """What a GPU makes of float32 convolutions and products, for the whole process.
+
+    "tf32" rounds their factors to 10 bits of mantissa, which is many times as fast; "ieee" does not. PyTorch's own
+    default is "tf32" for convolutions and "ieee" for products.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"

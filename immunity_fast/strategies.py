@@ -1,0 +1,57 @@
+"""Which way of running the experts is fastest where: a table that `python -m benchmarks.steps` measures and writes.
+
+`strategies.json` holds a record for each device and architecture that was measured. What it does not hold takes the
+record of another architecture on such a device, or else `UNMEASURED`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+Batching = Literal["auto", "loop", "vmap"]
+DoubleBackprop = Literal["auto", "reverse", "forward"]
+
+TABLE = Path(__file__).with_name("strategies.json")
+
+
+class Strategy(NamedTuple):
+    """How N experts run at once, and how Grad-CAM's weights are differentiated."""
+
+    batching: Literal["loop", "vmap"]
+    double_backprop: Literal["reverse", "forward"]
+
+
+# On a CPU grouped convolutions lose to a plain loop; on a GPU the launches of a loop are what an eager step waits for.
+UNMEASURED = {"cpu": Strategy("loop", "reverse"), "other": Strategy("vmap", "reverse")}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def fastest(device_type: str, arch: str = "") -> Strategy:
+    """The measured strategy for an architecture ("" where it has no name) on this machine's device of a type."""
+    device = "cpu" if device_type == "cpu" else _device_name(device_type)
+    table = _table()
+    same = [record for record in table if record["device"] == device]
+    for record in [record for record in same if record["arch"] == arch] + same:
+        return Strategy(record["batching"], record["double_backprop"])
+    return UNMEASURED.get(device_type, UNMEASURED["other"])
+
+
+def choose(batching: Batching, device: torch.device, arch: str = "") -> Literal["loop", "vmap"]:
+    """What "auto" means for a device and an architecture."""
+    return fastest(device.type, arch).batching if batching == "auto" else batching
+
+
+@functools.cache
+def _device_name(device_type: str) -> str:
+    return torch.cuda.get_device_name() if device_type == "cuda" and torch.cuda.is_available() else device_type
+
+
+@functools.cache
+def _table() -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8"))["records"]
+    return records

@@ -1,0 +1,212 @@
+"""The compiled step: one graph, the same numbers as eager, and a fall-back that says so."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from immunity_fast import FusedImmunityLoss, ImmunityMoE
+from immunity_fast.augmentation import draw
+from immunity_fast.compilation import Compiled, keep_caches, resolve
+from immunity_fast.experts.staged import GlobalAveragePool
+from immunity_fast.step import TrainStep
+
+CPU = torch.device("cpu")
+LOSS = FusedImmunityLoss(0.5, 0.7, 1e-3, size=(8, 9))
+
+
+def _model(batching: Any = "loop") -> ImmunityMoE:
+    """Small enough to be compiled in seconds, with BatchNorm on both sides of the cut."""
+    torch.manual_seed(0)
+    experts = [
+        nn.Sequential(
+            nn.Conv2d(3, 4, 3, stride=2),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 5, 3),
+            nn.BatchNorm2d(5),
+            nn.ReLU(),
+            GlobalAveragePool(),
+            nn.Linear(5, 3),
+        )
+        for _ in range(2)
+    ]
+    return ImmunityMoE.from_experts(experts, stage="2", batching=batching, mean=[0.5] * 3, std=[0.2] * 3)
+
+
+def _batch(count: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (count, 3, 12, 13), generator=generator, dtype=torch.uint8)
+    return images, torch.arange(count) % 3, draw(count, generator, padding=1)
+
+
+def _steps(step: TrainStep, count: int = 3) -> Tensor:
+    return torch.stack([step(*_batch()) for _ in range(count)])
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph is captured and differentiated as it would be, but then run by PyTorch's own kernels."""
+    compile_ = torch.compile
+
+    def quickly(function: Any, **options: Any) -> Any:
+        assert options["fullgraph"]
+        assert not options["dynamic"]
+        return compile_(function, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", quickly)
+
+
+def _same_training(compiled: TrainStep, eager: TrainStep) -> None:
+    torch.testing.assert_close(_steps(compiled), _steps(eager), rtol=2e-4, atol=1e-5)
+    assert compiled.compiled
+    assert not eager.compiled
+    torch.testing.assert_close(
+        compiled.model.state_dict(), eager.model.state_dict(), rtol=1e-3, atol=1e-4, check_stride=False
+    )
+
+
+def _step(model: ImmunityMoE, **options: Any) -> TrainStep:
+    return TrainStep(model, LOSS, SGD(model.parameters(), 0.05, 0.9, fused=True), **options)
+
+
+@pytest.mark.parametrize("double_backprop", ["reverse", "forward"])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.usefixtures("without_inductor")
+def test_a_step_is_one_graph_and_trains_as_eager_does(double_backprop: Any, amp: Any) -> None:
+    options = {"double_backprop": double_backprop, "amp": amp}
+    if amp == "off":
+        _same_training(_step(_model(), compile="on", **options), _step(_model(), **options))
+    else:  # two ways of rounding: it is the first step that can be compared
+        compiled, eager = (_steps(_step(_model(), compile=c, **options), 1) for c in ("on", "off"))
+        torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=1e-2)
+
+
+def test_the_real_compiler_trains_as_eager_does() -> None:
+    torch.compiler.reset()
+    _same_training(_step(_model("vmap"), compile="on", clip_grad_norm=0.5), _step(_model(), clip_grad_norm=0.5))
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_one_size_is_compiled_once() -> None:
+    step = _step(_model(), compile="on")
+    with torch.compiler.set_stance("default"):
+        _steps(step, 1)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for group in step.optimizer.param_groups:
+            group["lr"] = 0.01
+        _steps(step, 3)
+    assert step.compiled
+
+
+# Where compiling fails
+
+
+class _Backward(torch.autograd.Function):
+    """The identity, whose backward pass fails the first time."""
+
+    failures = 1
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        _Backward.failures -= 1
+        if _Backward.failures >= 0:
+            raise RuntimeError("no backward pass\nand why")
+        return gradient
+
+
+def test_a_failure_is_announced_in_a_line_and_training_goes_on_in_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_function: Any, **_options: Any) -> Any:
+        def call(*_arguments: Any) -> Any:
+            raise RuntimeError("no compiler\nhere")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    said: list[str] = []
+    step = _step(_model(), compile="on", announce=said.append)
+    expected = _steps(_step(_model()))
+    assert torch.equal(_steps(step), expected)
+    assert said == ["compiling failed, going on in eager mode: RuntimeError: no compiler"]
+    assert not step.compiled
+
+
+def test_a_failure_in_the_backward_pass_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(function: Any, **_options: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            loss, measured = function(*arguments)
+            return _Backward.apply(loss), measured  # type: ignore[no-untyped-call]
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    monkeypatch.setattr(_Backward, "failures", 1)
+    said: list[str] = []
+    step, eager = _step(_model(), compile="on", announce=said.append), _step(_model())
+    assert torch.equal(_steps(step), _steps(eager))
+    assert len(said) == 1
+    for mine, other in zip(step.model.state_dict().values(), eager.model.state_dict().values(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_what_is_wrong_with_the_batch_is_not_taken_for_a_failure_to_compile() -> None:
+    said: list[str] = []
+    step = _step(_model(), compile="on", announce=said.append)
+    images, labels, motion = _batch()
+    with pytest.raises(ValueError, match="targets: expected shape"):
+        step(images, labels[:-1], motion)
+    assert said == []
+
+
+def test_without_an_announcer_it_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_function: Any, **_options: Any) -> Any:
+        def call(*_arguments: Any) -> Any:
+            raise RuntimeError
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    compiled = Compiled(torch.neg, "on", CPU)
+    with pytest.warns(UserWarning, match="compiling failed, going on in eager mode: RuntimeError"):
+        assert compiled(torch.ones(2)).tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "expected"),
+    [
+        ("auto", "cpu", "off"),
+        ("auto", "cuda", "on"),
+        ("off", "cuda", "off"),
+        ("on", "cpu", "on"),
+        ("max", "cpu", "max"),
+    ],
+)
+def test_auto_compiles_on_a_gpu_only(choice: Any, device: str, expected: str) -> None:
+    assert resolve(choice, torch.device(device)) == expected
+
+
+def test_caches_are_kept_where_the_user_wants_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    assert keep_caches() == tmp_path / "mine"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert keep_caches() == tmp_path / "immunity_fast" / "inductor"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+
+def test_deep_copies_of_a_model_are_no_part_of_its_step() -> None:
+    model = _model()
+    twin = copy.deepcopy(model)
+    _steps(_step(model), 1)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
