@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, timing
+from benchmarks import machine, memory, timing
 from benchmarks.cases import BACKWARD, BOTH, DEVICE, FORWARD, TRITON, VARIANTS, Case, Inputs, Operation
 from benchmarks.verify import Reference
 
@@ -44,7 +44,7 @@ def measure(case: Case) -> Measured:
             _measure(case, bandwidth, measured)
     except Exception as error:
         unknown = set(keys(case)) - set(measured.records)
-        measured.failures |= dict.fromkeys(unknown, _line(error)) | measured.failures
+        measured.failures |= dict.fromkeys(unknown, line(error)) | measured.failures
     finally:
         # Compiled code of one case is of no use to the next one, and graphs hold memory.
         torch.compiler.reset()
@@ -62,7 +62,7 @@ def _measure(case: Case, bandwidth: float, measured: Measured) -> None:
         try:
             reference.check(operation)
         except Exception as error:  # a baseline that fails must not take the others' numbers away
-            measured.failures |= {(mode, variant): _line(error) for mode in case.modes}
+            measured.failures |= {(mode, variant): line(error) for mode in case.modes}
             del operations[variant]
     del reference
     for mode in case.modes:
@@ -70,10 +70,11 @@ def _measure(case: Case, bandwidth: float, measured: Measured) -> None:
         for variant, operation in operations.items():
             try:
                 calls = [_call(mode, operation, each) for each in inputs]
-                peaks[variant] = _peak(calls[0])
+                calls[0]()  # what is allocated at the first call only
+                peaks[variant] = memory.peak(calls[0]) if DEVICE.type == "cuda" else None
                 runs[variant] = timing.prepare(calls, pool)
             except Exception as error:
-                measured.failures[mode, variant] = _line(error)
+                measured.failures[mode, variant] = line(error)
         timings = timing.interleaved(runs)
         for variant, found in timings.items():
             measured.seconds[mode, variant] = found.seconds
@@ -120,19 +121,7 @@ def _call(mode: str, operation: Operation, inputs: Inputs) -> timing.Call:
     return lambda: torch.autograd.grad(operation(*inputs.arguments), inputs.wanted, inputs.upstream)
 
 
-def _peak(call: timing.Call) -> float | None:
-    """MiB that one call takes beyond what was there before it; not known on a CPU."""
-    call()  # what is allocated at the first call only
-    if DEVICE.type == "cpu":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 2)
-
-
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
     """What the error says and where it was raised, in one line."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} ({Path(frame.filename).name}:{frame.lineno}): {' '.join(str(error).split())}"[:500]

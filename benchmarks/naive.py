@@ -80,15 +80,18 @@ def immunity_loss(
     alpha: float,
     beta: float,
     gamma: float,
+    gate: Tensor | None = None,
+    detach_weights: bool = False,
 ) -> Tensor:
-    """(12) of one (B, K) and one (B, C, h, w) an expert, ∂y/∂A taken expert by expert; the gate is 1/N each."""
+    """(12) of one (B, K) and one (B, C, h, w) an expert, ∂y/∂A taken expert by expert; without a gate 1/N each."""
     experts, samples = len(logits), len(targets)
     gradients = []
     for f, a in zip(logits, activations, strict=True):
         score = f.gather(-1, targets[:, None]).sum()
-        gradients.append(torch.autograd.grad(score, a, create_graph=True)[0])
+        gradients.append(torch.autograd.grad(score, a, create_graph=not detach_weights, retain_graph=True)[0])
     information, stability = losses_of_maps(activations, gradients, size)
-    gate = torch.full_like(logits[0][:, :1], 1 / experts).expand(samples, experts)
+    if gate is None:
+        gate = torch.full_like(logits[0][:, :1], 1 / experts).expand(samples, experts)
     return (
         mixture_cross_entropy(torch.stack(logits), gate, targets, alpha).mean()
         + beta / experts * information.mean()

@@ -89,14 +89,14 @@ def call_stacked(
     return result, {name: buffer.detach() for name, buffer in buffers.items()}
 
 
-def channels_last_(stacked: nn.Module) -> None:
-    """Lay out the weights of every expert's 2-D convolutions channels-last, in place; values and shapes stay.
+def channels_last_(module: nn.Module) -> None:
+    """Lay out the weights of 2-D convolutions channels-last, in place, stacked ones too; values and shapes stay.
 
     A stack of them has five dimensions, which PyTorch's own memory formats do not cover.
     """
-    for parameter in stacked.parameters():
-        if parameter.dim() == 5:
-            parameter.data = parameter.data.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    for parameter in module.parameters():
+        if parameter.dim() in (4, 5):
+            parameter.data = parameter.data.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
 def _unbound(tensors: dict[str, Tensor], num_experts: int) -> list[dict[str, Tensor]]:

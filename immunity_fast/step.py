@@ -60,7 +60,7 @@ class TrainStep:
         device = next(model.parameters()).device
         self.scaler = grad_scaler(amp, device)
         if device.type == "cuda":
-            channels_last_(model.experts)
+            channels_last_(model)
         if double_backprop == "auto":
             double_backprop = strategies.fastest(device.type, model.arch).double_backprop
         self.objective = _Objective(model, loss_fn, amp, double_backprop, compile, device, announce)
@@ -148,8 +148,7 @@ class _Objective(nn.Module):
         return loss, torch.stack([loss.detach(), *(term.detach() for term in terms)]).double()
 
     def _terms(self, images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        # The autograd engine is a little faster than torch.func; a compiler can trace only the latter.
-        if not self.model.has_head or (self.double_backprop != "forward" and not torch.compiler.is_compiling()):
+        if not self.model.has_head:
             logits, activations, gate = self.model.expert_outputs(images)
             result: tuple[Tensor, tuple[Tensor, ...]] = self.loss_fn(
                 logits, activations, labels, gate, return_terms=True

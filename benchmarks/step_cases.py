@@ -1,0 +1,196 @@
+"""Training steps that are compared: an architecture cut at a stage, a batch, and the ways of taking a step of it.
+
+Each way is measured with the whole loss ("full"), with Grad-CAM's weights held constant ("detached") and with the
+mixture's cross-entropy alone, which is what the losses' cost is measured against.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import naive
+from benchmarks.cases import DEVICE, EXPERTS
+from immunity_fast import FusedImmunityLoss, ImmunityMoE
+from immunity_fast.batching import channels_last_
+from immunity_fast.compilation import Compiled
+from immunity_fast.functional import mixture_cross_entropy
+from immunity_fast.losses import ALPHA, BETA, GAMMA
+from immunity_fast.precision import autocast
+from immunity_fast.step import TrainStep
+
+CLASSES = 10
+SIZE = (32, 32)  # of images and heatmaps
+FULL, DETACHED, CROSS_ENTROPY = "full", "detached", "cross-entropy"
+LOSSES = (FULL, DETACHED, CROSS_ENTROPY)
+NAIVE = "naive eager loop"
+CUDA = DEVICE.type == "cuda"
+COUNTED = 2  # images, when FLOPs are counted
+
+Step = Callable[[], object]
+
+
+class Way(NamedTuple):
+    """How a step is taken."""
+
+    name: str
+    batching: str
+    double_backprop: str
+    compile: str
+
+
+WAYS = [
+    Way("eager loop", "loop", "reverse", "off"),
+    Way("eager loop, forward mode", "loop", "forward", "off"),
+    Way("eager vmap", "vmap", "reverse", "off"),
+    Way("eager vmap, forward mode", "vmap", "forward", "off"),
+    Way("compiled loop", "loop", "reverse", "on"),
+    Way("compiled loop, forward mode", "loop", "forward", "on"),
+    Way("compiled vmap", "vmap", "reverse", "on"),
+    Way("compiled vmap, forward mode", "vmap", "forward", "on"),
+]
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """Five experts of an architecture, cut after a stage; None is the stage that is cut after by default."""
+
+    arch: str
+    stage: str | None
+    samples: int
+    amp: Any = "bf16" if CUDA else "off"
+    compiled: tuple[str, ...] = ()  # which batchings are measured compiled, too
+
+    def __str__(self) -> str:
+        return f"{EXPERTS} × {self.arch}, cut after {self.model().stage}, {self.samples} images, amp {self.amp}"
+
+    def ways(self, loss: str) -> list[Way]:
+        """The ways in which a loss is measured, but for the naive one."""
+        ways = [way for way in WAYS if way.compile == "off" or way.batching in self.compiled]
+        # Forward mode is a way of differentiating twice, which nothing but the whole loss does.
+        return ways if loss == FULL else [way for way in ways if way.double_backprop == "reverse"]
+
+    def model(self) -> ImmunityMoE:
+        """The same weights each time, on the CPU."""
+        torch.manual_seed(0)
+        return ImmunityMoE(self.arch, EXPERTS, CLASSES, stage=self.stage, image_size=SIZE)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Images in [0, 1] and labels."""
+        generator = torch.Generator().manual_seed(1)
+        images = torch.rand(self.samples, 3, *SIZE, generator=generator)
+        return images.to(DEVICE), (torch.arange(self.samples) % CLASSES).to(DEVICE)
+
+    def step(self, way: Way, loss: str) -> tuple[Step, nn.Module]:
+        """What takes a step, and the model that it trains."""
+        model = self.model().to(DEVICE)
+        model.batching = way.batching  # type: ignore[assignment]
+        images, labels = self.batch()
+        options: dict[str, Any] = {"amp": self.amp, "compile": way.compile, "announce": _refuse}
+        if loss == CROSS_ENTROPY:
+            return _plain_step(model, images, labels, **options), model
+        step = TrainStep(
+            model,
+            FusedImmunityLoss(size=SIZE, detach_weights=loss == DETACHED),
+            _optimizer(model),
+            double_backprop=way.double_backprop,  # type: ignore[arg-type]
+            **options,
+        )
+        return lambda: step(images, labels), model
+
+    def naive_step(self, loss: str) -> tuple[Step, nn.Module]:
+        """The same as one writes it: experts one after another, hooks, `autograd.grad(create_graph=True)`."""
+        model = self.model()
+        experts = nn.ModuleList(model.unstack()).to(DEVICE)
+        gate = copy.deepcopy(model.gate).to(DEVICE)
+        normalize = copy.deepcopy(model.normalize).to(DEVICE)
+        if CUDA:
+            channels_last_(experts)
+        activations: list[Tensor] = []
+        for expert in experts:
+            expert.get_submodule(model.stage).register_forward_hook(lambda _m, _i, output: activations.append(output))
+        images, labels = self.batch()
+        if CUDA:
+            images = images.contiguous(memory_format=torch.channels_last)
+        together = nn.ModuleList([experts, gate])
+        optimizer = SGD(together.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True)
+
+        def step() -> None:
+            activations.clear()
+            with autocast(self.amp, DEVICE):
+                logits = [expert(images) for expert in experts]
+                weights = gate(normalize(images))
+            if loss == CROSS_ENTROPY:
+                total = naive.mixture_cross_entropy(torch.stack(logits), weights, labels, ALPHA).mean()
+            else:
+                total = naive.immunity_loss(
+                    logits, activations, labels, SIZE, ALPHA, BETA, GAMMA, weights, detach_weights=loss == DETACHED
+                )
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step()
+
+        return step, together
+
+    def flops(self, loss: str) -> float:
+        """Floating-point operations of a step's forward and backward passes: twice its multiplications."""
+        way = Way("", "loop", "reverse", "off")
+        step, _ = StepCase(self.arch, self.stage, COUNTED, "off").step(way, loss)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        return float(counter.get_total_flops()) * self.samples / COUNTED
+
+
+def _plain_step(model: ImmunityMoE, images: Tensor, labels: Tensor, amp: Any, compile: Any, announce: Any) -> Step:
+    """Forward, cross-entropy, backward, optimiser: no Grad-CAM."""
+    if CUDA:
+        channels_last_(model)
+        images = images.contiguous(memory_format=torch.channels_last)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        with autocast(amp, DEVICE):
+            logits, weights = model.expert_logits(images), model.gate_weights(images)
+        return mixture_cross_entropy(logits, weights, labels, ALPHA).mean()
+
+    function, optimizer = Compiled(loss, compile, DEVICE, announce), _optimizer(model)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        function(images, labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def _optimizer(model: nn.Module) -> SGD:
+    return SGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True, fused=True)
+
+
+def _refuse(line: str) -> None:
+    """A compiled way that goes on in eager mode would be measured as what it is not."""
+    raise RuntimeError(line)
+
+
+def cases(quick: bool) -> list[StepCase]:
+    """In the order in which they are measured: what matters most comes first."""
+    if not CUDA:
+        if quick:
+            return [StepCase("resnet8", None, 32, compiled=("loop",))]
+        return [
+            StepCase("resnet8", None, 32, compiled=("loop", "vmap")),
+            StepCase("resnet8", None, 128),
+            StepCase("resnet18", "layer2", 8),
+            StepCase("resnet18", "layer3", 8),
+            StepCase("googlenet", None, 4),
+            StepCase("densenet121", None, 4),
+        ]
+    if quick:
+        return [StepCase("resnet18", "layer2", samples, compiled=("loop", "vmap")) for samples in (512, 32)]
+    cut: list[tuple[str, str | None]] = [("resnet18", "layer2"), ("resnet18", "layer3")]
+    cut += [("resnet8", None), ("googlenet", None), ("densenet121", None)]
+    return [StepCase(*case, n, compiled=("loop", "vmap")) for n in (512, 32, 128) for case in cut]
