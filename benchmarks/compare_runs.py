@@ -44,11 +44,12 @@ def values(run: dict[str, Any]) -> dict[str, float]:
 
 
 def table(runs: list[dict[str, Any]]) -> Table:
-    """A column a setting of (α, β, γ), a row a measure."""
+    """A column a setting of α, β, γ and whether weights are detached, a row a measure."""
     groups: dict[str, list[dict[str, float]]] = {}
     for run in runs:
         settings = run["settings"]
         name = f"α={settings['alpha']:g} β={settings['beta']:g} γ={settings['gamma']:g}"
+        name += " detached" if settings["detach_weights"] else ""
         groups.setdefault(name, []).append(values(run))
     rows = []
     for measure in next(iter(groups.values()))[0]:

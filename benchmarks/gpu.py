@@ -42,7 +42,7 @@ def steps() -> list[Step]:
     """All but the benchmarks, which take what time these leave."""
     # A new shape is a new kernel to compile, which takes a core and not the GPU: several at once, if pytest can.
     workers = ["-n", str(min(os.cpu_count() or 1, 12))] if importlib.util.find_spec("xdist") else []
-    tests = [sys.executable, "-m", "pytest", "tests/kernels", "-m", "gpu", "-q", *workers]
+    tests = [sys.executable, "-m", "pytest", "tests/kernels", "tests/test_step_gpu.py", "-m", "gpu", "-q", *workers]
     repeat = [sys.executable, "-m", "benchmarks.repeat"]
     sanitizer = [sanitizer_path(), "--error-exitcode", "9", "--tool"]
     return [

@@ -90,10 +90,14 @@ def optimizer_tensors(prefix: str, optimizer: Optimizer) -> dict[str, Tensor]:
 
 def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`, without its prefix."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split("/")
-        state.setdefault(int(index), {})[key] = value
+        parameter = parameters[int(index)]
+        # A fused optimiser wants what belongs to a parameter in its layout, which may be channels-last.
+        laid_out = torch.empty_like(parameter, dtype=value.dtype) if value.shape == parameter.shape else value
+        state.setdefault(int(index), {})[key] = laid_out.copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

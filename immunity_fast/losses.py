@@ -27,7 +27,7 @@ from immunity_fast.strategies import DoubleBackprop
 # Chosen on CIFAR-10's validation split for heatmaps of 32×32 pixels; README, "Choosing α, β and γ".
 ALPHA, BETA, GAMMA = 1.0, 3.0, 2e-4
 
-FLOAT16_SCALE = 256.0  # of ∂y/∂A while it is in float16; a power of two, so that nothing is rounded
+FLOAT16_SCALE = 256.0  # of derivatives while they are in float16; a power of two, so that nothing is rounded
 
 
 class ImmunityTerms(NamedTuple):
@@ -191,31 +191,34 @@ class FusedImmunityLoss(nn.Module):
             return (loss, aux) if has_aux else loss
         differentiated = not self.detach_weights and (self.beta > 0 or self.gamma > 0)
         if differentiated and double_backprop == "forward":
-            result, aux = self._forward_over_reverse(run, activations, targets, gate, return_terms)
+            result, aux = self._reverse_over_forward(run, activations, targets, gate, return_terms)
         else:
-            logits, gradients, aux = self._head_gradients(run, activations, targets)
+            logits, gradients, aux = self._head_gradients(run, activations, targets, differentiated)
             cross_entropy = mixture_cross_entropy(logits, gate, targets, self.alpha, backend=self.backend)
-            if not differentiated:
-                gradients = gradients.detach()
             result = self._total(cross_entropy, activations, gradients, len(logits), return_terms)
         return (result, aux) if has_aux else result
 
     def _head_gradients(
-        self, run: Callable[[Tensor], tuple[Tensor, Any]], activations: Tensor, targets: Tensor
+        self,
+        run: Callable[[Tensor], tuple[Tensor, Any]],
+        activations: Tensor,
+        targets: Tensor,
+        differentiated: bool,
     ) -> tuple[Tensor, Tensor, Any]:
-        """Logits, ∂y/∂A or its sums over space, and what else the head returned."""
+        """Logits, ∂y/∂A or its sums over space, in the graph or not, and what else the head returned."""
         logits, pullback, aux = torch.func.vjp(run, activations, has_aux=True)  # type: ignore[misc]
         targets = self._check(logits, activations, targets)
-        slopes = torch.func.grad(label_scores)(logits, targets, self.score)
+        graph = torch.set_grad_enabled(differentiated and torch.is_grad_enabled())
         # Autocast would cast the backward pass of operations whose forward pass it has not seen.
-        with torch.autocast(logits.device.type, enabled=False):
+        with graph, torch.autocast(logits.device.type, enabled=False):
+            slopes = torch.func.grad(label_scores)(logits, targets, self.score)
             if activations.dtype != torch.float16:
                 return logits, pullback(slopes)[0], aux
             # Derivatives of a logit by single activations fall below float16's smallest number.
             sums = pullback(slopes * FLOAT16_SCALE)[0].sum((-2, -1), dtype=torch.float32)
             return logits, sums / FLOAT16_SCALE, aux
 
-    def _forward_over_reverse(
+    def _reverse_over_forward(
         self,
         run: Callable[[Tensor], tuple[Tensor, Any]],
         activations: Tensor,
@@ -229,12 +232,14 @@ class FusedImmunityLoss(nn.Module):
         and ⟨v, w⟩ is the derivative of y along v, constant over space: its tangent.
         """
         with torch.no_grad():
-            logits, gradients, aux = self._head_gradients(run, activations, targets)
+            logits, gradients, aux = self._head_gradients(run, activations, targets, differentiated=False)
             sums = gradients if gradients.dim() == 3 else gradients.sum((-2, -1), dtype=_at_least_float32(gradients))
             experts, samples = logits.shape[:2]
             divisor = max(samples, 1)
-            of_information = sums.new_full((samples,), self.beta / experts / divisor)
-            of_stability = sums.new_full((), self.gamma / (experts * (experts - 1)) / divisor)
+            # In float16 derivatives of a mean over the batch would be nothing.
+            unit = FLOAT16_SCALE * divisor if activations.dtype == torch.float16 else 1.0
+            of_information = sums.new_full((samples,), unit * self.beta / experts / divisor)
+            of_stability = sums.new_full((), unit * self.gamma / (experts * (experts - 1)) / divisor)
             information, stability, u, v = heatmap_loss_gradients(
                 activations, sums, of_information, of_stability, **self._heatmap_options()
             )
@@ -248,7 +253,7 @@ class FusedImmunityLoss(nn.Module):
         _, tangent, logits = torch.func.jvp(scored, (activations,), (along,), has_aux=True)  # type: ignore[misc]
         cross_entropy = mixture_cross_entropy(logits, gate, targets, self.alpha, backend=self.backend)
         with torch.autocast(activations.device.type, enabled=False):
-            through = (u.to(sums.dtype) * activations).sum() + tangent
+            through = ((u.to(sums.dtype) * activations).sum() + tangent) / unit
         terms = ImmunityTerms(cross_entropy.sum() / divisor, information.sum() / divisor, stability / divisor)
         loss = self._weighted(terms, experts) + (through - through.detach())
         return ((loss, terms) if return_terms else loss), aux

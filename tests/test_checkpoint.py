@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.optim import SGD
 
 from immunity_fast import ImmunityMoE
+from immunity_fast.batching import channels_last_
 from immunity_fast.checkpoint import (
     load_checkpoint,
     load_model,
@@ -157,3 +158,30 @@ def test_a_model_comes_back_in_evaluation_mode_with_the_same_outputs(as_folder: 
     model.eval()
     model.gate.switch = loaded.gate.switch = "mean"
     assert torch.equal(loaded(images), model(images))
+
+
+def test_momentum_is_taken_up_in_the_layout_of_its_parameter() -> None:
+    """A fused optimiser refuses any other; weights are channels-last on a GPU, checkpoints are not."""
+
+    def made() -> tuple[ImmunityMoE, torch.optim.SGD]:
+        torch.manual_seed(0)
+        model = ImmunityMoE("resnet8", 2, 3, image_size=12)
+        channels_last_(model)
+        return model, torch.optim.SGD(model.parameters(), 0.1, 0.9, fused=True)
+
+    def step(model: ImmunityMoE, optimizer: torch.optim.SGD) -> None:
+        optimizer.zero_grad()
+        model(torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = made()
+    step(model, optimizer)
+    other, resumed = made()
+    other.load_state_dict(model.state_dict())
+    copies = {name: value.contiguous() for name, value in optimizer_tensors("o", optimizer).items()}
+    load_optimizer_tensors(resumed, under("o", copies))
+    for one, two in ((model, optimizer), (other, resumed)):
+        step(one, two)
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert resumed.state[mine]["momentum_buffer"].stride() == mine.stride()

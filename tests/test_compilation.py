@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.augmentation import draw
 from immunity_fast.compilation import Compiled, keep_caches, resolve
 from immunity_fast.experts.staged import GlobalAveragePool
+from immunity_fast.profiling import RECORDED
 from immunity_fast.step import TrainStep
+from immunity_fast.trainer import Trainer
+from tests.small_runs import TIMINGS, options, saved, trained, write_data
+from tests.test_resume import interrupted
 
 CPU = torch.device("cpu")
 LOSS = FusedImmunityLoss(0.5, 0.7, 1e-3, size=(8, 9))
@@ -210,3 +215,44 @@ def test_deep_copies_of_a_model_are_no_part_of_its_step() -> None:
     twin = copy.deepcopy(model)
     _steps(_step(model), 1)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+# The command
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_compiled_run_says_what_it_waits_for_and_records_what_an_eager_one_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training, validation, and the attack of each epoch's check."""
+    data = write_data(tmp_path / "data.npz")
+    settings = {"epochs": 1, "check_images": 6, "lr": 1e-3}
+    records = []
+    for compile in ("on", "off"):
+        _, run = trained([*options(data, **settings, compile=compile), "--out", str(tmp_path / compile)])
+        records.append(run.metrics()[0])
+        printed = capsys.readouterr().out
+        assert ("compiling the training step" in printed) == (compile == "on")
+        assert ("first step after" in printed) == (compile == "on")
+        assert "failed" not in printed
+    for name in records[0].keys() - set(TIMINGS):
+        assert records[0][name] == pytest.approx(records[1][name], rel=1e-2, abs=1e-3), name
+
+
+def test_a_profile_is_a_trace_and_a_table(tmp_path: Path) -> None:
+    _, run = trained([*options(write_data(tmp_path / "data.npz")), "--profile", "--out", str(tmp_path / "run")])
+    trace = json.loads((run.profile / "trace.json").read_text(encoding="utf-8"))
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert "aten::convolution_backward" in names
+    assert sum(str(name).startswith("ProfilerStep#") for name in names) == RECORDED
+    assert "aten::convolution_backward" in (run.profile / "operators.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_a_run_in_half_precision_is_taken_up_bit_for_bit(amp: str, tmp_path: Path) -> None:
+    arguments = options(write_data(tmp_path / "data.npz"), amp=amp, checkpoint_every=1)
+    trained([*arguments, "--out", str(tmp_path / "whole")])
+    interrupted((Trainer, "advance"), 8, [*arguments, "--out", str(tmp_path / "run")])
+    trained(["--resume", str(tmp_path / "run")])
+    assert saved(tmp_path / "run") == saved(tmp_path / "whole")
+    assert ("scaler/scale" in saved(tmp_path / "run")["tensors"]) == (amp == "fp16")

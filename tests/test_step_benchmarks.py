@@ -1,0 +1,148 @@
+"""The benchmark of training steps: all ways take the same step, and what is concluded follows from the numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import memory, steps
+from benchmarks.step_cases import CROSS_ENTROPY, DETACHED, FULL, NAIVE, WAYS, StepCase, cases
+from immunity_fast import strategies
+
+CASE = StepCase("resnet8", None, 4, amp="off")
+
+
+@pytest.mark.parametrize("loss", [FULL, DETACHED, CROSS_ENTROPY])
+def test_every_way_takes_the_naive_step(loss: str) -> None:
+    """Compiled ways take minutes, and are checked when they are measured."""
+    step, naive = CASE.naive_step(loss)
+    step()
+    expected = steps.gradient(naive)
+    for way in CASE.ways(loss):
+        step, model = CASE.step(way, loss)
+        step()
+        torch.testing.assert_close(steps.gradient(model), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_losses_differ() -> None:
+    found = []
+    for loss in (FULL, DETACHED, CROSS_ENTROPY):
+        step, model = CASE.naive_step(loss)
+        step()
+        found.append(steps.gradient(model))
+    assert all(torch.cosine_similarity(found[i], found[j], 0) < 0.999 for i in range(3) for j in range(i))
+
+
+@pytest.mark.parametrize(("arch", "stage", "floor"), [("resnet8", "layer2", 1.33), ("resnet8", "layer3", 1.0)])
+def test_the_floor_of_the_overhead_is_counted(arch: str, stage: str, floor: float) -> None:
+    case = StepCase(arch, stage, 8)
+    full, detached, plain = (case.flops(loss) for loss in (FULL, DETACHED, CROSS_ENTROPY))
+    assert full / plain == pytest.approx(floor, abs=0.01)
+    assert plain <= detached <= full
+    # ResNet8's multiplications for an image of 32×32, three times (forward, and by inputs and weights backward).
+    assert plain / 8 == pytest.approx(2 * 3 * 5 * 12.4e6, rel=0.05)
+
+
+def test_a_case_that_is_measured_can_be_built() -> None:
+    for quick in (True, False):
+        assert len({str(case) for case in cases(quick)}) == len(cases(quick)) > 0
+
+
+def _record(arch: str, way: str, median: float, *, samples: int = 32, stage: str = "layer2") -> dict[str, Any]:
+    beside = {"speedup_over_naive": 1.0, "overhead": 1.4, "flop_floor": 1.3, "peak_mib": 10.0, "iqr_ms": 0.2}
+    return beside | {
+        "arch": arch,
+        "stage": stage,
+        "samples": samples,
+        "way": way,
+        "loss": FULL,
+        "median_ms": median,
+    }
+
+
+@pytest.mark.parametrize(
+    ("medians", "batching", "double_backprop"),
+    [
+        ({"eager loop": 10.0, "eager vmap": 9.0, "compiled loop": 1.0}, "vmap", "reverse"),
+        ({"eager loop": 10.0, "eager vmap": 9.9, "eager loop, forward mode": 11.0}, "loop", "reverse"),
+        ({"eager loop": 10.0, "eager vmap": 12.0, "eager vmap, forward mode": 8.0}, "vmap", "forward"),
+        ({NAIVE: 5.0, "eager loop": 10.0}, "loop", "reverse"),
+    ],
+)
+def test_the_fastest_way_that_auto_would_run_is_chosen(
+    medians: dict[str, float], batching: str, double_backprop: str
+) -> None:
+    records = [_record("resnet8", way, median) for way, median in medians.items()]
+    records += [_record("resnet8", "eager vmap", 1.0, samples=8), _record("resnet8", "eager vmap", 1.0, stage="layer3")]
+    (chosen,) = steps.fastest(records, "somewhere.json")
+    assert (chosen["batching"], chosen["double_backprop"]) == (batching, double_backprop)
+    assert (chosen["device"], chosen["samples"], chosen["stage"]) == ("cpu", 32, "layer2")
+
+
+def test_the_table_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "strategies.json"
+    old = {"device": "cpu", "arch": "googlenet", "batching": "loop", "double_backprop": "reverse"}
+    other = old | {"device": "another GPU", "arch": "resnet8"}
+    file.write_text(json.dumps({"records": [old | {"arch": "resnet8"}, old, other]}), encoding="utf-8")
+    for module in (steps, strategies):
+        monkeypatch.setattr(module, "TABLE", file)
+    found = {"records": [_record("resnet8", "eager loop", 10.0), _record("resnet8", "eager vmap, forward mode", 8.0)]}
+    steps.write_strategies(found, tmp_path / "record.json")
+    strategies._table.cache_clear()
+    try:
+        assert strategies.fastest("cpu", "resnet8") == ("vmap", "forward")
+        assert strategies.fastest("cpu", "googlenet") == ("loop", "reverse")
+        assert strategies.fastest("cpu", "unknown") == ("loop", "reverse")  # of the first record of the device
+        assert strategies.choose("auto", torch.device("cpu"), "resnet8") == "vmap"
+        assert strategies.choose("loop", torch.device("cpu"), "resnet8") == "loop"
+        assert strategies.fastest("cuda", "resnet8") == strategies.UNMEASURED["other"]
+        assert len(strategies._table()) == 3
+    finally:
+        strategies._table.cache_clear()
+
+
+def test_the_table_of_the_package_is_what_was_measured() -> None:
+    """Each entry names a committed record, and is the fastest way in it."""
+    root = Path(__file__).parents[1]
+    for entry in strategies._table():
+        record = json.loads((root / entry["record"]).read_text(encoding="utf-8"))
+        assert entry in steps.fastest(record["records"], entry["record"])
+
+
+def test_on_a_cpu_auto_is_nowhere_slower_than_the_naive_loop() -> None:
+    """As far as it was measured, but for 2 % of noise."""
+
+    def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+        return all(one[name] == other[name] for name in ("arch", "stage", "samples", "loss"))
+
+    record = json.loads((Path(__file__).parents[1] / "benchmarks/results/steps_cpu.json").read_text(encoding="utf-8"))
+    assert {"resnet8", "resnet18", "googlenet", "densenet121"} <= {entry["arch"] for entry in record["records"]}
+    for entry in record["records"]:
+        strategy = strategies.fastest("cpu", entry["arch"])
+        way = next(
+            way.name
+            for way in WAYS
+            if (way.batching, way.double_backprop, way.compile) == (strategy.batching, strategy.double_backprop, "off")
+        )
+        if entry["way"] == way and entry["loss"] == FULL:
+            naive = next(e for e in record["records"] if e["way"] == NAIVE and same(e, entry))
+            assert entry["median_ms"] <= 1.02 * naive["median_ms"]
+
+
+def test_the_markdown_has_a_row_a_way() -> None:
+    text = steps.table({"records": [_record("resnet8", "eager loop", 10.0), _record("resnet8", NAIVE, 1234.5)]})
+    assert text.count("\n") == 3
+    assert "1,234.5 ± 0.1" in text
+
+
+def test_the_peak_of_memory_is_seen() -> None:
+    def call() -> None:
+        held.append(torch.ones(1 << 24).sum())
+
+    held: list[torch.Tensor] = []
+    found = memory.peak(call)
+    assert found is None or 55 < found < 200

@@ -1,0 +1,65 @@
+"""The training step on a GPU: no wait for the device, CUDA graphs, half precision, channels-last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD
+
+from immunity_fast import FusedImmunityLoss, ImmunityMoE
+from immunity_fast.augmentation import draw
+from immunity_fast.step import TrainStep
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+SAMPLES = 16
+
+
+def _step(**options: Any) -> TrainStep:
+    torch.manual_seed(0)
+    model = ImmunityMoE("resnet8", 3, 4, image_size=16, batching=options.pop("batching", "vmap")).cuda()
+    loss_fn = FusedImmunityLoss(0.5, 1.0, 1e-3, size=(16, 16))
+    return TrainStep(model, loss_fn, SGD(model.parameters(), 0.01, 0.9, nesterov=True, fused=True), **options)
+
+
+def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (SAMPLES, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    return images.cuda(), (torch.arange(SAMPLES) % 4).cuda(), draw(SAMPLES, generator).cuda()
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("double_backprop", ["reverse", "forward"])
+def test_a_step_does_not_wait_for_the_device(amp: Any, double_backprop: Any) -> None:
+    step, batch = _step(amp=amp, double_backprop=double_backprop, clip_grad_norm=1.0), _batch()
+    step(*batch)  # the first one compiles kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            measured = step(*batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert measured.isfinite().all()
+
+
+@pytest.mark.parametrize("batching", ["loop", "vmap"])
+@pytest.mark.parametrize("double_backprop", ["reverse", "forward"])
+def test_cuda_graphs_train_as_eager_does(batching: Any, double_backprop: Any) -> None:
+    torch.compiler.reset()
+    found = []
+    for compile in ("on", "off"):
+        step = _step(batching=batching, double_backprop=double_backprop, compile=compile)
+        found.append(torch.stack([step(*_batch(seed)) for seed in range(8)]))
+        assert step.compiled == (compile == "on")
+    torch.testing.assert_close(*found, rtol=2e-2, atol=1e-3)
+
+
+def test_weights_are_channels_last() -> None:
+    step = _step()
+    for parameter in step.model.experts.parameters():
+        assert parameter.dim() != 5 or parameter[0].is_contiguous(memory_format=torch.channels_last)
