@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from immunity_fast import FusedImmunityLoss, ImmunityMoE
+from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
 from immunity_fast.augmentation import draw
 from immunity_fast.compilation import Compiled, keep_caches, resolve
 from immunity_fast.experts.staged import GlobalAveragePool
@@ -95,8 +95,28 @@ def test_a_step_is_one_graph_and_trains_as_eager_does(double_backprop: Any, amp:
 
 
 def test_the_real_compiler_trains_as_eager_does() -> None:
+    """Of as little as has all parts of a step: each kernel that is generated costs a call of the C++ compiler."""
+
+    def step(**options: Any) -> TrainStep:
+        torch.manual_seed(0)
+        experts = [
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), GlobalAveragePool(), nn.Linear(4, 3)) for _ in "ab"
+        ]
+        model = ImmunityMoE.from_experts(
+            experts,
+            gate=RandomSwitchGate(2, nn.Sequential(GlobalAveragePool(), nn.Linear(3, 2))),
+            stage="0",
+            batching="vmap",
+        )
+        return TrainStep(model, LOSS, SGD(model.parameters(), 0.05, fused=True), **options)
+
     torch.compiler.reset()
-    _same_training(_step(_model("vmap"), compile="on", clip_grad_norm=0.5), _step(_model(), clip_grad_norm=0.5))
+    found = []
+    for compile in ("on", "off"):
+        train_step = step(compile=compile)
+        found.append(torch.stack([train_step(*_batch()) for _ in range(3)]))
+        assert train_step.compiled == (compile == "on")
+    torch.testing.assert_close(*found, rtol=2e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("without_inductor")
