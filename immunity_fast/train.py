@@ -108,7 +108,7 @@ def synchronize(device: torch.device) -> None:
 
 def waiting_for(trainer: Trainer) -> str:
     """What the first step will take its time for."""
-    if not trainer.train_step.compiled:
+    if not trainer.train_step.compiled or trainer.epoch == trainer.config.epochs:
         return ""
     if distributed.rank() == 0:
         cli.console.print(
