@@ -88,9 +88,7 @@ def _measure(case: Case, bandwidth: float, measured: Measured) -> None:
                 **_achieved(case.traffic()[mode], found.seconds, bandwidth),
                 "peak_mib": peaks[variant],
                 "speedup": {
-                    other: _ratio(theirs.seconds, found.seconds)
-                    for other, theirs in timings.items()
-                    if other != variant
+                    other: ratio(theirs.seconds, found.seconds) for other, theirs in timings.items() if other != variant
                 },
             }
 
@@ -101,7 +99,7 @@ def summary(seconds: list[float]) -> dict[str, Any]:
     return {"median_us": round(median * 1e6, 3), "iqr_us": round((high - low) * 1e6, 3), "rounds": len(seconds)}
 
 
-def _ratio(theirs: list[float], ours: list[float]) -> float:
+def ratio(theirs: list[float], ours: list[float]) -> float:
     """Median of the ratios within each round."""
     return round(statistics.median(a / b for a, b in zip(theirs, ours, strict=True)), 3)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks import memory, timing
 from benchmarks.cases import DEVICE
-from benchmarks.measure import line
+from benchmarks.measure import line, ratio
 from benchmarks.record import header, write
 from benchmarks.step_cases import CROSS_ENTROPY, CUDA, FULL, LOSSES, NAIVE, StepCase, cases
 from immunity_fast.compilation import keep_caches, resolve
@@ -102,11 +102,6 @@ def gradient(model: nn.Module) -> Tensor:
 
 def _gradients(module: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-
-
-def ratio(theirs: list[float], ours: list[float]) -> float:
-    """Median of the ratios within each round."""
-    return round(statistics.median(a / b for a, b in zip(theirs, ours, strict=True)), 3)
 
 
 def utilisation(flops: float, seconds: float) -> float | None:
