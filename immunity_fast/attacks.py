@@ -1,42 +1,97 @@
-"""Plain Linf attacks on any callable from images to logits or log-probabilities; conventions are torchattacks'.
+"""Gradient attacks on any callable from images to logits or log-probabilities; conventions are torchattacks'.
 
-Each takes the model as it is: the caller chooses evaluation mode and the gate's switch. A random gate is attacked by
-one draw a gradient; to attack its exact expectation, set `switch="mean"`.
+`fgsm`, `bim`, `mim` and `pgd` are functions; `Attack` holds the same settings, to be kept, listed or compiled. Each
+takes the model as it is: the caller chooses evaluation mode and the gate's switch. Attackers who know the gate are in
+`adversaries`.
 
 Shared arguments:
-    model: images (B, C, H, W) in [0, 1] to logits or log-probabilities (B, K).
+    model: images (B, C, H, W) in [0, 1] to logits or log-probabilities (B, K); or (draws, B, K), several draws of a
+        random output, whose losses are averaged: expectation over transformation (EOT, arXiv 1707.07397).
     images: (B, C, H, W) floating-point, in [0, 1].
-    labels: (B,) integers; the attack maximises their cross-entropy.
-    eps: radius of the Linf ball, in units of the images' range.
-    alpha: step size; steps: number of steps.
+    labels: (B,) integers in 0..K−1.
+    eps: radius of the ball, in units of the images' range; None is 8/255 for Linf, 1 for L2.
+    alpha: size of a step; None is 2/255 for Linf, 0.2 for L2. steps: number of steps.
+    norm: "Linf", steps along the gradient's sign; or "L2", along the gradient.
+    loss: "ce", "dlr" or "cw", see `attack_losses`; it is maximised.
+    targets: (B,) classes that the attack is to reach; None is any but the label.
+    random_start: begin at a random point of the ball, not at the image. restarts: how often, the worst counting.
+    keep_best: the worst of all images on the way counts, not the last.
+    drop_fooled: an image that fools the model leaves the batch as it then is, and costs nothing more.
     generator: of random starts; None is PyTorch's default generator.
 
-Each returns adversarial images (B, C, H, W), detached, inside the ball and inside [0, 1]. `ValueError`: images outside
-[0, 1] or not 4-D, labels of another shape or not integers, eps or alpha < 0, steps < 0, or an output without a gradient
-for the images.
+`keep_best`, `drop_fooled` and more restarts can only lower the accuracy of a model that is not random.
+
+Each returns adversarial images (B, C, H, W) of the images' dtype, detached, inside the ball and inside [0, 1]: exactly,
+in bfloat16, too. `ValueError`: images outside [0, 1] or not 4-D, labels or targets of another shape, not integers or
+out of range, eps or alpha < 0, steps < 0, restarts < 1, or an output that does not depend on the images;
+`NotFiniteError`, which is one: an output or gradient that is no number. A `UserWarning`: the loss has a gradient of
+zero for all images although the output has not, so the attack cannot move.
 """
 
+from __future__ import annotations
+
+import math
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from immunity_fast.attack_losses import Loss, loss_of
+from immunity_fast.compilation import Announce, Compile, Compiled
+from immunity_fast.functional import check_choice
+from immunity_fast.projections import Norm, linf_bounds, project_l2, random_start
+
 Model = Callable[[Tensor], Tensor]
+LabelledModel = Callable[[Tensor, Tensor], Tensor]
+
+EPS: dict[Norm, float] = {"Linf": 8 / 255, "L2": 1.0}
+ALPHA: dict[Norm, float] = {"Linf": 2 / 255, "L2": 0.2}
+BUCKETS = 4  # a compiled step is compiled for the whole batch, for a half, a quarter and an eighth of it
 
 
-def fgsm(model: Model, images: Tensor, labels: Tensor, *, eps: float = 8 / 255) -> Tensor:
+class NotFiniteError(ValueError):
+    """A model's output or gradient is no number; `sample` is the image's index in the batch."""
+
+    def __init__(self, sample: int) -> None:
+        super().__init__(f"model: its output or its gradient for sample {sample} is NaN or infinite")
+        self.sample = sample
+
+
+def fgsm(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | None = None,
+    norm: Norm = "Linf",
+    loss: Loss = "ce",
+    targets: Tensor | None = None,
+) -> Tensor:
     """Fast gradient sign method (Goodfellow et al., arXiv 1412.6572): one step of size eps."""
-    _check(images, labels, eps, eps, 1)
-    return _project(images + eps * _gradient(model, images, labels).sign(), images, eps)
+    radius = Attack(eps, norm=norm).radius
+    return Attack(radius, radius, steps=1, norm=norm, loss=loss)(model, images, labels, targets)
 
 
 def bim(
-    model: Model, images: Tensor, labels: Tensor, *, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | None = None,
+    alpha: float | None = None,
+    steps: int = 10,
+    norm: Norm = "Linf",
+    loss: Loss = "ce",
+    targets: Tensor | None = None,
+    keep_best: bool = False,
+    drop_fooled: bool = False,
 ) -> Tensor:
-    """Basic iterative method (Kurakin et al., arXiv 1607.02533): signed steps from the image itself."""
-    _check(images, labels, eps, alpha, steps)
-    return _descend(model, images, images, labels, eps, alpha, steps)
+    """Basic iterative method (Kurakin et al., arXiv 1607.02533): steps from the image itself."""
+    attack = Attack(eps, alpha, steps, norm, loss, keep_best=keep_best, drop_fooled=drop_fooled)
+    return attack(model, images, labels, targets)
 
 
 def pgd(
@@ -44,20 +99,31 @@ def pgd(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float = 8 / 255,
-    alpha: float = 2 / 255,
-    steps: int = 20,
+    eps: float | None = None,
+    alpha: float | None = None,
+    steps: int = 10,
+    norm: Norm = "Linf",
+    loss: Loss = "ce",
+    targets: Tensor | None = None,
     random_start: bool = True,
+    restarts: int = 1,
+    keep_best: bool = False,
+    drop_fooled: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Projected gradient descent (Madry et al., arXiv 1706.06083): BIM from a uniformly random point of the ball."""
-    _check(images, labels, eps, alpha, steps)
-    start = images
-    if random_start:
-        device = images.device if generator is None else generator.device
-        noise = torch.rand(images.shape, generator=generator, device=device, dtype=torch.float32)
-        start = _project(images + (2 * noise - 1).to(images) * eps, images, eps)
-    return _descend(model, start, images, labels, eps, alpha, steps)
+    """Projected gradient descent (Madry et al., arXiv 1706.06083): BIM from a random point of the ball."""
+    attack = Attack(
+        eps,
+        alpha,
+        steps,
+        norm,
+        loss,
+        random_start=random_start,
+        restarts=restarts,
+        keep_best=keep_best,
+        drop_fooled=drop_fooled,
+    )
+    return attack(model, images, labels, targets, generator)
 
 
 def mim(
@@ -65,57 +131,374 @@ def mim(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float = 8 / 255,
-    alpha: float = 2 / 255,
+    eps: float | None = None,
+    alpha: float | None = None,
     steps: int = 10,
     decay: float = 1.0,
+    norm: Norm = "Linf",
+    loss: Loss = "ce",
+    targets: Tensor | None = None,
+    keep_best: bool = False,
+    drop_fooled: bool = False,
 ) -> Tensor:
-    """Momentum iterative method (Dong et al., arXiv 1710.06081): signed steps along a decaying sum of gradients."""
-    _check(images, labels, eps, alpha, steps)
-    adversarial, momentum = images.detach(), torch.zeros_like(images)
-    for _ in range(steps):
-        gradient = _gradient(model, adversarial, labels)
-        magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
-        # A gradient of exactly zero stays zero; torchattacks divides 0 by 0 here and returns NaN images.
-        momentum = decay * momentum + gradient / torch.where(magnitude > 0, magnitude, 1)
-        adversarial = _project(adversarial + alpha * momentum.sign(), images, eps)
-    return adversarial
+    """Momentum iterative method (Dong et al., arXiv 1710.06081): steps along a decaying sum of scaled gradients."""
+    attack = Attack(eps, alpha, steps, norm, loss, decay=decay, keep_best=keep_best, drop_fooled=drop_fooled)
+    return attack(model, images, labels, targets)
 
 
-def _descend(
-    model: Model, start: Tensor, images: Tensor, labels: Tensor, eps: float, alpha: float, steps: int
-) -> Tensor:
-    adversarial = start.detach()
-    for _ in range(steps):
-        adversarial = _project(adversarial + alpha * _gradient(model, adversarial, labels).sign(), images, eps)
-    return adversarial
+@dataclass(frozen=True)
+class Attack:
+    """The settings of one of these attacks, under the names above; `decay`: of MIM's momentum, None is none.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    eps: float | None = None
+    alpha: float | None = None
+    steps: int = 10
+    norm: Norm = "Linf"
+    loss: Loss = "ce"
+    decay: float | None = None
+    random_start: bool = False
+    restarts: int = 1
+    keep_best: bool = False
+    drop_fooled: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("norm", self.norm, Norm)
+        check_choice("loss", self.loss, Loss)
+        for name in ("eps", "alpha"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, {"eps": EPS, "alpha": ALPHA}[name][self.norm])
+        for name, least in (("eps", 0), ("alpha", 0), ("decay", 0), ("steps", 0), ("restarts", 1)):
+            value = getattr(self, name)
+            if name in ("steps", "restarts") and not isinstance(value, int):
+                raise ValueError(f"{name}: expected a whole number, got {value}")
+            if value is not None and not least <= value < math.inf:  # NaN too
+                raise ValueError(f"{name}: expected a finite number of at least {least}, got {value}")
+
+    @property
+    def radius(self) -> float:
+        """`eps`, its default filled in."""
+        assert self.eps is not None
+        return self.eps
+
+    def __call__(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Adversarial images, see the top of this file."""
+        return BoundAttack(self, lambda x, _: model(x))(images, labels, targets, generator)
 
 
-def _gradient(model: Model, images: Tensor, labels: Tensor) -> Tensor:
-    with torch.enable_grad():
-        images = images.detach().requires_grad_()
-        # The sum, not the mean: an image's gradient then does not shrink with the size of its batch.
-        loss = F.cross_entropy(model(images), labels.long(), reduction="sum")
-        gradient = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
-    if gradient is None:
-        raise ValueError(
-            "model: its output has no gradient with respect to the images, so it cannot be attacked by one"
+class BoundAttack:
+    """An attack on one model, whose step is compiled once and replayed for every batch of that size.
+
+    Args:
+        attack: the settings.
+        model: (images, labels) to outputs: the labels are for attackers whose objective depends on them.
+        compile: "on" and "max" compile the step: the model, its gradient and the projection in one graph, without
+            gradients of parameters. Where that fails, the step is eager, and says so.
+        device: where the images will be; only compiling asks for it.
+        announce: what takes such a line; None is `warnings.warn`.
+    """
+
+    def __init__(
+        self,
+        attack: Attack,
+        model: LabelledModel,
+        *,
+        compile: Compile = "off",
+        device: torch.device | None = None,
+        announce: Announce | None = None,
+    ) -> None:
+        self.attack, self.model = attack, model
+        self._step_function = Compiled(self._step, compile, device or torch.device("cpu"), announce)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the step is compiled, or will be at its first call."""
+        return self._step_function.active
+
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        start: Tensor | None = None,
+        reference: Tensor | None = None,
+        trusted: bool = False,
+    ) -> Tensor:
+        """Adversarial images.
+
+        Args:
+            images, labels, targets, generator: see the top of this file.
+            start: (B, C, H, W) where to begin, once projected; None is as the settings say.
+            reference: (B, K) probabilities: instead of `loss`, the KL divergence of the model's from them is maximised.
+            trusted: skip all checks, each of which waits for the device.
+        """
+        if not trusted:
+            _check(images, labels, targets)
+        images, labels = images.detach(), labels.long()
+        targets = None if targets is None else targets.long()
+        attack = self.attack
+        result = _Result(images, needed=attack.keep_best or attack.drop_fooled or attack.restarts > 1)
+        for restart in range(attack.restarts if len(images) else 0):
+            if start is not None:
+                begin = self._project(start.detach(), images)
+            elif attack.random_start:
+                begin = self._project(random_start(images, attack.radius, attack.norm, generator), images)
+            else:
+                begin = images
+            batch = _Batch(torch.arange(len(images), device=images.device), begin, images, labels, targets, reference)
+            if attack.norm == "Linf":
+                batch.low, batch.high = linf_bounds(images, attack.radius)
+            if attack.decay is not None:
+                batch.momentum = torch.zeros_like(images)
+            if attack.drop_fooled and restart:
+                batch = batch.select(result.survivors())
+            self._run(batch, result, trusted)
+        return result.images.clone()
+
+    def _run(self, batch: _Batch, result: _Result, trusted: bool) -> None:
+        """One descent of the images in the batch."""
+        attack = self.attack
+        broken = torch.zeros(batch.whole, dtype=torch.bool, device=batch.where.device)
+        for step in range(attack.steps):
+            if not len(batch.where):
+                break
+            moved, momentum, loss, fooled, bad, classes, still = self._call(batch)
+            broken[batch.where] |= bad
+            if not trusted and step == 0:
+                _check_range(batch.labels, batch.targets, classes)
+                _check_finite(broken)
+                if bool(still.all()):
+                    self._complain_of_no_gradient(batch)
+            if attack.keep_best or attack.drop_fooled:
+                result.take(batch.where, batch.adversarial, loss, fooled)
+            batch.adversarial, batch.momentum = moved, momentum
+            if attack.drop_fooled:
+                batch = batch.select((~fooled).nonzero()[:, 0])
+        if not result.needed:
+            result.images = batch.adversarial
+        elif len(batch.where):
+            with torch.no_grad():
+                outputs = self.model(batch.adversarial, batch.labels)
+                loss, fooled, bad = self._judge(outputs, batch.labels, batch.targets, batch.reference)
+            broken[batch.where] |= bad
+            result.take(batch.where, batch.adversarial, loss, fooled)
+        if not trusted:
+            _check_finite(broken)
+
+    def _call(self, batch: _Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, int, Tensor]:
+        """The step of a batch; a compiled one of a size that it is compiled for."""
+        arguments = batch.tensors()
+        if not self._step_function.active:
+            return self._step(*arguments)  # type: ignore[arg-type]
+        size = len(batch.where)
+        padded = _bucket(size, batch.whole)
+        if padded > size:
+            rows = torch.arange(padded, device=batch.where.device).clamp_max(size - 1)
+            arguments = [None if tensor is None else tensor[rows] for tensor in arguments]
+        results = self._step_function(*arguments)
+        # CUDA graphs write the next step's results over this one's.
+        cut = [value[:size].clone() if isinstance(value, Tensor) else value for value in results]
+        return tuple(cut)  # type: ignore[return-value]
+
+    def _step(
+        self,
+        adversarial: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        reference: Tensor | None,
+        low: Tensor | None,
+        high: Tensor | None,
+        momentum: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, int, Tensor]:
+        """(moved images, momentum, loss, whether fooled, whether not finite, K, whether the gradient is 0)."""
+        gradient, loss, fooled, bad, classes = self._differentiate(adversarial, labels, targets, reference)
+        bad = bad | ~gradient.isfinite().flatten(1).all(1)
+        still = (gradient == 0).flatten(1).all(1)
+        attack = self.attack
+        assert attack.alpha is not None
+        if attack.decay is not None and momentum is not None:
+            magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
+            # A gradient of exactly zero stays zero; torchattacks divides 0 by 0 here and returns NaN images.
+            momentum = attack.decay * momentum + gradient / torch.where(magnitude > 0, magnitude, 1)
+            gradient = momentum
+        if attack.norm == "Linf" and low is not None and high is not None:
+            moved = (adversarial + attack.alpha * gradient.sign()).clamp(low, high)
+        else:
+            # In float16, 1e-10 is 0.
+            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            length = torch.linalg.vector_norm(gradient.flatten(1), dim=1) + 1e-10
+            direction = gradient / length.view(-1, 1, 1, 1)
+            moved = project_l2(adversarial + attack.alpha * direction, images, attack.radius)
+        return moved, momentum, loss, fooled, bad, classes, still
+
+    def _differentiate(
+        self, adversarial: Tensor, labels: Tensor, targets: Tensor | None, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        def objective(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+            outputs = self.model(x, labels)
+            loss, fooled, bad = self._judge(outputs, labels, targets, reference)
+            # The sum, not the mean: an image's gradient then does not shrink with the size of its batch.
+            return loss.sum(), (loss.detach(), fooled, bad, outputs.detach())
+
+        if torch.compiler.is_compiling():
+            with torch.no_grad():  # of parameters; the images' is torch.func's
+                gradient, (loss, fooled, bad, outputs) = torch.func.grad(objective, has_aux=True)(adversarial)
+            return gradient, loss, fooled, bad, outputs.shape[-1]
+        with torch.enable_grad():
+            x = adversarial.detach().requires_grad_()
+            total, (loss, fooled, bad, outputs) = objective(x)
+            taken = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
+        if taken is None:
+            raise ValueError(
+                "model: its output has no gradient with respect to the images, so it cannot be attacked by one"
+            )
+        return taken, loss, fooled, bad, outputs.shape[-1]
+
+    def _judge(
+        self, outputs: Tensor, labels: Tensor, targets: Tensor | None, reference: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, whether the attack has succeeded, whether an output is no number), each (B,)."""
+        last = outputs.shape[-1] - 1
+        # On a GPU a label that is out of range would end the process; `_check_range` says it in a sentence.
+        labels = labels.clamp(0, last)
+        targets = None if targets is None else targets.clamp(0, last)
+        draws = outputs if outputs.dim() == 3 else outputs[None]
+        size = (len(draws), *labels.shape)
+        if reference is not None:
+            loss = F.kl_div(draws.log_softmax(-1), reference.expand(draws.shape), reduction="none").sum(-1).mean(0)
+        else:
+            wanted = None if targets is None else targets.expand(size)
+            loss = loss_of(self.attack.loss, draws, labels.expand(size), wanted).mean(0)
+        predicted = (draws[0] if len(draws) == 1 else draws.detach().softmax(-1).mean(0)).argmax(-1)
+        fooled = predicted != labels if targets is None else predicted == targets
+        bad = (draws.isnan() | (draws == math.inf)).any(-1).any(0)
+        return loss, fooled, bad
+
+    def _project(self, adversarial: Tensor, images: Tensor) -> Tensor:
+        if self.attack.norm == "Linf":
+            return adversarial.clamp(*linf_bounds(images, self.attack.radius))
+        return project_l2(adversarial, images, self.attack.radius)
+
+    def _complain_of_no_gradient(self, batch: _Batch) -> None:
+        """Of a constant output, an error; of a loss that is flat where the output is not, a warning."""
+        with torch.enable_grad():
+            x = batch.adversarial.detach().requires_grad_()
+            outputs = self.model(x, batch.labels)
+            # Random weights: rows of probabilities have sums that do not depend on the images.
+            weights = torch.rand(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
+            total = (outputs * weights).sum()
+            gradient = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
+        if gradient is None or not bool(gradient.any()):
+            raise ValueError(
+                "model: its output does not depend on the images (its gradient with respect to them is zero), so it "
+                "cannot be attacked by one"
+            )
+        warnings.warn(
+            f"the attack cannot move: the gradient of loss {self.attack.loss!r} is exactly zero for all "
+            f"{len(x)} images although the model's output depends on them; it may be saturated: "
+            "try loss='cw' or 'dlr', or an attack without gradients",
+            stacklevel=2,
         )
-    return gradient
 
 
-def _project(adversarial: Tensor, images: Tensor, eps: float) -> Tensor:
-    images = images.detach()
-    return (images + (adversarial.detach() - images).clamp(-eps, eps)).clamp(0, 1)
+@dataclass
+class _Batch:
+    """What a step needs of the images that are still attacked; `where` are their indices in the whole batch."""
+
+    where: Tensor
+    adversarial: Tensor
+    images: Tensor
+    labels: Tensor
+    targets: Tensor | None
+    reference: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
+    momentum: Tensor | None = None
+    whole: int = 0
+
+    def __post_init__(self) -> None:
+        self.whole = self.whole or len(self.where)
+
+    def tensors(self) -> list[Tensor | None]:
+        return [
+            self.adversarial,
+            self.images,
+            self.labels,
+            self.targets,
+            self.reference,
+            self.low,
+            self.high,
+            self.momentum,
+        ]
+
+    def select(self, rows: Tensor) -> _Batch:
+        if len(rows) == len(self.where):
+            return self
+        chosen = [None if tensor is None else tensor[rows] for tensor in self.tensors()]
+        selected = _Batch(self.where[rows], *chosen)  # type: ignore[arg-type]
+        selected.whole = self.whole
+        return selected
 
 
-def _check(images: Tensor, labels: Tensor, eps: float, alpha: float, steps: int) -> None:
+class _Result:
+    """The worst image so far of each: one that fools the model before one that does not, then the larger loss."""
+
+    def __init__(self, images: Tensor, needed: bool) -> None:
+        self.images = images.clone() if needed else images
+        self.needed = needed
+        self.loss = torch.full((len(images),), -math.inf, dtype=torch.float64, device=images.device)
+        self.fooled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+
+    def take(self, where: Tensor, images: Tensor, loss: Tensor, fooled: Tensor) -> None:
+        loss = loss.detach().double()
+        before = self.fooled[where]
+        worse = (fooled & ~before) | ((fooled == before) & (loss > self.loss[where]))
+        self.images[where] = torch.where(worse[:, None, None, None], images, self.images[where])
+        self.loss[where] = torch.where(worse, loss, self.loss[where])
+        self.fooled[where] = before | fooled
+
+    def survivors(self) -> Tensor:
+        return (~self.fooled).nonzero()[:, 0]
+
+
+def _bucket(size: int, whole: int) -> int:
+    """The smallest of whole, whole/2, whole/4, … that holds `size`."""
+    sizes = [-(-whole // (1 << power)) for power in range(BUCKETS)]
+    return min(candidate for candidate in sizes if candidate >= size)
+
+
+def _check(images: Tensor, labels: Tensor, targets: Tensor | None) -> None:
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(f"images: expected floating-point (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
-        raise ValueError(f"labels: expected integers ({images.shape[0]},), got {labels.dtype} {tuple(labels.shape)}")
+    for name, classes in (("labels", labels), ("targets", targets)):
+        if classes is not None and (classes.shape != images.shape[:1] or classes.is_floating_point()):
+            raise ValueError(
+                f"{name}: expected integers ({images.shape[0]},), got {classes.dtype} {tuple(classes.shape)}"
+            )
     if images.numel() and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(f"images: expected values in [0, 1], got {images.min():.4g} to {images.max():.4g}")
-    for name, value in (("eps", eps), ("alpha", alpha), ("steps", steps)):
-        if not value >= 0:  # NaN too
-            raise ValueError(f"{name}: expected at least 0, got {value}")
+
+
+def _check_range(labels: Tensor, targets: Tensor | None, classes: int) -> None:
+    for name, given in (("labels", labels), ("targets", targets)):
+        if given is not None and len(given) and not (given.min() >= 0 and given.max() < classes):
+            wrong = int(((given < 0) | (given >= classes)).nonzero()[0, 0])
+            raise ValueError(f"{name}: expected 0 to {classes - 1}, got {int(given[wrong])} for sample {wrong}")
+
+
+def _check_finite(broken: Tensor) -> None:
+    if bool(broken.any()):
+        raise NotFiniteError(int(broken.nonzero()[0, 0]))

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 Compile = Literal["auto", "off", "on", "max"]
 Announce = Callable[[str], None]
@@ -19,6 +21,9 @@ _MODES = {
     ("cuda", "max"): "max-autotune",
     ("cpu", "max"): "max-autotune-no-cudagraphs",
 }
+
+
+RECOMPILE_LIMIT = 256
 
 
 def resolve(choice: Compile, device: torch.device) -> Literal["off", "on", "max"]:
@@ -35,6 +40,14 @@ def keep_caches() -> Path:
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "immunity_fast" / "inductor")))
+
+
+def at_size(function: Compiled, images: Tensor, size: int) -> Tensor:
+    """`function(images)` (N, B, …) of at most `size` images, by code that is compiled for that many; eager for more."""
+    if not function.active or len(images) > size:
+        return function.plain(images)  # type: ignore[no-any-return]
+    logits: Tensor = function(pad(images, (0, 0, 0, 0, 0, 0, 0, size - len(images))))
+    return logits[:, : len(images)]
 
 
 class Compiled:
@@ -58,12 +71,19 @@ class Compiled:
         choice = resolve(choice, device)
         if choice != "off":
             mode = _MODES.get((device.type, choice))
+            # All graphs of one code count, of whatever object and size: an attack has four, and there are many attacks.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
             self._compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
     @property
     def active(self) -> bool:
         """Whether calls go to compiled code."""
         return self._compiled is not None
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """The function itself."""
+        return self._function
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's result."""

@@ -1,0 +1,66 @@
+"""What an attack maximises, for each image: cross-entropy, and two margins that do not saturate where it does.
+
+Each takes outputs (…, K), logits or log-probabilities, labels (…,), and targets: the class to reach, or None where any
+wrong one will do. It gives (…,); the attack has succeeded where a margin is positive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Literal["ce", "dlr", "cw"]
+
+
+def cross_entropy(outputs: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """Of the label; minus that of the target."""
+    log_probabilities = F.log_softmax(outputs, -1)
+    return -_at(log_probabilities, labels) if targets is None else _at(log_probabilities, targets)
+
+
+def cw_margin(outputs: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """max_{m≠label} z_m − z_label; z_target − max_{m≠target} z_m (Carlini & Wagner, arXiv 1608.04644, κ = 0)."""
+    if targets is None:
+        return _best_other(outputs, labels) - _at(outputs, labels)
+    return _at(outputs, targets) - _best_other(outputs, targets)
+
+
+def dlr(outputs: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """Difference of logits ratio (Croce & Hein, arXiv 2003.01690, eq. 6 and 7): free of the logits' scale.
+
+    Raises:
+        ValueError: fewer than 3 classes, or 4 with targets: the ratio's denominator is then 0.
+    """
+    needed = 3 if targets is None else 4
+    if outputs.shape[-1] < needed:
+        raise ValueError(f"loss: dlr needs at least {needed} classes, got {outputs.shape[-1]}; take cw")
+    top = outputs.topk(needed, -1).values
+    if targets is None:
+        return cw_margin(outputs, labels, None) / (top[..., 0] - top[..., 2] + 1e-12)
+    spread = top[..., 0] - (top[..., 2] + top[..., 3]) / 2
+    return (_at(outputs, targets) - _at(outputs, labels)) / (spread + 1e-12)
+
+
+def loss_of(name: Loss, outputs: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """The loss of that name, computed in float32 at least: in float16, 1e-12 is 0."""
+    return LOSSES[name](outputs.to(torch.promote_types(outputs.dtype, torch.float32)), labels, targets)
+
+
+LOSSES: dict[Loss, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "ce": cross_entropy,
+    "dlr": dlr,
+    "cw": cw_margin,
+}
+
+
+def _at(outputs: Tensor, classes: Tensor) -> Tensor:
+    return outputs.gather(-1, classes[..., None])[..., 0]
+
+
+def _best_other(outputs: Tensor, classes: Tensor) -> Tensor:
+    own = F.one_hot(classes, outputs.shape[-1]).bool()
+    return outputs.masked_fill(own, -float("inf")).amax(-1)

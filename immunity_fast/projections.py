@@ -1,0 +1,64 @@
+"""The balls that attacks stay in, exactly: in float32, float16 and bfloat16, rounding never carries an image outside.
+
+A distance is meant as the difference of two stored numbers, taken exactly. Rounded naively, images + 8/255 lies outside
+the ball for about half of all float32 pixels, and in bfloat16 by up to 2/255.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Norm = Literal["Linf", "L2"]
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INSIDE = 1 - 1e-12  # a factor that float64's own rounding does not cross
+
+
+def linf_bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(lowest, highest) image of the Linf ball around `images` that is in [0, 1], both of their shape and dtype.
+
+    Clamping to them is the exact projection.
+    """
+    exact = images.detach().double()
+    low, high = ((exact + move).clamp(0, 1) for move in (-eps, eps))
+    limit = exact.new_tensor(eps)
+    return _towards(exact, low, images.dtype, limit), _towards(exact, high, images.dtype, limit)
+
+
+def project_l2(adversarial: Tensor, images: Tensor, eps: float) -> Tensor:
+    """The nearest image of the L2 ball of each image, cut to [0, 1], in the dtype of `images` (B, …)."""
+    exact = images.detach().double()
+    move = adversarial.detach().double() - exact
+    length = torch.linalg.vector_norm(move.flatten(1), dim=1).view(-1, *[1] * (images.dim() - 1))
+    move = move * (_INSIDE * eps / length.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1)
+    # Cutting to the box that the image is in only shortens a move.
+    return _towards(exact, (exact + move).clamp(0, 1), images.dtype, move.abs())
+
+
+def random_start(images: Tensor, eps: float, norm: Norm, generator: torch.Generator | None) -> Tensor:
+    """A random image of each ball; torchattacks' draws: Linf uniform, L2 a uniform direction and a uniform radius."""
+    device = images.device if generator is None else generator.device
+    if norm == "Linf":
+        uniform = torch.rand(images.shape, generator=generator, device=device, dtype=torch.float32)
+        return images + ((2 * uniform - 1) * eps).to(images)
+    move = torch.randn(images.shape, generator=generator, device=device, dtype=torch.float32)
+    length = torch.linalg.vector_norm(move.flatten(1), dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    radius = torch.rand(len(images), generator=generator, device=device, dtype=torch.float32) * eps
+    scale = (radius / length).view(-1, *[1] * (images.dim() - 1))
+    start: Tensor = images + (move * scale).to(images)
+    return start
+
+
+def _towards(start: Tensor, end: Tensor, dtype: torch.dtype, limit: Tensor) -> Tensor:
+    """`end` in `dtype`, rounded so that it is no further from `start` than `limit`.
+
+    Both are float64 in [0, 1], and `start` has an exact value in `dtype`.
+    """
+    rounded = end.to(dtype)
+    outside = (rounded.double() - start).abs() > limit
+    # The bits of floating-point numbers ≥ 0, read as integers, are in the numbers' order.
+    bits = rounded.view(_INTEGERS[dtype.itemsize])
+    step = torch.where(rounded.double() > start, -1, 1).to(bits.dtype)
+    return torch.where(outside, bits + step, bits).view(dtype)
