@@ -15,10 +15,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from immunity_fast.model import ImmunityMoE
+from immunity_fast.model import ImmunityMoE, SingleNetwork
 
 FORMAT = 2
 LAST = Path("checkpoints") / "last.safetensors"  # in a run folder
+BEST = Path("checkpoints") / "best.safetensors"  # the model alone, as it did best under attack on validation images
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -114,13 +115,21 @@ def load_module(path: Path, module: nn.Module, tensors: dict[str, Tensor]) -> No
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[ImmunityMoE, dict[str, Any]]:
     """The model of a checkpoint (a file, or a run folder) in evaluation mode, and the run's information.
 
+    Of a run folder that is the best checkpoint, where there is one, or else the last. Where weights were averaged, it
+    has the average.
+
     Raises:
         FileNotFoundError, ValueError: see `load_checkpoint`.
     """
     path = Path(path)
-    path = path / LAST if path.is_dir() else path
+    if path.is_dir():
+        path = path / (BEST if (path / BEST).is_file() else LAST)
     tensors, info = load_checkpoint(path)
-    description = info["model"]
-    model = ImmunityMoE(**description | {"image_size": tuple(description["image_size"])})
-    load_module(path, model, under("model", tensors))
+    description = info["model"] | {"image_size": tuple(info["model"]["image_size"])}
+    if description["num_experts"] == 1:
+        del description["num_experts"]
+        model: ImmunityMoE = SingleNetwork(**description)
+    else:
+        model = ImmunityMoE(**description)
+    load_module(path, model, under("ema", tensors) or under("model", tensors))
     return model.to(device).eval(), info

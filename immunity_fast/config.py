@@ -8,10 +8,12 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from immunity_fast.adversarial import Adversarial, BatchNormMode, InnerAttackSettings
 from immunity_fast.compilation import Compile
 from immunity_fast.data import NAMES as DATASETS
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.functional import Score, WeightScale
+from immunity_fast.gate import Switch
 from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
 from immunity_fast.precision import Amp, Float32
 from immunity_fast.strategies import Batching, DoubleBackprop
@@ -37,7 +39,7 @@ class TrainConfig:
     image_size: int | None = _option(None, "for --dataset folder: scale and crop images to this many pixels a side")
     limit_train: int | None = _option(None, "use so many training images")
     arch: str = _option("resnet8", "the experts' architecture", ARCHITECTURES)
-    experts: int = _option(5, "number of experts")
+    experts: int = _option(5, "number of experts; 1: a single network, by its cross-entropy alone")
     stage: str | None = _option(None, "stage Grad-CAM looks at; default: the last whose map exceeds 8×8")
     alpha: float = _option(ALPHA, "weight of each expert's own cross-entropy")
     beta: float = _option(BETA, "weight of the mutual-information loss")
@@ -46,6 +48,14 @@ class TrainConfig:
     weight_scale: WeightScale = _option("channels", "factor of Grad-CAM's channel weights")
     score: Score = _option("logit", "what Grad-CAM differentiates")
     detach_weights: bool = _option(False, "treat Grad-CAM's weights as constants: cheaper, approximate gradient")
+    adversarial: Adversarial = _option("off", "train on attacked images")
+    eps: float = _option(8 / 255, "Linf radius of the training's and the epoch's attacks")
+    attack_alpha: float = _option(2 / 255, "step of the training's attack; fgsm-rs takes 1.25 eps")
+    attack_steps: int = _option(10, "steps of the training's attack; fgsm-rs takes 1")
+    attack_batchnorm: BatchNormMode = _option("eval", "BatchNorm in the training's attack: running or batch statistics")
+    attack_gate: Switch = _option("off", "gate in the training's attack; off: the trained weights")
+    trades_weight: float = _option(6.0, "lambda of TRADES")
+    ema: float | None = _option(None, "evaluate an average of the weights with this decay; default: the weights")
     epochs: int = _option(12, "passes over the training images")
     batch_size: int = _option(32, "images a step")
     lr: float = _option(0.05, "learning rate at the start of its cosine")
@@ -70,10 +80,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "checkpoint_every", "attack_images"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        _check(self, "experts", self.experts >= 2, "at least 2")
+        _check(self, "experts", self.experts >= 1, "at least 1")
         _check(self, "limit_train", self.limit_train is None or self.limit_train >= 1, "at least 1")
         for name in ("alpha", "beta", "gamma", "smoothing", "weight_decay"):
             _check(self, name, 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
+        for name in ("eps", "attack_alpha"):
+            _check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1, in units of the images' range")
+        _check(self, "attack_steps", self.attack_steps >= 1, "at least 1")
+        _check(self, "trades_weight", 0 <= self.trades_weight < math.inf, "a finite number of at least 0")
+        _check(self, "ema", self.ema is None or 0 <= self.ema < 1, "at least 0 and below 1")
         _check(self, "lr", 0 < self.lr < math.inf, "a finite number above 0")
         _check(self, "momentum", 0 < self.momentum < 1, "a number between 0 and 1")
         _check(self, "clip_grad_norm", self.clip_grad_norm is None or self.clip_grad_norm > 0, "a number above 0")
@@ -98,6 +113,20 @@ class TrainConfig:
             score=self.score,
             detach_weights=self.detach_weights,
             group_name=group_name,
+        )
+
+    @property
+    def inner_attack(self) -> InnerAttackSettings | None:
+        """The attack in a training step, if there is one."""
+        if self.adversarial == "off":
+            return None
+        return InnerAttackSettings(
+            self.adversarial,
+            self.eps,
+            self.attack_alpha,
+            self.attack_steps,
+            self.attack_batchnorm,
+            self.attack_gate,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -135,9 +164,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             keywords["choices"] = choices
         else:
             kind = next(kind for kind in (float, int, str) if kind in _plain_types(hints[option.name]))
-            keywords["type"] = kind
+            keywords["type"] = number if kind is float else kind
             keywords["metavar"] = kind.__name__.upper()
         parser.add_argument(f"--{option.name.replace('_', '-')}", **keywords)
+
+
+def number(text: str) -> float:
+    """A number of a command line, also as a fraction: 8/255."""
+    numerator, _, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator or 1)
+    except ZeroDivisionError:
+        raise ValueError(f"{text}: a fraction of zero") from None
 
 
 def _choices(option: "dataclasses.Field[Any]") -> tuple[str, ...]:

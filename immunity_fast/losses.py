@@ -24,6 +24,8 @@ from immunity_fast.functional import (
 )
 from immunity_fast.strategies import DoubleBackprop
 
+Classification = Callable[[Tensor, Tensor | None], Tensor]
+
 # Chosen on CIFAR-10's validation split for heatmaps of 32×32 pixels; README, "Choosing α, β and γ".
 ALPHA, BETA, GAMMA = 1.0, 3.0, 2e-4
 
@@ -90,7 +92,15 @@ class FusedImmunityLoss(nn.Module):
         return f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}, size={self.size}"
 
     @overload
-    def forward(self, logits: Experts, activations: Experts, targets: Tensor, gate: Tensor | None = None) -> Tensor: ...
+    def forward(
+        self,
+        logits: Experts,
+        activations: Experts,
+        targets: Tensor,
+        gate: Tensor | None = None,
+        *,
+        classification: Classification | None = None,
+    ) -> Tensor: ...
 
     @overload
     def forward(
@@ -101,6 +111,7 @@ class FusedImmunityLoss(nn.Module):
         gate: Tensor | None = None,
         *,
         return_terms: Literal[True],
+        classification: Classification | None = None,
     ) -> tuple[Tensor, ImmunityTerms]: ...
 
     def forward(
@@ -111,6 +122,7 @@ class FusedImmunityLoss(nn.Module):
         gate: Tensor | None = None,
         *,
         return_terms: bool = False,
+        classification: Classification | None = None,
     ) -> Tensor | tuple[Tensor, ImmunityTerms]:
         """The loss of a batch; takes ∂y/∂A itself, by one extra backward pass through the experts' heads.
 
@@ -120,6 +132,8 @@ class FusedImmunityLoss(nn.Module):
             targets: (B,) integer labels.
             gate: (B, N) or (N,) weights; None is 1/N each.
             return_terms: return `(loss, ImmunityTerms)`; the heatmap terms are then computed even if β = γ = 0.
+            classification: (logits (N, B, K), gate) to losses (B,), in the place of eq. (2), as TRADES wants it; in
+                `ImmunityTerms` its mean then stands for the cross-entropy's.
 
         Returns:
             The loss, 0-d; 0 for B = 0.
@@ -130,7 +144,7 @@ class FusedImmunityLoss(nn.Module):
         """
         stacked_logits = join_experts("logits", logits, 3, "(N, B, K)")
         targets = self._check(stacked_logits, activations, targets)
-        cross_entropy = mixture_cross_entropy(stacked_logits, gate, targets, self.alpha, backend=self.backend)
+        cross_entropy = self._classification(stacked_logits, gate, targets, classification)
         if not self._needs_heatmaps(return_terms):
             return cross_entropy.sum() / max(len(targets), 1)
         parts = [activations] if isinstance(activations, Tensor) else list(activations)
@@ -149,6 +163,7 @@ class FusedImmunityLoss(nn.Module):
         return_terms: bool = False,
         has_aux: bool = False,
         double_backprop: DoubleBackprop = "reverse",
+        classification: Classification | None = None,
     ) -> Any:
         """The same loss, running the head itself: all is one graph for `torch.compile(fullgraph=True)`.
 
@@ -159,7 +174,7 @@ class FusedImmunityLoss(nn.Module):
                 must be functional: BatchNorm in training mode may not update buffers that it captures, but copies of
                 them, which it may return besides the logits; `ImmunityMoE.head_outputs` does.
             activations: (N, B, C, h, w).
-            targets, gate, return_terms: see `forward`.
+            targets, gate, return_terms, classification: see `forward`.
             has_aux: whether `head` returns (logits, anything else).
             double_backprop: how the loss is differentiated through Grad-CAM's weights. Both ways are exact.
 
@@ -186,15 +201,15 @@ class FusedImmunityLoss(nn.Module):
         if not self._needs_heatmaps(return_terms):
             logits, aux = run(activations)
             self._check(logits, activations, targets)
-            losses = mixture_cross_entropy(logits, gate, targets, self.alpha, backend=self.backend)
+            losses = self._classification(logits, gate, targets, classification)
             loss = losses.sum() / max(len(targets), 1)
             return (loss, aux) if has_aux else loss
         differentiated = not self.detach_weights and (self.beta > 0 or self.gamma > 0)
         if differentiated and double_backprop == "forward":
-            result, aux = self._reverse_over_forward(run, activations, targets, gate, return_terms)
+            result, aux = self._reverse_over_forward(run, activations, targets, gate, return_terms, classification)
         else:
             logits, gradients, aux = self._head_gradients(run, activations, targets, differentiated)
-            cross_entropy = mixture_cross_entropy(logits, gate, targets, self.alpha, backend=self.backend)
+            cross_entropy = self._classification(logits, gate, targets, classification)
             result = self._total(cross_entropy, activations, gradients, len(logits), return_terms)
         return (result, aux) if has_aux else result
 
@@ -225,6 +240,7 @@ class FusedImmunityLoss(nn.Module):
         targets: Tensor,
         gate: Tensor | None,
         return_terms: bool,
+        classification: Classification | None,
     ) -> tuple[Any, Any]:
         """The loss and its gradient by a tangent of the head.
 
@@ -251,12 +267,19 @@ class FusedImmunityLoss(nn.Module):
             return label_scores(logits, targets, self.score), logits
 
         _, tangent, logits = torch.func.jvp(scored, (activations,), (along,), has_aux=True)  # type: ignore[misc]
-        cross_entropy = mixture_cross_entropy(logits, gate, targets, self.alpha, backend=self.backend)
+        cross_entropy = self._classification(logits, gate, targets, classification)
         with torch.autocast(activations.device.type, enabled=False):
             through = ((u.to(sums.dtype) * activations).sum() + tangent) / unit
         terms = ImmunityTerms(cross_entropy.sum() / divisor, information.sum() / divisor, stability / divisor)
         loss = self._weighted(terms, experts) + (through - through.detach())
         return ((loss, terms) if return_terms else loss), aux
+
+    def _classification(
+        self, logits: Tensor, gate: Tensor | None, targets: Tensor, given: Classification | None
+    ) -> Tensor:
+        if given is not None:
+            return given(logits, gate)
+        return mixture_cross_entropy(logits, gate, targets, self.alpha, backend=self.backend)
 
     def _needs_heatmaps(self, return_terms: bool) -> bool:
         return return_terms or self.beta > 0 or self.gamma > 0

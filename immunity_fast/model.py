@@ -56,9 +56,10 @@ class ImmunityMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.arch = arch
+        _check_number(num_experts)
         self._assemble(
             [create(arch, num_classes) for _ in range(num_experts)],
-            RandomSwitchGate(max(num_experts, 1), switch=switch, generator=generator),
+            RandomSwitchGate(num_experts, switch=switch, generator=generator),
             stage,
             image_size,
             batching,
@@ -97,8 +98,9 @@ class ImmunityMoE(nn.Module):
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model.arch = ""
+        _check_number(len(experts))
         if gate is None:
-            gate = RandomSwitchGate(max(len(experts), 1), switch=switch, generator=generator)
+            gate = RandomSwitchGate(len(experts), switch=switch, generator=generator)
         if (mean is None) != (std is None):
             raise ValueError(f"mean, std: expected both or neither, got {mean} and {std}")
         normalize = nn.Identity() if mean is None or std is None else Normalize(mean, std)
@@ -114,8 +116,6 @@ class ImmunityMoE(nn.Module):
         batching: Batching,
         normalize: nn.Module,
     ) -> None:
-        if len(experts) < 2:
-            raise ValueError(f"num_experts: expected at least 2, got {len(experts)}")
         check_choice("batching", batching, Batching)
         self.num_experts = len(experts)
         self.batching: Batching = batching
@@ -145,6 +145,19 @@ class ImmunityMoE(nn.Module):
             ValueError, TypeError: as for `forward`.
         """
         return self._logits(self._normalized(images))
+
+    def first_of_two(self, images: Tensor) -> Tensor:
+        """`expert_logits`, where another forward pass comes before the backward pass of both.
+
+        BatchNorm in training mode keeps its running statistics for the backward pass, and a second forward pass would
+        change them: here they are copies, written back.
+        """
+        x = self._normalized(images)
+        inputs = x.expand(self.num_experts, *x.shape)
+        logits, buffers = call_stacked(self.experts, inputs, self.num_experts, batching=self._batching(x))
+        for name, buffer in self.experts.named_buffers():
+            buffer.copy_(buffers[name])
+        return logits
 
     def gate_weights(self, images: Tensor) -> Tensor:
         """The gate's weights (B, N) for `images` (B, 3, H, W) in [0, 1], in the mode the model is in."""
@@ -236,6 +249,36 @@ class ImmunityMoE(nn.Module):
         return torch.stack(logits), caught
 
 
+class SingleNetwork(ImmunityMoE):
+    """One network alone, the baseline, as a mixture of one: its gate has nothing to choose, and no parameters.
+
+    Args:
+        arch, num_classes, stage, image_size, batching, mean, std: see `ImmunityMoE`.
+    """
+
+    def __init__(
+        self,
+        arch: str = "resnet18",
+        num_classes: int = 10,
+        *,
+        stage: str | None = None,
+        image_size: int | tuple[int, int] = 32,
+        batching: Batching = "auto",
+        mean: Sequence[float] = CIFAR10_MEAN,
+        std: Sequence[float] = CIFAR10_STD,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.arch = arch
+        gate = RandomSwitchGate(1, _NoChoice())
+        self._assemble([create(arch, num_classes)], gate, stage, image_size, batching, Normalize(mean, std))
+
+
+class _NoChoice(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, 1) of the only weight there is."""
+        return images.new_zeros(len(images), 1)
+
+
 class Normalize(nn.Module):
     """(x − mean) / std per channel, for images (B, channels, H, W)."""
 
@@ -253,6 +296,11 @@ class Normalize(nn.Module):
         if images.shape[-3] != self.mean.shape[0]:
             raise ValueError(f"images: expected shape (B, {self.mean.shape[0]}, H, W), got {tuple(images.shape)}")
         return (images - self.mean) / self.std
+
+
+def _check_number(experts: int) -> None:
+    if experts < 2:
+        raise ValueError(f"num_experts: expected at least 2, got {experts}")
 
 
 def _is_chain(network: nn.Module) -> TypeGuard[nn.Sequential]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from immunity_fast.checkpoint import LAST, write_atomically
+from immunity_fast.checkpoint import BEST, LAST, write_atomically
 from immunity_fast.config import TrainConfig
 
 
@@ -21,6 +21,7 @@ class Run:
         self.config_file = folder / "config.json"
         self.metrics_file = folder / "metrics.jsonl"
         self.checkpoint = folder / LAST
+        self.best_checkpoint = folder / BEST
         self.results_file = folder / "results.json"
         self.figures = folder / "figures"
         self.report = folder / "report.html"

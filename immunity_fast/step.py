@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from immunity_fast import strategies
+from immunity_fast.adversarial import InnerAttack, trades_losses
 from immunity_fast.augmentation import move
 from immunity_fast.batching import channels_last_
 from immunity_fast.compilation import Announce, Compile, Compiled
-from immunity_fast.losses import FusedImmunityLoss
+from immunity_fast.functional import mixture_cross_entropy
+from immunity_fast.losses import Classification, FusedImmunityLoss, ImmunityTerms
 from immunity_fast.model import ImmunityMoE
 from immunity_fast.precision import Amp, autocast, grad_scaler
 from immunity_fast.strategies import DoubleBackprop
@@ -39,6 +42,9 @@ class TrainStep:
         double_backprop: see `FusedImmunityLoss.from_head`; "auto" is what was measured to be faster, see `strategies`.
         compile: "on" and "max" compile; "auto" does on a GPU. Where that fails, the step is eager, and says so.
         announce: what takes such a line; None is `warnings.warn`.
+        attack: what makes adversarial images of a batch, on which the whole of the loss is then minimised; None trains
+            on the images as they are. With TRADES' attack, cross-entropy is that of `adversarial.trades_losses`.
+        trades_weight: λ of TRADES.
         group: processes that train together, each on as many samples of its own; None is this one alone. Then
             `loss_fn.group_name` is to be this group's.
     """
@@ -54,6 +60,8 @@ class TrainStep:
         double_backprop: DoubleBackprop = "auto",
         compile: Compile = "off",
         announce: Announce | None = None,
+        attack: InnerAttack | None = None,
+        trades_weight: float = 6.0,
         group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         self.model, self.optimizer, self.clip_grad_norm = model, optimizer, clip_grad_norm
@@ -63,7 +71,9 @@ class TrainStep:
             channels_last_(model)
         if double_backprop == "auto":
             double_backprop = strategies.fastest(device.type, model.arch).double_backprop
-        self.objective = _Objective(model, loss_fn, amp, double_backprop, compile, device, announce)
+        self.attack = attack
+        trades = trades_weight if attack is not None and attack.settings.method == "trades" else None
+        self.objective = _Objective(model, loss_fn, amp, double_backprop, compile, device, announce, trades)
         self._forward: nn.Module = self.objective
         if group is not None:
             self._forward = _distributed(self.objective, group)
@@ -85,10 +95,13 @@ class TrainStep:
         Returns:
             (4,) float64 on the model's device: what `MEASURED` names, of this batch, before the update.
         """
-        if self.compiled and not self._proven:
-            measured = self._prove(images, labels, motion)
-        else:
-            measured = self._backward(images, labels, motion)
+        batch: tuple[Tensor | None, ...] = (images, labels, motion)
+        if self.attack is not None:
+            if motion is not None:
+                images = move(images, motion)
+            clean = images if self.objective.trades_weight is not None else None
+            batch = (self.attack(images, labels), labels, None, clean)
+        measured = self._prove(*batch) if self.compiled and not self._proven else self._backward(*batch)
         if self.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
@@ -96,22 +109,22 @@ class TrainStep:
         self.scaler.update()
         return measured
 
-    def _backward(self, images: Tensor, labels: Tensor, motion: Tensor | None) -> Tensor:
+    def _backward(self, *batch: Tensor | None) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss, measured = self._forward(images, labels, motion)
+        loss, measured = self._forward(*batch)
         self.scaler.scale(loss).backward()
         taken: Tensor = measured
         return taken
 
-    def _prove(self, images: Tensor, labels: Tensor, motion: Tensor | None) -> Tensor:
+    def _prove(self, *batch: Tensor | None) -> Tensor:
         """The first compiled pass: a backward pass that fails to compile must not count a batch twice in BatchNorm."""
         before = [buffer.clone() for buffer in self.model.buffers()]
         try:
-            measured = self._backward(images, labels, motion)
+            measured = self._backward(*batch)
         except Exception as error:
             for buffer, value in zip(self.model.buffers(), before, strict=True):
                 buffer.copy_(value)
-            measured = self.objective.function.fall_back(error, lambda: self._backward(images, labels, motion))
+            measured = self.objective.function.fall_back(error, lambda: self._backward(*batch))
         self._proven = True
         return measured
 
@@ -128,30 +141,54 @@ class _Objective(nn.Module):
         compile: Compile,
         device: torch.device,
         announce: Announce | None,
+        trades_weight: float | None,
     ) -> None:
         super().__init__()
-        self.model, self.loss_fn = model, loss_fn
+        self.model, self.loss_fn, self.trades_weight = model, loss_fn, trades_weight
         self.amp, self.double_backprop, self.device = amp, double_backprop, device
         self.function = Compiled(self._loss, compile, device, announce)
 
-    def forward(self, images: Tensor, labels: Tensor, motion: Tensor | None) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self.function(images, labels, motion)
+    def forward(
+        self, images: Tensor, labels: Tensor, motion: Tensor | None = None, clean: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = self.function(images, labels, motion, clean)
         return result
 
-    def _loss(self, images: Tensor, labels: Tensor, motion: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, images: Tensor, labels: Tensor, motion: Tensor | None, clean: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if motion is not None:
             images = move(images, motion)
         if self.device.type == "cuda":
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast(self.amp, self.device):
-            loss, terms = self._terms(images, labels)
+            loss, terms = self._terms(images, labels, None if clean is None else self._trades(clean, labels))
         return loss, torch.stack([loss.detach(), *(term.detach() for term in terms)]).double()
 
-    def _terms(self, images: Tensor, labels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _trades(self, clean: Tensor, labels: Tensor) -> Classification:
+        """TRADES' losses of adversarial outputs, beside those of the clean images."""
+        assert self.trades_weight is not None
+        weight = self.trades_weight
+        if self.device.type == "cuda":
+            clean = clean.contiguous(memory_format=torch.channels_last)
+        outputs = (self.model.first_of_two(clean), self.model.gate_weights(clean))
+        # One network alone has no experts besides.
+        alpha = self.loss_fn.alpha if self.model.num_experts > 1 else 0.0
+
+        def losses(logits: Tensor, gate: Tensor | None) -> Tensor:
+            return trades_losses(outputs, (logits, gate), labels, alpha, weight)
+
+        return losses
+
+    def _terms(
+        self, images: Tensor, labels: Tensor, classification: Classification | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if self.model.num_experts == 1:
+            return self._single(images, labels, classification)
         if not self.model.has_head:
             logits, activations, gate = self.model.expert_outputs(images)
             result: tuple[Tensor, tuple[Tensor, ...]] = self.loss_fn(
-                logits, activations, labels, gate, return_terms=True
+                logits, activations, labels, gate, return_terms=True, classification=classification
             )
             return result
         maps, gate = self.model.trunk_outputs(images)
@@ -163,9 +200,19 @@ class _Objective(nn.Module):
             return_terms=True,
             has_aux=True,
             double_backprop=self.double_backprop,
+            classification=classification,
         )
         self.model.update_head(buffers)
         return result
+
+    def _single(
+        self, images: Tensor, labels: Tensor, classification: Classification | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Of one network, the baseline: it has no other to be apart from, and its cross-entropy counts once."""
+        logits = self.model.expert_logits(images)
+        losses = partial(mixture_cross_entropy, targets=labels, alpha=0.0) if classification is None else classification
+        loss = losses(logits, None).mean()
+        return loss, ImmunityTerms(loss, torch.zeros_like(loss), torch.zeros_like(loss))
 
 
 def _distributed(objective: _Objective, group: torch.distributed.ProcessGroup) -> DistributedDataParallel:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from immunity_fast import cli, distributed
-from immunity_fast.checkpoint import save_checkpoint
+from immunity_fast.adversarial import collapsed
+from immunity_fast.checkpoint import load_model, save_checkpoint
 from immunity_fast.compilation import keep_caches
 from immunity_fast.config import PRESETS, TrainConfig, add_options
 from immunity_fast.data import ImageDataset, load
-from immunity_fast.evaluate import evaluate_run
+from immunity_fast.evaluate import AFTER_TRAINING, chunk_of, evaluate_run
 from immunity_fast.experts import create
 from immunity_fast.precision import set_float32
 from immunity_fast.profiling import profiled
@@ -80,16 +81,44 @@ def train(trainer: Trainer, run: Run) -> None:
                     "seconds": seconds,
                 }
                 run.append_metrics(record)
+                keep_best(trainer, run)
                 if board is not None:
                     for name, value in record.items():
                         board.add_scalar(name, value, trainer.epoch)
                 progress.update(task, status="")
                 progress.console.print(summary(record, config.epochs))
+                lost = collapsed(run.metrics(), min(config.check_images, len(trainer.dataset.validation)))
+                if lost is not None:
+                    progress.console.print(collapse_line(record, lost, run))
             trainer.sums.zero_()
             if main:
                 save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
     if board is not None:
         board.close()
+
+
+def keep_best(trainer: Trainer, run: Run) -> None:
+    """In adversarial training, the model of the epoch that was best under PGD on validation images, never test images.
+
+    The first of those that are as good. A run that was killed before the epoch's checkpoint comes here again.
+    """
+    if trainer.config.adversarial == "off" or not trainer.config.check_images:
+        return
+    accuracies = [record["val_pgd10_accuracy_mean"] for record in run.metrics()]
+    if accuracies.index(max(accuracies)) == len(accuracies) - 1:
+        tensors = trainer.average.tensors() if trainer.average else trainer.model.state_dict()
+        info = trainer.info() | {"val_pgd10_accuracy_mean": accuracies[-1]}
+        save_checkpoint(run.best_checkpoint, {f"model/{name}": value for name, value in tensors.items()}, info)
+
+
+def collapse_line(record: Mapping[str, float], lost: float, run: Run) -> str:
+    """What to say of catastrophic overfitting."""
+    return (
+        f"epoch {record['epoch']}: training has collapsed (catastrophic overfitting): validation accuracy under PGD-10 "
+        f"fell from {100 * lost:.1f} % to {100 * record['val_pgd10_accuracy_mean']:.1f} % although it is "
+        f"{100 * record['val_fgsm_accuracy_mean']:.1f} % under FGSM. {run.best_checkpoint} is from before. Try a "
+        "smaller --eps or --lr, fewer epochs, or --adversarial pgd"
+    )
 
 
 def save(trainer: Trainer, run: Run) -> None:
@@ -255,7 +284,14 @@ def main(arguments: list[str] | None = None) -> None:
                 cli.console.print(f"interrupted; go on with: {run.resume_command}")
             raise
     if main_process:
-        evaluate_run(run, trainer.model.eval(), dataset, config, config.attack_images)
+        model, _ = load_model(run.folder, trainer.device)  # the best one, or the average of the weights, if there is
+        plan = dataclasses.replace(
+            AFTER_TRAINING, images=config.attack_images, seed=config.seed, chunk=chunk_of(trainer.device)
+        )
+        if config.experts == 1:  # nothing about a gate to know
+            plan = dataclasses.replace(plan, attackers=None)
+        evaluate_run(run, model, dataset, config, plan, compile=config.compile)
+        cli.console.print(f"more attacks, more attackers: {run.evaluate_command}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """A training run in memory: what it consists of, how all of it is saved, and what is measured after an epoch."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import Tensor
 from torch.optim import SGD
 
 from immunity_fast import distributed
-from immunity_fast.attacks import pgd
+from immunity_fast.adversarial import InnerAttack, frozen
+from immunity_fast.attacks import Attack
+from immunity_fast.averaging import WeightAverage
 from immunity_fast.checkpoint import (
     load_checkpoint,
     load_module,
@@ -21,13 +21,13 @@ from immunity_fast.checkpoint import (
     optimizer_tensors,
     under,
 )
-from immunity_fast.compilation import Announce, Compiled
+from immunity_fast.compilation import Announce, Compiled, at_size
 from immunity_fast.config import TrainConfig
 from immunity_fast.data import ImageDataset
 from immunity_fast.functional import mixture_log_probabilities
 from immunity_fast.loader import Batch, TrainLoader
 from immunity_fast.metrics import EVALUATION_BATCH, batches, correct, heatmap_metrics, sample
-from immunity_fast.model import ImmunityMoE
+from immunity_fast.model import ImmunityMoE, SingleNetwork
 from immunity_fast.step import MEASURED, TrainStep, cosine_lr
 
 
@@ -53,17 +53,20 @@ class Trainer:
         }
         mean, std = channel_statistics(dataset.train.images)
         self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
-        self.model = ImmunityMoE(
-            config.arch,
-            config.experts,
-            dataset.num_classes,
-            stage=config.stage,
-            image_size=dataset.image_size,
-            generator=self.gate_generator,
-            batching=config.batching,
-            mean=mean,
-            std=std,
-        ).to(device)
+        options: dict[str, Any] = {
+            "stage": config.stage,
+            "image_size": dataset.image_size,
+            "batching": config.batching,
+            "mean": mean,
+            "std": std,
+        }
+        if config.experts == 1:
+            self.model: ImmunityMoE = SingleNetwork(config.arch, dataset.num_classes, **options).to(device)
+        else:
+            mixture = ImmunityMoE(
+                config.arch, config.experts, dataset.num_classes, generator=self.gate_generator, **options
+            )
+            self.model = mixture.to(device)
         if distributed.rank():  # whatever is random in a network: not the same in every process
             torch.manual_seed(config.seed + 3 + distributed.rank())
         group = distributed.group()
@@ -76,6 +79,17 @@ class Trainer:
             nesterov=True,
             fused=device.type in ("cpu", "cuda"),
         )
+        attack = None
+        if config.inner_attack is not None:
+            attack = InnerAttack(
+                self.model,
+                config.inner_attack,
+                amp=config.amp,
+                compile=config.compile,
+                device=device,
+                announce=announce,
+            )
+        self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
         self.train_step = TrainStep(
             self.model,
             self.loss_fn,
@@ -85,6 +99,8 @@ class Trainer:
             double_backprop=config.double_backprop,
             compile=config.compile,
             announce=announce,
+            attack=attack,
+            trades_weight=config.trades_weight,
             group=group,
         )
         self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, announce)
@@ -123,14 +139,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = cosine_lr(self.config.lr, self.step - 1, self.steps)
         self.sums += self.train_step(*batch)
+        if self.average is not None:
+            self.average.update()
 
     def expert_logits(self, images: Tensor) -> Tensor:
         """`model.expert_logits` of at most `EVALUATION_BATCH` images, by code that is compiled for one size only."""
-        if not self._expert_logits.active:
-            return self.model.expert_logits(images)
-        missing = min(EVALUATION_BATCH, len(self.dataset.validation)) - len(images)
-        logits: Tensor = self._expert_logits(pad(images, (0, 0, 0, 0, 0, 0, 0, missing)))
-        return logits[:, : len(images)]
+        return at_size(self._expert_logits, images, min(EVALUATION_BATCH, len(self.dataset.validation)))
 
     def synchronize(self) -> None:
         """Make what each process has measured on its samples the same in all; before anything is made of it."""
@@ -147,6 +161,7 @@ class Trainer:
             **optimizer_tensors("optimizer", self.optimizer),
             **{f"loader/{name}": value for name, value in self.loader.state().items()},
             **{f"scaler/{name}": torch.tensor(value) for name, value in self.train_step.scaler.state_dict().items()},
+            **({f"ema/{name}": value for name, value in self.average.tensors().items()} if self.average else {}),
             **random,
             "sums": self.sums,
         }
@@ -163,6 +178,8 @@ class Trainer:
             raise ValueError(f"{path}: of another model: {info['model']}, expected {self.description}")
         if info["data"] != self.fingerprint:
             raise ValueError(f"{path}: trained on other data than {self.config.dataset} as it is now")
+        if self.average is not None:
+            self.average.load(under("ema", tensors), info["step"])
         load_optimizer_tensors(self.optimizer, under("optimizer", tensors))
         self.loader.load_state(under("loader", tensors))
         if scaler := under("scaler", tensors):
@@ -196,7 +213,22 @@ def training_means(trainer: Trainer) -> dict[str, float]:
 
 
 def validate(trainer: Trainer) -> dict[str, float]:
-    """Accuracies and heatmap measures on the validation split; PGD attacks the exact mean and is judged on it."""
+    """Accuracies and heatmap measures on the validation split; attacks are on the exact mean and judged on it.
+
+    Of the averaged weights, where there are such.
+    """
+    gate, epoch = trainer.model.gate, trainer.epoch
+    drawn_from = gate.generator
+    # Not what a training step may draw from: how much is checked changes no training.
+    gate.generator = torch.Generator().manual_seed(trainer.config.seed + epoch)
+    try:
+        with trainer.average.applied() if trainer.average else nullcontext():
+            return _validate(trainer)
+    finally:
+        gate.generator = drawn_from
+
+
+def _validate(trainer: Trainer) -> dict[str, float]:
     model, validation, config = trainer.model.eval(), trainer.dataset.validation, trainer.config
     right = [
         correct(model, images, labels, trainer.expert_logits)
@@ -213,26 +245,18 @@ def validate(trainer: Trainer) -> dict[str, float]:
     checked = sample(validation, config.check_images)
     if len(checked):
         starts = torch.Generator().manual_seed(config.seed)
-        survived = 0
-        for images, labels in batches(checked, EVALUATION_BATCH):
-            with frozen(model):
-                attacked = pgd(mean_of_gate, images, labels, steps=10, generator=starts)
-            survived += correct(model, attacked, labels, trainer.expert_logits)["mean"]
-        measured["val_pgd10_accuracy_mean"] = survived / len(checked)
-        heatmaps = heatmap_metrics(model, trainer.loss_fn, checked, EVALUATION_BATCH)
-        measured |= {f"val_{name}": value for name, value in heatmaps.items()}
+        attacks = {"pgd10": Attack(config.eps, config.eps / 4, steps=10, random_start=True)}
+        if config.adversarial != "off":  # against both, the collapse of single-step training shows
+            attacks["fgsm"] = Attack(config.eps, config.eps, steps=1)
+        for name, attack in attacks.items():
+            survived = 0
+            for images, labels in batches(checked, EVALUATION_BATCH):
+                with frozen(model):
+                    attacked = attack(mean_of_gate, images, labels, generator=starts)
+                survived += correct(model, attacked, labels, trainer.expert_logits)["mean"]
+            measured[f"val_{name}_accuracy_mean"] = survived / len(checked)
+        if model.num_experts > 1:
+            heatmaps = heatmap_metrics(model, trainer.loss_fn, checked, EVALUATION_BATCH)
+            measured |= {f"val_{name}": value for name, value in heatmaps.items()}
     model.train()
     return measured
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients of the model's own tensors in a `with` block: an attack has no use for them."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

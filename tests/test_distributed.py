@@ -37,25 +37,28 @@ from immunity_fast.step import TrainStep
 out, double_backprop, compile, backend = sys.argv[1:]
 real_compile = torch.compile
 torch.compile = lambda function, **_: real_compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
-with distributed.processes(torch.device("cpu")):
-    torch.manual_seed(0)
-    model = ImmunityMoE("resnet8", 3, 3, image_size=12)
-    model = (model if backend == "triton" else model.double()).eval()
-    model.gate.switch = "off"
-    group = distributed.group()
-    loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-2, size=(11, 13), backend=backend, group_name=group.group_name)
-    step = TrainStep(
-        model, loss_fn, SGD(model.parameters(), 0.0), double_backprop=double_backprop, compile=compile, group=group
-    )
-    images = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    mine = slice(3 * distributed.rank(), 3 * distributed.rank() + 3)
-    images = images.to(next(model.parameters()).dtype)
-    measured = distributed.mean(step(images[mine], labels[mine]))
-    assert step.compiled == (compile == "on")
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    if distributed.rank() == 0:
-        torch.save((measured, gradients), out)
+def main():
+    with distributed.processes(torch.device("cpu")):
+        torch.manual_seed(0)
+        model = ImmunityMoE("resnet8", 3, 3, image_size=12)
+        model = (model if backend == "triton" else model.double()).eval()
+        model.gate.switch = "off"
+        group = distributed.group()
+        loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-2, size=(11, 13), backend=backend, group_name=group.group_name)
+        step = TrainStep(
+            model, loss_fn, SGD(model.parameters(), 0.0), double_backprop=double_backprop, compile=compile, group=group
+        )
+        images = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        labels = torch.tensor([0, 1, 2, 0, 1, 2])
+        mine = slice(3 * distributed.rank(), 3 * distributed.rank() + 3)
+        images = images.to(next(model.parameters()).dtype)
+        measured = distributed.mean(step(images[mine], labels[mine]))
+        assert step.compiled == (compile == "on")
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        if distributed.rank() == 0:
+            torch.save((measured, gradients), out)
+
+main()  # what holds the process group ends here: at the interpreter's end its threads could not give tensors back
 """
 
 

@@ -9,6 +9,8 @@ import torch
 from torch.optim import SGD
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
+from immunity_fast.adversarial import InnerAttack, InnerAttackSettings
+from immunity_fast.attacks import Attack, BoundAttack
 from immunity_fast.augmentation import draw
 from immunity_fast.step import TrainStep
 
@@ -63,3 +65,35 @@ def test_weights_are_channels_last() -> None:
     step = _step()
     for parameter in step.model.experts.parameters():
         assert parameter.dim() != 5 or parameter[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("method", ["pgd", "trades", "fgsm-rs"])
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_adversarial_steps_train_and_do_not_wait_for_the_device(method: Any, compile: Any) -> None:
+    torch.compiler.reset()
+    step = _step()
+    attack = InnerAttack(step.model, InnerAttackSettings(method, steps=3), compile=compile)
+    step = TrainStep(step.model, step.objective.loss_fn, step.optimizer, compile=compile, attack=attack)
+    for seed in range(3):  # the first ones compile, and record graphs
+        step(*_batch(seed))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        measured = step(*_batch(3))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert measured.isfinite().all()
+    assert attack.compiled == (compile == "on")
+
+
+def test_a_compiled_attack_is_the_eager_one() -> None:
+    torch.compiler.reset()
+    model = _step().model.eval()
+    model.gate.switch = "mean"
+    images, labels = _batch()[0].float() / 255, _batch()[1]
+    found = []
+    for compile in ("on", "off"):
+        attack = BoundAttack(Attack(steps=4), lambda x, _: model(x), compile=compile, device=images.device)
+        found.append(attack(images, labels))
+        assert attack.compiled == (compile == "on")
+    # A step is a sign: where a gradient is all but zero, rounding decides it.
+    assert float(((found[0] - found[1]).abs() <= 1e-6).double().mean()) > 0.99

@@ -245,16 +245,18 @@ def test_a_run_folder_holds_what_the_command_promises(
     assert run.config().seed == 5
     assert len(run.metrics()) == 2
     assert load_checkpoint(run.checkpoint)[1]["epoch"] == 2
-    assert json.loads(run.results_file.read_text(encoding="utf-8")).keys() == {"accuracy", "heatmaps"}
+    found = json.loads(run.results_file.read_text(encoding="utf-8"))
+    assert {(row["attack"], row["attacker"]) for row in found["accuracy"]} >= {("clean", None), ("pgd", "mean")}
+    assert {"worst_case", "masking", "heatmaps"} <= found.keys()
     assert "<html" in run.report.read_text(encoding="utf-8")
-    assert sorted(file.name for file in run.figures.iterdir()) == ["curves.png", "heatmaps.png"]
+    assert sorted(file.name for file in run.figures.iterdir()) == ["curves.png", "heatmaps.png", "robustness.png"]
     assert list(run.tensorboard.iterdir())
     assert [folder.name for folder in run.folder.parent.iterdir()] == ["run"]
     assert not list(run.folder.rglob(".*"))
     output, error = capsys.readouterr()
     assert "40 training, 14 validation, 30 test images" in output
     assert "epoch   2/2" in output
-    assert f"evaluate again: python -m immunity_fast.evaluate {run.folder}" in output
+    assert f"more attacks, more attackers: python -m immunity_fast.evaluate {run.folder}" in output
     assert error == ""
 
 
@@ -381,7 +383,7 @@ def test_a_file_cut_off_is_named(data: Path, tmp_path: Path, capsys: pytest.Capt
         ({"lr": "fast"}, "--lr"),
         ({"epochs": "0"}, "--epochs"),
         ({"epochs": "1.5"}, "--epochs"),
-        ({"experts": "1"}, "--experts"),
+        ({"experts": "0"}, "--experts"),
         ({"batch_size": "0"}, "--batch-size"),
         ({"seed": "-1"}, "--seed"),
         ({"seed": str(2**64)}, "--seed"),
