@@ -52,17 +52,22 @@ class ImageDataset:
 
     def fingerprint(self) -> str:
         """A hash of all images and labels, to tell whether a run goes on with the data it began with."""
-        digest = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
-            for tensor in (split.images, split.labels):
-                digest.update(f"{tuple(tensor.shape)}".encode())
-                digest.update(tensor.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self.train, self.validation, self.test)
 
     def to(self, device: torch.device | str) -> ImageDataset:
         return replace(
             self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
         )
+
+
+def fingerprint(*splits: Split) -> str:
+    """A hash of all images and labels of some splits."""
+    digest = hashlib.sha256()
+    for split in splits:
+        for tensor in (split.images, split.labels):
+            digest.update(f"{tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load(

@@ -1,12 +1,13 @@
-"""`python -m immunity_fast.evaluate RUN`: test accuracy, clean and attacked, of a trained run, with a report.
+"""`python -m immunity_fast.evaluate RUN`: accuracy, clean and attacked, of a trained run or any network, with a report.
 
-Every attacked number says what the attacker knew of the gate. Attacks are Linf, eps 8/255: FGSM (one step of 8/255) and
-PGD-20 (step 2/255, random start).
+Every attacked number says what the attacker knew of the gate. An evaluation that was killed goes on where it was.
 """
 
-import json
-from collections import Counter
-from collections.abc import Callable
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,232 +15,356 @@ import torch
 from torch import Tensor
 
 from immunity_fast import cli
-from immunity_fast.attacks import fgsm, pgd
-from immunity_fast.augmentation import to_float
-from immunity_fast.checkpoint import load_model, write_atomically
-from immunity_fast.config import TrainConfig
-from immunity_fast.data import ImageDataset, Split, load
-from immunity_fast.figures import heatmap_figure, training_curves
-from immunity_fast.gate import Switch
+from immunity_fast.adversarial import frozen
+from immunity_fast.checkpoint import load_checkpoint, load_model
+from immunity_fast.compilation import Compile, Compiled, at_size, keep_caches
+from immunity_fast.config import TrainConfig, number
+from immunity_fast.data import NAMES as DATASETS
+from immunity_fast.data import ImageDataset, fingerprint, load
+from immunity_fast.evaluation_report import About, Outputs, write
+from immunity_fast.findings import worst_case
+from immunity_fast.ledger import Ledger
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.metrics import (
-    EVALUATION_BATCH,
-    batches,
-    correct,
-    expert_maps,
-    heatmap_metrics,
-    sample,
-    wilson_interval,
-)
 from immunity_fast.model import ImmunityMoE
 from immunity_fast.precision import set_float32
-from immunity_fast.report import Table, write_report
+from immunity_fast.robustness import ATTACKS, CLEAN_CHUNK, SETS, Evaluation, Plan, Row
 from immunity_fast.runs import Run
+from immunity_fast.subjects import Mixture, Network, Subject, load_callable
 
-FIGURE_ROWS = 8
+CHUNK = {"cpu": 50, "cuda": 250}  # images at once
 
-Attack = Callable[[ImmunityMoE, Tensor, Tensor, torch.Generator], Tensor]
-
-# (which switch the attacker differentiates, which one then answers) → what a table says of it
-SETTINGS: dict[tuple[Switch, Switch], str] = {
-    ("sample", "sample"): "gate switching; attacker sees a draw a step",
-    ("mean", "sample"): "gate switching; attacker has the exact mean",
-    ("mean", "mean"): "exact mean of the gate; attacker has it",
-}
-ATTACKERS = tuple(dict.fromkeys(attacker for attacker, _ in SETTINGS))
-ATTACKS: dict[str, Attack | None] = {
-    "clean": None,
-    "FGSM": lambda model, images, labels, generator: fgsm(model, images, labels),
-    "PGD-20": lambda model, images, labels, generator: pgd(model, images, labels, steps=20, generator=generator),
-}
+# What a training run ends with: minutes on a CPU. The command finds out more.
+AFTER_TRAINING = Plan(
+    attacks=SETS["quick"],
+    attackers=("single", "mean"),
+    masking_images=32,
+    curve_eps=(0.25, 1, 4, 32),
+    curve_steps=(1, 5, 20),
+)
 
 
 def evaluate(
-    model: ImmunityMoE, loss_fn: FusedImmunityLoss, test: Split, *, attack_images: int, seed: int
+    subject: Subject,
+    dataset: ImageDataset,
+    plan: Plan,
+    outputs: Outputs,
+    about: About,
+    loss_fn: FusedImmunityLoss | None = None,
 ) -> dict[str, Any]:
-    """Accuracies on `test` (all of it clean, a fixed random sample of `attack_images` attacked) and heatmap measures.
+    """Carry out a plan on the test split, taking over what is finished; write results.json, tables, figures, report.
 
-    Returns a JSON object: `accuracy`, a list of {attack, attacker (the switch it differentiates; None for clean
-    images), gate (the switch that answers), correct, images, accuracy, interval (Wilson, 95 %)}, and `heatmaps`, see
-    `heatmap_metrics`, on the sample. The model is left in evaluation mode, its switch and generator as they were. The
-    same seed gives the same result.
+    Args:
+        subject: in evaluation mode, on the data's device.
+        dataset: whose test split is attacked.
+        plan: what to find out.
+        outputs: the folder, which is made where it is missing.
+        about: for the report.
+        loss_fn: how the heatmaps of a mixture of at least 2 experts are looked at.
+
+    Returns:
+        `findings.results`.
+
+    Raises:
+        ValueError: a model that cannot be attacked or whose output is not finite.
     """
-    generator = model.gate.generator
-    attacked = sample(test, attack_images)
-    counts: Counter[tuple[str, Switch | None, Switch]] = Counter()
-    model.eval()
-    model.gate.generator = torch.Generator().manual_seed(seed)
-    starts = torch.Generator().manual_seed(seed + 1)
-    try:
-        with cli.progress_bar() as progress:
-            for attack, make in ATTACKS.items():
-                split = test if attack == "clean" else attacked
-                task = progress.add_task(f"evaluation: {attack}", total=len(split), status="")
-                for images, labels in batches(split, EVALUATION_BATCH):
-                    for attacker in ATTACKERS if make else (None,):
-                        made = images
-                        if make and attacker:
-                            with model.gate.switched(attacker):
-                                made = make(model, images, labels, starts)
-                        for defender, right in correct(model, made, labels).items():
-                            counts[attack, attacker, defender] += right
-                    progress.advance(task, len(labels))
-        heatmaps = heatmap_metrics(model, loss_fn, attacked, EVALUATION_BATCH)
-    finally:
-        model.gate.generator = generator
-    accuracy = []
-    for (attack, attacker, defender), right in counts.items():
-        total = len(test if attack == "clean" else attacked)
-        accuracy.append(
-            {
-                "attack": attack,
-                "attacker": attacker,
-                "gate": defender,
-                "correct": right,
-                "images": total,
-                "accuracy": right / total,
-                "interval": wilson_interval(right, total),
-            }
-        )
-    return {"accuracy": accuracy, "heatmaps": heatmaps}
-
-
-def accuracy_table(results: dict[str, Any]) -> Table:
-    """The accuracies as a table: a row an attack, a column a knowledge of the gate."""
-    rows = []
-    for attack in ATTACKS:
-        found = {(r["attacker"], r["gate"]): r for r in results["accuracy"] if r["attack"] == attack}
-        if attack == "clean":  # nobody attacks: the first two columns are one
-            found |= {(gate, gate): r for (_, gate), r in found.items()}
-        cells = [found.get(setting) for setting in SETTINGS]
-        percent = [
-            f"{100 * c['accuracy']:.1f} ± {50 * (c['interval'][1] - c['interval'][0]):.1f}" if c else "—" for c in cells
-        ]
-        rows.append([attack, f"{next(iter(found.values()))['images']:,}", *percent])
-    return Table(
-        "Test accuracy, %",
-        ["attack", "images", *SETTINGS.values()],
-        rows,
-        "Linf, eps 8/255; PGD-20 with steps of 2/255 from a random start. ± is half the 95 % Wilson interval.",
-    )
-
-
-def evaluate_run(run: Run, model: ImmunityMoE, dataset: ImageDataset, config: TrainConfig, limit: int) -> None:
-    """Evaluate a trained model on the test split; write results.json, the figures and report.html into its folder."""
     set_float32("ieee")  # the numbers that are kept are not to depend on the device
-    loss_fn = config.loss_fn(dataset.image_size)
-    results = evaluate(model, loss_fn, dataset.test, attack_images=limit, seed=config.seed)
-    write_atomically(run.results_file, json.dumps(results, indent=2).encode())
-    figures = []
-    shown = sample(dataset.test, FIGURE_ROWS)
-    images = to_float(shown.images)
-    heatmaps, _ = expert_maps(model, loss_fn, images, shown.labels)
-    with torch.no_grad(), model.gate.switched("mean"):
-        predicted = model(images).argmax(-1)
-    names = dataset.classes
-    labels = [f"{names[t]} → {names[p]}" for t, p in zip(shown.labels.tolist(), predicted.tolist(), strict=True)]
-    run.figures.mkdir(exist_ok=True)
-    heatmap_figure(images, heatmaps, labels, run.figures / "heatmaps.png")
-    figures.append(
-        (
-            run.figures / "heatmaps.png",
-            "Where each expert looks: its Grad-CAM heatmap for the true class on test images "
-            "(true class → class predicted by the mean of the experts), each scaled by its own maximum.",
-        )
+    outputs.figures.mkdir(parents=True, exist_ok=True)
+    evaluation = Evaluation(
+        subject,
+        dataset.test,
+        plan,
+        Ledger(outputs.ledger),
+        data=fingerprint(dataset.test),
+        loss_fn=loss_fn,
     )
-    records = run.metrics()
-    if records:
-        training_curves(records, run.figures / "curves.png")
-        figures.append((run.figures / "curves.png", "Training: loss, accuracy and diversity after each epoch."))
-    table = accuracy_table(results)
-    measures = results["heatmaps"]
-    by_key = {(r["attack"], r["attacker"], r["gate"]): f"{100 * r['accuracy']:.1f} %" for r in results["accuracy"]}
-    write_report(
-        run.report,
-        title=f"Immunity: {config.experts} × {config.arch} on {config.dataset}",
+    _run(evaluation)
+    found, shown = write(evaluation, dataset, outputs, about)
+    for table in shown:
+        cli.console.print()
+        cli.console.print(table.to_markdown())
+    cli.console.print(f"\nreport: {outputs.report}")
+    return found
+
+
+def _run(evaluation: Evaluation) -> None:
+    """With a progress bar, and after the first images an estimate of what will come out."""
+    pieces = list(evaluation.pieces())
+    remaining = sum(
+        stop - start for row, start, stop in pieces if evaluation.key(row, start, stop) not in evaluation.ledger
+    )
+    if len(pieces) and remaining < sum(stop - start for _, start, stop in pieces):
+        cli.console.print(f"going on with {evaluation.ledger.path}")
+    judge = evaluation.subject.judges[0]
+    begin, estimated = time.perf_counter(), False
+    with cli.progress_bar() as progress:
+        task = progress.add_task("evaluation", total=sum(stop - start for _, start, stop in pieces), status="")
+
+        def advance(row: Row, images: int, new: bool) -> None:
+            nonlocal estimated
+            progress.advance(task, images)
+            if row != evaluation.rows[-1]:
+                return
+            so_far = worst_case(evaluation, judge)
+            low, high = so_far["interval"]
+            status = (
+                f"worst case so far {100 * so_far['accuracy']:.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f}), "
+                f"{so_far['images']} images"
+            )
+            progress.update(task, status=status)
+            if new and not estimated and so_far["images"] < len(evaluation.order):
+                estimated = True
+                seconds = time.perf_counter() - begin
+                progress.console.print(f"{status}; these took {seconds:.0f} s")
+
+        evaluation.run(advance)
+
+
+def evaluate_run(
+    run: Run,
+    model: ImmunityMoE,
+    dataset: ImageDataset,
+    config: TrainConfig,
+    plan: Plan,
+    outputs: Outputs | None = None,
+    *,
+    draws: int = 20,
+    transfer: ImmunityMoE | None = None,
+    compile: Compile = "off",
+) -> dict[str, Any]:
+    """Evaluate the model of a training run, in evaluation mode, on its data set's test split.
+
+    Writes into the run's folder, or `outputs`. `transfer`: an independently trained model, attacked for its images.
+    """
+    other = None if transfer is None else ExactMean(transfer)
+    single = model.num_experts == 1
+    if single:
+        subject: Subject = Network(ExactMean(model), dataset.num_classes, transfer=other)
+        what = config.arch
+    else:
+        # One compiled function for all attacks and attackers: what each makes of the experts' logits is little.
+        logits = Compiled(model.expert_logits, compile, next(model.parameters()).device, cli.console.print)
+        size = max(plan.chunk, CLEAN_CHUNK)
+        subject = Mixture(
+            model,
+            dataset.num_classes,
+            draws=draws,
+            transfer=other,
+            expert_logits=(lambda images: at_size(logits, images, size)) if logits.active else None,
+        )
+        what = f"{config.experts} × {config.arch}"
+    trained = "" if config.adversarial == "off" else f", adversarially ({config.adversarial})"
+    weights = (
+        ""
+        if single
+        else f" α\u00a0=\u00a0{config.alpha:g}, β\u00a0=\u00a0{config.beta:g}, γ\u00a0=\u00a0{config.gamma:g}."
+    )
+    about = About(
+        title=f"Immunity: {what} on {config.dataset}",
         lead=(
-            f"{config.experts} experts, trained for {config.epochs} epochs on {len(dataset.train):,} images and judged "
-            f"on {len(dataset.test):,} test images. α\u00a0=\u00a0{config.alpha:g}, "
-            f"β\u00a0=\u00a0{config.beta:g}, γ\u00a0=\u00a0{config.gamma:g}."
+            f"{what}, trained for {config.epochs} epochs on {len(dataset.train):,} images{trained}, and judged on "
+            f"{len(dataset.test):,} test images.{weights}"
         ),
-        facts={
-            "test accuracy, gate switching": by_key["clean", None, "sample"],
-            "test accuracy, exact mean": by_key["clean", None, "mean"],
-            "PGD-20, gate switching, attacker sees a draw a step": by_key["PGD-20", "sample", "sample"],
-            "PGD-20, gate switching, attacker has the exact mean": by_key["PGD-20", "mean", "sample"],
-            "mutual information of expert and position": f"{measures['mutual_information']:.2f} nats",
-            "dead heatmaps": f"{100 * measures['dead_heatmaps']:.1f} %",
-        },
-        tables=[table, _measures_table(measures, config)],
-        figures=figures,
+        settings=config.to_json(),
         commands={
-            "Evaluate this run again": run.evaluate_command,
+            "Evaluate this run again, with more attacks": run.evaluate_command,
             "Go on with it, if it was interrupted": run.resume_command,
         },
-        settings=config.to_json(),
+        records=run.metrics(),
     )
-    cli.console.print()
-    cli.console.print(table.to_markdown())
-    cli.console.print(
-        f"\nmutual information {measures['mutual_information']:.3f} nats, IScore {measures['iscore']:.1f}, "
-        f"CScore {measures['cscore']:.0f} pixels⁴, dead heatmaps {100 * measures['dead_heatmaps']:.1f} %"
-    )
-    cli.console.print(f"report:         {run.report}")
-    cli.console.print(f"evaluate again: {run.evaluate_command}")
+    loss_fn = None if single else config.loss_fn(dataset.image_size)
+    with frozen(model):
+        return evaluate(subject, dataset, plan, outputs or Outputs(run.folder), about, loss_fn)
 
 
-def _measures_table(measures: dict[str, float], config: TrainConfig) -> Table:
-    return Table(
-        "The experts' heatmaps on the attacked sample's clean images",
-        ["measure", "value", "what it says"],
-        [
-            [
-                "mutual information",
-                f"{measures['mutual_information']:.3f} nats",
-                f"0: all look at the same place; log {config.experts}: no two at the same",
-            ],
-            ["IScore", f"{measures['iscore']:.1f}", "mean squared difference of two experts' heatmaps"],
-            ["CScore", f"{measures['cscore']:.0f} pixels⁴", "how much the distance between two focuses varies"],
-            ["dead heatmaps", f"{100 * measures['dead_heatmaps']:.1f} %", "heatmaps that are zero everywhere"],
-        ],
+class ExactMean(torch.nn.Module):
+    """A mixture by the exact mean of its gate; of one network, that network."""
+
+    def __init__(self, model: ImmunityMoE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        with self.model.gate.switched("mean"):
+            outputs: Tensor = self.model(images)
+        return outputs
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command's options; ValueError for one out of its range."""
+    parser = cli.Parser(prog="python -m immunity_fast.evaluate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", metavar="RUN", help="a folder that immunity_fast.train wrote; or module.path:callable")
+    parser.add_argument(
+        "--attacks",
+        default="default",
+        metavar="LIST",
+        help=f"with commas, of {', '.join(ATTACKS)}, {', '.join(SETS)}; default: {', '.join(SETS['default'])}",
     )
+    parser.add_argument(
+        "--attackers",
+        metavar="LIST",
+        help="what is known of the gate, with commas: fixed, single, eot, mean, worst, experts, transfer; default: all",
+    )
+    parser.add_argument("--limit", type=int, metavar="INT", help="test images to attack; default: the run's setting")
+    parser.add_argument("--eps", type=number, metavar="FLOAT", help="radius; default: 8/255 for Linf, 1 for L2")
+    parser.add_argument("--norm", choices=("Linf", "L2"), default="Linf", help="of the perturbation")
+    parser.add_argument(
+        "--draws", type=int, metavar="INT", help="of the gate, or of a random model, for EOT; default: 20"
+    )
+    parser.add_argument(
+        "--transfer-from", type=Path, metavar="RUN", help="attack this run, too, and transfer its images"
+    )
+    parser.add_argument(
+        "--drop-fooled", action="store_true", help="attack an image until it fools its attacker; faster"
+    )
+    parser.add_argument("--masking-images", type=int, default=64, metavar="INT", help="for the curves; 0: no curves")
+    parser.add_argument("--queries", type=int, default=5000, metavar="INT", help="of Square")
+    parser.add_argument(
+        "--autoattack-steps", type=int, default=100, metavar="INT", help="fewer than 100 is no AutoAttack"
+    )
+    parser.add_argument("--seed", type=int, metavar="INT", help="default: the run's")
+    parser.add_argument("--checkpoint", choices=("best", "last"), help="default: the best, where there is one")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results are written; default: the run's folder")
+    parser.add_argument("--again", action="store_true", help="forget what is finished of an earlier evaluation there")
+    parser.add_argument("--dataset", choices=DATASETS, help="for module.path:callable")
+    parser.add_argument("--data", metavar="PATH", help="where the data set lies, or lies now")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: CUDA if there is any")
+    parser.add_argument("--compile", choices=("auto", "off", "on", "max"), default="auto", help="compile the experts")
+    options = parser.parse_args(arguments)
+    for name, least in (("limit", 1), ("draws", 1), ("masking_images", 0), ("queries", 1), ("autoattack_steps", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    if options.eps is not None and not 0 <= options.eps < math.inf:
+        raise ValueError(f"--eps: expected a finite number of at least 0, got {options.eps}")
+    return options
+
+
+def chunk_of(device: torch.device) -> int:
+    """How many images are attacked at once."""
+    return CHUNK.get(device.type, CHUNK["cuda"])
+
+
+def plan_of(options: argparse.Namespace, images: int, seed: int, device: torch.device) -> Plan:
+    """The plan that a command line asks for; ValueError for an unknown attack or attacker."""
+    attacks: list[str] = []
+    for name in options.attacks.split(","):
+        if name not in (*ATTACKS, *SETS):
+            raise ValueError(f"--attacks {name}: expected one of {', '.join((*ATTACKS, *SETS))}")
+        attacks += SETS.get(name, (name,))
+    return Plan(
+        attacks=tuple(dict.fromkeys(attacks)),
+        images=images,
+        eps=options.eps,
+        norm=options.norm,
+        masking_images=options.masking_images,
+        drop_fooled=options.drop_fooled,
+        queries=options.queries,
+        autoattack_steps=options.autoattack_steps,
+        seed=seed if options.seed is None else options.seed,
+        chunk=chunk_of(device),
+    )
+
+
+def with_attackers(plan: Plan, subject_attackers: Sequence[str], given: str | None) -> Plan:
+    """A plan for the attackers of a command line; ValueError where the model has no such."""
+    if given is None:
+        return plan
+    names: list[str] = []
+    for name in given.split(","):
+        chosen = [a for a in subject_attackers if a == name or (name == "experts" and a.startswith("expert "))]
+        if not chosen:
+            raise ValueError(f"--attackers {name}: expected some of {', '.join(subject_attackers)}")
+        names += chosen
+    return replace(plan, attackers=tuple(names))
+
+
+def evaluate_callable(options: argparse.Namespace, device: torch.device) -> None:
+    """The command for `module.path:callable`."""
+    for name in ("dataset", "out"):
+        if getattr(options, name) is None:
+            raise ValueError(f"--{name}: missing; {options.run} needs it")
+    dataset = load(options.dataset, options.data).to(device)
+    model = load_callable(options.run)
+    if isinstance(model, torch.nn.Module):
+        model.to(device)
+    transfer = None if options.transfer_from is None else ExactMean(load_model(options.transfer_from, device)[0])
+    if isinstance(model, ImmunityMoE) and model.num_experts > 1:
+        subject: Subject = Mixture(model, dataset.num_classes, draws=options.draws or 20, transfer=transfer)
+    else:
+        subject = Network(model, dataset.num_classes, name=options.run, draws=options.draws, transfer=transfer)
+    plan = plan_of(options, options.limit or 1000, 0, device)
+    plan = with_attackers(plan, subject.attackers, options.attackers)
+    about = About(
+        title=f"{options.run} on {options.dataset}",
+        lead=f"{options.run}, judged on {len(dataset.test):,} test images.",
+        settings={"model": options.run, "dataset": options.dataset},
+        commands={},
+    )
+    outputs = _outputs(options.out, options.again)
+    if isinstance(model, torch.nn.Module):
+        with frozen(model):
+            evaluate(subject, dataset, plan, outputs, about)
+    else:
+        evaluate(subject, dataset, plan, outputs, about)
+
+
+def evaluate_folder(options: argparse.Namespace, device: torch.device) -> None:
+    """The command for a run's folder."""
+    if options.dataset is not None:
+        raise ValueError(f"--dataset {options.dataset}: the run in {options.run} has its own")
+    run = Run.open(Path(options.run))
+    config = run.config()
+    dataset = load(
+        config.dataset, options.data or config.data, limit_train=config.limit_train, image_size=config.image_size
+    ).to(device)
+    paths = {None: run.folder, "best": run.best_checkpoint, "last": run.checkpoint}
+    model, info = load_model(paths[options.checkpoint], device)
+    _, last = load_checkpoint(run.checkpoint)
+    if info["model"]["num_classes"] != dataset.num_classes or info["data"] != dataset.fingerprint():
+        raise ValueError(f"the data are not those that {options.run} was trained on")
+    if (info["model"]["arch"], info["model"]["num_experts"]) != (config.arch, config.experts):
+        raise ValueError(f"{run.checkpoint}: of another run: {info['model']}")
+    if last["epoch"] < config.epochs:
+        raise ValueError(
+            f"{options.run}: stopped after {last['epoch']} of {config.epochs} epochs; go on with: {run.resume_command}"
+        )
+    transfer = None if options.transfer_from is None else load_model(options.transfer_from, device)[0]
+    attackers: tuple[str, ...] = Network(lambda x: x, 1, transfer=transfer).attackers
+    if model.num_experts > 1:
+        attackers = Mixture(model, dataset.num_classes, transfer=transfer).attackers
+    plan = plan_of(options, options.limit or config.attack_images, config.seed, device)
+    keep_caches()
+    evaluate_run(
+        run,
+        model,
+        dataset,
+        config,
+        with_attackers(plan, attackers, options.attackers),
+        _outputs(options.out or run.folder, options.again),
+        draws=options.draws or 20,
+        transfer=transfer,
+        compile=options.compile,
+    )
+
+
+def _outputs(folder: Path, again: bool) -> Outputs:
+    outputs = Outputs(folder)
+    if again:
+        outputs.ledger.unlink(missing_ok=True)
+    return outputs
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = cli.Parser(prog="python -m immunity_fast.evaluate", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that immunity_fast.train wrote")
-    parser.add_argument("--limit", type=int, metavar="INT", help="test images to attack; default: the run's setting")
-    parser.add_argument("--data", metavar="PATH", help="where the data set lies now, if it was moved")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: CUDA if there is any")
-    options = parser.parse_args(arguments)
     try:
-        run = Run.open(options.run)
-        config = run.config()
+        options = parse(arguments)
         device = cli.pick_device(options.device)
-        limit = config.attack_images if options.limit is None else options.limit
-        if limit < 1:
-            raise ValueError(f"--limit: expected at least 1, got {limit}")
-        dataset = load(
-            config.dataset,
-            options.data or config.data,
-            limit_train=config.limit_train,
-            image_size=config.image_size,
-        ).to(device)
-        model, info = load_model(run.checkpoint, device)
-        if info["model"]["num_classes"] != dataset.num_classes or info["data"] != dataset.fingerprint():
-            raise ValueError(f"the data are not those that {options.run} was trained on")
-        if (info["model"]["arch"], info["model"]["num_experts"]) != (config.arch, config.experts):
-            raise ValueError(f"{run.checkpoint}: of another run: {info['model']}")
-        if info["epoch"] < config.epochs:
-            raise ValueError(
-                f"{options.run}: stopped after {info['epoch']} of {config.epochs} epochs; "
-                f"go on with: {run.resume_command}"
-            )
-        run.metrics()
+        if ":" in options.run and not Path(options.run).exists():
+            evaluate_callable(options, device)
+        else:
+            evaluate_folder(options, device)
     except (ValueError, ModuleNotFoundError) as error:
         raise cli.InputError(str(error)) from error
-    evaluate_run(run, model, dataset, config, limit)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The two figures of a run folder: where each expert looks, and how training went.
+"""Two figures of a run folder: where each expert looks, how training went. Those of attacks: `robustness_figures`.
 
-Both are drawn with `matplotlib.figure.Figure` itself, so that no display and no global pyplot state is involved.
+All are drawn with `matplotlib.figure.Figure` itself, so that no display and no global pyplot state is involved.
 """
 
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
 DPI = 256  # a power of two: whole pixels are exact as inches, and an image's pixels stay equal squares
@@ -27,6 +29,7 @@ INK = "#222222"
 # Heatmaps
 CELL = 256  # pixels, about the longer side of one picture in the heatmap figure
 GAP = 10  # pixels between two pictures
+GROUP_GAP = 44  # pixels between two groups of rows
 COLORMAP = "inferno"
 
 
@@ -46,20 +49,31 @@ def heatmap_figure(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], 
     Raises:
         ValueError: if a shape or the number of labels does not fit.
     """
+    check_heatmaps(images, heatmaps)
+    if len(row_labels) != len(images):
+        raise ValueError(f"row_labels must hold {len(images)} texts, one an image, got {len(row_labels)}")
+    draw_heatmaps(images, heatmaps, row_labels, path)
+
+
+def check_heatmaps(images: Tensor, heatmaps: Tensor, names: tuple[str, str] = ("images", "heatmaps")) -> None:
+    """Raises ValueError, by these names, unless images are (n, 3, H, W) and heatmaps (N, n, H, W), none of them 0."""
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(f"images must have shape (n, 3, H, W), none of them 0, got {tuple(images.shape)}")
+        raise ValueError(f"{names[0]} must have shape (n, 3, H, W), none of them 0, got {tuple(images.shape)}")
     count, _, height, width = images.shape
     if heatmaps.ndim != 4 or heatmaps.shape[0] == 0 or heatmaps.shape[1:] != (count, height, width):
-        expected = f"(N, {count}, {height}, {width}), N ≥ 1, to fit images {tuple(images.shape)}"
-        raise ValueError(f"heatmaps must have shape {expected}, got {tuple(heatmaps.shape)}")
-    if len(row_labels) != count:
-        raise ValueError(f"row_labels must hold {count} texts, one an image, got {len(row_labels)}")
+        expected = f"(N, {count}, {height}, {width}), N ≥ 1, to fit {names[0]} {tuple(images.shape)}"
+        raise ValueError(f"{names[1]} must have shape {expected}, got {tuple(heatmaps.shape)}")
 
+
+def draw_heatmaps(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], path: Path, group: int = 1) -> None:
+    """`heatmap_figure`, its arguments checked, with a wider gap after each `group` rows where group > 1."""
+    count, _, height, width = images.shape
     pictures = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
     maps = heatmaps.detach().float().cpu().numpy()
     greys = pictures @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
     # Lines break before an arrow rather than after it; a dollar sign would otherwise start a formula.
-    labels = [textwrap.fill(text.replace("→ ", "→\u00a0"), 18).replace("$", r"\$") for text in row_labels]
+    lines = [text.replace("→ ", "→\u00a0").splitlines() for text in row_labels]
+    labels = ["\n".join(textwrap.fill(line, 18) for line in text).replace("$", r"\$") for text in lines]
     font = FontProperties(size=FONT_SIZE)
 
     # The layout is counted in whole pixels, from the top left; a small image is enlarged by a whole factor.
@@ -69,7 +83,8 @@ def heatmap_figure(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], 
     left, top = label_width + 3 * GAP, 42
     # Twice the gap after the input, to set it apart.
     columns = [left] + [left + i * (cell_width + GAP) + GAP for i in range(1, len(maps) + 1)]
-    rows = [top + i * (cell_height + GAP) for i in range(count)]
+    between = GROUP_GAP - GAP if group > 1 else 0
+    rows = [top + i * (cell_height + GAP) + i // group * between for i in range(count)]
     bar_left, bar_height = columns[-1] + cell_width + 2 * GAP, min(rows[-1] + cell_height - top, CELL)
     total_width, total_height = bar_left + 100, rows[-1] + cell_height + 2 * GAP
 
@@ -136,8 +151,11 @@ class _Panel:
     from_zero: bool = False
 
 
-# Blue, vermilion and green of Okabe and Ito's palette, told apart by the colour-blind too.
-COLORS = ("#0072b2", "#d55e00", "#009e73")
+# Blue, vermilion, green, black, sky blue and orange of Okabe and Ito's palette, told apart by the colour-blind too (its
+# purple is not, from green).
+COLORS = ("#0072b2", "#d55e00", "#009e73", INK, "#56b4e9", "#e69f00")
+PANEL_WIDTH = 3.5  # inches
+LEGEND_WIDTH = 214.0  # points, a little less than the axes of a panel
 MARKED_RECORDS = 30  # up to as many records each point has a marker
 
 PANELS = (
@@ -150,6 +168,7 @@ PANELS = (
         {
             "val_accuracy_switching": "gate switching",
             "val_accuracy_mean": "mean of experts",
+            "val_fgsm_accuracy_mean": "mean, under FGSM",
             "val_pgd10_accuracy_mean": "mean, under PGD-10",
         },
         factor=100,
@@ -174,8 +193,8 @@ def training_curves(records: Sequence[Mapping[str, float]], path: Path) -> None:
     Args:
         records: one an epoch. "epoch" is the place on the horizontal axis (without it, 1, 2, …). Drawn are the losses
             "loss", "cross_entropy", "mutual_information_loss" and "position_stability"; as fractions,
-            "val_accuracy_switching", "val_accuracy_mean", "val_pgd10_accuracy_mean" and "val_dead_heatmaps"; in nats,
-            "mutual_information" and "val_mutual_information"; and "images_per_second".
+            "val_accuracy_switching", "val_accuracy_mean", "val_fgsm_accuracy_mean", "val_pgd10_accuracy_mean" and
+            "val_dead_heatmaps"; in nats, "mutual_information" and "val_mutual_information"; and "images_per_second".
         path: the PNG file to write.
 
     Raises:
@@ -190,15 +209,17 @@ def training_curves(records: Sequence[Mapping[str, float]], path: Path) -> None:
     rows = math.ceil(len(panels) / columns)
     epochs = [record.get("epoch", i + 1) for i, record in enumerate(records)]
     pad = 0.04 * (max(epochs) - min(epochs)) or 0.5
-    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.04)
-    with matplotlib.rc_context({"font.size": FONT_SIZE, "text.color": INK, "axes.labelcolor": INK}):
-        figure = Figure(figsize=(3.5 * columns, 1.8 * rows), dpi=DPI, facecolor="white", layout=layout)
-        for i, panel in enumerate(panels):
-            axes = figure.add_subplot(rows, columns, i + 1)
+    with panel_style():
+        figure = panel_figure(columns, height=1.8 * rows)
+        drawn = [figure.add_subplot(rows, columns, i + 1) for i in range(len(panels))]
+        for i, (axes, panel) in enumerate(zip(drawn, panels, strict=True)):
             _draw_panel(axes, panel, epochs, records)
             axes.set_xlim(min(epochs) - pad, max(epochs) + pad)
             if i + columns >= len(panels):
                 axes.set_xlabel("epoch", labelpad=1)
+        for i in range(0, len(panels), columns):
+            titles = [panel.title for panel in panels[i : i + columns]]
+            add_titles(drawn[i : i + columns], titles)
         figure.savefig(path, dpi=DPI, format="png")
 
 
@@ -213,30 +234,10 @@ def _draw_panel(axes: Axes, panel: _Panel, epochs: Sequence[float], records: Seq
         marker = "o" if len(records) <= MARKED_RECORDS else ""
         axes.plot([x for x, _ in points], values, color=color, label=name, lw=1.1, marker=marker, ms=2.2, clip_on=False)
 
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set(color="#888888", linewidth=0.6)
-    axes.tick_params(which="both", length=2, width=0.6, color="#888888", labelcolor=INK, labelsize=FONT_SIZE - 0.5)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.5)
-    axes.set_axisbelow(True)
+    style_axes(axes)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
-    named = any(panel.lines.values())
-    axes.set_title(panel.title, loc="left", fontsize=FONT_SIZE + 0.5, fontweight="bold", pad=15 if named else 5)
-    if named:  # in a line of its own between title and axes, where it can hide nothing
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            ncols=len(axes.lines),
-            frameon=False,
-            fontsize=FONT_SIZE - 0.5,
-            handlelength=1.1,
-            handletextpad=0.4,
-            columnspacing=0.9,
-            borderaxespad=0.2,
-            borderpad=0.1,
-        )
     if not drawn:
-        axes.set_yticks([])
-        axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", va="center")
+        say_empty(axes)
     elif panel.log and 0 < 5 * min(drawn) <= max(drawn):  # in a narrower range a log axis may have no labels
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -245,3 +246,74 @@ def _draw_panel(axes: Axes, panel: _Panel, epochs: Sequence[float], records: Seq
         # Some room above, so that an all-zero line does not stretch rounding noise over the panel.
         axes.set_ylim(0, max(1.08 * max(drawn), panel.factor / 100))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))  # no power of ten above the axis, where the title is
+
+
+def panel_style() -> AbstractContextManager[None]:
+    """The fonts and inks in which `panel_figure` is to be filled and saved."""
+    return matplotlib.rc_context({"font.size": FONT_SIZE, "text.color": INK, "axes.labelcolor": INK})
+
+
+def panel_figure(columns: int, height: float) -> Figure:
+    """An empty figure of this many panels' width, for axes side by side; its height is in inches."""
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.04)
+    return Figure(figsize=(PANEL_WIDTH * columns, height), dpi=DPI, facecolor="white", layout=layout)
+
+
+def style_axes(axes: Axes) -> None:
+    """Two thin axes, small ticks, and faint lines across."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set(color="#888888", linewidth=0.6)
+    axes.tick_params(which="both", length=2, width=0.6, color="#888888", labelcolor=INK, labelsize=FONT_SIZE - 0.5)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.5)
+    axes.set_axisbelow(True)
+
+
+def say_empty(axes: Axes) -> None:
+    """Says in place of lines that there are none."""
+    axes.set_yticks([])
+    axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", va="center")
+
+
+def add_titles(row: Sequence[Axes], titles: Sequence[str], width: float = LEGEND_WIDTH) -> float:
+    """Gives axes that stand side by side their titles, at one height, and beneath these the names of their lines.
+
+    The names are between title and axes, where they can hide nothing, in as few lines as this width, in points, allows.
+
+    Returns:
+        What this takes above the axes, without the titles themselves, in points.
+    """
+    heights = [_add_legend(axes, width) for axes in row]
+    pad = 5 if max(heights) == 0 else max(heights) + 7.2
+    for axes, title, height in zip(row, titles, heights, strict=True):
+        # Beside one with more names, a title would stand away from its axes: what names it has hang under the title.
+        legend = axes.get_legend()
+        if legend is not None and height < max(heights):
+            lift = ScaledTranslation(0, (max(heights) - height) / 72, axes.figure.dpi_scale_trans)
+            legend.set_bbox_to_anchor((0, 1), transform=axes.transAxes + lift)
+        axes.set_title(title, loc="left", fontsize=FONT_SIZE + 0.5, fontweight="bold", pad=pad)
+    return pad
+
+
+def _add_legend(axes: Axes, width: float) -> float:
+    """Names the lines of the axes right above them; the height of it in points, 0 where no line has a name."""
+    lines, names = axes.get_legend_handles_labels()
+    for rows in range(1, len(lines) + 1):
+        legend = axes.legend(
+            lines,
+            names,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=math.ceil(len(lines) / rows),
+            frameon=False,
+            fontsize=FONT_SIZE - 0.5,
+            handlelength=1.1,
+            handletextpad=0.4,
+            columnspacing=0.9,
+            labelspacing=0.35,
+            borderaxespad=0.2,
+            borderpad=0.1,
+        )
+        box = legend.get_window_extent()
+        if box.width * 72 / DPI <= width or rows == len(lines):
+            return float(box.height * 72 / DPI)
+    return 0.0

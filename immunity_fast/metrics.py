@@ -1,7 +1,11 @@
 """What is measured on a trained mixture: accuracies, mutual information, IScore, CScore, dead heatmaps."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +31,13 @@ def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def sample(split: Split, count: int) -> Split:
     """A fixed random sample of at most `count` images: a stored order may be sorted by class."""
-    order = np.random.RandomState(SPLIT_SEED).permutation(len(split))[:count]
-    indices = torch.from_numpy(order).to(split.labels.device)
+    indices = sample_order(split, count).to(split.labels.device)
     return Split(split.images[indices], split.labels[indices])
+
+
+def sample_order(split: Split, count: int) -> Tensor:
+    """The indices of `sample`'s images, int64 on the CPU; of a larger sample they are the first."""
+    return torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(split))[:count])
 
 
 def correct(
@@ -67,7 +75,9 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 def expert_maps(model: ImmunityMoE, loss: FusedImmunityLoss, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Grad-CAM heatmaps and their distributions, both (N, B, H, W), as `loss` sees them for these labels; detached."""
     with torch.enable_grad():
-        logits, activations, _ = model.expert_outputs(images)
+        # Of the images, too: the model's own tensors may be frozen. A switching gate would draw.
+        with model.gate.switched("mean"):
+            logits, activations, _ = model.expert_outputs(images.detach().requires_grad_())
         parts = [activations] if isinstance(activations, Tensor) else list(activations)
         gradients = torch.autograd.grad(label_scores(logits, labels, loss.score), parts)
     maps = stack_experts("activations", activations, 5, "(N, B, C, h, w)").detach()
@@ -79,30 +89,59 @@ def expert_maps(model: ImmunityMoE, loss: FusedImmunityLoss, images: Tensor, lab
     return heatmaps, reference.distributions(maps, weights, loss.size, loss.smoothing)
 
 
-def heatmap_metrics(model: ImmunityMoE, loss: FusedImmunityLoss, split: Split, batch_size: int) -> dict[str, float]:
-    """Over a split, for its true labels, in the mode the model is in (section 4 of arXiv 2402.18787):
+@dataclass
+class HeatmapSums:
+    """What `heatmap_metrics` needs of some images, so that parts can be measured apart; `centres` (N, B, 2), pixels."""
+
+    information: float
+    dead: float
+    iscore: float
+    centres: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self) | {"centres": self.centres.tolist()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> HeatmapSums:
+        """The inverse of `to_json`."""
+        return cls(**{**values, "centres": torch.tensor(values["centres"], dtype=torch.float64)})
+
+
+def heatmap_sums(model: ImmunityMoE, loss: FusedImmunityLoss, images: Tensor, labels: Tensor) -> HeatmapSums:
+    """Of a batch of images (B, 3, H, W) in [0, 1], for their true labels, in the mode the model is in."""
+    experts = model.num_experts
+    heatmaps, p = expert_maps(model, loss, images, labels)
+    peaks = heatmaps.amax((-2, -1), keepdim=True)
+    scaled = heatmaps / torch.where(peaks > 0, peaks, 1)
+    # Σ_ij Σ_ab (h_i − h_j)² = 2N Σ_i Σ_ab h_i² − 2 Σ_ab (Σ_i h_i)²: no N×N heatmaps
+    spread = 2 * experts * scaled.square().sum() - 2 * scaled.sum(0).square().sum()
+    return HeatmapSums(
+        information=float((math.log(experts) - reference.mutual_information_loss(p) / experts).sum()),
+        dead=float((peaks == 0).sum()) / experts,
+        iscore=float(spread) / (experts * (experts - 1)),
+        centres=reference.centres(p).double().cpu(),
+    )
+
+
+def combined(parts: Sequence[HeatmapSums]) -> dict[str, float]:
+    """Over all images of the parts (section 4 of arXiv 2402.18787):
 
     * mutual_information: of expert and position, log N − MI/N, in nats, mean over images;
     * dead_heatmaps: share of heatmaps that are zero everywhere;
     * iscore: mean over images of 1/(N(N−1)) Σ_ij Σ_ab (h_i − h_j)², heatmaps scaled to a maximum of 1;
     * cscore: Σ_{i≠j} Σ_q (d²_qij − mean_q d²_qij)² over the number of images, in pixels⁴.
     """
-    information, dead, iscore, positions = 0.0, 0.0, 0.0, []
-    experts = model.num_experts
-    for images, labels in batches(split, batch_size):
-        heatmaps, p = expert_maps(model, loss, images, labels)
-        information += float((math.log(experts) - reference.mutual_information_loss(p) / experts).sum())
-        peaks = heatmaps.amax((-2, -1), keepdim=True)
-        dead += float((peaks == 0).sum()) / experts
-        scaled = heatmaps / torch.where(peaks > 0, peaks, 1)
-        # Σ_ij Σ_ab (h_i − h_j)² = 2N Σ_i Σ_ab h_i² − 2 Σ_ab (Σ_i h_i)²: no N×N heatmaps
-        spread = 2 * experts * scaled.square().sum() - 2 * scaled.sum(0).square().sum()
-        iscore += float(spread) / (experts * (experts - 1))
-        positions.append(reference.centres(p).double())
-    count = max(len(split), 1)
+    centres = torch.cat([part.centres for part in parts], 1)
+    count = max(centres.shape[1], 1)
     return {
-        "mutual_information": information / count,
-        "dead_heatmaps": dead / count,
-        "iscore": iscore / count,
-        "cscore": float(reference.position_stability(torch.cat(positions, 1))) / count,
+        "mutual_information": sum(part.information for part in parts) / count,
+        "dead_heatmaps": sum(part.dead for part in parts) / count,
+        "iscore": sum(part.iscore for part in parts) / count,
+        "cscore": float(reference.position_stability(centres)) / count,
     }
+
+
+def heatmap_metrics(model: ImmunityMoE, loss: FusedImmunityLoss, split: Split, batch_size: int) -> dict[str, float]:
+    """What `combined` measures, over a split, for its true labels, in the mode the model is in."""
+    return combined([heatmap_sums(model, loss, *batch) for batch in batches(split, batch_size)])

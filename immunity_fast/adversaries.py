@@ -1,0 +1,164 @@
+"""Attackers who know the gate, and the ways in which a mixture's answer is judged; all from one pass over the experts.
+
+An attacker is a function from (images, labels) to what an attack differentiates, for `attacks.BoundAttack`. A judge
+says of which images the answer is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from immunity_fast.attacks import LabelledModel, Model
+from immunity_fast.functional import mixture_log_probabilities
+from immunity_fast.model import ImmunityMoE
+
+Knowledge = Literal["fixed", "single", "eot", "mean", "worst"]
+KNOWLEDGE: tuple[Knowledge, ...] = get_args(Knowledge)
+
+# What a table says of each.
+DESCRIPTIONS: dict[str, str] = {
+    "fixed": "the trained gate, not switching",
+    "single": "switching, one draw a gradient",
+    "eot": "switching, an average over draws (EOT)",
+    "mean": "the exact mean of all permutations (closed-form EOT)",
+    "worst": "each image's worst permutation",
+    "transfer": "another, independently trained ensemble",
+    "output": "the model's own output",
+}
+
+
+def attacker(
+    model: ImmunityMoE,
+    knowledge: Knowledge | int,
+    *,
+    draws: int = 20,
+    generator: torch.Generator | None = None,
+    expert_logits: Callable[[Tensor], Tensor] | None = None,
+) -> LabelledModel:
+    """What somebody who knows this much of the gate differentiates.
+
+    Args:
+        model: the mixture, in evaluation mode. Its switch does not matter.
+        knowledge: how the experts' probabilities are mixed:
+
+            * "fixed": by the trained gate's weights, which is not what answers while the gate switches;
+            * "single": by one random permutation of them for each image and gradient;
+            * "eot": by `draws` permutations, whose losses are averaged (expectation over transformation, Athalye et
+              al., arXiv 1707.07397), at the price of one;
+            * "mean": by 1/N each, the exact expectation of the output over all N! permutations;
+            * "worst": by the permutation of all N! that is worst for the image, see `worst_weights`;
+            * a number 0..N−1: not at all, this expert alone, whose images are then transferred to the mixture.
+        draws: k of "eot".
+        generator: of the permutations; None is PyTorch's default generator.
+        expert_logits: what computes the model's, if compiled code is to; None is `model.expert_logits`.
+
+    Returns:
+        (images (B, 3, H, W), labels (B,)) to log-probabilities (B, K), or (draws, B, K).
+
+    Raises:
+        ValueError: unknown knowledge, an expert that is not there, draws < 1.
+    """
+    if draws < 1:
+        raise ValueError(f"draws: expected at least 1, got {draws}")
+    logits_of = expert_logits or model.expert_logits
+    if isinstance(knowledge, int):
+        if not 0 <= knowledge < model.num_experts:
+            raise ValueError(f"knowledge: expected an expert 0 to {model.num_experts - 1}, got {knowledge}")
+        alone = model.unstack()[knowledge].eval()
+        return lambda images, labels: alone(images)
+    if knowledge not in KNOWLEDGE:
+        raise ValueError(f"knowledge: expected an expert's number or one of {', '.join(KNOWLEDGE)}, got {knowledge!r}")
+    if knowledge == "mean":
+        return lambda images, labels: mixture_log_probabilities(logits_of(images))
+
+    def outputs(images: Tensor, labels: Tensor) -> Tensor:
+        logits, gate = logits_of(images), trained_gate(model, images)
+        if knowledge == "fixed":
+            return mixture_log_probabilities(logits, gate)
+        if knowledge == "worst":
+            return mixture_log_probabilities(logits, worst_weights(logits, gate, labels))
+        if knowledge == "single":
+            return mixture_log_probabilities(logits, permuted(gate, generator))
+        mixtures = [mixture_log_probabilities(logits, permuted(gate, generator)) for _ in range(draws)]
+        return torch.stack(mixtures)
+
+    return outputs
+
+
+def averaged(model: Model, draws: int) -> LabelledModel:
+    """EOT for any random model: its outputs (draws, B, K) at `draws` calls, whose losses an attack averages."""
+    if draws < 1:
+        raise ValueError(f"draws: expected at least 1, got {draws}")
+    return lambda images, labels: torch.stack([model(images) for _ in range(draws)])
+
+
+def judge(logits: Tensor, gate: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Which images are answered rightly, (B,) bool each, by everything that may answer.
+
+    * "switching": the gate switching, one permutation drawn for each image;
+    * "mean": the exact mean of the gate;
+    * "fixed": the trained gate;
+    * "worst": right under every one of the N! permutations;
+    * "expert 1" … "expert N": each alone.
+
+    Args:
+        logits: (N, B, K) of the experts.
+        gate: (B, N) trained weights.
+        labels: (B,) integers.
+        generator: of the permutations.
+    """
+    mixtures = {"switching": permuted(gate, generator), "mean": None, "fixed": gate}
+    right = {
+        name: mixture_log_probabilities(logits, weights).argmax(-1) == labels for name, weights in mixtures.items()
+    }
+    right["worst"] = worst_margins(logits, gate, labels).amax(-1) < 0
+    return right | {f"expert {i + 1}": own.argmax(-1) == labels for i, own in enumerate(logits)}
+
+
+def trained_gate(model: ImmunityMoE, images: Tensor) -> Tensor:
+    """The gate's weights (B, N) as they were trained."""
+    with model.gate.switched("off"):
+        return model.gate_weights(images)
+
+
+def permuted(gate: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Each row of the weights (B, N) in a random order of its own, as `RandomSwitchGate` with `switch="sample"`."""
+    source = gate.device if generator is None else generator.device
+    keys = torch.rand(gate.shape, generator=generator, device=source, dtype=torch.float64)
+    return gate.gather(-1, keys.argsort(-1).to(gate.device))
+
+
+def worst_margins(logits: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
+    """max over all N! permutations π of Σ_i g_π(i) (p_im − p_i,label), for each class m: (B, K); −∞ for the label.
+
+    A class wins under some permutation if and only if its margin is positive. No permutation is tried: a sum of
+    products is largest where both factors are in the same order (the rearrangement inequality), so sorting finds it.
+
+    Args:
+        logits: (N, B, K) of the experts; gate: (B, N) weights; labels: (B,) integers.
+    """
+    differences = _differences(logits, labels).sort(0).values
+    weights = gate.sort(-1).values.T[..., None].to(differences.dtype)
+    margins = (weights * differences).sum(0)
+    return margins.scatter(-1, labels[:, None], -torch.inf)
+
+
+def worst_weights(logits: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
+    """The gate's weights (B, N), for each image in the order that gives the largest of `worst_margins`."""
+    with torch.no_grad():
+        rival = worst_margins(logits, gate, labels).argmax(-1)
+        differences = _differences(logits, labels)
+        towards = differences.gather(-1, rival.expand(len(logits), -1)[..., None])[..., 0].T
+        ranks = towards.argsort(-1).argsort(-1)
+    return gate.sort(-1).values.gather(-1, ranks)
+
+
+def _differences(logits: Tensor, labels: Tensor) -> Tensor:
+    """p_im − p_i,label: (N, B, K)."""
+    probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    own = probabilities.gather(-1, labels.expand(len(logits), -1)[..., None])
+    return probabilities - own

@@ -1,0 +1,334 @@
+"""AutoAttack and Square Attack, of torchattacks' parts, on any callable from images to logits or log-probabilities.
+
+torchattacks' own AutoAttack is not the published one: it takes 10 steps of APGD and FAB where that takes 100, all wrong
+classes where that takes nine, and squares that shrink on another schedule. Its parts are run here with the settings of
+the authors' code, https://github.com/fra31/auto-attack.
+
+Shared arguments:
+    model: images (B, C, H, W) in [0, 1], of the images' dtype, to logits or log-probabilities (B, K). Its mode, its
+        parameters' gradients and its outputs stay as they are; whether it evaluates or trains is the caller's choice.
+    images: (B, C, H, W) floating-point, in [0, 1].
+    labels: (B,) integers in 0..K−1.
+    eps: radius of the ball, in units of the images' range. norm: "Linf" or "L2".
+    seed: of all chance, that of a model that draws from the global generators of torch, NumPy or Python too; these are
+        afterwards as they were before. A generator of the model's own is left alone.
+
+Both return images (B, C, H, W) of the images' dtype, detached, inside the ball and inside [0, 1], exactly: one that
+fools the model for each image where one was found, and the image itself where the model is wrong without an attack or
+withstood it. So the accuracy on them is the robust accuracy. The attacks compute in float32 and round to the images'
+dtype what they show the model; what is returned has been judged as it is.
+
+`ModuleNotFoundError`: torchattacks is missing. `ValueError`: images outside [0, 1] or not 4-D, labels of another shape,
+not integers or out of range, an unknown norm or version, eps < 0, steps or queries < 1, outputs that are not (B, K), or
+that are NaN or infinite; `NotFiniteError`, which is one, where they are so for an image itself.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from immunity_fast.attack_losses import dlr
+from immunity_fast.attacks import Attack, Model, _check, _check_finite, _check_range
+from immunity_fast.functional import check_choice
+from immunity_fast.projections import Norm, linf_bounds, project_l2
+
+Version = Literal["standard", "rand"]
+
+TARGETS = 9  # classes that each targeted attack tries, the likeliest first
+DRAWS = 20  # forward passes that a step averages over, if the model is random
+
+_Part = Callable[[Tensor, Tensor], Tensor]  # float32 images and their labels to images that may fool the model
+
+
+def autoattack(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    eps: float = 8 / 255,
+    norm: Norm = "Linf",
+    version: Version = "standard",
+    seed: int = 0,
+    steps: int = 100,
+    queries: int = 5000,
+) -> Tensor:
+    """AutoAttack (Croce & Hein, arXiv 2003.01690): several attacks, each on the images that survived those before.
+
+    Each image that an attack hands back is judged by one forward pass of the model, as in the authors' code. For a
+    random model that is one draw: an image counts as fooled if the model happened to be wrong then, and may be right
+    when it is asked again. FAB looks beyond the ball, too; what it finds there is moved into the ball and judged.
+
+    Args:
+        num_classes: K.
+        version: "standard": APGD on the cross-entropy, APGD on the targeted DLR loss and FAB, targeted, each for the
+            min(9, K − 1) likeliest wrong classes, and Square Attack. The targeted DLR loss needs four classes: with
+            fewer its APGD is left out. "rand", for a random model: APGD on the cross-entropy and on the DLR loss, the
+            gradient averaged over 20 forward passes. The DLR loss needs three classes: with two, the first alone.
+        steps: of each run of APGD and of FAB, 100 as published. queries: of Square Attack, 5000 as published.
+
+    Raises:
+        ValueError: see the top of this file; and an output of another number of classes than `num_classes`, or without
+            a gradient with respect to the images, which `square` does not need.
+    """
+    check_choice("version", version, Version)
+    _check_settings(images, labels, eps, norm, steps=steps, queries=queries)
+    if num_classes < 2:
+        raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+    parts = _Parts(_torchattacks("autoattack"), _Network(model, images), eps, norm)
+    ranks = range(2, min(TARGETS, num_classes - 1) + 2)
+    order: list[_Part] = [partial(parts.apgd, steps=steps, draws=DRAWS if version == "rand" else 1)]
+    if version == "rand":
+        if num_classes >= 3:
+            order.append(partial(parts.apgd, steps=steps, draws=DRAWS, loss="dlr"))
+    else:
+        if num_classes >= 4:
+            order.extend(partial(parts.apgd, steps=steps, rank=rank) for rank in ranks)
+        order.extend(partial(parts.fab, steps=steps, rank=rank) for rank in ranks)
+        order.append(partial(parts.square, queries=queries, rescale=False))
+    return _attack(parts, order, images, labels, seed, num_classes)
+
+
+def square(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float = 8 / 255,
+    norm: Norm = "Linf",
+    queries: int = 5000,
+    seed: int = 0,
+) -> Tensor:
+    """Square Attack (Andriushchenko et al., arXiv 1912.00049): random search by forward passes alone.
+
+    It needs no gradient: a model's output may be detached. The first squares cover 0.8 of the image, as in AutoAttack,
+    and shrink on the paper's schedule, rescaled to `queries`. In L2, torchattacks fails on images that are not square,
+    smaller than 5×5 or of some sides between 12 and 24; these are attacked with a margin of zeros that the model does
+    not see, which takes a part of the perturbation.
+
+    Args:
+        queries: forward passes for each image, at most; one more is the start.
+
+    Raises:
+        ValueError: see the top of this file.
+    """
+    _check_settings(images, labels, eps, norm, queries=queries)
+    parts = _Parts(_torchattacks("square"), _Network(model, images), eps, norm)
+    return _attack(parts, [partial(parts.square, queries=queries, rescale=True)], images, labels, seed, None)
+
+
+class _Network(nn.Module):
+    """The model as torchattacks wants it: a module, whose device a parameter tells, in and out in float32.
+
+    The model is no submodule: `train`, `eval` and `parameters` do not reach it.
+    """
+
+    def __init__(self, model: Model, images: Tensor) -> None:
+        super().__init__()
+        self.call, self.dtype, self.size = model, images.dtype, images.shape[2:]
+        self.device = nn.Parameter(torch.empty(0, device=images.device), requires_grad=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Outputs (B, K): a copy, because Square writes on them. A margin around the images is cut off."""
+        height, width = self.size
+        inside = images[..., :height, :width].contiguous().to(self.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            return self.outputs(inside).float().clone()
+
+    def outputs(self, images: Tensor) -> Tensor:
+        outputs = self.call(images)
+        # An argmax takes NaN for the largest: a row of it is class 0, and an image of that class passed for robust.
+        if bool(_broken(outputs).any()):
+            raise ValueError("model: its output or its gradient for an image of the ball is NaN or infinite")
+        return outputs
+
+
+class _Parts:
+    """torchattacks' attacks with the published settings, each for one run: float32 images and labels to images.
+
+    `attack_single_run` is called, and not the attack: that would seed the global generators anew, those of all GPUs
+    included, and set the model's mode.
+    """
+
+    def __init__(self, torchattacks: Any, network: _Network, eps: float, norm: Norm) -> None:
+        self.torchattacks, self.network, self.eps, self.norm = torchattacks, network, eps, norm
+
+    def apgd(
+        self, images: Tensor, labels: Tensor, *, steps: int, draws: int = 1, loss: str = "ce", rank: int | None = None
+    ) -> Tensor:
+        """Auto-PGD from a random start; `rank`: on the targeted DLR loss, to the class of that rank.
+
+        Not torchattacks' APGDT: in L2 that takes the first image's step size for all of them.
+        """
+        attack = self.torchattacks.APGD(
+            self.network,
+            norm=self.norm,
+            eps=self.eps,
+            steps=steps,
+            loss=loss if rank is None else "dlr",
+            eot_iter=draws,
+            rho=0.75,
+        )
+        if rank is not None:
+            attack.dlr_loss = partial(dlr, targets=self.network(images).sort(1).indices[:, -rank])
+        _, withstood, _, adversarial = attack.attack_single_run(images, labels)
+        return torch.where(withstood[:, None, None, None], images, adversarial)
+
+    def fab(self, images: Tensor, labels: Tensor, *, steps: int, rank: int) -> Tensor:
+        """Fast adaptive boundary attack (Croce & Hein, arXiv 1907.02044), to the class of that rank."""
+        attack = self.torchattacks.FAB(
+            self.network,
+            norm=self.norm,
+            eps=self.eps,
+            steps=steps,
+            alpha_max=0.1,
+            eta=1.05,
+            beta=0.9,
+            multi_targeted=True,
+        )
+        attack.get_diff_logits_grads_batch_targeted = self._differences
+        attack.target_class = rank
+        with torch.no_grad():
+            found: Tensor = attack.attack_single_run_targeted(images, labels)
+        return found
+
+    def square(self, images: Tensor, labels: Tensor, *, queries: int, rescale: bool) -> Tensor:
+        """Square Attack; `rescale`: its squares shrink as fast as its queries run out, not as if there were 10000."""
+        attack = self.torchattacks.Square(
+            self.network,
+            norm=self.norm,
+            eps=self.eps,
+            n_queries=queries,
+            p_init=0.8,
+            loss="margin",
+            resc_schedule=rescale,
+        )
+        height, width = images.shape[2:]
+        side = _tileable(max(height, width))
+        if self.norm == "L2":
+            images = F.pad(images, (0, side - width, 0, side - height))
+        attack.init_hyperparam(images)
+        found: Tensor = attack.attack_single_run(images, labels)[1]
+        return found[..., :height, :width].contiguous()
+
+    def _differences(self, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """z_target − z_label (B, 1) and its gradient (B, 1, C, H, W); torchattacks' leaves one in the parameters."""
+        with torch.enable_grad():
+            images = images.detach().requires_grad_()
+            outputs = self.network(images)
+            differences = outputs.gather(1, targets[:, None]) - outputs.gather(1, labels[:, None])
+            gradient = torch.autograd.grad(differences.sum(), images)[0]
+        return differences.detach(), gradient.contiguous()[:, None]
+
+
+def _attack(
+    parts: _Parts, order: list[_Part], images: Tensor, labels: Tensor, seed: int, num_classes: int | None
+) -> Tensor:
+    """What the parts make of the images, one after the other; `num_classes`: None if no part needs gradients."""
+    images, labels = images.detach(), labels.long()
+    adversarial = images.clone()
+    if not len(images):
+        return adversarial
+    with _seeded(seed):
+        outputs = _first_outputs(parts.network, images, num_classes)
+        _check_range(labels, None, outputs.shape[1])
+        survivors = (outputs.argmax(1) == labels).nonzero()[:, 0]
+        for part in order:
+            if not len(survivors):
+                break
+            clean, classes = images[survivors].contiguous(), labels[survivors]
+            found = _project(part(clean.float(), classes), clean, parts.eps, parts.norm)
+            with torch.no_grad():
+                fooled = parts.network.outputs(found).argmax(1) != classes
+            adversarial[survivors[fooled]] = found[fooled]
+            survivors = survivors[~fooled]
+    return adversarial
+
+
+def _first_outputs(network: _Network, images: Tensor, num_classes: int | None) -> Tensor:
+    """The outputs for the images themselves, detached, and all that can be said against a model by them."""
+    gradients = num_classes is not None
+    with torch.set_grad_enabled(gradients):
+        inputs = images.detach().clone().requires_grad_(gradients)
+        outputs = network.call(inputs)
+        if outputs.dim() != 2 or len(outputs) != len(images) or num_classes not in (None, outputs.shape[1]):
+            expected = f"({len(images)}, {'K' if num_classes is None else num_classes})"
+            raise ValueError(f"model: expected outputs {expected}, got {tuple(outputs.shape)}")
+        _check_finite(_broken(outputs))
+        if gradients:
+            slope = torch.autograd.grad(outputs.sum(), inputs, allow_unused=True)[0] if outputs.requires_grad else None
+            if slope is None:
+                raise ValueError(
+                    "model: its output has no gradient with respect to the images, which autoattack needs; take square"
+                )
+            _check_finite(~slope.isfinite().flatten(1).all(1))
+    return outputs.detach()
+
+
+def _project(found: Tensor, images: Tensor, eps: float, norm: Norm) -> Tensor:
+    if norm == "Linf":
+        return found.detach().to(images.dtype).clamp(*linf_bounds(images, eps))
+    return project_l2(found, images, eps)
+
+
+def _broken(outputs: Tensor) -> Tensor:
+    """Whether a row is no logits; −∞ is a logarithm of 0."""
+    return (outputs.isnan() | (outputs == torch.inf)).any(1)
+
+
+def _tileable(side: int) -> int:
+    """The least side, from `side` on, of a square that torchattacks' Square can begin in: it tiles it by side // 5."""
+    side = max(side, 5)
+    while (tile := side // 5) > 1 and (side - 5 * tile) // 2 + side // tile * tile > side:
+        side += 1
+    return side
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """All global generators seeded once, and as they were before on leaving."""
+    import numpy as np  # as torchattacks does, and nothing else that the package needs
+
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    # torch.manual_seed would also seed GPUs that this process has not begun to use, where nothing can be put back.
+    begun = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    gpus = list(range(torch.cuda.device_count())) if begun else []
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(seed)
+        if gpus:
+            torch.cuda.manual_seed_all(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def _torchattacks(name: str) -> Any:
+    try:
+        import torchattacks
+    except ModuleNotFoundError as error:
+        if error.name != "torchattacks":
+            raise
+        raise ModuleNotFoundError(
+            f"{name} needs torchattacks: pip install 'immunity-fast[attacks]'", name="torchattacks"
+        ) from None
+    return torchattacks
+
+
+def _check_settings(images: Tensor, labels: Tensor, eps: float, norm: Norm, **counts: int) -> None:
+    Attack(eps=eps, norm=norm)
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}: expected at least 1, got {count}")
+    _check(images, labels, None)

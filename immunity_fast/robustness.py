@@ -1,0 +1,304 @@
+"""An evaluation, piece by piece: every attack with every knowledge, image by image, and what may give masking away.
+
+The attacked images are cut into chunks; a piece is one attack by one attacker on one chunk. It depends on nothing but
+what its key describes, and its randomness is seeded by that key, so an evaluation that was killed goes on where it was,
+one with more attacks or more images takes over what is there, and neither changes a number.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from immunity_fast import autoattack
+from immunity_fast.attacks import EPS, Attack, BoundAttack, NotFiniteError
+from immunity_fast.augmentation import to_float
+from immunity_fast.data import Split
+from immunity_fast.ledger import Ledger, key_of
+from immunity_fast.losses import FusedImmunityLoss
+from immunity_fast.metrics import heatmap_sums, sample_order
+from immunity_fast.projections import Norm
+from immunity_fast.subjects import Mixture, Subject
+
+VERSION = 1  # of what a piece is: a change makes earlier ones unknown
+CLEAN_CHUNK = 250  # images of the whole test split at once
+GRADIENT_ATTACKS = ("fgsm", "bim", "mim", "pgd", "cw", "dlr")
+OTHER_ATTACKS = ("square", "autoattack")
+ATTACKS = (*GRADIENT_ATTACKS, *OTHER_ATTACKS)
+SETS = {"quick": ("fgsm", "pgd"), "default": ("fgsm", "bim", "mim", "pgd"), "all": ATTACKS}
+LARGEST = 1e300  # in the place of an infinite loss, for which JSON has no number
+CURVE_STEPS = 20  # of PGD at each ε
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be found out.
+
+    attacks: of `ATTACKS`; attackers: of the subject's, None is all of them.
+    images: how many of the test split, in its fixed random order, are attacked.
+    eps: of the ball; None is 8/255 for Linf, 1 for L2.
+    masking_images: how many of them the curves against ε and against steps are made of; 0 leaves them out.
+    curve_eps: multiples of the radius; curve_steps: numbers of PGD's steps.
+    drop_fooled: see `Attack`; an image that has fooled its attacker's own objective is then not attacked further.
+    queries: of Square; autoattack_steps: of AutoAttack's gradient attacks.
+    """
+
+    attacks: tuple[str, ...] = SETS["default"]
+    attackers: tuple[str, ...] | None = None
+    images: int = 1000
+    eps: float | None = None
+    norm: Norm = "Linf"
+    masking_images: int = 64
+    curve_eps: tuple[float, ...] = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
+    curve_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    drop_fooled: bool = False
+    queries: int = 5000
+    autoattack_steps: int = 100
+    seed: int = 0
+    chunk: int = 50
+
+    @property
+    def radius(self) -> float:
+        """`eps`, its default filled in."""
+        return EPS[self.norm] if self.eps is None else self.eps
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attack by one attacker; `kind`: "clean", "sample", "noise", "attack", and the curves "eps" and "steps"."""
+
+    kind: str
+    attack: str = ""
+    attacker: str = ""
+    settings: Attack | None = None
+
+
+def gradient_attack(name: str, plan: Plan) -> Attack:
+    """The settings behind a name; steps are a quarter (Linf) or a fifth (L2) of the radius, as torchattacks'."""
+    eps = plan.radius
+    step = eps / 4 if plan.norm == "Linf" else eps / 5
+    base = Attack(eps, step, norm=plan.norm, keep_best=plan.drop_fooled, drop_fooled=plan.drop_fooled)
+    changes: dict[str, dict[str, Any]] = {
+        "fgsm": {"alpha": eps, "steps": 1},
+        "bim": {"steps": 10},
+        "mim": {"steps": 10, "decay": 1.0},
+        "pgd": {"steps": 20, "random_start": True},
+        "cw": {"steps": 20, "random_start": True, "loss": "cw"},
+        "dlr": {"steps": 20, "random_start": True, "loss": "dlr"},
+    }
+    return replace(base, **changes[name])
+
+
+def attack_rows(subject: Subject, plan: Plan) -> list[Row]:
+    """All rows of the table, in its order."""
+    attackers = [name for name in subject.attackers if plan.attackers is None or name in plan.attackers]
+    rows = [Row("sample"), Row("noise")]
+    for attack in plan.attacks:
+        for attacker in attackers:
+            if attack == "dlr" and subject.num_classes < 3:
+                continue  # the ratio is not defined
+            if attack in GRADIENT_ATTACKS:
+                rows.append(Row("attack", attack, attacker, gradient_attack(attack, plan)))
+            # Square asks what answers; AutoAttack's two versions are for objectives that are not random, and that are.
+            elif attacker in ("mean", "single", "output") or (attack == "autoattack" and attacker == "fixed"):
+                rows.append(Row("attack", attack, attacker))
+    return rows
+
+
+def curve_rows(subject: Subject, plan: Plan) -> list[Row]:
+    """The rows of both curves: PGD on the attacker whose objective is not random."""
+    return [Row(kind, "", subject.exact) for kind in ("steps", "eps")] if plan.masking_images else []
+
+
+class Evaluation:
+    """Runs the pieces of a plan.
+
+    Args:
+        subject: what is attacked.
+        test: the test split, on the device.
+        plan: what is to be found out.
+        ledger: what is finished, and where more is written down.
+        data: fingerprint of the test split.
+        loss_fn: how heatmaps are looked at, for mixtures of at least 2 experts; None leaves them out.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        test: Split,
+        plan: Plan,
+        ledger: Ledger,
+        *,
+        data: str,
+        loss_fn: FusedImmunityLoss | None = None,
+    ) -> None:
+        self.subject, self.test, self.plan, self.ledger, self.loss_fn = subject, test, plan, ledger, loss_fn
+        self.order = sample_order(test, plan.images)
+        self.rows = attack_rows(subject, plan)
+        self.curves = curve_rows(subject, plan)
+        self._identity = {
+            "version": VERSION,
+            "subject": subject.fingerprint(),
+            "data": data,
+            "seed": plan.seed,
+            "heatmaps": repr(loss_fn) if loss_fn is None else repr((loss_fn, loss_fn.smoothing, loss_fn.score)),
+        }
+
+    def pieces(self) -> Iterator[tuple[Row, int, int]]:
+        """(row, first, last + 1 of its images), in the order in which they are computed: all rows of a chunk first."""
+        for start, stop in _chunks(len(self.order), self.plan.chunk):
+            yield from ((row, start, stop) for row in self.rows)
+        yield from ((Row("clean"), start, stop) for start, stop in _chunks(len(self.test), CLEAN_CHUNK))
+        for start, stop in _chunks(min(len(self.order), self.plan.masking_images), self.plan.chunk):
+            yield from ((row, start, stop) for row in self.curves)
+
+    def key(self, row: Row, start: int, stop: int) -> str:
+        """Of a piece."""
+        return key_of(self._identity | self._description(row) | {"start": start, "stop": stop})
+
+    def run(self, advance: Callable[[Row, int, bool], None]) -> None:
+        """Compute what the ledger does not have; `advance` is told a piece's row, its images, and whether it was new.
+
+        Raises:
+            ValueError: the model cannot be attacked; NaN, with the image's number in the test split.
+        """
+        for row, start, stop in self.pieces():
+            key = self.key(row, start, stop)
+            new = key not in self.ledger
+            if new:
+                chosen = torch.arange(start, stop) if row.kind == "clean" else self.order[start:stop]
+                try:
+                    self.ledger.add(key, self._piece(row, chosen, self._seed(row, start)))
+                except NotFiniteError as error:
+                    raise ValueError(
+                        f"model: its output or gradient for test image {int(chosen[error.sample])} is NaN or infinite"
+                    ) from None
+            advance(row, stop - start, new)
+
+    def results(self, row: Row) -> list[dict[str, Any]]:
+        """The finished pieces of a row, in order."""
+        size, chunk = len(self.order), self.plan.chunk
+        if row.kind == "clean":
+            size, chunk = len(self.test), CLEAN_CHUNK
+        elif row.kind in ("eps", "steps"):
+            size = min(size, self.plan.masking_images)
+        keys = [self.key(row, start, stop) for start, stop in _chunks(size, chunk)]
+        return [self.ledger[key] for key in keys if key in self.ledger]
+
+    def attacked(self, row: Row, images: Tensor, labels: Tensor, seed: int) -> Tensor:
+        """The row's adversarial images of a batch."""
+        plan = self.plan
+        generator = torch.Generator().manual_seed(seed)
+        gate = torch.Generator().manual_seed(seed + 1)
+        if row.kind in ("clean", "sample"):
+            return images
+        if row.kind == "noise":
+            noise = Attack(plan.radius, norm=plan.norm, steps=0, random_start=True)
+            return noise(lambda x: x, images, labels, generator=generator)
+        outputs = self.subject.attacker(row.attacker, gate)
+        if row.settings is not None:
+            return BoundAttack(row.settings, outputs)(images, labels, generator=generator)
+
+        def model(x: Tensor) -> Tensor:
+            return outputs(x, labels)  # of these two, the labels are for "worst" alone
+
+        if row.attack == "square":
+            return autoattack.square(
+                model, images, labels, eps=plan.radius, norm=plan.norm, queries=plan.queries, seed=seed
+            )
+        return autoattack.autoattack(
+            model,
+            images,
+            labels,
+            num_classes=self.subject.num_classes,
+            eps=plan.radius,
+            norm=plan.norm,
+            version="rand" if row.attacker in self.subject.random else "standard",
+            seed=seed,
+            steps=plan.autoattack_steps,
+            queries=plan.queries,
+        )
+
+    def _piece(self, row: Row, chosen: Tensor, seed: int) -> dict[str, Any]:
+        indices = chosen.to(self.test.labels.device)
+        images, labels = to_float(self.test.images[indices]), self.test.labels[indices]
+        with torch.random.fork_rng():  # for what is random in a user's model
+            torch.manual_seed(seed)
+            if row.kind in ("eps", "steps"):
+                return {"points": list(self._points(row, images, labels, seed))}
+            begin = time.perf_counter()
+            attacked = self.attacked(row, images, labels, seed)
+            seconds = time.perf_counter() - begin
+            piece = self._judged(attacked, labels, seed)
+        if self.loss_fn is not None and isinstance(self.subject, Mixture) and self.has_heatmaps(row):
+            piece["heatmaps"] = heatmap_sums(self.subject.model, self.loss_fn, attacked, labels).to_json()
+        return piece | {"seconds": seconds}
+
+    def _points(self, row: Row, images: Tensor, labels: Tensor, seed: int) -> Iterator[dict[str, Any]]:
+        """What is judged along a curve."""
+        outputs = self.subject.attacker(row.attacker, torch.Generator().manual_seed(seed + 1))
+        pgd, plan = gradient_attack("pgd", self.plan), self.plan
+        if row.kind == "steps":  # one descent, looked at on its way
+            attacked, taken = self.attacked(Row("noise"), images, labels, seed), 0
+            for steps in plan.curve_steps:
+                more = replace(pgd, steps=steps - taken, keep_best=False, drop_fooled=False)
+                attacked, taken = BoundAttack(more, outputs)(images, labels, start=attacked), steps
+                yield {"steps": steps} | self._judged(attacked, labels, seed)
+        else:
+            for factor in plan.curve_eps:
+                eps = min(factor * plan.radius, 1) if plan.norm == "Linf" else factor * plan.radius
+                # 2.5 times as far as the ball's radius. Who is fooled stays so: accuracy is all that is asked for.
+                attack = replace(
+                    pgd, eps=eps, alpha=2.5 * eps / CURVE_STEPS, steps=CURVE_STEPS, keep_best=True, drop_fooled=True
+                )
+                generator = torch.Generator().manual_seed(seed)
+                attacked = BoundAttack(attack, outputs)(images, labels, generator=generator)
+                yield {"eps": eps} | self._judged(attacked, labels, seed)
+
+    def _judged(self, images: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+        right, loss = self.subject.judge(images, labels, torch.Generator().manual_seed(seed + 2))
+        return {
+            "right": {name: "".join("1" if r else "0" for r in bits.tolist()) for name, bits in right.items()},
+            "loss": min(float(loss.double().sum()), LARGEST),
+        }
+
+    def has_heatmaps(self, row: Row) -> bool:
+        """Whether heatmaps are measured on a row's images: the clean ones, and PGD's on the exact mean."""
+        return row.kind == "sample" or (row.kind == "attack" and (row.attack, row.attacker) == ("pgd", "mean"))
+
+    def _description(self, row: Row) -> dict[str, Any]:
+        description: dict[str, Any] = {"kind": row.kind, "attacker": row.attacker}
+        if row.kind in ("clean", "sample"):
+            return description
+        ball: dict[str, Any] = {"eps": self.plan.radius, "norm": self.plan.norm}
+        if row.kind in ("eps", "steps"):
+            return description | ball | {"points": [self.plan.curve_eps, self.plan.curve_steps]}
+        if row.settings is not None:
+            return description | {"settings": asdict(row.settings)}
+        others = {"attack": row.attack, "queries": self.plan.queries, "steps": self.plan.autoattack_steps}
+        return description | ball | (others if row.kind == "attack" else {})
+
+    def _seed(self, row: Row, start: int) -> int:
+        parts = [self.plan.seed, row.kind, row.attack, row.attacker, start]
+        return int(key_of({"seed of": parts})[:12], 16)
+
+
+def _chunks(size: int, chunk: int) -> list[tuple[int, int]]:
+    return [(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+
+
+def bits(pieces: Sequence[dict[str, Any]], judge: str) -> list[bool]:
+    """Of each image of some pieces, whether the judge was right."""
+    return [bit == "1" for piece in pieces for bit in piece["right"][judge]]
+
+
+def mean_loss(pieces: Sequence[dict[str, Any]]) -> float:
+    """The mean cross-entropy of the images of some pieces; NaN where there are none."""
+    images = sum(len(next(iter(piece["right"].values()))) for piece in pieces)
+    return sum(piece["loss"] for piece in pieces) / images if images else math.nan

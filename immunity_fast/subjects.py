@@ -1,0 +1,186 @@
+"""What an evaluation is of: a mixture with its gate, or any network that classifies images."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from immunity_fast import adversaries
+from immunity_fast.attacks import LabelledModel, Model, NotFiniteError
+from immunity_fast.functional import mixture_log_probabilities
+from immunity_fast.model import ImmunityMoE
+
+
+class Subject(Protocol):
+    """What is attacked and judged.
+
+    attackers: what may be known of it, in the order of a table.
+    exact: the attacker with whom masking is looked for: it knows all, and its objective is not random.
+    random: the attackers whose objective is random.
+    judges: what may answer; the first is what answers in use.
+    """
+
+    num_classes: int
+    attackers: tuple[str, ...]
+    exact: str
+    random: tuple[str, ...]
+    judges: tuple[str, ...]
+
+    def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
+        """What an attack of that name differentiates."""
+
+    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        """(which are answered rightly (B,), by each judge; cross-entropy (B,) of the exact attacker's output)."""
+
+    def fingerprint(self) -> str:
+        """Changes where answers may."""
+
+
+class Mixture:
+    """A mixture of experts, attacked with every knowledge of its gate.
+
+    Args:
+        model: in evaluation mode.
+        draws: of attackers by expectation over transformation.
+        transfer: an independently trained network whose adversarial images are tried on this one.
+        expert_logits: what computes the model's, if compiled code is to.
+    """
+
+    exact = "mean"
+    random: tuple[str, ...] = ("single", "eot")
+
+    def __init__(
+        self,
+        model: ImmunityMoE,
+        num_classes: int,
+        *,
+        draws: int = 20,
+        transfer: Model | None = None,
+        expert_logits: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.model, self.num_classes, self.draws, self.transfer = model, num_classes, draws, transfer
+        self.expert_logits = expert_logits or model.expert_logits
+        experts = tuple(f"expert {i + 1}" for i in range(model.num_experts))
+        self.attackers = (*adversaries.KNOWLEDGE, *experts, *(("transfer",) if transfer is not None else ()))
+        self.judges = ("switching", "mean", "fixed", "worst", *experts)
+
+    def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
+        if name == "transfer" and self.transfer is not None:
+            other = self.transfer
+            return lambda images, labels: other(images)
+        knowledge: Any = int(name.removeprefix("expert ")) - 1 if name.startswith("expert ") else name
+        return adversaries.attacker(
+            self.model, knowledge, draws=self.draws, generator=generator, expert_logits=self.expert_logits
+        )
+
+    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        with torch.no_grad():
+            logits = self.expert_logits(images)
+            gate = adversaries.trained_gate(self.model, images)
+            _check_outputs(logits, self.num_classes)
+            loss = F.nll_loss(mixture_log_probabilities(logits), labels, reduction="none")
+            return adversaries.judge(logits, gate, labels, generator), loss
+
+    def fingerprint(self) -> str:
+        other = _fingerprint(self.transfer) if isinstance(self.transfer, nn.Module) else ""
+        return f"{_fingerprint(self.model)}-{self.draws}-{other}"
+
+
+class Network:
+    """Any network; the baseline of an ensemble, or a user's own.
+
+    Args:
+        model: images (B, 3, H, W) in [0, 1] to logits or log-probabilities (B, K).
+        name: part of the fingerprint, for what has no weights that could be compared.
+        draws: how many outputs an attacker averages, whose model is random; None: it is not.
+        transfer: see `Mixture`.
+    """
+
+    exact = "output"
+    judges: tuple[str, ...] = ("output",)
+
+    def __init__(
+        self,
+        model: Model,
+        num_classes: int,
+        *,
+        name: str = "",
+        draws: int | None = None,
+        transfer: Model | None = None,
+    ) -> None:
+        self.model, self.num_classes, self.name, self.draws, self.transfer = model, num_classes, name, draws, transfer
+        self.random: tuple[str, ...] = () if draws is None else ("output", "eot")
+        self.attackers: tuple[str, ...] = (
+            "output",
+            *(("eot",) if draws is not None else ()),
+            *(("transfer",) if transfer is not None else ()),
+        )
+
+    def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
+        if name == "eot" and self.draws is not None:
+            return adversaries.averaged(self.model, self.draws)
+        model = self.transfer if name == "transfer" and self.transfer is not None else self.model
+        return lambda images, labels: model(images)
+
+    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+        with torch.no_grad():
+            outputs = self.model(images)
+            _check_outputs(outputs[None] if isinstance(outputs, Tensor) else outputs, self.num_classes)
+            loss = F.cross_entropy(outputs, labels, reduction="none")
+            return {"output": outputs.argmax(-1) == labels}, loss
+
+    def fingerprint(self) -> str:
+        weights = _fingerprint(self.model) if isinstance(self.model, nn.Module) else ""
+        other = _fingerprint(self.transfer) if isinstance(self.transfer, nn.Module) else ""
+        return f"{self.name}-{weights}-{self.draws}-{other}"
+
+
+def load_callable(place: str) -> Model:
+    """What `module.path:callable` names: a network, or a function without arguments that makes one.
+
+    Raises:
+        ValueError: it cannot be found, or is no such thing; one clear line.
+    """
+    path, _, name = place.partition(":")
+    try:
+        found: Any = importlib.import_module(path)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ValueError(f"{place}: cannot be imported ({error})") from error
+    if not callable(found):
+        raise ValueError(f"{place}: expected a network or a function that makes one, got {type(found).__name__}")
+    try:
+        model = found if isinstance(found, nn.Module) else found()
+    except TypeError as error:
+        raise ValueError(
+            f"{place}: expected a network or a function that makes one, without arguments ({error})"
+        ) from error
+    if not callable(model):
+        raise ValueError(f"{place}: expected it to make a network, got {type(model).__name__}")
+    return model.eval() if isinstance(model, nn.Module) else model
+
+
+def _check_outputs(outputs: Any, num_classes: int) -> None:
+    """ValueError where outputs (…, B, K) are not K numbers for each image."""
+    if not isinstance(outputs, Tensor) or outputs.dim() != 3 or outputs.shape[-1] != num_classes:
+        shape = tuple(outputs.shape[1:]) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"model: expected outputs (B, {num_classes}), as many as there are classes, got {shape}")
+    broken = (outputs.isnan() | (outputs == math.inf)).any(-1).any(0)
+    if bool(broken.any()):
+        raise NotFiniteError(int(broken.nonzero()[0, 0]))
+
+
+def _fingerprint(module: nn.Module) -> str:
+    digest = hashlib.sha256(repr(module).encode())
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
