@@ -11,7 +11,7 @@ quickstart: $(VENV)/.train
 	$(BIN)/python -m immunity_fast.train
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only

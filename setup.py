@@ -25,6 +25,7 @@ DEV = [
     "mypy>=1.10",
     "pytest>=8",
     "pytest-benchmark>=5",
+    "pytest-xdist>=3",
     "pytorch-lightning>=2.6",
     "ruff>=0.6",
 ]
