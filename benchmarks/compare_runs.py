@@ -1,24 +1,35 @@
-"""Collects finished runs into one record and prints them as a table; runs that differ in their seed alone are one row.
+"""Collects evaluated runs into one record and prints them as tables; runs that differ in their seed alone are one row.
 
     python -m benchmarks.compare_runs runs/plain-0 runs/plain-1 runs/full-0 --out benchmarks/results/NAME.json
 
-Test accuracies and heatmap measures are those of each run's results.json; ± is half the range over the seeds.
+Test accuracies and heatmap measures are those of each run's results.json. ± is half the range over the seeds; of one
+run half the 95 % Wilson interval.
 """
 
 import argparse
 import json
-import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.record import header
+from immunity_fast.adversaries import DESCRIPTIONS
 from immunity_fast.checkpoint import write_atomically
-from immunity_fast.evaluate import ATTACKS, SETTINGS
+from immunity_fast.findings import NAMES
 from immunity_fast.report import Table
 from immunity_fast.runs import Run
 
 MEASURES = {"mutual_information": "mutual information, nats", "cscore": "CScore", "iscore": "IScore"}
+ATTACKERS = {
+    "fixed": "the trained gate",
+    "single": "one draw",
+    "eot": "EOT",
+    "mean": "exact mean",
+    "worst": "worst permutation",
+    "any expert": "an expert",
+    "transfer": "another ensemble",
+}
+Runs = Sequence[dict[str, Any]]
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -29,38 +40,93 @@ def collect(folder: Path) -> dict[str, Any]:
     return {"settings": settings, "results": results, "last_epoch": run.metrics()[-1]}
 
 
-def values(run: dict[str, Any]) -> dict[str, float]:
-    """Column → number of one run; accuracies in %."""
-    row = {title: run["results"]["heatmaps"][name] for name, title in MEASURES.items()}
-    for attack in ATTACKS:
-        for (attacker, gate), title in SETTINGS.items():
-            for entry in run["results"]["accuracy"]:
-                if (entry["attack"], entry["attacker"], entry["gate"]) == (attack, attacker, gate):
-                    row[f"{attack}, {title}"] = 100 * entry["accuracy"]
-    for entry in run["results"]["accuracy"]:
-        if entry["attacker"] is None:
-            row[f"clean, {entry['gate']}"] = 100 * entry["accuracy"]
-    return row
-
-
-def table(runs: list[dict[str, Any]]) -> Table:
-    """A column a setting of α, β, γ and whether weights are detached, a row a measure."""
-    groups: dict[str, list[dict[str, float]]] = {}
+def groups(runs: Runs) -> dict[str, list[dict[str, Any]]]:
+    """The runs under what distinguishes them besides the seed."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        settings = run["settings"]
-        name = f"α={settings['alpha']:g} β={settings['beta']:g} γ={settings['gamma']:g}"
-        name += " detached" if settings["detach_weights"] else ""
-        groups.setdefault(name, []).append(values(run))
+        found.setdefault(name(run["settings"]), []).append(run)
+    return found
+
+
+def name(settings: dict[str, Any]) -> str:
+    """A few words on a run."""
+    words = {"off": "standard"}.get(settings["adversarial"], settings["adversarial"])
+    if settings["experts"] == 1:
+        return f"{words}, single"
+    words += f", α={settings['alpha']:g} β={settings['beta']:g} γ={settings['gamma']:g}"
+    return words + (", detached" if settings["detach_weights"] else "")
+
+
+def entry(run: dict[str, Any], attack: str, attacker: str | None, judge: str) -> dict[str, Any] | None:
+    """One accuracy; a single network is its own mean, and what answers."""
+    if run["settings"]["experts"] == 1:
+        attacker, judge = {"mean": "output"}.get(str(attacker), attacker), "output"
+    results = run["results"]
+    for found in [*results["accuracy"], *results.get("transfer_from_experts", [])]:
+        if (found["attack"], found["attacker"], found["judge"]) == (attack, attacker, judge):
+            return dict(found)
+    return None
+
+
+def cell(entries: Sequence[dict[str, Any] | None]) -> str:
+    """In %, of runs that differ in their seed."""
+    known = [found for found in entries if found is not None]
+    if not known:
+        return "—"
+    values = [100 * found["accuracy"] for found in known]
+    low, high = known[0]["interval"]
+    spread = (max(values) - min(values)) / 2 if len(values) > 1 else 50 * (high - low)
+    return f"{sum(values) / len(values):.1f} ± {spread:.1f}"
+
+
+def robustness(runs: Runs) -> Table:
+    """A row a training and an attack, a column a knowledge of the gate, which switches but in the last column."""
     rows = []
-    for measure in next(iter(groups.values()))[0]:
-        cells = []
-        for group in groups.values():
-            seen = [row[measure] for row in group]
-            digits = 2 if "nats" in measure else 1 if max(seen) < 1000 else 0
-            cells.append(f"{sum(seen) / len(seen):,.{digits}f} ± {(max(seen) - min(seen)) / 2:,.{digits}f}")
-        rows.append([measure, *cells])
+    for title, group in groups(runs).items():
+        attacks = dict.fromkeys(found["attack"] for found in group[0]["results"]["accuracy"])
+        for attack in (a for a in NAMES if a in attacks):
+            if attack in ("clean", "sample", "noise"):
+                cells = [cell([entry(run, attack, None, "switching") for run in group])]
+                cells += ["—"] * (len(ATTACKERS) - 1)
+                last = cell([entry(run, attack, None, "mean") for run in group])
+            else:
+                cells = [cell([entry(run, attack, who, "switching") for run in group]) for who in ATTACKERS]
+                last = cell([entry(run, attack, "mean", "mean") for run in group])
+            rows.append([title, NAMES[attack], *cells, last])
+        judges = ("output", "output") if group[0]["settings"]["experts"] == 1 else ("switching", "mean")
+        worst = [
+            cell([next(w for w in run["results"]["worst_case"] if w["judge"] == judge) for run in group])
+            for judge in judges
+        ]
+        rows.append([title, "worst case for each image", worst[0], *["—"] * (len(ATTACKERS) - 1), worst[1]])
+    # Columns in which nobody has a number.
+    kept = [i for i, _ in enumerate(ATTACKERS) if any(row[2 + i] != "—" for row in rows)]
+    columns = [list(ATTACKERS.values())[i] for i in kept]
+    shown = [[*row[:2], *(row[2 + i] for i in kept), row[-1]] for row in rows]
     seeds = sorted({run["settings"]["seed"] for run in runs})
-    return Table("", ["measure", *groups], rows, f"Mean over the seeds {seeds}; ± is half their range.")
+    return Table(
+        "",
+        ["training", "attack", *columns, "exact mean, answered by it"],
+        shown,
+        f"Accuracy in %; columns say what the attacker differentiates ({DESCRIPTIONS['mean']}). Seeds {seeds}.",
+    )
+
+
+def heatmaps(runs: Runs) -> Table:
+    """The heatmap measures, on clean images."""
+    rows = []
+    for title, group in groups(runs).items():
+        measured = [run["results"]["heatmaps"]["clean"] for run in group if "heatmaps" in run["results"]]
+        if not measured:
+            continue
+        cells = []
+        for key in MEASURES:
+            values = [found[key] for found in measured]
+            digits = 2 if key == "mutual_information" else 1 if max(values) < 1000 else 0
+            spread = f" ± {(max(values) - min(values)) / 2:,.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):,.{digits}f}{spread}")
+        rows.append([title, *cells])
+    return Table("", ["training", *MEASURES.values()], rows)
 
 
 def main() -> None:
@@ -69,12 +135,11 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
-    record = {
-        "machine": f"{platform.machine()} CPU, torch {torch.__version__}",
-        "runs": [collect(folder) for folder in options.runs],
-    }
+    record = header("python -m benchmarks.compare_runs") | {"runs": [collect(folder) for folder in options.runs]}
     write_atomically(options.out, (json.dumps(record, indent=1) + "\n").encode())
-    print(table(record["runs"]).to_markdown())
+    print(robustness(record["runs"]).to_markdown())
+    print()
+    print(heatmaps(record["runs"]).to_markdown())
 
 
 if __name__ == "__main__":

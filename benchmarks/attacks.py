@@ -1,0 +1,290 @@
+"""Attacks on a trained run beside torchattacks': the same adversarial images, and time; a step of adversarial training.
+
+    python -m benchmarks.attacks RUN --out benchmarks/results/attacks_cpu.json [--data cifar10.npz] [--images 100]
+
+The model is the run's, by the exact mean of its gate, in evaluation mode; images are validation images. Both attacks
+begin at the same random start. What is timed is timed in turns, in one process. Then PGD-20 with `keep_best` and
+`drop_fooled`, and a training step with PGD-10 inside: this package's, and torchattacks' PGD in a naive training loop.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchattacks
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from benchmarks import naive
+from benchmarks.cases import DEVICE
+from benchmarks.measure import ratio, summary
+from benchmarks.record import header, write
+from immunity_fast import FusedImmunityLoss, ImmunityMoE
+from immunity_fast.adversarial import InnerAttack, InnerAttackSettings
+from immunity_fast.attacks import Attack, BoundAttack
+from immunity_fast.augmentation import to_float
+from immunity_fast.checkpoint import load_model
+from immunity_fast.data import load
+from immunity_fast.losses import ALPHA, BETA, GAMMA
+from immunity_fast.metrics import sample
+from immunity_fast.report import Table
+from immunity_fast.runs import Run
+from immunity_fast.step import TrainStep
+
+EPS, STEP = 8 / 255, 2 / 255
+PAIRS: dict[str, tuple[Callable[[nn.Module], Any], Attack]] = {
+    "FGSM": (lambda m: torchattacks.FGSM(m, eps=EPS), Attack(EPS, EPS, 1)),
+    "BIM-10": (lambda m: torchattacks.BIM(m, eps=EPS, alpha=STEP, steps=10), Attack(EPS, STEP, 10)),
+    "MIM-10": (lambda m: torchattacks.MIFGSM(m, eps=EPS, alpha=STEP, steps=10), Attack(EPS, STEP, 10, decay=1.0)),
+    "PGD-20": (
+        lambda m: torchattacks.PGD(m, eps=EPS, alpha=STEP, steps=20),
+        Attack(EPS, STEP, 20, random_start=True),
+    ),
+}
+OPTIONS: dict[str, dict[str, bool]] = {
+    "last iterate": {},
+    "keep_best": {"keep_best": True},
+    "drop_fooled": {"drop_fooled": True},
+    "both": {"keep_best": True, "drop_fooled": True},
+}
+TRAINING_BATCH = 32
+
+
+def parity(model: nn.Module, images: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+    """How the adversarial images of both differ, and the accuracy under each."""
+    found = []
+    for name, (theirs, ours) in PAIRS.items():
+        torch.manual_seed(0)
+        expected = theirs(model)(images, labels)
+        torch.manual_seed(0)
+        actual = ours(model, images, labels)
+        difference = (actual - expected).abs()
+        found.append(
+            {
+                "attack": name,
+                "pixels_equal": round(float((difference <= 1e-6).double().mean()), 6),
+                "images_equal": round(float((difference.flatten(1).amax(1) <= 1e-6).double().mean()), 4),
+                "accuracy": accuracy(model, actual, labels),
+                "accuracy_torchattacks": accuracy(model, expected, labels),
+            }
+        )
+    return found
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share that is right."""
+    with torch.no_grad():
+        return float((model(images).argmax(-1) == labels).double().mean())
+
+
+def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, round by round, in rotating order, after one call of each that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(rounds + 1):
+        names = list(calls)
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            begin = time.perf_counter()
+            calls[name]()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            if index:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def speed(model: nn.Module, images: Tensor, labels: Tensor, rounds: int, compile: Any) -> list[dict[str, Any]]:
+    """Of each attack, eager and (where asked for) compiled, against torchattacks."""
+    found = []
+    for name, (theirs, ours) in PAIRS.items():
+        calls: dict[str, Callable[[], object]] = {
+            "torchattacks": _bound(theirs(model), images, labels),
+            "eager": _bound(BoundAttack(ours, lambda x, _: model(x)), images, labels),
+        }
+        if compile != "off":
+            compiled = BoundAttack(ours, lambda x, _: model(x), compile=compile, device=DEVICE, announce=_refuse)
+            calls["compiled"] = _bound(compiled, images, labels)
+        seconds = in_turns(calls, rounds)
+        for way, measured in seconds.items():
+            found.append(
+                {
+                    "attack": name,
+                    "way": way,
+                    **summary(measured),
+                    "speedup": ratio(seconds["torchattacks"], measured),
+                    "images_per_second": round(len(images) / statistics.median(measured), 2),
+                }
+            )
+    return found
+
+
+def options(model: nn.Module, images: Tensor, labels: Tensor, rounds: int) -> list[dict[str, Any]]:
+    """PGD-20 with what makes it stronger or cheaper; the same random starts."""
+    attacks = {
+        name: Attack(EPS, STEP, 20, random_start=True, **chosen)  # type: ignore[arg-type]
+        for name, chosen in OPTIONS.items()
+    }
+
+    def run(attack: Attack) -> Tensor:
+        return attack(model, images, labels, generator=torch.Generator().manual_seed(0))
+
+    seconds = in_turns({name: lambda a=attack: run(a) for name, attack in attacks.items()}, rounds)  # type: ignore[misc]
+    return [
+        {
+            "option": name,
+            "accuracy": accuracy(model, run(attack), labels),
+            **summary(seconds[name]),
+            "speedup": ratio(seconds["last iterate"], seconds[name]),
+        }
+        for name, attack in attacks.items()
+    ]
+
+
+def training(model: ImmunityMoE, images: Tensor, labels: Tensor, rounds: int, compile: Any) -> list[dict[str, Any]]:
+    """A step of PGD-10 adversarial training with the whole loss: ours, and as one writes it with torchattacks."""
+    size = (images.shape[-2], images.shape[-1])
+    images, labels = images[:TRAINING_BATCH], labels[:TRAINING_BATCH]
+    ours = copy.deepcopy(model).train()
+    step = TrainStep(
+        ours,
+        FusedImmunityLoss(size=size),
+        SGD(ours.parameters(), 1e-3, 0.9, nesterov=True, fused=True),
+        compile=compile,
+        announce=_refuse,
+        attack=InnerAttack(ours, InnerAttackSettings("pgd"), compile=compile, announce=_refuse),
+    )
+    seconds = in_turns(
+        {
+            "torchattacks in a naive loop": _naive_training(model, images, labels, size),
+            "this step": lambda: step(images, labels),
+        },
+        rounds,
+    )
+    theirs = seconds["torchattacks in a naive loop"]
+    return [
+        {"way": way, "compile": "off" if "naive" in way else compile, **summary(found), "speedup": ratio(theirs, found)}
+        for way, found in seconds.items()
+    ]
+
+
+def _naive_training(model: ImmunityMoE, images: Tensor, labels: Tensor, size: tuple[int, int]) -> Callable[[], object]:
+    """Experts one after another, hooks, `autograd.grad(create_graph=True)`, and torchattacks' PGD on the mixture."""
+    experts = nn.ModuleList(model.unstack()).train()
+    gate, normalize = copy.deepcopy(model.gate), copy.deepcopy(model.normalize)
+    activations: list[Tensor] = []
+    for expert in experts:
+        expert.get_submodule(model.stage).register_forward_hook(lambda _m, _i, output: activations.append(output))
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts, self.gate = experts, gate
+
+        def forward(self, x: Tensor) -> Tensor:
+            shares = [expert(x).softmax(-1) for expert in self.experts]
+            weights = self.gate(normalize(x))
+            return sum(weights[:, i : i + 1] * share for i, share in enumerate(shares)).log()  # type: ignore[union-attr]
+
+    mixture = Mixture()
+    mixture.gate.switch = "off"
+    optimizer = SGD(mixture.parameters(), 1e-3, 0.9, nesterov=True)
+    attack = torchattacks.PGD(mixture, eps=EPS, alpha=STEP, steps=10)
+
+    def step() -> None:
+        mixture.train()
+        adversarial = attack(images, labels)
+        mixture.train()
+        activations.clear()
+        logits = [expert(adversarial) for expert in experts]
+        loss = naive.immunity_loss(logits, activations, labels, size, ALPHA, BETA, GAMMA, gate(normalize(adversarial)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _bound(attack: Callable[..., Tensor], images: Tensor, labels: Tensor) -> Callable[[], object]:
+    return lambda: attack(images, labels)
+
+
+def _refuse(line: str) -> None:
+    """A compiled way that goes on in eager mode would be measured as what it is not."""
+    raise RuntimeError(line)
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """What the record says, for people."""
+    same = {entry["attack"]: entry for entry in found["parity"]}
+    rows = []
+    for entry in found["speed"]:
+        pair = same[entry["attack"]]
+        rows.append(
+            [
+                entry["attack"],
+                entry["way"],
+                f"{entry['median_us'] / 1e6:.3f} ± {entry['iqr_us'] / 2e6:.3f}",
+                f"{entry['speedup']:.2f}",
+                f"{100 * pair['pixels_equal']:.3f}",
+                f"{100 * pair['accuracy_torchattacks' if entry['way'] == 'torchattacks' else 'accuracy']:.1f}",
+            ]
+        )
+    compared = Table("", ["attack", "way", "seconds", "speed-up", "equal pixels, %", "accuracy, %"], rows)
+    chosen = Table(
+        "",
+        ["PGD-20", "accuracy, %", "seconds", "speed-up"],
+        [
+            [
+                e["option"],
+                f"{100 * e['accuracy']:.1f}",
+                f"{e['median_us'] / 1e6:.3f} ± {e['iqr_us'] / 2e6:.3f}",
+                f"{e['speedup']:.2f}",
+            ]
+            for e in found["options"]
+        ],
+    )
+    trained = Table(
+        "",
+        ["a step of PGD-10 training", "seconds", "speed-up"],
+        [
+            [e["way"], f"{e['median_us'] / 1e6:.3f} ± {e['iqr_us'] / 2e6:.3f}", f"{e['speedup']:.2f}"]
+            for e in found["training"]
+        ],
+    )
+    return [compared, chosen, trained]
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that immunity_fast.train wrote")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--data", help="where its data lie now")
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", choices=("off", "on"), default="on" if DEVICE.type == "cuda" else "off")
+    given = parser.parse_args()
+    config = Run.open(given.run).config()
+    dataset = load(config.dataset, given.data or config.data, image_size=config.image_size).to(DEVICE)
+    model, _ = load_model(given.run, DEVICE)
+    model.gate.switch = "mean"
+    chosen = sample(dataset.validation, given.images)
+    images, labels = to_float(chosen.images), chosen.labels
+    found = header(f"python -m benchmarks.attacks RUN --images {given.images} --rounds {given.rounds}") | {
+        "model": {"arch": config.arch, "experts": config.experts, "adversarial": config.adversarial},
+        "images": len(labels),
+        "parity": parity(model, images, labels),
+        "speed": speed(model, images, labels, given.rounds, given.compile),
+        "options": options(model, images, labels, given.rounds),
+        "training": training(model, images, labels, given.rounds, given.compile),
+    }
+    write(given.out, found)
+    print("\n\n".join(table.to_markdown() for table in tables(found)))
+
+
+if __name__ == "__main__":
+    main()
