@@ -12,6 +12,7 @@ from immunity_fast.adversarial import Adversarial, BatchNormMode, InnerAttackSet
 from immunity_fast.compilation import Compile
 from immunity_fast.data import NAMES as DATASETS
 from immunity_fast.experts import NAMES as ARCHITECTURES
+from immunity_fast.experts import resolve
 from immunity_fast.functional import Score, WeightScale
 from immunity_fast.gate import Switch
 from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
@@ -38,7 +39,7 @@ class TrainConfig:
     data: str | None = _option(None, "file (npz), folder of images (folder), or download folder (cifar10, cifar100)")
     image_size: int | None = _option(None, "for --dataset folder: scale and crop images to this many pixels a side")
     limit_train: int | None = _option(None, "use so many training images")
-    arch: str = _option("resnet8", "the experts' architecture", ARCHITECTURES)
+    arch: str = _option("resnet8", f"the experts' architecture: {', '.join(ARCHITECTURES)}, or a genotype file, ….json")
     experts: int = _option(5, "number of experts; 1: a single network, by its cross-entropy alone")
     stage: str | None = _option(None, "stage Grad-CAM looks at; default: the last whose map exceeds 8×8")
     alpha: float = _option(ALPHA, "weight of each expert's own cross-entropy")
@@ -80,6 +81,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "checkpoint_every", "attack_images"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
+        _check(
+            self, "arch", _is_architecture(self.arch), f"one of {', '.join(ARCHITECTURES)}, or a genotype file, ….json"
+        )
         _check(self, "experts", self.experts >= 1, "at least 1")
         _check(self, "limit_train", self.limit_train is None or self.limit_train >= 1, "at least 1")
         for name in ("alpha", "beta", "gamma", "smoothing", "weight_decay"):
@@ -128,6 +132,23 @@ class TrainConfig:
             self.attack_batchnorm,
             self.attack_gate,
         )
+
+    def options(self) -> list[str]:
+        """The options of `immunity_fast.train` that mean these settings."""
+        preset = PRESETS[self.preset]
+        words = ["--preset", self.preset]
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if option.name == "preset" or value == getattr(preset, option.name):
+                continue
+            flag = option.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value is None:
+                raise ValueError(f"--{flag}: no option takes away what the preset {self.preset} says")
+            else:
+                words += [f"--{flag}", str(value)]
+        return words
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object of all settings."""
@@ -191,6 +212,13 @@ def _plain_types(hint: Any) -> tuple[type, ...]:
     if isinstance(hint, types.UnionType):
         return tuple(kind for part in typing.get_args(hint) for kind in _plain_types(part))
     return (int, float) if hint is float else (hint,)
+
+
+def _is_architecture(arch: str) -> bool:
+    """A name, or a genotype's text: of its file a run would depend."""
+    if arch in ARCHITECTURES:
+        return True
+    return arch.startswith("{") and resolve(arch) == arch
 
 
 def _check(config: TrainConfig, name: str, fits: bool, expected: str) -> None:

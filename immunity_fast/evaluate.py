@@ -22,6 +22,7 @@ from immunity_fast.config import TrainConfig, number
 from immunity_fast.data import NAMES as DATASETS
 from immunity_fast.data import ImageDataset, fingerprint, load
 from immunity_fast.evaluation_report import About, Outputs, write
+from immunity_fast.experts import title
 from immunity_fast.findings import worst_case
 from immunity_fast.ledger import Ledger
 from immunity_fast.losses import FusedImmunityLoss
@@ -139,7 +140,7 @@ def evaluate_run(
     single = model.num_experts == 1
     if single:
         subject: Subject = Network(ExactMean(model), dataset.num_classes, transfer=other)
-        what = config.arch
+        what = title(config.arch)
     else:
         # One compiled function for all attacks and attackers: what each makes of the experts' logits is little.
         logits = Compiled(model.expert_logits, compile, next(model.parameters()).device, cli.console.print)
@@ -151,7 +152,7 @@ def evaluate_run(
             transfer=other,
             expert_logits=(lambda images: at_size(logits, images, size)) if logits.active else None,
         )
-        what = f"{config.experts} × {config.arch}"
+        what = f"{config.experts} × {title(config.arch)}"
     trained = "" if config.adversarial == "off" else f", adversarially ({config.adversarial})"
     weights = (
         ""

@@ -26,7 +26,7 @@ class ImmunityMoE(nn.Module):
     In evaluation mode the gate's weights are permuted at random, as `model.gate.switch` says; see `RandomSwitchGate`.
 
     Args:
-        arch: a name of `immunity_fast.experts.NAMES`.
+        arch: a name of `immunity_fast.experts.NAMES`, or a genotype file, `….json`.
         num_experts: N ≥ 2. Each expert is initialised on its own.
         num_classes: K ≥ 2.
         stage: where Grad-CAM looks, a name of the architecture's stages; None is the last stage whose map exceeds 8×8.

@@ -20,7 +20,7 @@ from immunity_fast.compilation import keep_caches
 from immunity_fast.config import PRESETS, TrainConfig, add_options
 from immunity_fast.data import ImageDataset, load
 from immunity_fast.evaluate import AFTER_TRAINING, chunk_of, evaluate_run
-from immunity_fast.experts import create
+from immunity_fast.experts import create, resolve, title
 from immunity_fast.precision import set_float32
 from immunity_fast.profiling import profiled
 from immunity_fast.runs import Run
@@ -168,12 +168,14 @@ def check_finite(trainer: Trainer, run: Run) -> None:
 def summary(record: Mapping[str, float], epochs: int) -> str:
     """One line on an epoch."""
     attacked = record.get("val_pgd10_accuracy_mean")
+    several = record["mutual_information_loss"] > 0  # a single network has none
     return (
         f"epoch {record['epoch']:>3}/{epochs}  loss {record['loss']:.3f}  "
         f"validation {100 * record['val_accuracy_switching']:.1f} % switching, "
         f"{100 * record['val_accuracy_mean']:.1f} % mean"
         + ("" if attacked is None else f", {100 * attacked:.1f} % under PGD-10")
-        + f"  mutual information {record['mutual_information']:.2f} nats  {record['images_per_second']:.0f} images/s"
+        + (f"  mutual information {record['mutual_information']:.2f} nats" if several else "")
+        + f"  {record['images_per_second']:.0f} images/s"
     )
 
 
@@ -203,11 +205,16 @@ def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
     add_options(parser)
     given = vars(parser.parse_args(arguments))
     out, resume = given.pop("out"), given.pop("resume")
+    if "arch" in given:
+        try:
+            given["arch"] = resolve(given["arch"])
+        except ValueError as error:
+            raise ValueError(f"--arch {given['arch']}: {error}") from error
     if resume is None:
         config = dataclasses.replace(PRESETS[given.get("preset", "quickstart")], **given)
         if config.dataset == "digits" and config.flip == "on":
             raise ValueError("--flip on: a mirrored digit is another sign; leave it out for --dataset digits")
-        out = out or Path("runs") / f"{config.dataset}-{config.arch}-{datetime.now():%Y%m%d-%H%M%S}"
+        out = out or Path("runs") / f"{config.dataset}-{title(config.arch)}-{datetime.now():%Y%m%d-%H%M%S}"
         Run.check_free(out)
         return out, False, config
     config = Run.open(resume).config()
@@ -251,12 +258,12 @@ def check_trainable(config: TrainConfig, dataset: ImageDataset) -> None:
             create(config.arch, dataset.num_classes).train()(torch.empty(batch, 3, height, width))
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"--arch {config.arch}: cannot be trained on images of {height}×{width}, {batch} at a time ({error})"
+            f"--arch {title(config.arch)}: cannot be trained on images of {height}×{width}, {batch} at a time ({error})"
         ) from error
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+def fit(arguments: list[str] | None) -> tuple[Trainer, Run] | None:
+    """Train what a command line says, to its end; without the evaluation. None in processes other than the first."""
     try:
         folder, resume, config = parse(arguments)
         device = cli.pick_device(config.device)
@@ -272,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         if main_process:
             where = f"{trainer.device}" + (f" × {distributed.count()}" if distributed.count() > 1 else "")
             cli.console.print(
-                f"{config.experts} × {config.arch} on {config.dataset}: {len(dataset.train):,} training, "
+                f"{config.experts} × {title(config.arch)} on {config.dataset}: {len(dataset.train):,} training, "
                 f"{len(dataset.validation):,} validation, {len(dataset.test):,} test images; {where}; {run.folder}"
             )
             if trainer.epoch:
@@ -283,15 +290,24 @@ def main(arguments: list[str] | None = None) -> None:
             if main_process:
                 cli.console.print(f"interrupted; go on with: {run.resume_command}")
             raise
-    if main_process:
-        model, _ = load_model(run.folder, trainer.device)  # the best one, or the average of the weights, if there is
-        plan = dataclasses.replace(
-            AFTER_TRAINING, images=config.attack_images, seed=config.seed, chunk=chunk_of(trainer.device)
-        )
-        if config.experts == 1:  # nothing about a gate to know
-            plan = dataclasses.replace(plan, attackers=None)
-        evaluate_run(run, model, dataset, config, plan, compile=config.compile)
-        cli.console.print(f"more attacks, more attackers: {run.evaluate_command}")
+    return (trainer, run) if main_process else None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    trained = fit(arguments)
+    if trained is None:
+        return
+    trainer, run = trained
+    config = trainer.config
+    model, _ = load_model(run.folder, trainer.device)  # the best one, or the average of the weights, if there is
+    plan = dataclasses.replace(
+        AFTER_TRAINING, images=config.attack_images, seed=config.seed, chunk=chunk_of(trainer.device)
+    )
+    if config.experts == 1:  # nothing about a gate to know
+        plan = dataclasses.replace(plan, attackers=None)
+    evaluate_run(run, model, trainer.dataset, config, plan, compile=config.compile)
+    cli.console.print(f"more attacks, more attackers: {run.evaluate_command}")
 
 
 if __name__ == "__main__":

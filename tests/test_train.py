@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from immunity_fast import train
-from immunity_fast.checkpoint import load_checkpoint
+from immunity_fast import evaluate, train
+from immunity_fast.checkpoint import load_checkpoint, load_model
 from immunity_fast.config import TrainConfig
 from immunity_fast.data import ImageDataset
+from immunity_fast.experts.genotypes import reduced
 from immunity_fast.kernels import reference
 from immunity_fast.runs import Run
 from immunity_fast.step import TrainStep
@@ -258,6 +259,27 @@ def test_a_run_folder_holds_what_the_command_promises(
     assert "epoch   2/2" in output
     assert f"more attacks, more attackers: python -m immunity_fast.evaluate {run.folder}" in output
     assert error == ""
+
+
+def test_a_genotype_of_the_users_own_is_kept_in_the_run(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    genotype = tmp_path / "cell.json"
+    genotype.write_text(reduced("pdarts", 5, 2), encoding="utf-8")
+    arguments = options(data, arch=genotype, epochs=1, limit_train=16)
+    train.main([*arguments, "--out", str(tmp_path / "run")])
+    genotype.unlink()
+    run = Run(tmp_path / "run")
+    assert run.config().arch == reduced("pdarts", 5, 2)
+    assert "2 × darts-5x2-" in capsys.readouterr().out
+    model, _ = load_model(run.folder)
+    assert model.stage == "cells1", "12×12, the last that exceeds 8×8"
+    evaluate.main([str(run.folder), "--attacks", "fgsm", "--limit", "2", "--masking-images", "0"])
+    line = error_line(capsys, train.main, [*options(data, arch=genotype), "--out", str(tmp_path / "other")])
+    assert f"--arch {genotype}: " in line
+    genotype.write_text("{}", encoding="utf-8")
+    line = error_line(capsys, train.main, [*options(data, arch=genotype), "--out", str(tmp_path / "other")])
+    assert "kind" in line
 
 
 def test_a_run_finds_a_name_of_its_own(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
