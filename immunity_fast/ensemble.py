@@ -1,0 +1,87 @@
+"""`python -m immunity_fast.ensemble RUN RUN … --out DIR`: networks that were trained alone, as one mixture.
+
+The experts are the runs' networks as they are; each counts the same, whether the gate switches or not. What is written
+is a run folder that has ended: `immunity_fast.evaluate` takes it as any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from immunity_fast import cli
+from immunity_fast.checkpoint import load_checkpoint, load_model, module_tensors, save_checkpoint
+from immunity_fast.model import ImmunityMoE
+from immunity_fast.runs import Run
+
+
+def join(folders: Sequence[Path], out: Path) -> Run:
+    """A run folder of the mixture of single networks, with equal weights.
+
+    Args:
+        folders: at least 2 runs of one network each, of one architecture, trained to their end on the same data.
+        out: a new folder.
+
+    Raises:
+        ValueError, OSError: runs that do not go together or have not ended, a name that is taken.
+    """
+    if len(folders) < 2:
+        raise ValueError(f"runs: expected at least 2, got {len(folders)}")
+    Run.check_free(out)
+    models: list[ImmunityMoE] = []
+    infos: list[dict[str, Any]] = []
+    first = Run.open(folders[0]).config()
+    for folder in folders:
+        run = Run.open(folder)
+        config = run.config()
+        model, info = load_model(folder)
+        _, last = load_checkpoint(run.checkpoint)
+        if config.experts != 1:
+            raise ValueError(f"{folder}: expected a run of one network, got {config.experts} experts")
+        if last["epoch"] < config.epochs:
+            raise ValueError(
+                f"{folder}: stopped after {last['epoch']} of {config.epochs} epochs; go on with: {run.resume_command}"
+            )
+        if (info["model"], info["data"]) != (infos[0]["model"], infos[0]["data"]) if infos else False:
+            raise ValueError(f"{folder}: of another architecture, or trained on other data, than {folders[0]}")
+        models.append(model)
+        infos.append(info)
+    description = infos[0]["model"] | {"num_experts": len(models)}
+    mixture = ImmunityMoE(**description | {"image_size": tuple(description["image_size"])})
+    with torch.no_grad():
+        for name, tensor in mixture.state_dict().items():
+            if name.startswith("experts."):
+                tensor.copy_(torch.cat([model.state_dict()[name] for model in models]))
+            elif name.startswith("normalize."):
+                tensor.copy_(models[0].state_dict()[name])
+        last_layer = list(mixture.gate.network.children())[-1]
+        assert isinstance(last_layer, nn.Linear)
+        last_layer.weight.zero_()  # softmax of zeros: each expert counts 1/N
+        last_layer.bias.zero_()
+    config = dataclasses.replace(first, experts=len(models))
+    run = Run.create(out, config)
+    info = infos[0] | {"model": description, "epoch": config.epochs}
+    save_checkpoint(run.checkpoint, module_tensors("model", mixture), info)
+    return run
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = cli.Parser(prog="python -m immunity_fast.ensemble", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run of one network (--experts 1)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    options = parser.parse_args(arguments)
+    try:
+        run = join(options.runs, options.out)
+    except ValueError as error:
+        raise cli.InputError(str(error)) from error
+    cli.console.print(f"joined {len(options.runs)} networks; evaluate with: {run.evaluate_command}")
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

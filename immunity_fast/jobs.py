@@ -1,0 +1,227 @@
+"""A queue of training runs and their evaluations that survives a kill: what is done is not done again.
+
+A job's folder is named after its settings, so whatever asks for the same run finds it, trained or half trained. A job
+that fails is reported, and the others go on. Several processes may work on one queue: a job is locked by the one at
+it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from immunity_fast import cli, ensemble, evaluate, train
+from immunity_fast.checkpoint import load_checkpoint, write_atomically
+from immunity_fast.config import TrainConfig
+from immunity_fast.experts import title
+from immunity_fast.runs import Run
+from immunity_fast.train import MOVABLE
+
+LOCKS = ".locks"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to be trained and evaluated.
+
+    config: the settings, of each member where there are several.
+    evaluation: options of `immunity_fast.evaluate`.
+    members: above 1: so many single networks, trained alone with seeds of their own, and joined to a mixture.
+    """
+
+    config: TrainConfig
+    evaluation: tuple[str, ...] = ()
+    members: int = 1
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder: readable, and different for different settings."""
+        settings = {k: v for k, v in self.config.to_json().items() if k not in (*MOVABLE, "preset")}
+        digest = hashlib.sha256(json.dumps([settings, self.members], sort_keys=True).encode()).hexdigest()[:8]
+        config = self.config
+        count = f"{self.members}-alone" if self.members > 1 else f"{config.experts}"
+        words = [config.dataset, count, title(config.arch)]
+        words += [] if config.adversarial == "off" else [config.adversarial]
+        return "-".join([*words, digest, f"seed{config.seed}"])
+
+    def alone(self) -> list[Job]:
+        """The members."""
+        seeds = range(self.config.seed * self.members, (self.config.seed + 1) * self.members)
+        return [Job(dataclasses.replace(self.config, seed=seed)) for seed in seeds]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a job has found: `results` as `findings.results`; seconds of all its training and of all its attacks."""
+
+    results: dict[str, Any]
+    settings: dict[str, Any]
+    commands: list[str]
+    device: str
+    versions: dict[str, str]
+    training_seconds: float
+    attack_seconds: float
+
+
+class Queue:
+    """Works through jobs; `done` and `failures` hold what came of each.
+
+    Args:
+        folder: where the runs are.
+        jobs: in the order in which they are begun; the same one twice is one.
+        device, data: for the commands.
+    """
+
+    def __init__(self, folder: Path, jobs: Sequence[Job], *, device: str = "auto", data: str | None = None) -> None:
+        self.folder, self.device, self.data = folder, device, data
+        self.jobs = list(dict.fromkeys(jobs))
+        self.done: dict[Job, Done] = {}
+        self.failures: dict[Job, str] = {}
+
+    def run(self) -> None:
+        """Do what is not done, first what no other process is at."""
+        (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
+        others = [job for job in self.jobs if not self._try(job, wait=False)]
+        for job in others:
+            self._try(job, wait=True)
+
+    def _try(self, job: Job, *, wait: bool) -> bool:
+        """Do a job; whether that was possible, which it is not where another process is at it."""
+        found = self._found(job)
+        if found is None:
+            with _locked(self._lock(job), wait=wait) as mine:
+                if not mine:
+                    return False
+                found = self._found(job)  # another process may have done it meanwhile
+                if found is None:
+                    found = self._attempt(job)
+        if found is not None:
+            self.done[job] = found
+        return True
+
+    def _attempt(self, job: Job) -> Done | None:
+        place = f"[{self.jobs.index(job) + 1}/{len(self.jobs)}] {job.name}"
+        cli.console.print(f"\n{place}")
+        try:
+            return self._do(job)
+        except (SystemExit, Exception) as error:  # whatever is wrong with one run says nothing about the others
+            line = " ".join(str(error).split()) or type(error).__name__
+            self.failures[job] = line
+            cli.console.print(f"{place} FAILED: {line}")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return None
+
+    def _do(self, job: Job) -> Done:
+        run = Run(self.folder / job.name)
+        commands = []
+        if job.members > 1:
+            for member in job.alone():
+                # Locked for its own sake: it may be a job of another process as well.
+                with _locked(self._lock(member), wait=True):
+                    commands.append(self._train(member))
+            commands.append(self._join(job))
+        else:
+            commands.append(self._train(job))
+        arguments = [str(run.folder), *job.evaluation, "--device", self.device]
+        arguments += [] if self.data is None else ["--data", self.data]
+        evaluate.main(arguments)
+        commands.append(_command("evaluate", arguments))
+        results = json.loads(run.results_file.read_text(encoding="utf-8"))
+        trained = [Run(self.folder / member.name) for member in job.alone()] if job.members > 1 else [run]
+        done = Done(
+            results=results,
+            settings={k: v for k, v in run.config().to_json().items() if k not in ("data", "device")},
+            commands=commands,
+            device=describe(cli.pick_device(self.device)),
+            versions={"python": platform.python_version(), "torch": torch.__version__},
+            training_seconds=sum(record["seconds"] for each in trained for record in each.metrics()),
+            attack_seconds=attack_seconds(results),
+        )
+        write_atomically(self._record(job), json.dumps(dataclasses.asdict(done), indent=1).encode())
+        return done
+
+    def _train(self, job: Job) -> str:
+        """Train a run to its end, from where it stands; the command that does it."""
+        run = Run(self.folder / job.name)
+        config = dataclasses.replace(job.config, device=self.device, data=self.data)
+        arguments = [*config.options(), "--out", str(run.folder)]
+        if not _ended(run, config):
+            exists = run.folder.exists()
+            going_on = ["--resume", str(run.folder), "--device", self.device]
+            going_on += [] if self.data is None else ["--data", self.data]
+            train.fit(going_on if exists else arguments)
+        return _command("train", arguments)
+
+    def _join(self, job: Job) -> str:
+        run = Run(self.folder / job.name)
+        members = [self.folder / member.name for member in job.alone()]
+        if run.folder.exists() and not run.checkpoint.is_file():
+            shutil.rmtree(run.folder)  # it was killed on the way
+        if not run.folder.exists():
+            ensemble.join(members, run.folder)
+        return _command("ensemble", [*map(str, members), "--out", str(run.folder)])
+
+    def _lock(self, job: Job) -> Path:
+        return self.folder / LOCKS / job.name
+
+    def _record(self, job: Job) -> Path:
+        digest = hashlib.sha256(json.dumps(job.evaluation).encode()).hexdigest()[:8]
+        return self.folder / job.name / f"done-{digest}.json"
+
+    def _found(self, job: Job) -> Done | None:
+        try:
+            return Done(**json.loads(self._record(job).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None  # not done, or not by this version
+
+
+def attack_seconds(results: dict[str, Any]) -> float:
+    """Of all attacks of an evaluation, in whatever process each was made."""
+    first = results["accuracy"][0]["judge"]  # a row is there once for each judge
+    return float(sum(entry["seconds"] for entry in results["accuracy"] if entry["judge"] == first))
+
+
+def describe(device: torch.device) -> str:
+    """A device's name for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    cores = f"{len(os.sched_getaffinity(0))} cores"
+    return f"CPU ({platform.machine()}), {cores}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _ended(run: Run, config: TrainConfig) -> bool:
+    if not run.checkpoint.is_file():
+        return False
+    _, info = load_checkpoint(run.checkpoint)
+    return bool(info["epoch"] >= config.epochs)
+
+
+def _command(module: str, arguments: Sequence[str]) -> str:
+    return f"python -m immunity_fast.{module} {shlex.join(arguments)}"
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a lock that no other process holds; False where one does, without waiting. It ends with its process."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

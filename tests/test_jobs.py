@@ -1,0 +1,229 @@
+"""The queue of runs: what is done is not done again, what fails stops no other, and two processes share the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from immunity_fast import evaluate, train
+from immunity_fast.config import TrainConfig
+from immunity_fast.jobs import Job, Queue
+from immunity_fast.runs import Run
+from immunity_fast.train import MOVABLE
+from immunity_fast.trainer import Trainer
+from tests.small_runs import saved, write_data
+
+CONFIG = TrainConfig(
+    dataset="npz", experts=2, batch_size=8, epochs=2, beta=0.5, gamma=1e-4, check_images=0, attack_images=3
+)
+EVALUATION = ("--attacks", "fgsm", "--attackers", "mean", "--limit", "3", "--masking-images", "0")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "data.npz")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the queue asks for, in order: "train NAME" and "evaluate NAME"."""
+    made: list[str] = []
+    fit, judge = train.fit, evaluate.main
+
+    def fitted(arguments: list[str]) -> Any:
+        made.append(f"train {Path(arguments[_after(arguments)]).name}")
+        return fit(arguments)
+
+    def judged(arguments: list[str]) -> None:
+        made.append(f"evaluate {Path(arguments[0]).name}")
+        judge(arguments)
+
+    monkeypatch.setattr(train, "fit", fitted)
+    monkeypatch.setattr(evaluate, "main", judged)
+    return made
+
+
+def _after(arguments: list[str]) -> int:
+    flag = "--resume" if "--resume" in arguments else "--out"
+    return arguments.index(flag) + 1
+
+
+def _queue(tmp_path: Path, *jobs: Job) -> Queue:
+    return Queue(tmp_path / "runs", jobs, device="cpu", data=str(tmp_path / "data.npz"))
+
+
+def _job(**changes: Any) -> Job:
+    return Job(dataclasses.replace(CONFIG, **changes), EVALUATION)
+
+
+# Names
+
+
+def test_a_name_depends_on_what_a_run_depends_on() -> None:
+    other: dict[str, Any] = {"dataset": "digits", "arch": "resnet18", "adversarial": "pgd", "flip": "on", "amp": "bf16"}
+    other |= {"weight_scale": "spatial", "score": "probability", "attack_batchnorm": "train", "attack_gate": "mean"}
+    other |= {"stage": "layer1", "float32": "ieee", "detach_weights": True}
+    other |= {"image_size": 9, "limit_train": 9, "ema": 0.5, "clip_grad_norm": 2.0}
+    names = {_job().name}
+    for option in dataclasses.fields(TrainConfig):
+        if option.name in (*MOVABLE, "preset"):
+            continue
+        value = getattr(CONFIG, option.name)
+        if option.name not in other:
+            other[option.name] = value + 1 if isinstance(value, int) else value / 2
+        names.add(_job(**{option.name: other[option.name]}).name)
+    kept = [option.name for option in dataclasses.fields(TrainConfig) if option.name not in (*MOVABLE, "preset")]
+    assert len(names) == 1 + len(kept)
+    assert Job(CONFIG, EVALUATION, members=2).name not in names
+
+
+def test_a_name_does_not_depend_on_where_it_runs() -> None:
+    moved: dict[str, Any] = {"data": "x.npz", "device": "cpu", "compile": "off", "batching": "loop", "profile": True}
+    assert _job(**moved, double_backprop="reverse", preset="fast").name == _job().name
+    assert Job(CONFIG, ()).name == _job().name
+
+
+# Doing
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, data: Path, calls: list[str]) -> None:
+    queue = _queue(tmp_path, _job(), _job(seed=1), _job())
+    queue.run()
+    first, second = _job().name, _job(seed=1).name
+    assert calls == [f"train {first}", f"evaluate {first}", f"train {second}", f"evaluate {second}"]
+    assert queue.done.keys() == {_job(), _job(seed=1)}
+    assert not queue.failures
+    again = _queue(tmp_path, _job(seed=1), _job())
+    again.run()
+    assert len(calls) == 4
+    assert again.done == queue.done
+    # Another evaluation trains nothing.
+    more = Job(CONFIG, (*EVALUATION, "--seed", "5"))
+    third = _queue(tmp_path, more)
+    third.run()
+    assert calls[4:] == [f"evaluate {first}"]
+    assert third.done.keys() == {more}
+    done = queue.done[_job()]
+    assert done.results["accuracy"][0]["images"] == 30
+    assert done.training_seconds == sum(r["seconds"] for r in Run(tmp_path / "runs" / first).metrics())
+    assert done.device.startswith("CPU")
+    assert [command.split()[2] for command in done.commands] == ["immunity_fast.train", "immunity_fast.evaluate"]
+
+
+def test_the_commands_make_the_same_run(tmp_path: Path, data: Path) -> None:
+    queue = _queue(tmp_path, _job(detach_weights=True, flip="on"))
+    queue.run()
+    (done,) = queue.done.values()
+    words = done.commands[0].split()[3:]
+    words[words.index("--out") + 1] = str(tmp_path / "again")
+    train.fit(words)
+    assert saved(tmp_path / "again") == saved(tmp_path / "runs" / queue.jobs[0].name)
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_a_run_that_was_killed_goes_on(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    whole = _queue(tmp_path, _job())
+    whole.folder = tmp_path / "whole"
+    whole.run()
+    advance = Trainer.advance
+
+    def killed(trainer: Trainer, batch: Any) -> None:
+        if trainer.step == step:
+            raise KeyboardInterrupt
+        advance(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "advance", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _queue(tmp_path, _job()).run()
+    monkeypatch.setattr(Trainer, "advance", advance)
+    queue = _queue(tmp_path, _job())
+    queue.run()
+    name = _job().name
+    assert saved(tmp_path / "runs" / name) == saved(tmp_path / "whole" / name)
+    assert _without_seconds(queue.done[_job()].results) == _without_seconds(whole.done[_job()].results)
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, data: Path, calls: list[str]) -> None:
+    bad = _job(lr=1e30, momentum=0.99)
+    queue = _queue(tmp_path, bad, _job())
+    queue.run()
+    assert queue.done.keys() == {_job()}
+    assert queue.failures.keys() == {bad}
+    assert "NaN" in queue.failures[bad]
+    before = len(calls)
+    again = _queue(tmp_path, bad, _job())
+    again.run()
+    assert again.failures.keys() == {bad}
+    assert calls[before:] == [f"train {bad.name}"], "only what failed is tried again"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"results": {}}', '{"other": 1}'])
+def test_a_damaged_record_is_made_again(tmp_path: Path, data: Path, calls: list[str], content: str) -> None:
+    queue = _queue(tmp_path, _job())
+    queue.run()
+    (file,) = (tmp_path / "runs" / _job().name).glob("done-*.json")
+    file.write_text(content)
+    again = _queue(tmp_path, _job())
+    again.run()
+    assert calls[2:] == [f"evaluate {_job().name}"]
+    assert _without_seconds(again.done[_job()].results) == _without_seconds(queue.done[_job()].results)
+
+
+def test_networks_trained_alone_are_joined(tmp_path: Path, data: Path, calls: list[str]) -> None:
+    config = dataclasses.replace(CONFIG, experts=1, beta=0.0, gamma=0.0, epochs=1)
+    joined = Job(dataclasses.replace(config, seed=1), EVALUATION, members=2)
+    queue = _queue(tmp_path, joined)
+    queue.run()
+    members = [Job(dataclasses.replace(config, seed=seed)).name for seed in (2, 3)]
+    assert calls == [f"train {members[0]}", f"train {members[1]}", f"evaluate {joined.name}"]
+    done = queue.done[joined]
+    assert "heatmaps" in done.results
+    assert [command.split()[2].removeprefix("immunity_fast.") for command in done.commands] == [
+        "train",
+        "train",
+        "ensemble",
+        "evaluate",
+    ]
+    # Killed after the folder was made, before its checkpoint was.
+    run = Run(tmp_path / "runs" / joined.name)
+    run.checkpoint.unlink()
+    for file in run.folder.glob("done-*.json"):
+        file.unlink()
+    again = _queue(tmp_path, joined)
+    again.run()
+    assert _without_seconds(again.done[joined].results) == _without_seconds(done.results)
+    assert calls[3:] == [f"evaluate {joined.name}"]
+
+
+def test_what_another_process_is_at_comes_last(tmp_path: Path, data: Path, calls: list[str]) -> None:
+    first, second = _job(), _job(seed=1)
+    locks = tmp_path / "runs" / ".locks"
+    locks.mkdir(parents=True)
+    with (locks / first.name).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        queue = _queue(tmp_path, first, second)
+        thread = threading.Thread(target=queue.run)
+        thread.start()
+        for _ in range(600):
+            if (tmp_path / "runs" / second.name / "results.json").is_file():
+                break
+            thread.join(0.1)
+        assert calls == [f"train {second.name}", f"evaluate {second.name}"]
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert first not in queue.done
+        fcntl.flock(file, fcntl.LOCK_UN)
+        thread.join(120)
+    assert not thread.is_alive()
+    assert queue.done.keys() == {first, second}
+
+
+def _without_seconds(results: dict[str, Any]) -> str:
+    kept = json.loads(json.dumps(results), object_hook=lambda found: {k: v for k, v in found.items() if k != "seconds"})
+    return json.dumps(kept, sort_keys=True)
