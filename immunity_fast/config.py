@@ -190,6 +190,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{option.name.replace('_', '-')}", **keywords)
 
 
+def resolve_architecture(given: dict[str, Any]) -> None:
+    """In the place of a genotype file's name, what it says; ValueError for an architecture that there is not."""
+    if "arch" in given:
+        try:
+            given["arch"] = resolve(given["arch"])
+        except ValueError as error:
+            raise ValueError(f"--arch {given['arch']}: {error}") from error
+
+
 def number(text: str) -> float:
     """A number of a command line, also as a fraction: 8/255."""
     numerator, _, denominator = text.partition("/")

@@ -26,6 +26,7 @@ import torch
 from immunity_fast import cli, ensemble, evaluate, train
 from immunity_fast.checkpoint import load_checkpoint, write_atomically
 from immunity_fast.config import TrainConfig
+from immunity_fast.data import fingerprint, load
 from immunity_fast.experts import title
 from immunity_fast.runs import Run
 from immunity_fast.train import MOVABLE
@@ -65,11 +66,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What a job has found: `results` as `findings.results`; seconds of all its training and of all its attacks."""
+    """What a job has found: `results` as `findings.results`; `data`, a hash of the test split; seconds of all
+    its training and of all its attacks."""
 
     results: dict[str, Any]
     settings: dict[str, Any]
     commands: list[str]
+    data: str
     device: str
     versions: dict[str, str]
     training_seconds: float
@@ -83,6 +86,9 @@ class Queue:
         folder: where the runs are.
         jobs: in the order in which they are begun; the same one twice is one.
         device, data: for the commands.
+
+    Raises:
+        ValueError, OSError: data that cannot be read.
     """
 
     def __init__(self, folder: Path, jobs: Sequence[Job], *, device: str = "auto", data: str | None = None) -> None:
@@ -90,6 +96,12 @@ class Queue:
         self.jobs = list(dict.fromkeys(jobs))
         self.done: dict[Job, Done] = {}
         self.failures: dict[Job, str] = {}
+        # A file may have other content than when a run was done. And what is wrong with the data is better said once.
+        self._data: dict[tuple[str, int | None], str] = {}
+        for config in (job.config for job in self.jobs):
+            place = config.dataset, config.image_size
+            if place not in self._data:
+                self._data[place] = fingerprint(load(config.dataset, data, image_size=config.image_size).test)
 
     def run(self) -> None:
         """Do what is not done, first what no other process is at."""
@@ -146,6 +158,7 @@ class Queue:
             results=results,
             settings={k: v for k, v in run.config().to_json().items() if k not in ("data", "device")},
             commands=commands,
+            data=self._data[job.config.dataset, job.config.image_size],
             device=describe(cli.pick_device(self.device)),
             versions={"python": platform.python_version(), "torch": torch.__version__},
             training_seconds=sum(record["seconds"] for each in trained for record in each.metrics()),
@@ -184,9 +197,10 @@ class Queue:
 
     def _found(self, job: Job) -> Done | None:
         try:
-            return Done(**json.loads(self._record(job).read_text(encoding="utf-8")))
+            found = Done(**json.loads(self._record(job).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None  # not done, or not by this version
+        return found if found.data == self._data[job.config.dataset, job.config.image_size] else None
 
 
 def attack_seconds(results: dict[str, Any]) -> float:

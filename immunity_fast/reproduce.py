@@ -21,10 +21,9 @@ from typing import Any
 from immunity_fast import cli, heatmap_gallery
 from immunity_fast import paper_tables as paper
 from immunity_fast.checkpoint import load_model, write_atomically
-from immunity_fast.config import add_options
+from immunity_fast.config import add_options, resolve_architecture
 from immunity_fast.data import load
 from immunity_fast.experiments import SCALES, Entry, Experiments, jobs_of
-from immunity_fast.experts import resolve
 from immunity_fast.jobs import Done, Job, Queue
 from immunity_fast.report import Table, write_report
 from immunity_fast.reproduction_figures import Panel, dot_chart, sweep_figure
@@ -325,8 +324,7 @@ def parse(arguments: list[str] | None) -> tuple[dict[str, Product], Path, str, s
         raise ValueError(f"--seeds: expected at least 1, got {seeds}")
     if dataset in ("npz", "folder") and data is None:
         raise ValueError(f"--data: missing; --dataset {dataset} needs the path of what it reads")
-    if "arch" in given:
-        given["arch"] = resolve(given["arch"])
+    resolve_architecture(given)
     wanted = list(PRODUCTS) if what == "all" else [what]
     if "table2" in wanted and importlib.util.find_spec("torchattacks") is None:
         raise ValueError("table2 needs torchattacks: pip install 'immunity-fast[attacks]'")
@@ -345,7 +343,10 @@ def main(arguments: list[str] | None = None) -> None:
     command = f"python -m immunity_fast.reproduce {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     failures: dict[str, str] = {}
     for name, product in products.items():
-        queue = Queue(folder / "runs", jobs_of(product.entries), device=device, data=data)
+        try:
+            queue = Queue(folder / "runs", jobs_of(product.entries), device=device, data=data)
+        except (ValueError, ModuleNotFoundError) as error:
+            raise cli.InputError(str(error)) from error
         queue.run()
         write(name, product, queue, folder, command)
         failures |= {job.name: line for job, line in queue.failures.items()}

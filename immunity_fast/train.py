@@ -17,10 +17,10 @@ from immunity_fast import cli, distributed
 from immunity_fast.adversarial import collapsed
 from immunity_fast.checkpoint import load_model, save_checkpoint
 from immunity_fast.compilation import keep_caches
-from immunity_fast.config import PRESETS, TrainConfig, add_options
+from immunity_fast.config import PRESETS, TrainConfig, add_options, resolve_architecture
 from immunity_fast.data import ImageDataset, load
 from immunity_fast.evaluate import AFTER_TRAINING, chunk_of, evaluate_run
-from immunity_fast.experts import create, resolve, title
+from immunity_fast.experts import create, title
 from immunity_fast.precision import set_float32
 from immunity_fast.profiling import profiled
 from immunity_fast.runs import Run
@@ -205,11 +205,7 @@ def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
     add_options(parser)
     given = vars(parser.parse_args(arguments))
     out, resume = given.pop("out"), given.pop("resume")
-    if "arch" in given:
-        try:
-            given["arch"] = resolve(given["arch"])
-        except ValueError as error:
-            raise ValueError(f"--arch {given['arch']}: {error}") from error
+    resolve_architecture(given)
     if resume is None:
         config = dataclasses.replace(PRESETS[given.get("preset", "quickstart")], **given)
         if config.dataset == "digits" and config.flip == "on":

@@ -17,7 +17,7 @@ from immunity_fast.jobs import Job, Queue
 from immunity_fast.runs import Run
 from immunity_fast.train import MOVABLE
 from immunity_fast.trainer import Trainer
-from tests.small_runs import saved, write_data
+from tests.small_runs import arrays, saved, write_data
 
 CONFIG = TrainConfig(
     dataset="npz", experts=2, batch_size=8, epochs=2, beta=0.5, gamma=1e-4, check_images=0, attack_images=3
@@ -173,6 +173,15 @@ def test_a_damaged_record_is_made_again(tmp_path: Path, data: Path, calls: list[
     again.run()
     assert calls[2:] == [f"evaluate {_job().name}"]
     assert _without_seconds(again.done[_job()].results) == _without_seconds(queue.done[_job()].results)
+
+
+def test_other_data_under_the_same_name_are_not_taken_for_these(tmp_path: Path, data: Path) -> None:
+    _queue(tmp_path, _job()).run()
+    write_data(data, **{name: 255 - images for name, images in arrays().items() if name.endswith("images")})
+    queue = _queue(tmp_path, _job())
+    queue.run()
+    assert not queue.done
+    assert "data" in queue.failures[_job()]
 
 
 def test_networks_trained_alone_are_joined(tmp_path: Path, data: Path, calls: list[str]) -> None:

@@ -31,7 +31,7 @@ def _done(accuracies: dict[tuple[str, str | None, str], int], heatmaps: dict[str
     results: dict[str, Any] = {"accuracy": entries, "worst_case": [{"judge": judge, **_share(7)} for judge in judges]}
     if heatmaps is not None:
         results["heatmaps"] = {"clean": heatmaps, "attacked": dict.fromkeys(heatmaps, -1.0)}
-    return Done(results, {}, [], "", {}, 0.0, 0.0)
+    return Done(results, {}, [], "", "", {}, 0.0, 0.0)
 
 
 def _share(count: int) -> dict[str, Any]:

@@ -171,6 +171,9 @@ def test_options_change_every_run_but_not_what_is_compared() -> None:
         (["table3", "--epochs", "0"], "--epochs: expected at least 1, got 0"),
         (["table1", "--dataset", "npz"], "--data: missing"),
         (["table3", "--device", "nonsense"], "--device nonsense"),
+        (["table3", "--dataset", "npz", "--data", "none.npz"], "none.npz"),
+        (["table3", "--arch", "none.json"], "--arch none.json"),
+        (["table3", "--arch", "resnet9"], "--arch resnet9"),
     ],
 )
 def test_a_wrong_option_is_one_line_before_anything_is_trained(
