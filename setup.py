@@ -38,9 +38,12 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["immunity_fast", "immunity_fast.experts", "immunity_fast.kernels"],
+    packages=["immunity_fast", "immunity_fast.experts", "immunity_fast.kernels", "immunity_fast.reproduction"],
     package_dir={"immunity_fast": "immunity_fast", "immunity_fast.kernels": "kernels"},
-    package_data={"immunity_fast": ["py.typed", "heatmap_gallery.html.jinja", "report.html.jinja", "strategies.json"]},
+    package_data={
+        "immunity_fast": ["py.typed", "report.html.jinja", "strategies.json"],
+        "immunity_fast.reproduction": ["gallery.html.jinja"],
+    },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={"train": TRAIN, "attacks": ATTACKS, "dev": DEV},
 )

@@ -18,15 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from immunity_fast import cli, heatmap_gallery
-from immunity_fast import paper_tables as paper
+from immunity_fast import cli
 from immunity_fast.checkpoint import load_model, write_atomically
 from immunity_fast.config import add_options, resolve_architecture
 from immunity_fast.data import load
-from immunity_fast.experiments import SCALES, Entry, Experiments, jobs_of
-from immunity_fast.jobs import Done, Job, Queue
 from immunity_fast.report import Table, write_report
-from immunity_fast.reproduction_figures import Panel, dot_chart, sweep_figure
+from immunity_fast.reproduction import figure2 as figure2_files
+from immunity_fast.reproduction import tables as paper
+from immunity_fast.reproduction.charts import Panel, dot_chart, sweep_figure
+from immunity_fast.reproduction.experiments import SCALES, Entry, Experiments, jobs_of
+from immunity_fast.reproduction.gallery import Gallery, collect
+from immunity_fast.reproduction.jobs import Done, Job, Queue
 
 Points = Sequence[tuple[float, Entry]]
 
@@ -121,9 +123,9 @@ def table3(experiments: Experiments) -> Product:
 def figure2(experiments: Experiments) -> Product:
     """Where networks trained independently, and Immunity's experts, look."""
     entries = experiments.figure2()
-    made: list[heatmap_gallery.Gallery] = []
+    made: list[Gallery] = []
 
-    def galleries(queue: Queue) -> list[heatmap_gallery.Gallery]:
+    def galleries(queue: Queue) -> list[Gallery]:
         if not made:
             device = cli.pick_device(queue.device)
             config = entries[0].jobs[0].config
@@ -134,7 +136,7 @@ def figure2(experiments: Experiments) -> Product:
                     model, _ = load_model(queue.folder / job.name, device)
                     loss_fn = job.config.loss_fn(dataset.image_size)
                     shown = (dataset.test, dataset.classes, experiments.scale.images, loss_fn)
-                    made.append(heatmap_gallery.collect(model, *shown, title=entry.labels[0]))
+                    made.append(collect(model, *shown, title=entry.labels[0]))
         return made
 
     def tables(queue: Queue) -> list[Table]:
@@ -157,7 +159,7 @@ def figure2(experiments: Experiments) -> Product:
 
     def draw(queue: Queue, path: Path) -> list[tuple[Path, str]]:
         if galleries(queue):
-            heatmap_gallery.write(galleries(queue), path.parent, path.stem)
+            figure2_files.write(galleries(queue), path.parent, path.stem)
         return []
 
     lead = "Where networks that were trained independently, and Immunity's experts, look."

@@ -168,12 +168,12 @@ def _wrap(name: str) -> str:
     """The name in as many lines as it needs beneath a title."""
     for length in range(60, 0, -4):
         text = textwrap.fill(name, length)
-        if all(_width(line) <= AXIS_WIDTH for line in text.splitlines()):
+        if all(text_width(line) <= AXIS_WIDTH for line in text.splitlines()):
             break
     return text.replace("$", r"\$")  # a dollar sign would start a formula
 
 
-def _width(line: str) -> float:
+def text_width(line: str) -> float:
     """Width in points of a line of text, as names and ticks are written."""
     width, _, _ = text_to_path.get_text_width_height_descent(line, FontProperties(size=FONT_SIZE - 0.5), ismath=False)
     return float(width)
@@ -206,7 +206,7 @@ def _scale(axes: Axes, places: Sequence[float]) -> None:
 
     # Where labels would touch, the first and the last stay, and of the others those that have room, from the left.
     labels = [f"{x:,.6g}" for x in places]
-    halves = [_width(label) / 2 + 1.5 for label in labels]
+    halves = [text_width(label) / 2 + 1.5 for label in labels]
     centres = (positions - positions[0]) / (span + 2 * pad) * AXIS_WIDTH
     kept = [0]
     for i in range(1, len(places)):

@@ -11,7 +11,7 @@ import pytest
 
 from immunity_fast import reproduce, train
 from immunity_fast.config import PRESETS, TrainConfig
-from immunity_fast.experiments import BASELINES, SCALES, Experiments, jobs_of
+from immunity_fast.reproduction.experiments import BASELINES, SCALES, Experiments, jobs_of
 from immunity_fast.train import parse
 from tests.small_runs import error_line
 

@@ -13,7 +13,7 @@ import pytest
 
 from immunity_fast import evaluate, train
 from immunity_fast.config import TrainConfig
-from immunity_fast.jobs import Job, Queue
+from immunity_fast.reproduction.jobs import Job, Queue
 from immunity_fast.runs import Run
 from immunity_fast.train import MOVABLE
 from immunity_fast.trainer import Trainer

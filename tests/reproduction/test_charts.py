@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from immunity_fast.figures import COLORS
-from immunity_fast.reproduction_figures import Panel, dot_chart, sweep_figure
+from immunity_fast.reproduction.charts import Panel, dot_chart, sweep_figure
 from tests import test_figures
 from tests.test_figures import assert_no_text_is_hidden, near, pixels
 

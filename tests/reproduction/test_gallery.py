@@ -25,9 +25,12 @@ from torch import Tensor
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.data import Split
 from immunity_fast.experts.staged import StagedNetwork
-from immunity_fast.heatmap_gallery import CROSS, LEVELS, WIDTH, WINDOW, Gallery, choose, collect, draw, write
 from immunity_fast.metrics import sample_order
 from immunity_fast.model import SingleNetwork
+from immunity_fast.reproduction.figure2 import write
+from immunity_fast.reproduction.gallery import Gallery, choose, collect
+from immunity_fast.reproduction.gallery_figure import CROSS, WIDTH, draw
+from immunity_fast.reproduction.gallery_page import LEVELS, WINDOW
 from tests.small_runs import CLASSES, split
 
 NAMES = ("cat", "dog", "ship")
@@ -368,7 +371,7 @@ def test_files_depend_on_the_galleries_alone(tmp_path: Path) -> None:
     # Sets have another order in a process whose hashes have another seed.
     torch.save([vars(gallery) for gallery in galleries], tmp_path / "galleries.pt")
     code = (
-        "import sys, torch; from pathlib import Path; from immunity_fast.heatmap_gallery import Gallery, write; "
+        "import sys, torch; from pathlib import Path; from immunity_fast.reproduction.figure2 import Gallery, write; "
         "write([Gallery(**fields) for fields in torch.load(sys.argv[1])], Path(sys.argv[2]))"
     )
     environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}

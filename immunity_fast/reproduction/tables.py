@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from immunity_fast.experiments import IMMUNITY, INDEPENDENT, Entry
 from immunity_fast.findings import find
-from immunity_fast.jobs import Done, Job
 from immunity_fast.report import Table
+from immunity_fast.reproduction.experiments import IMMUNITY, INDEPENDENT, Entry
+from immunity_fast.reproduction.jobs import Done, Job
 
 Found = Mapping[Job, Done]
 Value = Callable[[dict[str, Any]], "dict[str, Any] | float | None"]

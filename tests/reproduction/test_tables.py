@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from immunity_fast import paper_tables as paper
 from immunity_fast.config import TrainConfig
-from immunity_fast.experiments import IMMUNITY, INDEPENDENT, Entry
-from immunity_fast.jobs import Done, Job
 from immunity_fast.metrics import wilson_interval
 from immunity_fast.report import Table
+from immunity_fast.reproduction import tables as paper
+from immunity_fast.reproduction.experiments import IMMUNITY, INDEPENDENT, Entry
+from immunity_fast.reproduction.jobs import Done, Job
 
 CONFIG = TrainConfig(dataset="cifar10", experts=5)
 

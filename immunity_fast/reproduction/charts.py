@@ -29,7 +29,7 @@ from immunity_fast.figures import (
     say_empty,
     style_axes,
 )
-from immunity_fast.robustness_figures import MARKERS, _width
+from immunity_fast.robustness_figures import MARKERS, text_width
 
 LINE_HEIGHT = FONT_SIZE * 1.3 / 72  # inches, of one line of a row's name
 ROW_HEIGHT = 0.19  # inches, at the least
@@ -322,7 +322,7 @@ def _fit(text: str, width: float) -> str:
     """The text in as many lines as it needs in a width in points."""
     for length in range(60, 0, -2):
         lines = textwrap.fill(text, length)
-        if all(_width(line) <= width for line in lines.splitlines()):
+        if all(text_width(line) <= width for line in lines.splitlines()):
             break
     return lines.replace("$", r"\$")  # a dollar sign would start a formula
 
@@ -337,7 +337,7 @@ def _add_legend(figure: Figure, handles: Sequence[Line2D], names: Sequence[str])
     room = figure.get_figwidth() * 72 - 24
     # A name that begins with "_" would be left out.
     texts = [_fit(name, room - 20) if not name.startswith("_") else f" {_fit(name, room - 20)}" for name in names]
-    widest = max((_width(line) for text in texts for line in text.splitlines()), default=0.0) + 28
+    widest = max((text_width(line) for text in texts for line in text.splitlines()), default=0.0) + 28
     figure.legend(
         handles,
         texts,
