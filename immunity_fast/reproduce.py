@@ -303,8 +303,19 @@ def _curves(
     return curves
 
 
-def parse(arguments: list[str] | None) -> tuple[dict[str, Product], Path, str, str | None]:
-    """(what to make, folder, device, data) of a command line; ValueError for settings out of range."""
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for."""
+
+    products: dict[str, Product]
+    folder: Path
+    device: str
+    data: str | None
+    done_only: bool
+
+
+def parse(arguments: list[str] | None) -> Request:
+    """The request of a command line; ValueError for settings out of range."""
     parser = cli.Parser(
         prog="python -m immunity_fast.reproduce",
         description=(__doc__ or "").split("\n")[0],
@@ -314,9 +325,10 @@ def parse(arguments: list[str] | None) -> tuple[dict[str, Product], Path, str, s
     parser.add_argument("--scale", choices=tuple(SCALES), default="smoke", help="how much is trained [smoke]")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder; default: reproduction-SCALE")
     parser.add_argument("--seeds", type=int, metavar="INT", help="how many, from --seed on; default: the scale's")
+    parser.add_argument("--done-only", action="store_true", help="train nothing; write the tables of what is done")
     add_options(parser)
     given = vars(parser.parse_args(arguments))
-    what, scale, out, seeds = (given.pop(name) for name in ("what", "scale", "out", "seeds"))
+    what, scale, out, seeds, done_only = (given.pop(name) for name in ("what", "scale", "out", "seeds", "done_only"))
     device, data, dataset = given.pop("device", "auto"), given.pop("data", None), given.pop("dataset", None)
     if "preset" in given:
         raise ValueError("--preset: --scale takes its place")
@@ -333,24 +345,30 @@ def parse(arguments: list[str] | None) -> tuple[dict[str, Product], Path, str, s
     experiments = Experiments(SCALES[scale], given, seeds, dataset)
     cli.pick_device(device)
     products = {name: PRODUCTS[name](experiments) for name in wanted}
-    return products, out or Path(f"reproduction-{scale}"), device, data
+    return Request(products, out or Path(f"reproduction-{scale}"), device, data, done_only)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     try:
-        products, folder, device, data = parse(arguments)
+        request = parse(arguments)
     except ValueError as error:
         raise cli.InputError(str(error)) from error
     command = f"python -m immunity_fast.reproduce {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
     failures: dict[str, str] = {}
-    for name, product in products.items():
+    for name, product in request.products.items():
+        jobs = jobs_of(product.entries)
         try:
-            queue = Queue(folder / "runs", jobs_of(product.entries), device=device, data=data)
+            queue = Queue(request.folder / "runs", jobs, device=request.device, data=request.data)
         except (ValueError, ModuleNotFoundError) as error:
             raise cli.InputError(str(error)) from error
-        queue.run()
-        write(name, product, queue, folder, command)
+        if request.done_only:
+            queue.look()
+            cli.console.print(f"{name}: {len(queue.done)} of {len(queue.jobs)} runs are done")
+        else:
+            queue.run()
+        request.folder.mkdir(parents=True, exist_ok=True)
+        write(name, product, queue, request.folder, command)
         failures |= {job.name: line for job, line in queue.failures.items()}
     if failures:
         raise cli.InputError(f"{len(failures)} failed, the same command tries them again: {', '.join(failures)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_a_table_is_written_in_every_form(folder: Path, table: str) -> None:
         assert written["columns"] in lines
         for row in written["rows"]:
             assert row in lines
-            assert "failed" not in row
+            assert "not done" not in row
             assert all(cell in markdown and cell in html for cell in row)
     for run in record["runs"].values():
         assert run["device"].startswith("CPU")
@@ -87,6 +88,25 @@ def test_the_same_command_trains_nothing_again(folder: Path, monkeypatch: pytest
     assert after == {file: json.loads(content) for file, content in before.items()}
 
 
+def test_the_table_of_what_is_done_so_far(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "fit", None)
+    rows = _rows(folder, "table3")
+    kept = tmp_path / "kept"
+    shutil.copytree(folder, kept)
+    job = Experiments(SCALES["smoke"], {}).table3()[0].jobs[0]
+    shutil.rmtree(kept / "runs" / job.name)
+    reproduce.main(["table3", *QUICK, "--done-only", "--out", str(kept)])
+    found = _rows(kept, "table3")
+    assert set(found[0][1:]) == {"not done"}
+    assert found[1:] == rows[1:]
+    assert "runs are done" in capsys.readouterr().out
+    assert not (kept / "runs" / job.name).exists()
+    reproduce.main(["all", *QUICK, "--done-only", "--out", str(tmp_path / "nothing")])
+    assert "table1: 0 of 2 runs are done" in capsys.readouterr().out
+
+
 def test_a_failed_run_is_reported_and_the_table_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,8 +122,8 @@ def test_a_failed_run_is_reported_and_the_table_written(
     line = error_line(capsys, reproduce.main, arguments)
     assert "1 failed, the same command" in line
     rows = {row[0]: row[1:] for row in _rows(tmp_path / "out", "table3")}
-    assert set(rows["full, detached weights"]) == {"failed"}
-    assert "failed" not in rows["full"]
+    assert set(rows["full, detached weights"]) == {"not done"}
+    assert "not done" not in rows["full"]
     for form in ("md", "html"):
         assert "no memory left" in (tmp_path / "out" / f"table3.{form}").read_text(encoding="utf-8")
 

@@ -110,6 +110,11 @@ class Queue:
         for job in others:
             self._try(job, wait=True)
 
+    def look(self) -> None:
+        """Take what is done, and do nothing."""
+        found = {job: self._found(job) for job in self.jobs}
+        self.done = {job: done for job, done in found.items() if done is not None}
+
     def _try(self, job: Job, *, wait: bool) -> bool:
         """Do a job; whether that was possible, which it is not where another process is at it."""
         found = self._found(job)

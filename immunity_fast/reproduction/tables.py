@@ -10,6 +10,7 @@ from immunity_fast.report import Table
 from immunity_fast.reproduction.experiments import IMMUNITY, INDEPENDENT, Entry
 from immunity_fast.reproduction.jobs import Done, Job
 
+NOT_DONE = "not done"  # runs that failed, or that nobody has begun
 Found = Mapping[Job, Done]
 Value = Callable[[dict[str, Any]], "dict[str, Any] | float | None"]
 
@@ -67,9 +68,9 @@ def number(entry: Entry, found: Found, value: Value) -> tuple[float, float] | No
 
 
 def cell(entry: Entry, found: Found, value: Value, digits: int = 1) -> str:
-    """`number` for people; a run that is missing has failed."""
+    """`number` for people."""
     if not any(job in found for job in entry.jobs):
-        return "failed"
+        return NOT_DONE
     got = number(entry, found, value)
     if got is None:
         return "—"
@@ -154,9 +155,9 @@ def table3(entries: Sequence[Entry], found: Found) -> Table:
         for entry in entries
     ]
     columns = ["trained with", *TABLE3, "the paper's clean accuracy, %"]
-    return _shown(
-        "Table 3", columns, rows, entries, "Accuracy in %, answered by the switching gate but where it says so."
-    )
+    note = "Accuracy in %, answered by the switching gate but where it says so."
+    note += " The paper's experts are GoogLeNets." if public else ""
+    return _shown("Table 3", columns, rows, entries, note)
 
 
 def switch_modes(entry: Entry, found: Found) -> Table:
@@ -207,7 +208,7 @@ def _shown(
     caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], entries: Sequence[Entry], note: str
 ) -> Table:
     """The table without columns that nobody has an entry in."""
-    kept = [i for i in range(len(columns)) if any(row[i] not in ("", "—") for row in rows)]
+    kept = [i for i in range(len(columns)) if any(row[i] not in ("", "—", NOT_DONE) for row in rows)]
     seeds = sorted({job.config.seed for entry in entries for job in entry.jobs})
     spread = "half the 95 % Wilson interval (of accuracies)" if len(seeds) == 1 else "half the range over the seeds"
     note = f"{note} Seeds: {', '.join(map(str, seeds))}; ± is {spread}."

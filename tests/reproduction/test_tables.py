@@ -57,7 +57,7 @@ def test_a_cell_of_one_seed_has_the_wilson_interval_and_of_more_their_range() ->
     # A seed that failed is left out of the mean.
     del found[jobs[1]]
     assert paper.cell(Entry(("a",), tuple(jobs)), found, clean) == "47.5 ± 2.5"
-    assert paper.cell(Entry(("a",), (jobs[1],)), found, clean) == "failed"
+    assert paper.cell(Entry(("a",), (jobs[1],)), found, clean) == "not done"
     assert paper.cell(Entry(("a",), tuple(jobs)), found, paper.accuracy("fgsm", "mean", "mean")) == "—"
 
 
@@ -133,7 +133,7 @@ def test_table_3_and_switch_modes() -> None:
     found = {job: _done(accuracies, HEATMAPS)}
     table = paper.table3([entry, Entry(("MoE",), (_job(beta=0.0),))], found)
     assert _column(table, "clean, gate switching")[0].startswith("55.5")
-    assert set(table.rows[1][1:-1]) == {"failed"}
+    assert set(table.rows[1][1:-1]) == {"not done"}
     assert _column(table, "the paper's clean accuracy, %") == ["93.46", "94.74"]
     modes = paper.switch_modes(entry, found)
     cells = [[2 * float(cell.split()[0]) for cell in row[1:]] for row in modes.rows]
