@@ -118,6 +118,7 @@ def test_table_2_shows_immunity_switching_and_by_its_exact_mean() -> None:
     assert shares("PGD-20") == [54, 94, 64]
     assert shares("AutoAttack") == [52, 92, 62]
     assert shares("PGD-20, closed-form EOT") == [54, 84, 64]
+    assert shares("AutoAttack, closed-form EOT") == [52, 82, 62]
     assert shares("worst case") == [7, 7, 7]
     assert _column(table, "published by its authors, %") == ["clean 97.50", "", ""]
 
