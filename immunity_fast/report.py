@@ -12,7 +12,7 @@ import jinja2
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 NUMBER = re.compile(r"[-+−±]?\s*[\d.]*\d")
-BLANK = frozenset({"", "-", "–", "—", "n/a", "nan", "inf"})
+BLANK = frozenset({"", "-", "–", "—", "n/a", "nan", "inf", "not done"})
 
 
 @dataclass(frozen=True)

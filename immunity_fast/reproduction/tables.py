@@ -75,7 +75,8 @@ def cell(entry: Entry, found: Found, value: Value, digits: int = 1) -> str:
     if got is None:
         return "—"
     mean, spread = got
-    return f"{mean:,.{digits}f}" + (f" ± {spread:,.{digits}f}" if spread else "")
+    several = sum(job in found for job in entry.jobs) > 1
+    return f"{mean:,.{digits}f}" + (f" ± {spread:,.{digits}f}" if spread or several else "")
 
 
 HEATMAPS: dict[str, tuple[Value, int]] = {

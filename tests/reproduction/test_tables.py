@@ -54,6 +54,8 @@ def test_a_cell_of_one_seed_has_the_wilson_interval_and_of_more_their_range() ->
     assert paper.cell(Entry(("a",), (jobs[0],)), found, clean) == f"50.0 ± {50 * (high - low):.1f}"
     assert paper.cell(Entry(("a",), tuple(jobs)), found, clean) == "50.0 ± 5.0"
     assert paper.number(Entry(("a",), tuple(jobs)), found, clean) == pytest.approx((50, 5))
+    same = dict.fromkeys(jobs, found[jobs[0]])
+    assert paper.cell(Entry(("a",), tuple(jobs)), same, clean) == "50.0 ± 0.0"
     # A seed that failed is left out of the mean.
     del found[jobs[1]]
     assert paper.cell(Entry(("a",), tuple(jobs)), found, clean) == "47.5 ± 2.5"
