@@ -178,6 +178,8 @@ class Trainer:
             raise ValueError(f"{path}: of another model: {info['model']}, expected {self.description}")
         if info["data"] != self.fingerprint:
             raise ValueError(f"{path}: trained on other data than {self.config.dataset} as it is now")
+        if "sums" not in tensors:
+            raise ValueError(f"{path}: a model alone, such as of joined networks: there is no training to go on with")
         if self.average is not None:
             self.average.load(under("ema", tensors), info["step"])
         load_optimizer_tensors(self.optimizer, under("optimizer", tensors))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from immunity_fast import ensemble, evaluate
+from immunity_fast import ensemble, evaluate, train
 from immunity_fast.augmentation import to_float
 from immunity_fast.checkpoint import load_model
 from immunity_fast.gate import Switch
@@ -65,6 +65,13 @@ def test_the_joined_run_is_evaluated_as_any_other(
     )
     assert "mutual_information" in run.results_file.read_text(encoding="utf-8")
     assert run.report.is_file()
+
+
+def test_there_is_no_training_to_go_on_with(
+    alone: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ensemble.join(alone, tmp_path / "joined")
+    assert "no training to go on with" in error_line(capsys, train.main, ["--resume", str(run.folder)])
 
 
 def test_runs_that_do_not_go_together_are_refused(
