@@ -274,7 +274,10 @@ def main() -> None:
     model.gate.switch = "mean"
     chosen = sample(dataset.validation, given.images)
     images, labels = to_float(chosen.images), chosen.labels
-    found = header(f"python -m benchmarks.attacks RUN --images {given.images} --rounds {given.rounds}") | {
+    command = (
+        f"python -m benchmarks.attacks RUN --images {given.images} --rounds {given.rounds} --compile {given.compile}"
+    )
+    found = header(command) | {
         "model": {"arch": config.arch, "experts": config.experts, "adversarial": config.adversarial},
         "images": len(labels),
         "parity": parity(model, images, labels),
