@@ -17,6 +17,7 @@ from immunity_fast.adversaries import DESCRIPTIONS
 from immunity_fast.checkpoint import write_atomically
 from immunity_fast.findings import NAMES
 from immunity_fast.report import Table
+from immunity_fast.reproduction.tables import summarised
 from immunity_fast.runs import Run
 
 MEASURES = {"mutual_information": "mutual information, nats", "cscore": "CScore", "iscore": "IScore"}
@@ -70,13 +71,8 @@ def entry(run: dict[str, Any], attack: str, attacker: str | None, judge: str) ->
 
 def cell(entries: Sequence[dict[str, Any] | None]) -> str:
     """In %, of runs that differ in their seed."""
-    known = [found for found in entries if found is not None]
-    if not known:
-        return "—"
-    values = [100 * found["accuracy"] for found in known]
-    low, high = known[0]["interval"]
-    spread = (max(values) - min(values)) / 2 if len(values) > 1 else 50 * (high - low)
-    return f"{sum(values) / len(values):.1f} ± {spread:.1f}"
+    known = summarised(entries)
+    return "—" if known is None else f"{known[0]:.1f} ± {known[1]:.1f}"
 
 
 def robustness(runs: Runs) -> Table:

@@ -116,25 +116,33 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attacked_mode(model: ImmunityMoE, settings: InnerAttackSettings) -> Iterator[None]:
-    """Evaluation mode, but for the gate and BatchNorm that the settings name, in a `with` block."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode in a `with` block, and then again the mode that each module was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    tracking: list[_BatchNorm] = []
-    if settings.batchnorm == "train":
-        for module in model.modules():
-            if isinstance(module, _BatchNorm) and module.track_running_stats:
-                module.training = True
-                module.track_running_stats = False  # it would update the running ones
-                tracking.append(module)
     try:
-        with model.gate.switched(settings.gate):
-            yield
+        yield
     finally:
-        for batchnorm in tracking:
-            batchnorm.track_running_stats = True
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def attacked_mode(model: ImmunityMoE, settings: InnerAttackSettings) -> Iterator[None]:
+    """Evaluation mode, but for the gate and BatchNorm that the settings name, in a `with` block."""
+    with evaluating(model), model.gate.switched(settings.gate):
+        tracking: list[_BatchNorm] = []
+        if settings.batchnorm == "train":
+            for module in model.modules():
+                if isinstance(module, _BatchNorm) and module.track_running_stats:
+                    module.training = True
+                    module.track_running_stats = False  # it would update the running ones
+                    tracking.append(module)
+        try:
+            yield
+        finally:
+            for batchnorm in tracking:
+                batchnorm.track_running_stats = True
 
 
 def trades_losses(

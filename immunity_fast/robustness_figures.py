@@ -153,9 +153,11 @@ def _draw_curves(
         color, marker = looks[name]
         if np.isfinite(low).any():
             axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0 if len(xs) > 1 else 3)
-        line = axes.plot(xs, values, color=color, label=_wrap(name), lw=1.1, marker=marker, clip_on=False)[0]
+        line = axes.plot(
+            xs, values, color=color, label=wrapped(name, AXIS_WIDTH), lw=1.1, marker=marker, clip_on=False
+        )[0]
         # Above the axes' own lines, since curves end at 0.
-        line.set(markersize=4.6 if marker in "XP" else 3.4, markeredgecolor="white", markeredgewidth=0.3, zorder=3)
+        line.set(markersize=marker_size(marker), markeredgecolor="white", markeredgewidth=0.3, zorder=3)
         drawn += values[np.isfinite(values)].tolist()
         places.update(xs[np.isfinite(xs)].tolist())
     style_axes(axes)
@@ -164,13 +166,18 @@ def _draw_curves(
         say_empty(axes)
 
 
-def _wrap(name: str) -> str:
-    """The name in as many lines as it needs beneath a title."""
-    for length in range(60, 0, -4):
-        text = textwrap.fill(name, length)
-        if all(text_width(line) <= AXIS_WIDTH for line in text.splitlines()):
+def wrapped(text: str, width: float) -> str:
+    """The text in as many lines as it needs in a width in points."""
+    for length in range(60, 0, -2):
+        lines = textwrap.fill(text, length)
+        if all(text_width(line) <= width for line in lines.splitlines()):
             break
-    return text.replace("$", r"\$")  # a dollar sign would start a formula
+    return lines.replace("$", r"\$")  # a dollar sign would start a formula
+
+
+def marker_size(marker: str) -> float:
+    """In points; crosses look smaller than what is filled."""
+    return 4.6 if marker in "XP" else 3.4
 
 
 def text_width(line: str) -> float:

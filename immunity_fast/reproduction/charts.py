@@ -4,7 +4,6 @@ Drawn as those of `figures` are, with its fonts, colours and layout.
 """
 
 import math
-import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise
@@ -29,7 +28,7 @@ from immunity_fast.figures import (
     say_empty,
     style_axes,
 )
-from immunity_fast.robustness_figures import MARKERS, text_width
+from immunity_fast.robustness_figures import MARKERS, marker_size, text_width, wrapped
 
 LINE_HEIGHT = FONT_SIZE * 1.3 / 72  # inches, of one line of a row's name
 ROW_HEIGHT = 0.19  # inches, at the least
@@ -84,7 +83,7 @@ def dot_chart(panels: Sequence[Panel], path: Path) -> None:
         raise ValueError(f"panels must hold a row of a series at least, got {len(panels)} panels without any")
     lines = math.ceil(len(panels) / 3)
     columns = math.ceil(len(panels) / lines)
-    names = [_fit(row, NAME_WIDTH) for row in rows]
+    names = [wrapped(row, NAME_WIDTH) for row in rows]
     heights = [
         max(ROW_HEIGHT, LINE_HEIGHT * (name.count("\n") + 1) + 0.06, SERIES_HEIGHT * (len(series) - 1) + 0.14)
         for name in names
@@ -112,12 +111,20 @@ def dot_chart(panels: Sequence[Panel], path: Path) -> None:
             axes.set_ylim(float(ends[-1]), 0)
             axes.set_yticks(list(middles.values()), names if i % columns == 0 else [""] * len(rows), linespacing=1.1)
             axes.tick_params(axis="y", length=0, pad=4)
-            axes.set_xlabel(_fit(panel.axis, _room(columns)), labelpad=2)
+            axes.set_xlabel(wrapped(panel.axis, _room(columns)), labelpad=2)
         for i in range(0, len(panels), columns):
-            titles = [_fit(panel.title, _room(columns) / BOLD) for panel in panels[i : i + columns]]
+            titles = [wrapped(panel.title, _room(columns) / BOLD) for panel in panels[i : i + columns]]
             add_titles(drawn[i : i + columns], titles)
         looks_of_series = [
-            Line2D([], [], color=color, marker=marker, markersize=_size(marker) + 0.6, linewidth=1.1, markeredgewidth=0)
+            Line2D(
+                [],
+                [],
+                color=color,
+                marker=marker,
+                markersize=marker_size(marker) + 0.6,
+                linewidth=1.1,
+                markeredgewidth=0,
+            )
             for color, marker in looks.values()
         ]
         _add_legend(figure, looks_of_series, series)
@@ -167,7 +174,7 @@ def sweep_figure(
             if not samples:
                 row[0].set_yticks([])
             # Only above the first, since it is of the whole row.
-            add_titles(row[:1], [_fit(title, (figure.get_figwidth() * 72 - 50) / BOLD)])
+            add_titles(row[:1], [wrapped(title, (figure.get_figwidth() * 72 - 50) / BOLD)])
         marks = []
         for column, (name, measures) in zip(grid.T, sweeps.items(), strict=True):
             mark = (marked or {}).get(name, math.nan)
@@ -178,7 +185,7 @@ def sweep_figure(
                 if math.isfinite(mark):
                     marks.append(axes.axvline(mark, color=MARK, linewidth=0.7, dashes=(3, 2), zorder=1))
                 axes.tick_params(axis="x", labelbottom=axes is column[-1])
-            column[-1].set_xlabel(_fit(name, _room(columns)), labelpad=2)
+            column[-1].set_xlabel(wrapped(name, _room(columns)), labelpad=2)
         if marks:
             _add_legend(figure, marks[:1], ["default"])
         _save(figure, len(titles), SWEEP_HEIGHT, path)
@@ -194,7 +201,9 @@ def _draw_points(axes: Axes, points: Sequence[tuple[float, float, float]], color
     if whiskers:
         axes.hlines(*zip(*whiskers, strict=True), color=color, linewidth=1.0, zorder=2)
     line = axes.plot([x for x, _, _ in finite], [y for _, _, y in finite], color=color, linestyle="", marker=marker)[0]
-    line.set(markersize=_size(marker) + 0.6, markeredgecolor="white", markeredgewidth=0.3, zorder=3, clip_on=False)
+    line.set(
+        markersize=marker_size(marker) + 0.6, markeredgecolor="white", markeredgewidth=0.3, zorder=3, clip_on=False
+    )
 
 
 def _draw_curve(axes: Axes, points: Sequence[tuple[float, float, float]]) -> None:
@@ -212,12 +221,7 @@ def _draw_curve(axes: Axes, points: Sequence[tuple[float, float, float]]) -> Non
         axes.vlines(*zip(*whiskers, strict=True), color=COLORS[0], linewidth=0.9, zorder=2)
     values = [value if math.isfinite(value) else math.nan for _, value, _ in points]
     line = axes.plot([x for x, _, _ in points], values, color=COLORS[0], lw=1.1, marker=MARKERS[0])[0]
-    line.set(markersize=_size(MARKERS[0]), markeredgecolor="white", markeredgewidth=0.3, zorder=3, clip_on=False)
-
-
-def _size(marker: str) -> float:
-    """Size in points at which markers look equally large."""
-    return 4.6 if marker in "XP" else 3.4
+    line.set(markersize=marker_size(MARKERS[0]), markeredgecolor="white", markeredgewidth=0.3, zorder=3, clip_on=False)
 
 
 def _finite_places(points: Sequence[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
@@ -318,15 +322,6 @@ def _number(x: float, has_powers: bool) -> str:
     return power if factor == "1" else f"{factor}·{power}"
 
 
-def _fit(text: str, width: float) -> str:
-    """The text in as many lines as it needs in a width in points."""
-    for length in range(60, 0, -2):
-        lines = textwrap.fill(text, length)
-        if all(text_width(line) <= width for line in lines.splitlines()):
-            break
-    return lines.replace("$", r"\$")  # a dollar sign would start a formula
-
-
 def _room(columns: int) -> float:
     """Width in points, or a little less, of the horizontal axis of each of this many panels."""
     return (72 * max(PANEL_WIDTH * min(columns, 2), WIDEST / 4 * columns) - NAME_WIDTH) / columns - 16
@@ -336,7 +331,7 @@ def _add_legend(figure: Figure, handles: Sequence[Line2D], names: Sequence[str])
     """Names the handles above all panels, in as few lines as the figure's width allows."""
     room = figure.get_figwidth() * 72 - 24
     # A name that begins with "_" would be left out.
-    texts = [_fit(name, room - 20) if not name.startswith("_") else f" {_fit(name, room - 20)}" for name in names]
+    texts = [wrapped(name, room - 20) if not name.startswith("_") else f" {wrapped(name, room - 20)}" for name in names]
     widest = max((text_width(line) for text in texts for line in text.splitlines()), default=0.0) + 28
     figure.legend(
         handles,

@@ -73,7 +73,7 @@ SCALES = {
         gammas=(0.0, 2e-4),
         images=3,
     ),
-    # An experiment of some hours on a CPU or of minutes on a small GPU.
+    # An experiment for a CPU, or for a small GPU.
     "small": Scale(
         base=dataclasses.replace(PRESETS["quickstart"], epochs=8, limit_train=2500, check_images=200),
         datasets=("cifar10",),
@@ -87,7 +87,7 @@ SCALES = {
         gammas=(0.0, 2e-5, 2e-4, 2e-3),
         images=8,
     ),
-    # The paper's recipe, as far as it is public; days on one GPU.
+    # The paper's recipe, as far as it is public.
     "paper": Scale(
         base=dataclasses.replace(PRESETS["paper"], check_images=500),
         datasets=("cifar10", "cifar100"),

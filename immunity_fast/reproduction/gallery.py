@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from immunity_fast.adversarial import evaluating
 from immunity_fast.data import Split
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.metrics import EVALUATION_BATCH, batches, expert_maps, sample_order
@@ -144,25 +144,13 @@ def _measure(model: ImmunityMoE, split: Split, loss: FusedImmunityLoss) -> tuple
     """Heatmaps (N, n, H, W) and probabilities (N, n, K), on the CPU."""
     device = next(model.parameters()).device
     heatmaps, probabilities = [], []
-    with _evaluating(model):
+    with evaluating(model):
         for images, labels in batches(split.to(device), EVALUATION_BATCH):
             heatmaps.append(expert_maps(model, loss, images, labels)[0].cpu())
             with torch.no_grad():
                 logits = model.expert_logits(images)
             probabilities.append(logits.to(heatmaps[-1].dtype).softmax(-1).cpu())
     return torch.cat(heatmaps, 1), torch.cat(probabilities, 1)
-
-
-@contextmanager
-def _evaluating(model: ImmunityMoE) -> Iterator[None]:
-    """Evaluation mode, and then again the mode that each module was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def check_same(galleries: Sequence[Gallery]) -> None:

@@ -55,7 +55,11 @@ def measure(name: str) -> Value:
 
 def number(entry: Entry, found: Found, value: Value) -> tuple[float, float] | None:
     """(mean over the seeds that are done, half their range), of one seed half the Wilson interval; accuracies in %."""
-    got = [value(found[job].results) for job in entry.jobs if job in found]
+    return summarised([value(found[job].results) for job in entry.jobs if job in found])
+
+
+def summarised(got: Sequence[dict[str, Any] | float | None]) -> tuple[float, float] | None:
+    """`number` of what several seeds have found: accuracies with their intervals, or measures; None is left out."""
     known = [one for one in got if one is not None]
     if not known:
         return None
