@@ -97,7 +97,7 @@ def losses(samples: int, shape: tuple[int, int, int], dtype: torch.dtype, channe
     if form == "sliced":  # no axis is contiguous, rows do not follow each other
         activations = [part[..., 1::2] for part in activations]
     gradients = [part[..., 0, 0].contiguous() if form == "sums" else part for part in activations]
-    information, stability, *saved = heatmap_losses.heatmap_losses(activations, gradients, size, True, 0.01, 0.5)
+    information, stability, *saved = heatmap_losses.heatmap_losses(activations, gradients, size, True, 0.01, 0.5, "")
     heatmap_losses.heatmap_losses_backward(
         information, stability, activations, *saved, True, 0.01, 0.5, dtype, True, True
     )

@@ -349,7 +349,7 @@ def heatmap_losses(
     normalize: bool,
     smoothing: float,
     scale: float,
-    group_name: str = "",
+    group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """MI_q (B,), PS (), and five tensors that only the backward pass has a use for.
 
