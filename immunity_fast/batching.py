@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
+from immunity_fast.channelwise import ExpertsAsChannels
+from immunity_fast.normalization import count_on_device, count_on_host
 from immunity_fast.strategies import Batching, choose
 
 
@@ -26,10 +28,8 @@ def stack_modules(experts: Sequence[nn.Module]) -> nn.Module:
         if _describe(expert) != description:
             raise ValueError(f"experts: number {index} differs from number 0 in its structure, shapes, dtypes or mode")
     parameters, buffers = stack_module_state(list(experts))
-    return _replace(
-        experts[0],
-        {name: nn.Parameter(value.detach(), value.requires_grad) for name, value in parameters.items()} | buffers,
-    )
+    tensors = {name: nn.Parameter(value.detach(), value.requires_grad) for name, value in parameters.items()}
+    return count_on_device(_replace(experts[0], tensors | buffers))
 
 
 def unstack_modules(stacked: nn.Module, num_experts: int) -> list[nn.Module]:
@@ -41,7 +41,7 @@ def unstack_modules(stacked: nn.Module, num_experts: int) -> list[nn.Module]:
             tensors[name] = nn.Parameter(parameter.detach()[index].clone(), parameter.requires_grad)
         for name, buffer in stacked.named_buffers():
             tensors[name] = buffer[index].clone()
-        return _replace(stacked, tensors)
+        return count_on_host(_replace(stacked, tensors))
 
     return [expert(index) for index in range(num_experts)]
 
@@ -60,7 +60,8 @@ def run_stacked(
         )
 
     def apply(own: dict[str, Tensor], x: Tensor) -> Any:
-        return functional_call(stacked, own, (x,))
+        with ExpertsAsChannels():
+            return functional_call(stacked, own, (x,))
 
     tensors = dict([*stacked.named_parameters(), *stacked.named_buffers()])
     outputs: Tensor = torch.vmap(apply, in_dims=(0, None if shared else 0), randomness="different")(tensors, x)
@@ -82,7 +83,8 @@ def call_stacked(
         return torch.stack(outputs), {name: buffer.detach() for name, buffer in buffers.items()}
 
     def apply(parameters: dict[str, nn.Parameter], own: dict[str, Tensor], x: Tensor) -> Any:
-        return functional_call(stacked, {**parameters, **own}, (x,))
+        with ExpertsAsChannels():
+            return functional_call(stacked, {**parameters, **own}, (x,))
 
     parameters = dict(stacked.named_parameters())
     result: Tensor = torch.vmap(apply, randomness="different")(parameters, buffers, x)

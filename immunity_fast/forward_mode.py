@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from immunity_fast import channelwise
+
 
 class ExactTangents(TorchFunctionMode):
     """Inside of it, normalisation is computed from primitives; running statistics are left as they are.
@@ -115,6 +117,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 _EXACT: dict[Any, Callable[..., Tensor]] = {
     F.batch_norm: batch_norm,
+    channelwise.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
     F.layer_norm: layer_norm,
 }

@@ -1,0 +1,152 @@
+"""N experts' channels side by side: how batch normalisation, pooling and concatenation run under `vmap`.
+
+What a convolution under `vmap` returns lies in memory as the maps of one network of N·C channels. A function that
+treats each channel on its own can take them as just that: one kernel, no copy, in whatever layout. PyTorch's own rules
+move the experts to the batch instead, which copies and loses channels-last. For batch normalisation they ask a batched
+tensor for its layout when they consider cuDNN, which for channels-last maps on a GPU raises; and they scale and shift
+in kernels of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
+
+_POOLING = {F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d}
+_CONCATENATION = {torch.cat, torch.concat, torch.concatenate}
+
+
+class ExpertsAsChannels(TorchFunctionMode):
+    """Inside of it, and of a `vmap` over experts, those functions take N experts of C channels for N·C channels.
+
+    A compiler, which fuses kernels and chooses layouts itself, gets PyTorch's own rules, but for the question about
+    the layout.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.batch_norm:
+            return batch_norm(*args, **kwargs)
+        if function is torch.batch_norm:
+            return _torch_batch_norm(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            if function in _POOLING and _are_maps(args[0]):
+                return _Pooling.apply(args[0], function, args[1:], kwargs)
+            if function in _CONCATENATION and (maps := _concatenated_channels(*args, **kwargs)):
+                return _Concatenation.apply(*maps)
+        return function(*args, **kwargs)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` of one expert inside a `vmap` over all."""
+    tensors = (running_mean, running_var, weight, bias)
+    given = [input, *(tensor for tensor in tensors if tensor is not None)]
+    if has_torch_function_variadic(*given):  # another mode, such as `ExactTangents`, has a say as well
+        result: Tensor = handle_torch_function(batch_norm, given, input, *tensors, training, momentum, eps)
+        return result
+    if torch.compiler.is_compiling() or not any(map(is_batchedtensor, given)):
+        return _torch_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    return _BatchNorm.apply(input, *tensors, training, momentum, eps)  # type: ignore[no-any-return]
+
+
+def _torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = False,
+) -> Tensor:
+    """`torch.batch_norm`, which asks for the layout where cuDNN may be used, and so not here."""
+    if training:
+        F._verify_batch_size(input.size())  # type: ignore[attr-defined]
+    return torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, False)
+
+
+class _Rule(torch.autograd.Function):
+    """Exists for its rule under `vmap`, whose operations are differentiated as they are."""
+
+    @staticmethod
+    def forward(*_: Any) -> Tensor:
+        raise RuntimeError("none of the tensors belongs to an expert")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+
+class _BatchNorm(_Rule):
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        *tensors, training, momentum, eps = rest
+        if training and any(t is not None and dim is None for t, dim in zip(tensors[:2], in_dims[1:3], strict=True)):
+            raise ValueError("batch_norm: experts cannot share running statistics that each of them would update")
+        maps = _expert_second(input, in_dims[0], info.batch_size)
+        by_channel = [
+            None if tensor is None else _flat(tensor, dim, info.batch_size)
+            for tensor, dim in zip(tensors, in_dims[1:5], strict=True)
+        ]
+        mean, variance, factor, offset = by_channel
+        normalized = F.batch_norm(maps.flatten(1, 2), mean, variance, factor, offset, training, momentum, eps)
+        return normalized.view(maps.shape), 1
+
+
+class _Pooling(_Rule):
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], input: Tensor, function: Any, args: Any, kwargs: Any
+    ) -> tuple[Tensor, int]:
+        maps = _expert_second(input, in_dims[0], info.batch_size)
+        pooled = function(maps.flatten(1, 2), *args, **kwargs)
+        return pooled.view(*maps.shape[:3], *pooled.shape[2:]), 1
+
+
+class _Concatenation(_Rule):
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+        maps = [_expert_second(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims, strict=True)]
+        if not maps[0].flatten(1, 2).is_contiguous(memory_format=torch.channels_last):
+            return torch.cat(maps, 2), 1
+        # Written in the order of memory, (B, h, w, N, C), for torch.cat has no channels-last of five axes.
+        return torch.cat([x.permute(0, 3, 4, 1, 2) for x in maps], 4).permute(0, 3, 4, 1, 2), 1
+
+
+def _are_maps(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 4 and is_batchedtensor(x)
+
+
+def _concatenated_channels(tensors: Any, dim: int = 0, *, axis: int | None = None, out: Any = None) -> list[Tensor]:
+    """The maps whose channels are to be put side by side; none where the call is another one."""
+    maps = list(tensors)
+    if out is not None or (dim if axis is None else axis) not in (1, -3):
+        return []
+    fit = all(isinstance(x, Tensor) and x.dim() == 4 and x.dtype == maps[0].dtype for x in maps)
+    return maps if fit and any(map(is_batchedtensor, maps)) else []
+
+
+def _expert_second(x: Tensor, dim: int | None, experts: int) -> Tensor:
+    """(B, N, C, …); for what a convolution under `vmap` returns its first axes are one in memory."""
+    return x.unsqueeze(1).expand(-1, experts, *x.shape[1:]) if dim is None else x.movedim(dim, 1)
+
+
+def _flat(tensor: Tensor, dim: int | None, experts: int) -> Tensor:
+    """(N·C,), of the same memory where it belongs to the experts: running statistics are updated in it."""
+    return tensor.expand(experts, -1).flatten() if dim is None else tensor.movedim(dim, 0).view(-1)
