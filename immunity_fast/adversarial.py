@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -61,7 +62,7 @@ class InnerAttack:
         model: the mixture.
         settings: see there.
         amp: the number format of the attacked model's convolutions and products.
-        compile, announce: see `BoundAttack`.
+        compile, announce, traceback_file: see `BoundAttack`.
         device: where the model is.
     """
 
@@ -74,11 +75,17 @@ class InnerAttack:
         compile: Compile = "off",
         device: torch.device | None = None,
         announce: Announce | None = None,
+        traceback_file: Path | None = None,
     ) -> None:
         self.model, self.settings, self.amp = model, settings, amp
         self.device = device or next(model.parameters()).device
         self._attack = BoundAttack(
-            settings.attack(), self._outputs, compile=compile, device=self.device, announce=announce
+            settings.attack(),
+            self._outputs,
+            compile=compile,
+            device=self.device,
+            announce=announce,
+            traceback_file=traceback_file,
         )
 
     @property

@@ -34,6 +34,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -205,7 +206,7 @@ class BoundAttack:
         compile: "on" and "max" compile the step: the model, its gradient and the projection in one graph, without
             gradients of parameters. Where that fails, the step is eager, and says so.
         device: where the images will be; only compiling asks for it.
-        announce: what takes such a line; None is `warnings.warn`.
+        announce, traceback_file: what takes such a line, and the whole traceback; see `Compiled`.
     """
 
     def __init__(
@@ -216,9 +217,10 @@ class BoundAttack:
         compile: Compile = "off",
         device: torch.device | None = None,
         announce: Announce | None = None,
+        traceback_file: Path | None = None,
     ) -> None:
         self.attack, self.model = attack, model
-        self._step_function = Compiled(self._step, compile, device or torch.device("cpu"), announce)
+        self._step_function = Compiled(self._step, compile, device or torch.device("cpu"), announce, traceback_file)
 
     @property
     def compiled(self) -> bool:

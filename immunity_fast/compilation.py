@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,8 @@ _MODES = {
 
 
 RECOMPILE_LIMIT = 256
+TRACEBACKS = "compilation.log"  # in a run's folder: of all that could not be compiled
+CAUSE_LENGTH = 300  # of an innermost cause in a line, in characters
 
 
 def resolve(choice: Compile, device: torch.device) -> Literal["off", "on", "max"]:
@@ -53,20 +57,28 @@ def at_size(function: Compiled, images: Tensor, size: int) -> Tensor:
 class Compiled:
     """A function that is compiled to one graph at its first call, for the shapes of that call.
 
-    Where compiling fails it is announced, in a line, and the function runs in eager mode from then on.
+    Where compiling fails it is announced, in a line with the innermost cause, and the function runs in eager mode from
+    then on.
 
     Args:
         function: what is to be compiled; it is called with tensors.
         choice: "off" runs the function as it is.
         device: where the tensors are.
         announce: what takes the line; None is `warnings.warn`.
+        traceback_file: where the whole traceback is appended to, which the line then names; None keeps none.
     """
 
     def __init__(
-        self, function: Callable[..., Any], choice: Compile, device: torch.device, announce: Announce | None = None
+        self,
+        function: Callable[..., Any],
+        choice: Compile,
+        device: torch.device,
+        announce: Announce | None = None,
+        traceback_file: Path | None = None,
     ) -> None:
         self._function = function
         self._announce = announce or warnings.warn
+        self._traceback_file = traceback_file
         self._compiled: Callable[..., Any] | None = None
         choice = resolve(choice, device)
         if choice != "off":
@@ -108,6 +120,51 @@ class Compiled:
         except Exception:
             self._compiled = compiled
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        self._announce(f"compiling failed, going on in eager mode: {type(error).__name__}: {reason[:300]}")
+        self._announce(f"compiling failed, going on in eager mode: {innermost_cause(error)}{self._kept(error)}")
         return result
+
+    def _kept(self, error: Exception) -> str:
+        """Where the whole traceback lies, as the end of a line."""
+        if self._traceback_file is None:
+            return ""
+        with suppress(OSError):  # a full disk must not stop what goes on without the file
+            with self._traceback_file.open("a", encoding="utf-8") as file:
+                # Each by itself: printed as a chain, what was raised "from None" would hide its cause.
+                parts = ("".join(traceback.format_exception(each, chain=False)) for each in causes(error))
+                file.write("\nwhich was raised because of:\n\n".join(parts) + "\n")
+            return f"; whole traceback: {self._traceback_file}"
+        return ""
+
+
+def innermost_cause(error: BaseException) -> str:
+    """What went wrong at first, in one line: compilers wrap an exception in several of their own."""
+    error = causes(error)[-1]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    if any("Traceback (most recent call last)" in line for line in lines):  # of another process, as text
+        return shortened(lines[-1])
+    # Where the first line only announces what follows, such as code, what is wrong with it comes last.
+    told = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]
+    return shortened(f"{type(error).__name__}: {told}")
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An exception, what it was raised from, and so on to the innermost.
+
+    Not what it was only raised while handling, which need not have to do with it, unless it quotes that.
+    """
+    found: list[BaseException] = []
+    inner: BaseException | None = error
+    while inner is not None and all(inner is not earlier for earlier in found):
+        found.append(inner)
+        handled = inner.__context__
+        quoted = handled is not None and f"{type(handled).__name__}: {handled}" in str(inner)
+        inner = getattr(inner, "inner_exception", None) or inner.__cause__ or (handled if quoted else None)
+    return found
+
+
+def shortened(text: str, length: int = CAUSE_LENGTH) -> str:
+    """A text's beginning and end."""
+    if len(text) <= length:
+        return text
+    half = (length - 3) // 2
+    return f"{text[:half]} … {text[-half:]}"

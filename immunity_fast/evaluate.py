@@ -136,6 +136,7 @@ def evaluate_run(
 
     Writes into the run's folder, or `outputs`. `transfer`: an independently trained model, attacked for its images.
     """
+    outputs = outputs or Outputs(run.folder)
     other = None if transfer is None else ExactMean(transfer)
     single = model.num_experts == 1
     if single:
@@ -143,7 +144,8 @@ def evaluate_run(
         what = title(config.arch)
     else:
         # One compiled function for all attacks and attackers: what each makes of the experts' logits is little.
-        logits = Compiled(model.expert_logits, compile, next(model.parameters()).device, cli.console.print)
+        device = next(model.parameters()).device
+        logits = Compiled(model.expert_logits, compile, device, cli.console.print, outputs.tracebacks)
         size = max(plan.chunk, CLEAN_CHUNK)
         subject = Mixture(
             model,
@@ -174,7 +176,7 @@ def evaluate_run(
     )
     loss_fn = None if single else config.loss_fn(dataset.image_size)
     with frozen(model):
-        return evaluate(subject, dataset, plan, outputs or Outputs(run.folder), about, loss_fn)
+        return evaluate(subject, dataset, plan, outputs, about, loss_fn)
 
 
 class ExactMean(torch.nn.Module):

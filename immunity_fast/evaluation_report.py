@@ -12,6 +12,7 @@ from torch import Tensor
 from immunity_fast.adversarial import frozen
 from immunity_fast.augmentation import to_float
 from immunity_fast.checkpoint import write_atomically
+from immunity_fast.compilation import TRACEBACKS
 from immunity_fast.data import ImageDataset
 from immunity_fast.figures import heatmap_figure, training_curves
 from immunity_fast.findings import find, percent, results, tables, to_csv
@@ -38,6 +39,7 @@ class Outputs:
         self.csv = self.folder / "results.csv"
         self.report = self.folder / "report.html"
         self.figures = self.folder / "figures"
+        self.tracebacks = self.folder / TRACEBACKS
 
 
 @dataclass

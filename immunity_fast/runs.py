@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from immunity_fast.checkpoint import BEST, LAST, write_atomically
+from immunity_fast.compilation import TRACEBACKS
 from immunity_fast.config import TrainConfig
 
 
@@ -27,6 +28,7 @@ class Run:
         self.report = folder / "report.html"
         self.tensorboard = folder / "tensorboard"
         self.profile = folder / "profile"
+        self.tracebacks = folder / TRACEBACKS
 
     @property
     def resume_command(self) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +43,7 @@ class TrainStep:
         amp: "bf16" and "fp16" run convolutions and products in half precision; see `precision`.
         double_backprop: see `FusedImmunityLoss.from_head`; "auto" is what was measured to be faster, see `strategies`.
         compile: "on" and "max" compile; "auto" does on a GPU. Where that fails, the step is eager, and says so.
-        announce: what takes such a line; None is `warnings.warn`.
+        announce, traceback_file: what takes such a line, and the whole traceback; see `Compiled`.
         attack: what makes adversarial images of a batch, on which the whole of the loss is then minimised; None trains
             on the images as they are. With TRADES' attack, cross-entropy is that of `adversarial.trades_losses`.
         trades_weight: λ of TRADES.
@@ -60,6 +62,7 @@ class TrainStep:
         double_backprop: DoubleBackprop = "auto",
         compile: Compile = "off",
         announce: Announce | None = None,
+        traceback_file: Path | None = None,
         attack: InnerAttack | None = None,
         trades_weight: float = 6.0,
         group: torch.distributed.ProcessGroup | None = None,
@@ -73,7 +76,8 @@ class TrainStep:
             double_backprop = strategies.fastest(device.type, model.arch).double_backprop
         self.attack = attack
         trades = trades_weight if attack is not None and attack.settings.method == "trades" else None
-        self.objective = _Objective(model, loss_fn, amp, double_backprop, compile, device, announce, trades)
+        compiled = partial(Compiled, choice=compile, device=device, announce=announce, traceback_file=traceback_file)
+        self.objective = _Objective(model, loss_fn, amp, double_backprop, device, compiled, trades)
         self._forward: nn.Module = self.objective
         if group is not None:
             self._forward = _distributed(self.objective, group)
@@ -138,15 +142,14 @@ class _Objective(nn.Module):
         loss_fn: FusedImmunityLoss,
         amp: Amp,
         double_backprop: DoubleBackprop,
-        compile: Compile,
         device: torch.device,
-        announce: Announce | None,
+        compiled: Callable[[Callable[..., Any]], Compiled],
         trades_weight: float | None,
     ) -> None:
         super().__init__()
         self.model, self.loss_fn, self.trades_weight = model, loss_fn, trades_weight
         self.amp, self.double_backprop, self.device = amp, double_backprop, device
-        self.function = Compiled(self._loss, compile, device, announce)
+        self.function = compiled(self._loss)
 
     def forward(
         self, images: Tensor, labels: Tensor, motion: Tensor | None = None, clean: Tensor | None = None

@@ -235,7 +235,7 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     check_trainable(config, dataset)
     set_float32(config.float32)
     keep_caches()
-    trainer = Trainer(config, dataset, device, cli.console.print)
+    trainer = Trainer(config, dataset, device, cli.console.print, Run(folder).tracebacks)
     if not resume:
         return trainer, Run.create(folder, config) if distributed.rank() == 0 else Run(folder)
     run = Run.open(folder)

@@ -38,7 +38,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, dataset: ImageDataset, device: torch.device, announce: Announce | None = None
+        self,
+        config: TrainConfig,
+        dataset: ImageDataset,
+        device: torch.device,
+        announce: Announce | None = None,
+        traceback_file: Path | None = None,
     ) -> None:
         self.config = config
         self.device = device
@@ -88,6 +93,7 @@ class Trainer:
                 compile=config.compile,
                 device=device,
                 announce=announce,
+                traceback_file=traceback_file,
             )
         self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
         self.train_step = TrainStep(
@@ -99,11 +105,12 @@ class Trainer:
             double_backprop=config.double_backprop,
             compile=config.compile,
             announce=announce,
+            traceback_file=traceback_file,
             attack=attack,
             trades_weight=config.trades_weight,
             group=group,
         )
-        self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, announce)
+        self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, announce, traceback_file)
         self.loader = TrainLoader(
             self.dataset.train,
             config.batch_size,

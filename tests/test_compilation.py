@@ -14,7 +14,7 @@ from torch.optim import SGD
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
 from immunity_fast.augmentation import draw
-from immunity_fast.compilation import Compiled, keep_caches, resolve
+from immunity_fast.compilation import Compiled, innermost_cause, keep_caches, resolve
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.profiling import RECORDED
 from immunity_fast.step import TrainStep
@@ -192,6 +192,109 @@ def test_what_is_wrong_with_the_batch_is_not_taken_for_a_failure_to_compile() ->
     with pytest.raises(ValueError, match="targets: expected shape"):
         step(images, labels[:-1], motion)
     assert said == []
+
+
+def _unknown_to_inductor() -> Any:
+    """An operator that Dynamo traces and Inductor then stops at, with the cause three exceptions deep."""
+
+    @torch.library.custom_op("immunity_fast_tests::unknown", mutates_args=())
+    def unknown(x: Tensor) -> Tensor:
+        return x + 1
+
+    @unknown.register_fake
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    @torch._inductor.lowering.register_lowering(torch.ops.immunity_fast_tests.unknown.default)
+    def _(_x: Any) -> Any:
+        try:
+            raise KeyError("not what it failed for")
+        except KeyError:
+            raise NotImplementedError("no kernel for this one\nand more") from ZeroDivisionError("because of this")
+
+    return unknown
+
+
+def test_the_line_has_the_innermost_cause_and_names_a_file_with_the_whole_traceback(tmp_path: Path) -> None:
+    import torch._inductor.lowering
+
+    torch.compiler.reset()
+    unknown, said, file = _unknown_to_inductor(), list[str](), tmp_path / "compilation.log"
+    for _ in range(2):
+        compiled = Compiled(lambda x: unknown(x) * 2, "on", CPU, said.append, file)
+        assert compiled(torch.ones(2)).tolist() == [4, 4]
+        assert not compiled.active
+    line = f"compiling failed, going on in eager mode: ZeroDivisionError: because of this; whole traceback: {file}"
+    assert said == [line, line]
+    kept = file.read_text(encoding="utf-8")
+    assert kept.count("Traceback (most recent call last)") >= 6
+    for part in ("no kernel for this one", "and more", "ZeroDivisionError: because of this", "lowering.py"):
+        assert part in kept
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("no compiler\nhere"), "RuntimeError: no compiler"),
+        (RuntimeError(), "RuntimeError: "),
+        (ValueError("at 3:4:\n  x = y\n      ^\ny is not defined\n"), "ValueError: at 3:4: y is not defined"),
+        (RuntimeError("In a process:\nTraceback (most recent call last):\n  File\nOSError: disk\n"), "OSError: disk"),
+        (RuntimeError("a" * 400 + "z"), f"RuntimeError: {'a' * 134} … {'a' * 147}z"),
+    ],
+)
+def test_a_cause_is_one_line(error: Exception, line: str) -> None:
+    assert innermost_cause(error) == line
+
+
+def test_a_cause_that_goes_round_in_a_circle_ends() -> None:
+    one, other = RuntimeError("one"), RuntimeError("other")
+    one.__cause__, other.__cause__ = other, one
+    assert innermost_cause(one) == "RuntimeError: other"
+
+
+def test_what_was_only_being_handled_is_no_cause() -> None:
+    def missed() -> None:
+        try:
+            raise KeyError("cache")
+        except KeyError:
+            raise RuntimeError("this")  # noqa: B904
+
+    with pytest.raises(RuntimeError) as caught:
+        missed()
+    assert innermost_cause(caught.value) == "RuntimeError: this"
+
+
+def test_a_traceback_that_cannot_be_kept_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_function: Any, **_options: Any) -> Any:
+        def call(*_arguments: Any) -> Any:
+            raise RuntimeError("no compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    said: list[str] = []
+    compiled = Compiled(torch.neg, "on", CPU, said.append, tmp_path / "no such folder" / "compilation.log")
+    assert compiled(torch.ones(2)).tolist() == [-1, -1]
+    assert said == ["compiling failed, going on in eager mode: RuntimeError: no compiler"]
+
+
+def test_a_run_keeps_the_traceback_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(_function: Any, **_options: Any) -> Any:
+        def call(*_arguments: Any) -> Any:
+            raise RuntimeError("backend raised:") from NotImplementedError("this operator")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    data, folder = write_data(tmp_path / "data.npz"), tmp_path / "run"
+    trained([*options(data, compile="on", epochs=1), "--out", str(folder)])
+    kept = (folder / "compilation.log").read_text(encoding="utf-8")
+    assert "NotImplementedError: this operator" in kept
+    assert "RuntimeError: backend raised:" in kept
+    line = f"going on in eager mode: NotImplementedError: this operator; whole traceback: {folder / 'compilation.log'}"
+    assert line in capsys.readouterr().out
 
 
 def test_without_an_announcer_it_warns(monkeypatch: pytest.MonkeyPatch) -> None:
