@@ -76,10 +76,10 @@ def _torch_batch_norm(
     eps: float,
     cudnn_enabled: bool = False,
 ) -> Tensor:
-    """`torch.batch_norm`, which asks for the layout where cuDNN may be used, and so not here."""
+    """`torch.batch_norm`, without its question of whether cuDNN is to do it, which is where the layout is asked for."""
     if training:
         F._verify_batch_size(input.size())  # type: ignore[attr-defined]
-    return torch.batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, False)
+    return torch.native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
 
 
 class _Rule(torch.autograd.Function):
