@@ -51,19 +51,33 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`, but for the update of the running statistics."""
+    return native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
+
+
+def native_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`torch.native_batch_norm`, but for the update of the running statistics."""
     x = _at_least_float32(input)
     if training or running_mean is None or running_var is None:
         variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
     else:
         mean, variance = running_mean, running_var
-    factor = (variance + eps).rsqrt()
+    scale = factor = (variance + eps).rsqrt()
     if weight is not None:
         factor = factor * weight
     offset = -mean * factor
     if bias is not None:
         offset = offset + bias
     shape = [1, -1] + [1] * (x.dim() - 2)
-    return (x * factor.view(shape) + offset.view(shape)).to(input.dtype)
+    return (x * factor.view(shape) + offset.view(shape)).to(input.dtype), mean, scale
 
 
 def instance_norm(
@@ -115,8 +129,9 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-_EXACT: dict[Any, Callable[..., Tensor]] = {
+_EXACT: dict[Any, Callable[..., Any]] = {
     F.batch_norm: batch_norm,
+    torch.native_batch_norm: native_batch_norm,
     channelwise.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
     F.layer_norm: layer_norm,
@@ -124,7 +139,6 @@ _EXACT: dict[Any, Callable[..., Tensor]] = {
 _DROPOUT = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 _WRONG = {
     torch.batch_norm,
-    torch.native_batch_norm,
     torch.instance_norm,
     torch.layer_norm,
     torch.native_layer_norm,

@@ -1,7 +1,8 @@
 """Which way of running the experts is fastest where: a table that `python -m benchmarks.steps` measures and writes.
 
-`strategies.json` holds a record for each device and architecture that was measured. What it does not hold is batched as
-another architecture on such a device, or else as `UNMEASURED` says.
+`strategies.json` holds a record for each device and architecture that was measured: the way whose steps are fastest
+and, where steps are compiled, what each way takes to its first step and for each further one. What it does not hold is
+batched as another architecture on such a device, or else as `UNMEASURED` says.
 """
 
 from __future__ import annotations
@@ -31,13 +32,19 @@ UNMEASURED = {"cpu": Strategy("loop", "reverse"), "other": Strategy("vmap", "rev
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def fastest(device_type: str, arch: str = "") -> Strategy:
-    """The measured strategy for an architecture ("" where it has no name) on this machine's device of a type."""
+def fastest(device_type: str, arch: str = "", compiled_steps: int | None = None) -> Strategy:
+    """The measured strategy for an architecture ("" where it has no name) on this machine's device of a type.
+
+    `compiled_steps`: of a run that compiles and takes so many: what counts is when it ends, the compiling included,
+    which takes longest where a loop over the experts is unrolled. None counts the steps alone.
+    """
     device = "cpu" if device_type == "cpu" else _device_name(device_type)
     table = _table()
     same = [record for record in table if record["device"] == device]
     for record in same:
         if record["arch"] == arch:
+            if compiled_steps is not None and "compiled" in record:
+                record = min(record["compiled"], key=lambda way: way["first_step_s"] + compiled_steps * way["step_s"])
             return Strategy(record["batching"], record["double_backprop"])
     for record in same:
         return Strategy(record["batching"], "reverse")  # which can differentiate any head

@@ -21,7 +21,7 @@ from immunity_fast.checkpoint import (
     optimizer_tensors,
     under,
 )
-from immunity_fast.compilation import Announce, Compiled, at_size
+from immunity_fast.compilation import Announce, Compiled, at_size, resolve
 from immunity_fast.config import TrainConfig
 from immunity_fast.data import ImageDataset
 from immunity_fast.functional import mixture_log_probabilities
@@ -29,6 +29,7 @@ from immunity_fast.loader import Batch, TrainLoader
 from immunity_fast.metrics import EVALUATION_BATCH, batches, correct, heatmap_metrics, sample
 from immunity_fast.model import ImmunityMoE, SingleNetwork
 from immunity_fast.step import MEASURED, TrainStep, cosine_lr
+from immunity_fast.strategies import fastest
 
 
 class Trainer:
@@ -56,12 +57,24 @@ class Trainer:
             "stage": config.stage,
             "image_size": list(dataset.image_size),
         }
+        self.loader = TrainLoader(
+            self.dataset.train,
+            config.batch_size,
+            config.seed + 2,
+            padding=config.crop_padding,
+            degrees=config.rotation,
+            flip=dataset.flip if config.flip == "auto" else config.flip == "on",
+            rank=distributed.rank(),
+            processes=distributed.count(),
+        )
         mean, std = channel_statistics(dataset.train.images)
         self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
+        compiled = resolve(config.compile, device) != "off"
+        strategy = fastest(device.type, config.arch, self.steps if compiled else None)
         options: dict[str, Any] = {
             "stage": config.stage,
             "image_size": dataset.image_size,
-            "batching": config.batching,
+            "batching": strategy.batching if config.batching == "auto" else config.batching,
             "mean": mean,
             "std": std,
         }
@@ -102,7 +115,7 @@ class Trainer:
             self.optimizer,
             clip_grad_norm=config.clip_grad_norm,
             amp=config.amp,
-            double_backprop=config.double_backprop,
+            double_backprop=(strategy.double_backprop if config.double_backprop == "auto" else config.double_backprop),
             compile=config.compile,
             announce=announce,
             traceback_file=traceback_file,
@@ -111,16 +124,6 @@ class Trainer:
             group=group,
         )
         self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, announce, traceback_file)
-        self.loader = TrainLoader(
-            self.dataset.train,
-            config.batch_size,
-            config.seed + 2,
-            padding=config.crop_padding,
-            degrees=config.rotation,
-            flip=dataset.flip if config.flip == "auto" else config.flip == "on",
-            rank=distributed.rank(),
-            processes=distributed.count(),
-        )
         self.fingerprint = dataset.fingerprint()
         self.epoch = 0  # epochs finished
         self.sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)  # over the present epoch's steps

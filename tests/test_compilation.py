@@ -94,6 +94,16 @@ def test_a_step_is_one_graph_and_trains_as_eager_does(double_backprop: Any, amp:
         torch.testing.assert_close(compiled, eager, rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("double_backprop", ["reverse", "forward"])
+def test_a_step_of_all_experts_at_once_is_one_graph(double_backprop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Dynamo captures it, run operator by operator; `aot_eager` cannot run some of what comes out of a `vmap`."""
+    compile_ = torch.compile
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile_(f, fullgraph=True, dynamic=False, backend="eager"))
+    options = {"double_backprop": double_backprop}
+    _same_training(_step(_model("vmap"), compile="on", **options), _step(_model("vmap"), **options))
+
+
 def test_the_real_compiler_trains_as_eager_does() -> None:
     """Of as little as has all parts of a step: each kernel that is generated costs a call of the C++ compiler."""
 

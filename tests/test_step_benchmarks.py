@@ -105,6 +105,30 @@ def test_the_table_is_written_and_read(tmp_path: Path, monkeypatch: pytest.Monke
         strategies._table.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(None, ("loop", "reverse")), (100, ("vmap", "forward")), (100_000, ("loop", "reverse"))]
+)
+def test_a_run_that_compiles_takes_what_ends_first(
+    steps: int | None, expected: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop over five experts compiles five times as much code: a short run is over before that pays."""
+    ways = [
+        {"batching": "loop", "double_backprop": "reverse", "first_step_s": 500.0, "step_s": 0.010},
+        {"batching": "vmap", "double_backprop": "forward", "first_step_s": 170.0, "step_s": 0.014},
+    ]
+    record = {"device": "a GPU", "arch": "resnet18", "batching": "loop", "double_backprop": "reverse", "compiled": ways}
+    file = tmp_path / "strategies.json"
+    file.write_text(json.dumps({"records": [record]}), encoding="utf-8")
+    monkeypatch.setattr(strategies, "TABLE", file)
+    monkeypatch.setattr(strategies, "_device_name", lambda _: "a GPU")
+    strategies._table.cache_clear()
+    try:
+        assert strategies.fastest("cuda", "resnet18", steps) == expected
+        assert strategies.fastest("cuda", "densenet121", steps) == ("loop", "reverse")
+    finally:
+        strategies._table.cache_clear()
+
+
 def test_the_table_of_the_package_is_what_was_measured() -> None:
     """Each entry names a committed record, and is the fastest way in it."""
     root = Path(__file__).parents[1]
