@@ -1,17 +1,23 @@
-# Every target sets up .venv when it is missing or when what it is made from has changed.
+# Every target sets up .venv (test-oldest: .venv-oldest) when it is missing or when what it is made from has changed.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+OLDEST := .venv-oldest
+INSTALL := -m pip install --quiet --disable-pip-version-check
+TESTS ?=
 
-.PHONY: quickstart test bench lint clean
+.PHONY: quickstart test test-oldest bench lint clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/python -m immunity_fast.train
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# On the oldest versions that setup.py allows; TESTS="tests/kernels tests/test_step.py" runs these alone.
+test-oldest: $(OLDEST)/.test
+	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile $(TESTS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -22,10 +28,15 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
 
 # One stamp an extra: the quickstart does not wait for the tools of the developers.
 $(VENV)/.%: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable ".[$*]"
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+$(OLDEST)/.test: setup.py pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(INSTALL) --constraint constraints-oldest.txt --editable ".[test]"
 	touch $@

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+# The lower bounds are what `make test-oldest` installs; constraints-oldest.txt holds the same versions, and a test
+# compares the two. torch, triton and torchvision must not be raised beyond what rented GPUs come with: 2.11, 3.6, 0.26.
 ATTACKS = ["torchattacks>=3.5"]
 TRAIN = [
     "jinja2>=3.1",
@@ -13,22 +15,20 @@ TRAIN = [
     "pillow>=10",
     "rich>=13",
     "safetensors>=0.4",
-    "scikit-learn>=1.3",
+    "scikit-learn>=1.3.1",  # the first with a wheel for Python 3.12
     "tensorboard>=2.15",
     "torchvision>=0.26",
 ]
-DEV = [
+TEST = [
     *TRAIN,
     *ATTACKS,
-    "build>=1.2",
     "hypothesis>=6.100",
-    "mypy>=1.10",
     "pytest>=8",
     "pytest-benchmark>=5",
-    "pytest-xdist>=3",
+    "pytest-xdist>=3.0.2",
     "pytorch-lightning>=2.6",
-    "ruff>=0.6",
 ]
+DEV = [*TEST, "build>=1.2", "mypy>=1.10", "ruff>=0.6"]
 
 setup(
     name="immunity-fast",
@@ -45,5 +45,5 @@ setup(
         "immunity_fast.reproduction": ["gallery.html.jinja"],
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
-    extras_require={"train": TRAIN, "attacks": ATTACKS, "dev": DEV},
+    extras_require={"train": TRAIN, "attacks": ATTACKS, "test": TEST, "dev": DEV},
 )

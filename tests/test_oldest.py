@@ -1,0 +1,36 @@
+"""`make test-oldest` tests the lower bounds of setup.py: constraints-oldest.txt holds these very versions."""
+
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py hands to setuptools."""
+    found: dict[str, Any] = {}
+    monkeypatch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=found.update))
+    runpy.run_path(str(REPOSITORY / "setup.py"))
+    return found
+
+
+def test_the_lower_bounds_are_what_is_tested(metadata: dict[str, Any]) -> None:
+    lines = (REPOSITORY / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    tested = {canonicalize_name(name): Version(version) for name, version in pins.items()}
+    assert len(tested) == len(pins), "one package, one version"
+    extras = metadata["extras_require"]
+    assert {*extras["train"], *extras["attacks"]} <= set(extras["test"]) <= set(extras["dev"])
+    for requirement in map(Requirement, [*metadata["install_requires"], *extras["test"]]):
+        (bound,) = requirement.specifier
+        assert bound.operator == ">="
+        assert tested[canonicalize_name(requirement.name)] == Version(bound.version), requirement
