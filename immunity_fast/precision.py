@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch.optim import SGD, Optimizer
 
 Amp = Literal["off", "bf16", "fp16"]
 Float32 = Literal["tf32", "ieee"]
@@ -30,3 +31,20 @@ def set_float32(precision: Float32) -> None:
     """
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def begin_momentum(optimizer: Optimizer) -> None:
+    """Zeros for the momentum that PyTorch's fused SGD would make in its first step.
+
+    It makes it of memory as it finds it, for that step to write to. Where the scaler skips the step nothing is written,
+    and the second step moves the weights by whatever was there. From zeros the first step is the same, but that
+    `dampening` counts in it, too.
+    """
+    if not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if group["fused"] and group["momentum"] and parameter.grad is not None:
+                state = optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)

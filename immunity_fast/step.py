@@ -23,7 +23,7 @@ from immunity_fast.compilation import Announce, Compile, Compiled
 from immunity_fast.functional import mixture_cross_entropy
 from immunity_fast.losses import Classification, FusedImmunityLoss, ImmunityTerms
 from immunity_fast.model import ImmunityMoE
-from immunity_fast.precision import Amp, autocast, grad_scaler
+from immunity_fast.precision import Amp, autocast, begin_momentum, grad_scaler
 from immunity_fast.strategies import DoubleBackprop
 
 MEASURED = ("loss", "cross_entropy", "mutual_information_loss", "position_stability")
@@ -82,6 +82,7 @@ class TrainStep:
         if group is not None:
             self._forward = _distributed(self.objective, group)
         self._proven = False
+        self._begun = not self.scaler.is_enabled()
 
     @property
     def compiled(self) -> bool:
@@ -106,6 +107,9 @@ class TrainStep:
             clean = images if self.objective.trades_weight is not None else None
             batch = (self.attack(images, labels), labels, None, clean)
         measured = self._prove(*batch) if self.compiled and not self._proven else self._backward(*batch)
+        if not self._begun:
+            begin_momentum(self.optimizer)
+            self._begun = True
         if self.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)

@@ -279,3 +279,26 @@ def test_a_gradient_beyond_float16_skips_its_step_and_lowers_the_scale() -> None
     step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     step(*_batch())
     assert not torch.equal(_weights(model), before)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_is_nothing_after_a_first_step_that_is_skipped(nesterov: bool) -> None:
+    """A fused optimiser's, as that of one which is not called where the scaler skips a step."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody has written is NaN
+    try:
+        weights = []
+        for fused in (True, False):
+            model = _model()
+            optimizer = SGD(model.parameters(), 0.05, 0.9, weight_decay=1e-2, nesterov=nesterov, fused=fused)
+            step = TrainStep(model, LOSS, optimizer, amp="fp16")
+            for scale in (2.0**120, 2.0**10, 2.0**10):
+                step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+                step(*_batch())
+            assert step.scaler.get_scale() == scale
+            weights.append(_weights(model))
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(weights[0], _weights(_model()))
