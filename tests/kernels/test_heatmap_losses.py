@@ -301,11 +301,11 @@ def test_ops_are_what_the_compiler_takes_them_for(gradients: str, samples: int) 
     case = CASE._replace(shape=(2, samples, 3, 3, 4), gradients=gradients)
     inputs = leaves(case.inputs())
     parts = ([inputs[0][:1], inputs[0][1:]], [inputs[1][:1], inputs[1][1:]])
-    torch.library.opcheck(fused.heatmap_losses, (*parts, [5, 6], True, 0.01, 0.3))
+    torch.library.opcheck(fused.heatmap_losses, (*parts, [5, 6], True, 0.01, 0.3, ""))
     torch.library.opcheck(fused_heatmaps.gradcam_heatmaps, (*parts, [5, 6], 0.3))
     activations = [part.detach() for part in parts[0]]
     slopes = [part.detach() for part in parts[1]]
-    saved = fused.heatmap_losses(activations, slopes, [5, 6], True, 0.01, 0.3)
+    saved = fused.heatmap_losses(activations, slopes, [5, 6], True, 0.01, 0.3, "")
     for needs in itertools.product([False, True], repeat=2):
         torch.library.opcheck(
             fused.heatmap_losses_backward,
