@@ -62,5 +62,6 @@ def _at(outputs: Tensor, classes: Tensor) -> Tensor:
 
 
 def _best_other(outputs: Tensor, classes: Tensor) -> Tensor:
-    own = F.one_hot(classes, outputs.shape[-1]).bool()
+    # Not F.one_hot: on torch 2.11 it reads its classes' values under torch.compile, and nothing is compiled.
+    own = classes[..., None] == torch.arange(outputs.shape[-1], device=classes.device)
     return outputs.masked_fill(own, -float("inf")).amax(-1)
