@@ -91,7 +91,9 @@ def draw_heatmaps(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], p
     figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI, facecolor="white")
 
     def add_axes(x: int, y: int, w: int, h: int) -> Axes:
-        return figure.add_axes((x / total_width, 1 - (y + h) / total_height, w / total_width, h / total_height))
+        # matplotlib 3.8 rounds the size of an image up: of 256 + 1e-13 pixels it makes 257, and rows come out shifted.
+        extent = ((w - 1e-6) / total_width, (h - 1e-6) / total_height)
+        return figure.add_axes((x / total_width, 1 - (y + h) / total_height, *extent))
 
     def add_text(x: float, y: float, text: str, align: str, valign: str) -> None:
         position = (x / total_width, 1 - y / total_height)
