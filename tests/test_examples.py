@@ -169,10 +169,10 @@ def test_its_gradient_is_that_of_finite_differences_with_batch_norm_in_training_
 def test_the_command_prints_what_the_loss_does(
     drop_in: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["drop_in.py", "--steps", "22"])
+    monkeypatch.setattr(sys, "argv", ["drop_in.py", "--steps", "44"])
     drop_in.main()
     title, header, *rows = capsys.readouterr().out.splitlines()
-    assert title.startswith("22 steps of 32 images on ")
+    assert title.startswith("44 steps of 32 images on ")
     assert title.endswith("360 held-out images")
     assert header.split() == ["plain", "with_immunity"]
     table = {row[:42].strip(): [float(cell.replace(",", "")) for cell in row[42:].split()] for row in rows}
