@@ -1,22 +1,23 @@
 """Measures every case, without pytest, and writes one record.
 
-    python -m benchmarks.record --out FILE [--time-limit SECONDS]
+    python -m benchmarks.record --out FILE [--time-limit SECONDS] [--rehearse]
 
-It is written after each case: an interruption costs what had not been measured by then.
+The record is written after each case: an interruption costs what had not been measured by then. `--rehearse` takes a
+few small cases, and judges no result on a device that computes nothing.
 """
 
 import argparse
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import machine
-from benchmarks.cases import all_cases
+from benchmarks import machine, timing
+from benchmarks.cases import all_cases, rehearsed_cases
 from benchmarks.measure import measure
+from benchmarks.outcomes import write
+from immunity_fast.compilation import keep_caches
 
 
 def header(command: str) -> dict[str, Any]:
@@ -29,18 +30,21 @@ def header(command: str) -> dict[str, Any]:
     }
 
 
-def record(seconds: float, out: Path) -> dict[str, Any]:
+def record(seconds: float, out: Path, rehearse: bool = False) -> dict[str, Any]:
     """The record as it stands in `out`; no case is begun after so many seconds, and those that were not are named."""
     begin = time.monotonic()
-    found = header("python -m benchmarks.record") | {"copy_gb_per_s": machine.copy_gb_per_s()}
+    if rehearse:
+        timing.rehearse()
+    found = header("python -m benchmarks.record" + (" --rehearse" if rehearse else ""))
+    found["copy_gb_per_s"] = machine.copy_gb_per_s()
     found |= {"records": [], "failures": [], "not_measured": []}
     write(out, found)  # where that is not possible, it is better known now
-    cases = all_cases()
+    cases = rehearsed_cases() if rehearse else all_cases()
     for index, case in enumerate(cases, 1):
         if time.monotonic() - begin > seconds:
             found["not_measured"].append({"case": str(case), "reason": f"{seconds:.0f} s were over"})
             continue
-        measured = measure(case)
+        measured = measure(case, rehearse)
         found["records"] += measured.records.values()
         found["failures"] += [
             {"case": str(case), "mode": mode, "variant": variant, "error": error}
@@ -55,30 +59,15 @@ def record(seconds: float, out: Path) -> dict[str, Any]:
     return found
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """As JSON, an entry of a list a line; `path` only ever holds all of it."""
-    fields = []
-    for name, value in content.items():
-        if isinstance(value, list) and value:
-            text = "[\n  " + ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in value) + "\n ]"
-        else:
-            text = json.dumps(value, ensure_ascii=False)
-        fields.append(f" {json.dumps(name)}: {text}")
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise SystemExit(f"error: {path}: {error.strerror}") from None
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="begin no case after")
+    parser.add_argument("--rehearse", action="store_true", help="few and small cases")
     options = parser.parse_args()
-    found = record(options.time_limit, options.out)
+    keep_caches()
+    found = record(options.time_limit, options.out, options.rehearse)
     if found["failures"]:
         raise SystemExit(f"error: {len(found['failures'])} variants failed: {found['failures'][0]['error']}")
 

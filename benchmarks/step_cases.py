@@ -6,7 +6,7 @@ mixture's cross-entropy alone, which is what the losses' cost is measured agains
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +20,13 @@ from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.batching import channels_last_
 from immunity_fast.compilation import Compiled
 from immunity_fast.functional import mixture_cross_entropy
+from immunity_fast.kernels import launch
 from immunity_fast.losses import ALPHA, BETA, GAMMA
 from immunity_fast.precision import autocast
 from immunity_fast.step import TrainStep
 
 CLASSES = 10
-SIZE = (32, 32)  # of images and heatmaps
+SIDE = 32  # of images and heatmaps
 FULL, DETACHED, CROSS_ENTROPY = "full", "detached", "cross-entropy"
 LOSSES = (FULL, DETACHED, CROSS_ENTROPY)
 NAIVE = "naive eager loop"
@@ -55,6 +56,10 @@ WAYS = [
     Way("compiled vmap, forward mode", "vmap", "forward", "on"),
 ]
 
+# Of batching and compilation, in what is measured: the most promising first, and a compiled loop, whose graph is N
+# times as long, last.
+ORDER = [("vmap", "on"), ("vmap", "off"), ("loop", "off"), ("loop", "on")]
+
 
 @dataclass(frozen=True)
 class StepCase:
@@ -66,28 +71,42 @@ class StepCase:
     amp: Any = "bf16" if CUDA else "off"
     compiled: tuple[str, ...] = ()  # which batchings are measured compiled, too
     quick: bool = False  # of what is compiled, only what the overhead is made of
+    eager: bool = True  # whether eager ways are measured
+    experts: int = EXPERTS
+    side: int = SIDE
 
     def __str__(self) -> str:
-        return f"{EXPERTS} × {self.arch}, cut after {self.model().stage}, {self.samples} images, amp {self.amp}"
+        case = f"{self.experts} × {self.arch}, cut after {self.model().stage}, {self.samples} images, amp {self.amp}"
+        return case if self.eager else f"{case}, compiled {' and '.join(self.compiled)}"
 
     def ways(self, loss: str) -> list[Way]:
         """The ways in which a loss is measured, but for the naive one."""
-        ways = [way for way in WAYS if way.compile == "off" or way.batching in self.compiled]
+        ways = [way for way in WAYS if (self.eager if way.compile == "off" else way.batching in self.compiled)]
         if self.quick:
             few = [way for way in ways if way.double_backprop == "reverse" and loss != DETACHED]
             ways = [way for way in ways if way.compile == "off" or way in few]
         # Forward mode is a way of differentiating twice, which nothing but the whole loss does.
         return ways if loss == FULL else [way for way in ways if way.double_backprop == "reverse"]
 
+    def order(self) -> list[tuple[Way, str]]:
+        """All that is measured: what "auto" does on a GPU and its overhead first, what compiles longest last."""
+
+        def rank(pair: tuple[Way, str]) -> tuple[int, bool, bool, bool]:
+            way, loss = pair
+            kind = ORDER.index((way.batching, way.compile))
+            return kind, loss == DETACHED, way.double_backprop == "forward", loss == CROSS_ENTROPY
+
+        return sorted([(way, loss) for loss in LOSSES for way in self.ways(loss)], key=rank)
+
     def model(self) -> ImmunityMoE:
         """The same weights each time, on the CPU."""
         torch.manual_seed(0)
-        return ImmunityMoE(self.arch, EXPERTS, CLASSES, stage=self.stage, image_size=SIZE)
+        return ImmunityMoE(self.arch, self.experts, CLASSES, stage=self.stage, image_size=self.side)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Images in [0, 1] and labels."""
         generator = torch.Generator().manual_seed(1)
-        images = torch.rand(self.samples, 3, *SIZE, generator=generator)
+        images = torch.rand(self.samples, 3, self.side, self.side, generator=generator)
         return images.to(DEVICE), (torch.arange(self.samples) % CLASSES).to(DEVICE)
 
     def step(self, way: Way, loss: str) -> tuple[Step, nn.Module]:
@@ -100,7 +119,7 @@ class StepCase:
             return _plain_step(model, images, labels, **options), model
         step = TrainStep(
             model,
-            FusedImmunityLoss(size=SIZE, detach_weights=loss == DETACHED),
+            FusedImmunityLoss(size=(self.side, self.side), detach_weights=loss == DETACHED),
             _optimizer(model),
             double_backprop=way.double_backprop,  # type: ignore[arg-type]
             **options,
@@ -132,8 +151,9 @@ class StepCase:
             if loss == CROSS_ENTROPY:
                 total = naive.mixture_cross_entropy(torch.stack(logits), weights, labels, ALPHA).mean()
             else:
+                size, detached = (self.side, self.side), loss == DETACHED
                 total = naive.immunity_loss(
-                    logits, activations, labels, SIZE, ALPHA, BETA, GAMMA, weights, detach_weights=loss == DETACHED
+                    logits, activations, labels, size, ALPHA, BETA, GAMMA, weights, detach_weights=detached
                 )
             optimizer.zero_grad()
             total.backward()
@@ -144,7 +164,7 @@ class StepCase:
     def flops(self, loss: str) -> float:
         """Floating-point operations of a step's forward and backward passes: twice its multiplications."""
         way = Way("", "loop", "reverse", "off")
-        step, _ = StepCase(self.arch, self.stage, COUNTED, "off").step(way, loss)
+        step, _ = replace(self, samples=COUNTED, amp="off").step(way, loss)
         with FlopCounterMode(display=False) as counter:
             step()
         return float(counter.get_total_flops()) * self.samples / COUNTED
@@ -193,8 +213,18 @@ def cases(quick: bool) -> list[StepCase]:
             StepCase("googlenet", None, 4),
             StepCase("densenet121", None, 4),
         ]
+    resnet18 = [StepCase("resnet18", "layer2", samples, compiled=("vmap",)) for samples in (512, 32)]
+    resnet18 += [replace(case, compiled=("loop",), eager=False) for case in resnet18]
     if quick:
-        return [StepCase("resnet18", "layer2", samples, compiled=("loop", "vmap")) for samples in (512, 32)]
+        return resnet18
     cut: list[tuple[str, str | None]] = [("resnet18", "layer2"), ("resnet18", "layer3")]
     cut += [("resnet8", None), ("googlenet", None), ("densenet121", None)]
-    return [StepCase(*case, n, compiled=("loop", "vmap")) for n in (512, 32, 128) for case in cut]
+    rest = [(*case, samples) for samples in (512, 32, 128) for case in cut]
+    known = {(case.arch, case.stage, case.samples) for case in resnet18}
+    return resnet18 + [StepCase(*case, compiled=("loop", "vmap")) for case in rest if case not in known]
+
+
+def rehearsed_cases() -> list[StepCase]:
+    """The smallest; on a device where compiled code runs, compiled too."""
+    compiled = ("vmap",) if CUDA and not launch.INTERPRETED else ()
+    return [StepCase("resnet8", None, 4, compiled=compiled, quick=True, experts=2, side=16)]

@@ -1,9 +1,9 @@
 """Measures training steps: the naive loop, and this package's step in each of its ways; writes one record.
 
-    python -m benchmarks.steps --out FILE [--quick] [--time-limit SECONDS] [--write-strategies]
+    python -m benchmarks.steps --out FILE [--quick | --rehearse] [--time-limit SECONDS] [--write-strategies]
 
-All ways of a case are checked against the naive one, then timed in turns. Written after each case: an interruption
-costs what had not been measured by then.
+Each way of a case is checked against the naive one and timed in turns with it, and the record written: an interruption
+costs one way. Once all ways of a case have been seen they are timed again, all of them in turns.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import memory, timing
-from benchmarks.cases import DEVICE
+from benchmarks.cases import DEVICE, computes
 from benchmarks.measure import line, ratio
 from benchmarks.record import header, write
-from benchmarks.step_cases import CROSS_ENTROPY, CUDA, FULL, LOSSES, NAIVE, StepCase, cases
+from benchmarks.step_cases import (
+    CROSS_ENTROPY,
+    CUDA,
+    FULL,
+    LOSSES,
+    NAIVE,
+    WAYS,
+    StepCase,
+    Way,
+    cases,
+    rehearsed_cases,
+)
 from immunity_fast.compilation import keep_caches, resolve
 from immunity_fast.precision import set_float32
 from immunity_fast.strategies import TABLE
@@ -32,62 +44,106 @@ TIE = 0.02  # by which a way has to be faster than a loop in reverse mode to be 
 CLOSE = {"off": 0.999, "bf16": 0.95}  # cosine of a way's gradient and the naive loop's, at least
 
 
-def measure(case: StepCase) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Records and failures of a case."""
-    flops = {loss: case.flops(loss) for loss in LOSSES}
-    steps: dict[tuple[str, str], timing.Run] = {}
-    peaks: dict[tuple[str, str], float | None] = {}
-    first: dict[tuple[str, str], float] = {}
-    failures = []
-    for loss in LOSSES:
-        step, model = case.naive_step(loss)
-        step()
-        expected = gradient(model)
-        steps[NAIVE, loss] = timing.Run("events" if CUDA else "wall clock", 1, step)
-        for way in case.ways(loss):
+class Measured:
+    """What is known of a case: records and failures, which grow way by way.
+
+    Args:
+        case: what is measured.
+        judged: whether a way has to take the naive one's step.
+    """
+
+    def __init__(self, case: StepCase, judged: bool = True) -> None:
+        self.case, self.judged = case, judged
+        self.failures: list[dict[str, Any]] = []
+        self.left_out: list[str] = []  # ways for which no time was left
+        self._records: dict[tuple[str, str], dict[str, Any]] = {}
+        self._flops = {loss: case.flops(loss) for loss in LOSSES}
+        self._steps: dict[tuple[str, str], timing.Run] = {}
+        self._peaks: dict[tuple[str, str], float | None] = {}
+        self._first: dict[tuple[str, str], float] = {}
+        self._expected: dict[str, Tensor] = {}
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Of what has been measured: loss by loss, the naive loop first, ways in their order."""
+        names = [NAIVE, *(way.name for way in WAYS)]
+        keys = [(name, loss) for loss in LOSSES for name in names if (name, loss) in self._records]
+        return [self._records[key] for key in keys]
+
+    def run(self, over: Callable[[], bool], write: Callable[[], None]) -> None:
+        """Measure the case, calling `write` after each way; what is not begun before time is `over` is left out."""
+        for way, loss in self.case.order():
+            if over():
+                self.left_out.append(f"{way.name}, {loss}")
+                continue
+            if loss not in self._expected:
+                self._naive(loss)
             try:
-                step, model = case.step(way, loss)
-                begin = time.perf_counter()
-                step()
-                closeness = float(torch.cosine_similarity(gradient(model), expected, 0))
-                first[way.name, loss] = time.perf_counter() - begin
-                if not closeness > CLOSE[case.amp]:
-                    raise ValueError(f"the gradient is not the naive loop's: cosine {closeness:.4f}")
-                steps[way.name, loss] = timing.Run("events" if CUDA else "wall clock", 1, step)
+                self._add(way, loss)
+                self._time([(NAIVE, loss), (way.name, loss)])
             except Exception as error:
-                failures.append({"case": str(case), "way": way.name, "loss": loss, "error": line(error)})
-    for key, run in steps.items():
-        run.start()
-        peaks[key] = memory.peak(run.start)
-    timings = timing.interleaved({" / ".join(key): run for key, run in steps.items()})
-    seconds = {key: timings[" / ".join(key)].seconds for key in steps}
-    medians = {key: statistics.median(rounds) for key, rounds in seconds.items()}
-    records = []
-    for (way_name, loss), rounds in seconds.items():
+                self._steps.pop((way.name, loss), None)
+                self.failures.append({"case": str(self.case), "way": way.name, "loss": loss, "error": line(error)})
+            write()
+        if not over():
+            self._time(list(self._steps))
+            write()
+
+    def _naive(self, loss: str) -> None:
+        step, model = self.case.naive_step(loss)
+        step()
+        self._expected[loss] = gradient(model)
+        self._steps[NAIVE, loss] = _run(step)
+
+    def _add(self, way: Way, loss: str) -> None:
+        step, model = self.case.step(way, loss)
+        begin = time.perf_counter()
+        step()
+        closeness = float(torch.cosine_similarity(gradient(model), self._expected[loss], 0))
+        self._first[way.name, loss] = time.perf_counter() - begin
+        if self.judged and not closeness > CLOSE[self.case.amp]:
+            raise ValueError(f"the gradient is not the naive loop's: cosine {closeness:.4f}")
+        self._steps[way.name, loss] = _run(step)
+
+    def _time(self, keys: list[tuple[str, str]]) -> None:
+        """Time these in turns, and put what was found in the place of what was known of them."""
+        for key in keys:
+            if key not in self._peaks:
+                self._steps[key].start()
+                self._peaks[key] = memory.peak(self._steps[key].start)
+        timings = timing.interleaved({" / ".join(key): self._steps[key] for key in keys})
+        seconds = {key: timings[" / ".join(key)].seconds for key in keys}
+        for way_name, loss in keys:
+            self._records[way_name, loss] = self._record(way_name, loss, seconds)
+        for (way_name, _), record in self._records.items():
+            plain = self._records.get((way_name.split(",")[0], CROSS_ENTROPY))
+            record["overhead"] = None if plain is None else round(record["median_ms"] / plain["median_ms"], 3)
+
+    def _record(self, way_name: str, loss: str, seconds: dict[tuple[str, str], list[float]]) -> dict[str, Any]:
+        rounds, flops = seconds[way_name, loss], self._flops
         low, median, high = statistics.quantiles(rounds, n=4, method="inclusive")
-        records.append(
-            {
-                "arch": case.arch,
-                "stage": case.model().stage,
-                "samples": case.samples,
-                "amp": case.amp,
-                "way": way_name,
-                "loss": loss,
-                "median_ms": round(median * 1e3, 3),
-                "iqr_ms": round((high - low) * 1e3, 3),
-                "rounds": len(rounds),
-                "speedup_over_naive": ratio(seconds[NAIVE, loss], rounds),
-                "overhead": round(median / medians[way_name.split(",")[0], CROSS_ENTROPY], 3)
-                if (way_name.split(",")[0], CROSS_ENTROPY) in medians
-                else None,
-                "flop_floor": round(flops[loss] / flops[CROSS_ENTROPY], 3),
-                "gflop": round(flops[loss] / 1e9, 2),
-                "flops_utilisation": utilisation(flops[loss], median),
-                "peak_mib": peaks[way_name, loss],
-                "first_step_s": round(first[way_name, loss], 2) if (way_name, loss) in first else None,
-            }
-        )
-    return records, failures
+        return {
+            "arch": self.case.arch,
+            "stage": self.case.model().stage,
+            "samples": self.case.samples,
+            "amp": self.case.amp,
+            "way": way_name,
+            "loss": loss,
+            "median_ms": round(median * 1e3, 3),
+            "iqr_ms": round((high - low) * 1e3, 3),
+            "rounds": len(rounds),
+            "speedup_over_naive": ratio(seconds[NAIVE, loss], rounds),
+            "overhead": None,  # filled in where the cross-entropy alone has been measured
+            "flop_floor": round(flops[loss] / flops[CROSS_ENTROPY], 3),
+            "gflop": round(flops[loss] / 1e9, 2),
+            "flops_utilisation": utilisation(flops[loss], median),
+            "peak_mib": self._peaks[way_name, loss],
+            "first_step_s": round(self._first[way_name, loss], 2) if (way_name, loss) in self._first else None,
+        }
+
+
+def _run(step: Callable[[], object]) -> timing.Run:
+    return timing.Run("events" if CUDA else "wall clock", 1, step)
 
 
 def gradient(model: nn.Module) -> Tensor:
@@ -113,13 +169,19 @@ def utilisation(flops: float, seconds: float) -> float | None:
     return None if peak is None else round(flops / seconds / peak, 4)
 
 
-def fastest(records: list[dict[str, Any]], record: str) -> list[dict[str, Any]]:
-    """What `strategies.json` says of this machine: for each architecture the fastest way that "auto" would compile.
+def fastest(records: list[dict[str, Any]], record: str, device: str | None = None) -> list[dict[str, Any]]:
+    """What `strategies.json` says of a device: for each architecture the fastest way that "auto" would compile there.
 
     Of an architecture's cases it is the one with the most images and the earliest stage, where Grad-CAM costs most.
+
+    Args:
+        records: of steps.
+        record: where they are kept.
+        device: where they were measured, a GPU's name or "cpu"; None is this machine's.
     """
-    prefix = "eager" if resolve("auto", DEVICE) == "off" else "compiled"
-    device = torch.cuda.get_device_name() if CUDA else "cpu"
+    if device is None:
+        device = torch.cuda.get_device_name() if CUDA else "cpu"
+    prefix = "eager" if resolve("auto", torch.device("cpu" if device == "cpu" else "cuda")) == "off" else "compiled"
     found = []
     for arch in dict.fromkeys(entry["arch"] for entry in records):
         full = [e for e in records if e["arch"] == arch and e["loss"] == FULL and e["way"].startswith(prefix)]
@@ -179,35 +241,55 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--quick", action="store_true", help="the most important cases only: minutes on two cores")
-    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="begin no case after")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="the most important cases only: minutes on two cores")
+    size.add_argument("--rehearse", action="store_true", help="one small case, to see that all of it runs")
+    parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="begin no way after")
     parser.add_argument("--write-strategies", action="store_true", help="have --batching auto choose what was fastest")
     options = parser.parse_args()
     keep_caches()
     set_float32("tf32")
     begin = time.monotonic()
-    command = "python -m benchmarks.steps" + (" --quick" if options.quick else "")
-    found: dict[str, Any] = header(command) | {"records": [], "failures": [], "not_measured": []}
+    chosen = [f"--{name}" for name in ("quick", "rehearse") if getattr(options, name)]
+    found: dict[str, Any] = header(" ".join(["python -m benchmarks.steps", *chosen]))
+    found |= {"records": [], "failures": [], "not_measured": []}
     write(options.out, found)  # where that is not possible, it is better known now
-    for case in cases(options.quick):
-        if time.monotonic() - begin > options.time_limit:
+    judged = not options.rehearse or computes()
+    if options.rehearse:
+        timing.rehearse()
+
+    def over() -> bool:
+        return time.monotonic() - begin > options.time_limit
+
+    for case in rehearsed_cases() if options.rehearse else cases(options.quick):
+        if over():
             found["not_measured"].append({"case": str(case), "reason": f"{options.time_limit:.0f} s were over"})
             continue
+        records, failures = found["records"], found["failures"]
+        measured = Measured(case, judged)
+
+        def keep(measured: Measured = measured, records: Any = records, failures: Any = failures) -> None:
+            found["records"], found["failures"] = records + measured.records, failures + measured.failures
+            write(options.out, found)
+            seen = len({(record["way"], record["loss"]) for record in measured.records})
+            print(f"[{time.monotonic() - begin:.0f} s] {measured.case}: {seen} measured", flush=True)
+            if options.write_strategies:
+                write_strategies(found, options.out)
+
         try:
-            records, failures = measure(case)
+            measured.run(over, keep)
         except torch.cuda.OutOfMemoryError as error:
-            records, failures = [], [{"case": str(case), "error": line(error)}]
-        found["records"] += records
-        found["failures"] += failures
-        print(f"[{time.monotonic() - begin:.0f} s] {case}: {len(failures)} failed", flush=True)
-        write(options.out, found)
+            measured.failures.append({"case": str(case), "error": line(error)})
+        keep()
+        if measured.left_out:
+            reason = f"{options.time_limit:.0f} s were over"
+            found["not_measured"] += [{"case": f"{case}: {name}", "reason": reason} for name in measured.left_out]
+        del measured, keep  # models and graphs hold memory
         torch.compiler.reset()
         gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
     write(options.out, found)
-    if options.write_strategies:
-        write_strategies(found, options.out)
     print(table(found))
     if found["failures"]:
         raise SystemExit(f"error: {len(found['failures'])} ways failed: {found['failures'][0]['error']}")
