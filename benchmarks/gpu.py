@@ -1,138 +1,230 @@
-"""Everything that needs a GPU, from the source tree, within eight minutes, into one record.
+"""The first minutes on a GPU: what is broken, how fast it is, and what it learns, within a budget of seconds.
 
-    python -m benchmarks.gpu --out FILE
+    python -m benchmarks.gpu --stages check,kernels,steps,science --budget SECONDS --out DIR [--data FILE.npz]
 
-The GPU tests, bitwise determinism, compute-sanitizer where it is installed, and in what time is left the benchmarks,
-the most important first. Each step is a process of its own with a limit: one that fails or hangs stops no other.
+Stages run in this order, each within its share of the budget; what one leaves is for those after it. One that fails or
+hangs stops no other. Results are written to DIR as they come:
+
+    check.json       what does not work, with the innermost cause (`benchmarks.check`)
+    kernels.json     `benchmarks.record`
+    steps.json       `benchmarks.steps`; strategies.json is the package's table with what they found
+    science.json     trainings and their accuracies (`benchmarks.science`), of --data, a file in MedMNIST's layout
+    stages.json      what became of the stages
+
+`--rehearse` takes the smallest sizes of everything, and judges nothing on a device that computes nothing. `--python`
+is the command that runs Python in the processes that are started.
 """
 
 import argparse
-import importlib.util
-import json
 import os
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
-from benchmarks.cases import DEVICE
-from benchmarks.record import header, write
+from benchmarks import outcomes, stages
+from benchmarks.outcomes import FAILED, NOT_RUN, PASSED, portable, write
+from benchmarks.stages import Job
 
-ROOT = Path(__file__).resolve().parent.parent
-TOTAL = 455  # seconds
-LAST_CASE = 45  # that a benchmark may go on after its time
-TAIL = 40  # lines of a step's output that are kept
-UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or a read beyond a tensor is inside the allocator's block
+RESERVE = 3.0  # seconds at the end, to stop what runs and to write
+LAST_CASE = 30  # seconds that a benchmark may go on after its time, but at most
+LAST_SHARE = 0.3  # of its time
+TOLD = 3  # failures that the last line names
 
 
-class Step(NamedTuple):
-    """A command, the seconds it may take, and what its environment has besides."""
+@dataclass
+class Stage:
+    """What a stage has to know."""
 
-    name: str
-    command: list[str]
-    limit: float
+    out: Path
+    python: list[str]
+    rehearse: bool
+    data: Path | None
+    deadline: float  # of `time.monotonic`
     environment: dict[str, str]
+    header: dict[str, Any]
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    def module(self, name: str, *arguments: object) -> list[str]:
+        """The command of a benchmark, in the mode this one is in."""
+        rehearse = ["--rehearse"] if self.rehearse else []
+        return [*self.python, "-m", f"benchmarks.{name}", *map(str, arguments), *rehearse]
+
+    def run(self, jobs: list[Job], take: stages.Take) -> None:
+        """Run jobs until the stage's time is over."""
+        cores = os.cpu_count() or 1
+        stages.run(jobs, cores=cores, deadline=self.deadline, take=take, environment=self.environment)
 
 
-def steps() -> list[Step]:
-    """All but the benchmarks, which take what time these leave."""
-    # A new shape is a new kernel to compile, which takes a core and not the GPU: several at once, if pytest can.
-    workers = ["-n", str(min(os.cpu_count() or 1, 12))] if importlib.util.find_spec("xdist") else []
-    tests = [sys.executable, "-m", "pytest", "tests/kernels", "tests/test_step_gpu.py", "-m", "gpu", "-q", *workers]
-    repeat = [sys.executable, "-m", "benchmarks.repeat"]
-    sanitizer = [sanitizer_path(), "--error-exitcode", "9", "--tool"]
-    return [
-        Step("tests", tests, 130, {}),
-        Step("determinism", repeat, 50, {}),
-        Step("memcheck", [*sanitizer, "memcheck", *repeat, "--small"], 50, UNCACHED),
-        Step("racecheck", [*sanitizer, "racecheck", *repeat, "--small"], 50, {}),
-    ]
+def check(stage: Stage, take: stages.Take) -> None:
+    """All outcomes of `benchmarks.check`, as they come."""
+    from benchmarks import check  # which imports all that is checked: what fails there fails in this stage alone
+
+    found: dict[str, Any] = stage.header | {"outcomes": []}
+
+    def keep(outcome: dict[str, Any]) -> None:
+        found["outcomes"].append(outcome)
+        write(stage.out / "check.json", found)
+        take(outcome)
+
+    stage.run(check.jobs(stage.python, os.cpu_count() or 1, stage.rehearse), keep)
 
 
-def sanitizer_path() -> str:
-    """Of compute-sanitizer; its bare name where it is not to be found."""
-    places = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
-    return shutil.which("compute-sanitizer", path=places) or "compute-sanitizer"
+def kernels(stage: Stage, take: stages.Take) -> None:
+    """`benchmarks.record`."""
+    _benchmark(stage, take, "kernels", "record")
 
 
-def run(step: Step) -> dict[str, Any]:
-    """What became of a step."""
-    begin = time.monotonic()
-    with tempfile.TemporaryFile() as output:
+def steps(stage: Stage, take: stages.Take) -> None:
+    """`benchmarks.steps`, and what it makes of the package's table."""
+    from immunity_fast.strategies import TABLE
+
+    before = TABLE.read_bytes()
+    try:
+        _benchmark(stage, take, "steps", "steps", "--write-strategies")
+        shutil.copyfile(TABLE, stage.out / "strategies.json")
+    finally:
+        if stage.rehearse:  # nothing was measured
+            TABLE.write_bytes(before)
+
+
+def _benchmark(stage: Stage, take: stages.Take, name: str, module: str, *options: str) -> None:
+    limit = stage.left - min(LAST_CASE, LAST_SHARE * stage.left)
+    command = stage.module(module, "--out", stage.out / f"{name}.json", "--time-limit", int(limit), *options)
+    stage.run([Job(name, command, echo=True)], take)
+
+
+def science(stage: Stage, take: stages.Take) -> None:
+    """`benchmarks.science`."""
+    if stage.data is None:
+        take({"name": "science", "outcome": NOT_RUN, "cause": "--data FILE.npz is missing, the images to train on"})
+        return
+    options = ["--data", stage.data, "--out", stage.out / "science.json", "--limit", int(stage.left)]
+    options += ["--python", shlex.join(stage.python)]
+    stage.run([Job("science", stage.module("science", *options), echo=True)], take)
+
+
+RUN: dict[str, Callable[[Stage, stages.Take], None]] = {
+    "check": check,
+    "kernels": kernels,
+    "steps": steps,
+    "science": science,
+}
+
+
+def run_stages(names: tuple[str, ...], stage: Stage, end: float, run: dict[str, Any] = RUN) -> list[dict[str, Any]]:
+    """Run stages one after the other; what failed in them. `end` is when the last one is to be over."""
+    found: dict[str, Any] = stage.header | {"stages": []}
+    failures: list[dict[str, Any]] = []
+    for name in names:
+        begin = time.monotonic()
+        seconds = stages.share(name, names, end - begin)
+        stage.deadline = begin + seconds
+        counts: dict[str, int] = {}
+        record = {"name": name, "share": round(seconds, 1), "outcomes": counts}
+        print(f"== {name}: {seconds:.0f} s", flush=True)
+
+        def take(outcome: dict[str, Any], name: str = name, counts: dict[str, int] = counts) -> None:
+            print(told(outcome), flush=True)
+            counts[outcome["outcome"]] = counts.get(outcome["outcome"], 0) + 1
+            if outcome["outcome"] == FAILED:
+                failures.append(outcome | {"stage": name})
+
         try:
-            process = subprocess.Popen(
-                step.command,
-                cwd=ROOT,
-                env=os.environ | step.environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # its children end with it
-            )
-            status = process.wait(max(step.limit, 1))
-            outcome = "passed" if status == 0 else f"failed with status {status}"
-        except FileNotFoundError:
-            outcome = f"not run: there is no {Path(step.command[0]).name} here"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            outcome = f"stopped after {step.limit:.0f} s"
-        output.seek(0)
-        lines = output.read().decode(errors="replace").splitlines()[-TAIL:]
-    return {
-        "name": step.name,
-        "command": " ".join(map(portable, step.command)),
-        "outcome": outcome,
-        "seconds": round(time.monotonic() - begin, 1),
-        "tail": [portable(line) for line in lines],
-    }
+            run[name](stage, take)
+        except Exception as error:
+            take({"name": name, "outcome": FAILED, "cause": outcomes.innermost_cause(error)})
+        finally:
+            record["seconds"] = round(time.monotonic() - begin, 1)
+            found["stages"].append(record)
+            for unfinished in stage.out.glob(".*.unfinished"):  # of a process that was killed as it wrote
+                unfinished.unlink()
+            found["failures"] = [
+                {key: one[key] for key in ("stage", "name", "cause", "tail") if key in one} for one in failures
+            ]
+            write(stage.out / "stages.json", found)
+    return failures
 
 
-def portable(text: str) -> str:
-    """Without the places where this machine keeps things."""
-    for place, name in (
-        (sys.executable, "python"),
-        (str(ROOT), "."),
-        (sys.prefix, "<python>"),
-        (tempfile.gettempdir(), "<tmp>"),
-    ):
-        text = text.replace(place, name)
-    return text
+def told(outcome: dict[str, Any]) -> str:
+    """An outcome in a line."""
+    details = {k: v for k, v in outcome.items() if k not in ("name", "outcome", "cause", "seconds", "tail")}
+    text = f"{outcome['name']}: {outcome['outcome']}"
+    if "seconds" in outcome:
+        text += f" after {outcome['seconds']} s"
+    if details:
+        text += f" {details}"
+    if outcome.get("cause"):
+        text += f": {outcome['cause']}"
+    return portable(text)
 
 
 def main() -> None:
     """The command."""
+    begin = time.monotonic()  # importing torch counts
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    out = parser.parse_args().out
+    parser.add_argument("--stages", default=",".join(stages.STAGES), help="which, with commas [all]")
+    parser.add_argument("--budget", type=float, required=True, metavar="SECONDS", help="for all of them together")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="images for science: .npz in MedMNIST's layout")
+    parser.add_argument("--python", default=sys.executable, metavar="COMMAND", help="what runs Python in processes")
+    parser.add_argument("--rehearse", action="store_true", help="the smallest sizes, to see that all of it runs")
+    options = parser.parse_args()
+    try:
+        names = stages.parse(options.stages)
+        if not options.budget > RESERVE:
+            raise ValueError(f"--budget {options.budget:g}: expected more than {RESERVE:g} seconds")
+        if options.data is not None and not options.data.is_file():
+            raise ValueError(f"--data {options.data}: there is no such file")
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    from benchmarks.cases import DEVICE
+    from benchmarks.record import header
+    from immunity_fast.compilation import keep_caches
+
     if DEVICE.type != "cuda":
         raise SystemExit("error: benchmarks.gpu needs a CUDA GPU, and torch finds none here")
-    begin = time.monotonic()
-    found: dict[str, Any] = header("python -m benchmarks.gpu") | {"steps": []}
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"error: --out {options.out}: {error.strerror}") from None
+    signal.signal(signal.SIGTERM, _stop)
+    cache = keep_caches()  # of all processes, from before they import torch._dynamo
+    environment = {
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+        "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
+    }
+    chosen = f"--stages {','.join(names)} --budget {options.budget:g}" + (" --rehearse" if options.rehearse else "")
+    stage = Stage(
+        out=options.out.resolve(),
+        python=shlex.split(options.python),
+        rehearse=options.rehearse,
+        data=None if options.data is None else options.data.resolve(),
+        deadline=begin,
+        environment=environment,
+        header=header(f"python -m benchmarks.gpu {chosen}"),
+    )
+    failures = run_stages(names, stage, begin + options.budget - RESERVE)
+    print(f"== {time.monotonic() - begin:.0f} s of {options.budget:.0f} s: {PASSED if not failures else FAILED}")
+    if failures:
+        said = "; ".join(f"{one['name']}: {one.get('cause', '')[:150]}" for one in failures[:TOLD])
+        more = f"; and {len(failures) - TOLD} more" if len(failures) > TOLD else ""
+        raise SystemExit(portable(f"error: {len(failures)} failed: {said}{more}"))
 
-    def take(step: Step) -> None:
-        found["steps"].append(run(step))
-        print(f"{step.name}: {found['steps'][-1]['outcome']}, {found['steps'][-1]['seconds']} s", flush=True)
-        write(out, found)
 
-    write(out, found)  # where that is not possible, it is better known now
-    for step in steps():
-        take(step)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "record.json"
-        left = TOTAL - (time.monotonic() - begin)
-        limits = ["--time-limit", str(int(left - LAST_CASE)), "--out", str(file)]
-        take(Step("benchmarks", [sys.executable, "-m", "benchmarks.record", *limits], left, {}))
-        if file.is_file():
-            measured = json.loads(file.read_text(encoding="utf-8"))
-            found |= {name: value for name, value in measured.items() if name not in found}
-    write(out, found)
-    failed = [step["name"] for step in found["steps"] if not step["outcome"].startswith(("passed", "not run"))]
-    if failed:
-        raise SystemExit(f"error: not all passed: {', '.join(failed)}; see {out}")
+def _stop(_signal: int, _frame: object) -> NoReturn:
+    sys.exit(143)  # which ends what runs, and writes
 
 
 if __name__ == "__main__":

@@ -131,11 +131,11 @@ def test_a_file_that_is_no_record_is_named_in_one_line(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
 def test_without_a_gpu_the_gpu_script_says_so_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "record.json")]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--budget", "60", "--out", str(tmp_path / "out")]
     ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert ended.returncode != 0
     assert ended.stderr.strip() == "error: benchmarks.gpu needs a CUDA GPU, and torch finds none here"
-    assert not (tmp_path / "record.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_measured_case_says_how_and_what(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,330 @@
+"""One training of `benchmarks.science` and its attacks, by the package's own means.
+
+    python -m benchmarks.training --run NAME --data FILE.npz --scratch DIR
+
+It takes one step, which compiles, says that it is ready, and waits for a number on standard input: the seconds that it
+may have the GPU from then on. In these it measures what a step costs, trains for as many of the epochs it was meant for
+as fit beside the attacks, and is then attacked: the test split is looked at only here.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import math
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import machine, outcomes
+from benchmarks.cases import DEVICE, computes
+from benchmarks.outcomes import FAILED, NOT_FINISHED, NOT_JUDGED, NOT_RUN, PASSED
+from benchmarks.science import READY, RUNS
+from immunity_fast import adversaries, autoattack, cli
+from immunity_fast.adversarial import frozen
+from immunity_fast.attacks import Attack, BoundAttack, LabelledModel
+from immunity_fast.compilation import Compiled, keep_caches
+from immunity_fast.config import TrainConfig
+from immunity_fast.data import ImageDataset, Split, load
+from immunity_fast.kernels import launch
+from immunity_fast.loader import Batch
+from immunity_fast.metrics import batches, sample, wilson_interval
+from immunity_fast.precision import set_float32
+from immunity_fast.runs import Run
+from immunity_fast.train import check_finite, synchronize, train
+from immunity_fast.trainer import Trainer
+
+EPOCHS = {"standard": 16, "fgsm-rs": 15}
+BATCH, LR = 512, 0.2  # 0.05 for 128 images, as the preset "fast" has it, in proportion
+PGD = Attack(8 / 255, 2 / 255, steps=50, random_start=True, drop_fooled=True)
+ATTACKED, AUTOATTACKED = 2000, 500  # test images
+ATTACK_BATCH, AUTOATTACK_BATCH = 500, 100
+# Of gradients and forward passes that AutoAttack takes for an image that withstands them all: APGD and 9 targets, FAB
+# and 9 targets, Square.
+AUTOATTACK_GRADIENTS, AUTOATTACK_PASSES = 100 * (1 + 9 + 9), 5000
+PROBED = 6  # steps that are timed
+FIRST = 3  # steps until CUDA graphs are recorded, and replayed for the first time
+SLACK = 1.15  # by which what is estimated may take longer
+FOOLED_EARLY = 0.2  # share of PGD's gradients that are taken of a network that was trained on clean images
+KNOWN = "the exact mean of the gate, which is also what answers"
+
+
+class OutOfTimeError(Exception):
+    """A training that has reached its limit."""
+
+
+class LimitedTrainer(Trainer):
+    """A trainer that stops at a time."""
+
+    until = math.inf  # of `time.monotonic`
+
+    def advance(self, batch: Batch) -> None:
+        if time.monotonic() > self.until:
+            raise OutOfTimeError
+        super().advance(batch)
+
+
+class ToldRun(Run):
+    """A run that reports each epoch's record."""
+
+    name = ""
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        super().append_metrics(record)
+        outcomes.report(self.name, "training", epoch=rounded(record))
+
+
+def config_of(name: str, data: str, rehearse: bool) -> TrainConfig:
+    """The settings of a run, a key of `science.RUNS`."""
+    how, what = name.split(", ")
+    settings: dict[str, Any] = {"experts": 1} if what == "single" else {}
+    if what == "plain":
+        settings |= {"beta": 0.0, "gamma": 0.0}
+    if how != "standard":
+        settings["adversarial"] = how
+    if rehearse:
+        settings |= {"arch": "resnet8", "experts": min(settings.get("experts", 2), 2), "batch_size": 8, "epochs": 1}
+    defaults = {
+        "preset": "fast",
+        "dataset": "npz",
+        "data": data,
+        "flip": "on",  # CIFAR-10's images
+        "arch": "resnet18",
+        "epochs": EPOCHS[how],
+        "batch_size": BATCH,
+        "lr": LR,
+        "amp": "bf16",
+        "compile": "off" if launch.INTERPRETED else "on",
+        "device": DEVICE.type,
+        "check_images": 0,  # no attacks after each epoch: they take more time than it
+        "checkpoint_every": 10**9,
+    }
+    return TrainConfig(**(defaults | settings))
+
+
+def data_of(path: str, rehearse: bool) -> ImageDataset:
+    """The images; a few dozens of each split in a rehearsal."""
+    if not rehearse:
+        return load("npz", path)
+    dataset, few = load("npz", path), {"train": 64, "validation": 16, "test": 16}
+    return dataclasses.replace(dataset, **{part: sample(getattr(dataset, part), n) for part, n in few.items()})
+
+
+def fitting(asked: int, left: float, epoch: float, reserved: float) -> int:
+    """How many of the epochs fit into `left` seconds, of which some are reserved; one takes `epoch`."""
+    return max(0, min(asked, math.floor((left - reserved) / (SLACK * epoch))))
+
+
+def take_steps(trainer: Trainer, count: int) -> float:
+    """Take steps of the present epoch, as the training goes on from them; the seconds of one."""
+    synchronize(trainer.device)
+    begin = time.perf_counter()
+    for taken, batch in enumerate(trainer.loader, start=1):
+        trainer.advance(batch)
+        if taken == count:
+            break
+    synchronize(trainer.device)
+    return (time.perf_counter() - begin) / count
+
+
+def exact_mean(trainer: Trainer) -> LabelledModel:
+    """What is attacked, and what judges: the exact expectation of the gate's permutations, or the single network."""
+    return adversaries.attacker(trainer.model, "mean")
+
+
+def gradient_seconds(trainer: Trainer, images: Tensor, labels: Tensor) -> float:
+    """Of one step of an attack on a batch, as it will be taken: in evaluation mode and in float32."""
+    set_float32("ieee")
+    trainer.model.eval()
+    attack = BoundAttack(dataclasses.replace(PGD, steps=1, drop_fooled=False), exact_mean(trainer))
+    with frozen(trainer.model):
+        for _ in range(2):  # the first one chooses algorithms
+            synchronize(trainer.device)
+            begin = time.perf_counter()
+            attack(images, labels, generator=torch.Generator().manual_seed(0))
+            synchronize(trainer.device)
+            seconds = time.perf_counter() - begin
+    trainer.model.train()
+    set_float32(trainer.config.float32)
+    return seconds
+
+
+def share(right: int, images: int) -> dict[str, Any]:
+    """An accuracy and its 95 % interval."""
+    low, high = wilson_interval(right, images)
+    return {"images": images, "right": right, "accuracy": round(right / images, 4), "interval": rounded([low, high])}
+
+
+def answered(outputs: LabelledModel, images: Tensor, labels: Tensor) -> int:
+    """How many images are answered rightly."""
+    with torch.no_grad():
+        return int((outputs(images, labels).argmax(-1) == labels).sum())
+
+
+def clean(outputs: LabelledModel, test: Split) -> dict[str, Any]:
+    """Accuracy on all test images."""
+    return share(sum(answered(outputs, *batch) for batch in batches(test, ATTACK_BATCH)), len(test))
+
+
+def attacked(name: str, outputs: LabelledModel, test: Split, until: float) -> dict[str, Any]:
+    """Accuracy under PGD, reported after each batch."""
+    settings = {"attack": "PGD-50", "known": KNOWN, **rounded(dataclasses.asdict(PGD)), "float32": "ieee"}
+    attack, chosen, right, seen = BoundAttack(PGD, outputs), sample(test, ATTACKED), 0, 0
+    generator, begin, found = torch.Generator().manual_seed(0), time.perf_counter(), dict[str, Any]()
+    for images, labels in batches(chosen, ATTACK_BATCH):
+        if time.monotonic() > until:
+            return found | {"not_run": f"no time was left for {len(chosen) - seen} images"}
+        right += answered(outputs, attack(images, labels, generator=generator), labels)
+        seen += len(labels)
+        found = share(right, seen) | {"seconds": round(time.perf_counter() - begin, 1), "settings": settings}
+        outcomes.report(name, "being attacked", pgd50=found)
+    return found
+
+
+def autoattacked(name: str, outputs: LabelledModel, test: Split, classes: int, until: float, gradient: float) -> Any:
+    """Accuracy under AutoAttack, or a line that says why there is none; `gradient`: seconds of one of a whole batch."""
+    if importlib.util.find_spec("torchattacks") is None:
+        return "not run: torchattacks is not installed"
+    passes = AUTOATTACK_GRADIENTS + AUTOATTACK_PASSES / 3  # a gradient costs about three forward passes
+    needed = SLACK * passes * gradient * AUTOATTACK_BATCH / ATTACK_BATCH
+    right, seen, found = 0, 0, dict[str, Any]()
+    for images, labels in batches(sample(test, AUTOATTACKED), AUTOATTACK_BATCH):
+        if time.monotonic() + needed > until:
+            late = f"not run: {AUTOATTACK_BATCH} images would take {needed:.0f} s"
+            return found | {"rest": late} if found else late
+        begin = time.monotonic()
+        adversarial = autoattack.autoattack(lambda x: outputs(x, x), images, labels, num_classes=classes)
+        needed = SLACK * (time.monotonic() - begin)
+        right += answered(outputs, adversarial, labels)
+        seen += len(labels)
+        found = share(right, seen) | {"known": KNOWN, "version": "standard", "eps": rounded(8 / 255)}
+        outcomes.report(name, "being attacked", autoattack=found)
+    return found
+
+
+def rounded(value: Any) -> Any:
+    """Floats to six digits, in whatever holds them."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(each) for key, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def prepared(name: str, options: argparse.Namespace) -> LimitedTrainer:
+    """A trainer that has taken its first step; what is known of it by then is reported."""
+    config = config_of(name, options.data, options.rehearse)
+    set_float32(config.float32)
+    begin = time.perf_counter()
+    said: list[str] = []
+
+    def announce(text: str) -> None:
+        error = sys.exc_info()[1]
+        said.append(outcomes.shortened(text if error is None else f"{outcomes.innermost_cause(error)} ({text})"))
+
+    trainer = LimitedTrainer(config, data_of(options.data, options.rehearse), DEVICE, announce)
+    # A few passes an epoch: compiling them takes longer than they do.
+    trainer._expert_logits = Compiled(trainer.model.expert_logits, "off", trainer.device)
+    loaded = time.perf_counter()
+    take_steps(trainer, 1)
+    torch.cuda.empty_cache()  # whoever has the GPU needs what this one does not hold
+    outcomes.report(
+        name,
+        READY,
+        settings=rounded({key: value for key, value in config.to_json().items() if key != "data"}),
+        device=machine.device(),
+        versions=machine.versions(),
+        images={part: len(getattr(trainer.dataset, part)) for part in ("train", "validation", "test")},
+        loading_seconds=rounded(loaded - begin),
+        first_step_seconds=rounded(time.perf_counter() - loaded),
+        compiled=trainer.train_step.compiled,
+        announced=said,
+    )
+    return trainer
+
+
+def trained(name: str, trainer: LimitedTrainer, scratch: Path, deadline: float, rehearse: bool) -> float | None:
+    """Train within the time; the seconds of an attack's gradient, or None where there is nothing to attack."""
+    begin = time.monotonic()
+    config, steps = trainer.config, len(trainer.loader)
+    take_steps(trainer, min(FIRST, steps - 3))
+    step = take_steps(trainer, min(PROBED, steps - trainer.loader.position - 1))
+    known: dict[str, Any] = {"step_seconds": rounded(step), "asked_epochs": config.epochs}
+    if rehearse and not computes():
+        outcomes.report(name, NOT_JUDGED, "the device computes nothing: no training, no attacks", **known)
+        return None
+    images, labels = next(batches(trainer.dataset.validation, ATTACK_BATCH))
+    gradient = gradient_seconds(trainer, images, labels)
+    # A forward pass costs about a third of a gradient.
+    of_validation = len(trainer.dataset.validation) / len(images) * gradient / 3
+    survivors = 1.0 if config.adversarial != "off" else FOOLED_EARLY
+    of_attacks = SLACK * gradient * (PGD.steps * survivors * ATTACKED + len(trainer.dataset.test) / 3) / len(images)
+    epoch, left = steps * step + of_validation, deadline - time.monotonic()
+    epochs = fitting(config.epochs, left, epoch, of_attacks)
+    known |= {"gradient_seconds": rounded(gradient), "epoch_estimate": rounded(epoch), "planned_epochs": epochs}
+    known["attacks_estimate"] = rounded(of_attacks)
+    if epochs == 0:
+        why = f"{left:.0f} s were left, of which an epoch takes {epoch:.0f} and the attacks {of_attacks:.0f}"
+        outcomes.report(name, NOT_RUN, why, **known)
+        return None
+    outcomes.report(name, "training", **known)
+    trainer.config = dataclasses.replace(config, epochs=epochs)  # the learning rate falls over these
+    trainer.until = deadline - of_attacks / SLACK
+    run = ToldRun.create(scratch / name.replace(", ", "-"), trainer.config)
+    run.name = name
+    try:
+        train(trainer, run)
+        check_finite(trainer, run)
+    except OutOfTimeError:
+        outcomes.report(name, NOT_FINISHED, "the training reached its limit", done_epochs=trainer.epoch)
+        return None
+    finally:
+        shutil.rmtree(run.folder, ignore_errors=True)
+    seconds = rounded(time.monotonic() - begin)
+    outcomes.report(name, "trained", done_epochs=trainer.epoch, training_seconds=seconds)
+    return gradient
+
+
+def evaluated(name: str, trainer: Trainer, deadline: float, gradient: float) -> None:
+    """Accuracies on the test split, clean and attacked."""
+    set_float32("ieee")
+    trainer.model.eval()
+    test, outputs = trainer.dataset.test, exact_mean(trainer)
+    outcomes.report(name, "being attacked", clean=clean(outputs, test))
+    with frozen(trainer.model):
+        attacks = {"pgd50": attacked(name, outputs, test, deadline)}
+        classes = trainer.dataset.num_classes
+        attacks["autoattack"] = autoattacked(name, outputs, test, classes, deadline, gradient)
+    outcomes.report(name, PASSED, **attacks)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run", required=True, choices=RUNS, help="which")
+    parser.add_argument("--data", required=True, help=".npz file in MedMNIST's layout")
+    parser.add_argument("--scratch", type=Path, required=True, metavar="DIR", help="for checkpoints")
+    parser.add_argument("--rehearse", action="store_true", help="few images and a small network")
+    options = parser.parse_args()
+    name = options.run
+    keep_caches()
+    try:
+        trainer = prepared(name, options)
+        if not (turn := sys.stdin.readline().strip()):
+            raise SystemExit(f"error: {name} has had no turn")
+        deadline = time.monotonic() + float(turn)
+        gradient = trained(name, trainer, options.scratch, deadline, options.rehearse)
+        if gradient is not None:
+            evaluated(name, trainer, deadline, gradient)
+    except (Exception, cli.InputError) as error:
+        outcomes.report(name, FAILED, outcomes.innermost_cause(error))
+        raise
+
+
+if __name__ == "__main__":
+    main()
