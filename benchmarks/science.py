@@ -109,6 +109,10 @@ class _Training:
             self.state = READY
         return f"{self.name}: " + str({key: value for key, value in found.items() if key not in TOLD_ONCE})
 
+    def tell(self) -> None:
+        """Report what became of it."""
+        outcomes.report(self.name, self.record["outcome"], self.record.get("cause", ""))
+
     def ended(self) -> None:
         """Its process has: whatever it has not said of itself."""
         assert self.process is not None
@@ -123,11 +127,11 @@ class _Training:
         self.state = "over"
 
 
-def run(command: list[str], out: Path, limit: float, cores: int, names: Iterable[str] = RUNS) -> dict[str, Any]:
-    """The record as it stands in `out`, of trainings that `command --run NAME` does."""
+def run(command: list[str], out: Path, limit: float, cores: int, grace: float = GRACE) -> dict[str, Any]:
+    """The record as it stands in `out`, of trainings that `command --run NAME` does; `grace` is beyond their turns."""
     deadline = time.monotonic() + limit - RESERVE
     found: dict[str, Any] = {"command": "python -m benchmarks.science", "limit": limit, "runs": []}
-    trainings = [_Training(name, {"name": name, "outcome": "waiting"}) for name in names]
+    trainings = [_Training(name, {"name": name, "outcome": "waiting"}) for name in RUNS]
     found["runs"] = [one.record for one in trainings]
     write(out, found)  # where that is not possible, it is better known now
     beside = max(1, cores // COMPILING_CORES)
@@ -146,7 +150,7 @@ def run(command: list[str], out: Path, limit: float, cores: int, names: Iterable
                 others = sum(one.state == "compiling" for one in trainings)
                 ready.record |= {"turn_seconds": round(seconds, 1), "compiling_beside": others}
                 ready.go(seconds)
-                ready.until = now + seconds + GRACE
+                ready.until = now + seconds + grace
                 training = ready
             if training is not None and training.state == "training" and now > training.until:
                 training.state = "stopped"
@@ -158,18 +162,19 @@ def run(command: list[str], out: Path, limit: float, cores: int, names: Iterable
                 continue
             if text is None:
                 one.ended()
-                said: str | None = f"{one.name}: {one.record['outcome']} {one.record.get('cause', '')}"
-            else:
-                said = one.heard(text)
-            if said is not None:
+                one.tell()
+            elif (said := one.heard(text)) is not None:
                 print(said, flush=True)
-                write(out, found)
+            else:
+                continue
+            write(out, found)
     finally:
         for one in trainings:
             one.stop()
             if one.state != "over":
                 begun = "no time was left" if one.state in ("waiting", "compiling", READY) else "its time was over"
                 one.record |= {"outcome": NOT_FINISHED, "cause": f"{begun}; it was {one.state}"}
+                one.tell()
         write(out, found)
     return found
 
@@ -197,7 +202,8 @@ def main() -> None:
     ]
     try:
         command += ["--rehearse"] if options.rehearse else []
-        found = run(command, options.out, options.limit, os.cpu_count() or 1)
+        grace = float("inf") if options.rehearse else GRACE
+        found = run(command, options.out, options.limit, os.cpu_count() or 1, grace)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     failed = [one for one in found["runs"] if one["outcome"] == FAILED]

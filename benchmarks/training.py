@@ -88,7 +88,7 @@ def config_of(name: str, data: str, rehearse: bool) -> TrainConfig:
     if how != "standard":
         settings["adversarial"] = how
     if rehearse:
-        settings |= {"arch": "resnet8", "experts": min(settings.get("experts", 2), 2), "batch_size": 8, "epochs": 1}
+        settings |= {"arch": "resnet8", "experts": min(settings.get("experts", 2), 2), "batch_size": 4, "epochs": 1}
     defaults = {
         "preset": "fast",
         "dataset": "npz",
@@ -107,11 +107,16 @@ def config_of(name: str, data: str, rehearse: bool) -> TrainConfig:
     return TrainConfig(**(defaults | settings))
 
 
+def pgd(rehearse: bool) -> Attack:
+    """What the network is attacked with: PGD-50; a few steps of it in a rehearsal."""
+    return dataclasses.replace(PGD, steps=3) if rehearse else PGD
+
+
 def data_of(path: str, rehearse: bool) -> ImageDataset:
     """The images; a few dozens of each split in a rehearsal."""
     if not rehearse:
         return load("npz", path)
-    dataset, few = load("npz", path), {"train": 64, "validation": 16, "test": 16}
+    dataset, few = load("npz", path), {"train": 24, "validation": 8, "test": 8}
     return dataclasses.replace(dataset, **{part: sample(getattr(dataset, part), n) for part, n in few.items()})
 
 
@@ -171,34 +176,39 @@ def clean(outputs: LabelledModel, test: Split) -> dict[str, Any]:
     return share(sum(answered(outputs, *batch) for batch in batches(test, ATTACK_BATCH)), len(test))
 
 
-def attacked(name: str, outputs: LabelledModel, test: Split, until: float) -> dict[str, Any]:
+def attacked(name: str, attack: Attack, outputs: LabelledModel, test: Split, until: float) -> dict[str, Any]:
     """Accuracy under PGD, reported after each batch."""
-    settings = {"attack": "PGD-50", "known": KNOWN, **rounded(dataclasses.asdict(PGD)), "float32": "ieee"}
-    attack, chosen, right, seen = BoundAttack(PGD, outputs), sample(test, ATTACKED), 0, 0
+    settings = {"known": KNOWN, **rounded(dataclasses.asdict(attack)), "float32": "ieee"}
+    bound, chosen, right, seen = BoundAttack(attack, outputs), sample(test, ATTACKED), 0, 0
     generator, begin, found = torch.Generator().manual_seed(0), time.perf_counter(), dict[str, Any]()
     for images, labels in batches(chosen, ATTACK_BATCH):
         if time.monotonic() > until:
             return found | {"not_run": f"no time was left for {len(chosen) - seen} images"}
-        right += answered(outputs, attack(images, labels, generator=generator), labels)
+        right += answered(outputs, bound(images, labels, generator=generator), labels)
         seen += len(labels)
         found = share(right, seen) | {"seconds": round(time.perf_counter() - begin, 1), "settings": settings}
         outcomes.report(name, "being attacked", pgd50=found)
     return found
 
 
-def autoattacked(name: str, outputs: LabelledModel, test: Split, classes: int, until: float, gradient: float) -> Any:
+def autoattacked(
+    name: str, outputs: LabelledModel, test: Split, classes: int, until: float, gradient: float, rehearse: bool
+) -> Any:
     """Accuracy under AutoAttack, or a line that says why there is none; `gradient`: seconds of one of a whole batch."""
     if importlib.util.find_spec("torchattacks") is None:
         return "not run: torchattacks is not installed"
     passes = AUTOATTACK_GRADIENTS + AUTOATTACK_PASSES / 3  # a gradient costs about three forward passes
     needed = SLACK * passes * gradient * AUTOATTACK_BATCH / ATTACK_BATCH
+    options = {"steps": 2, "queries": 10} if rehearse else {}
+    if rehearse:
+        needed = 0.0
     right, seen, found = 0, 0, dict[str, Any]()
     for images, labels in batches(sample(test, AUTOATTACKED), AUTOATTACK_BATCH):
         if time.monotonic() + needed > until:
             late = f"not run: {AUTOATTACK_BATCH} images would take {needed:.0f} s"
             return found | {"rest": late} if found else late
         begin = time.monotonic()
-        adversarial = autoattack.autoattack(lambda x: outputs(x, x), images, labels, num_classes=classes)
+        adversarial = autoattack.autoattack(lambda x: outputs(x, x), images, labels, num_classes=classes, **options)
         needed = SLACK * (time.monotonic() - begin)
         right += answered(outputs, adversarial, labels)
         seen += len(labels)
@@ -263,9 +273,12 @@ def trained(name: str, trainer: LimitedTrainer, scratch: Path, deadline: float, 
     # A forward pass costs about a third of a gradient.
     of_validation = len(trainer.dataset.validation) / len(images) * gradient / 3
     survivors = 1.0 if config.adversarial != "off" else FOOLED_EARLY
-    of_attacks = SLACK * gradient * (PGD.steps * survivors * ATTACKED + len(trainer.dataset.test) / 3) / len(images)
+    tested = len(trainer.dataset.test)
+    passes = pgd(rehearse).steps * survivors * min(ATTACKED, tested) + tested / 3
+    of_attacks = SLACK * passes * gradient / len(images)
     epoch, left = steps * step + of_validation, deadline - time.monotonic()
-    epochs = fitting(config.epochs, left, epoch, of_attacks)
+    # A rehearsal is to see that it runs, on a machine that may be slow.
+    epochs = config.epochs if rehearse else fitting(config.epochs, left, epoch, of_attacks)
     known |= {"gradient_seconds": rounded(gradient), "epoch_estimate": rounded(epoch), "planned_epochs": epochs}
     known["attacks_estimate"] = rounded(of_attacks)
     if epochs == 0:
@@ -274,7 +287,7 @@ def trained(name: str, trainer: LimitedTrainer, scratch: Path, deadline: float, 
         return None
     outcomes.report(name, "training", **known)
     trainer.config = dataclasses.replace(config, epochs=epochs)  # the learning rate falls over these
-    trainer.until = deadline - of_attacks / SLACK
+    trainer.until = math.inf if rehearse else deadline - of_attacks / SLACK
     run = ToldRun.create(scratch / name.replace(", ", "-"), trainer.config)
     run.name = name
     try:
@@ -290,16 +303,16 @@ def trained(name: str, trainer: LimitedTrainer, scratch: Path, deadline: float, 
     return gradient
 
 
-def evaluated(name: str, trainer: Trainer, deadline: float, gradient: float) -> None:
+def evaluated(name: str, trainer: Trainer, deadline: float, gradient: float, rehearse: bool) -> None:
     """Accuracies on the test split, clean and attacked."""
     set_float32("ieee")
     trainer.model.eval()
     test, outputs = trainer.dataset.test, exact_mean(trainer)
     outcomes.report(name, "being attacked", clean=clean(outputs, test))
     with frozen(trainer.model):
-        attacks = {"pgd50": attacked(name, outputs, test, deadline)}
+        attacks = {"pgd50": attacked(name, pgd(rehearse), outputs, test, deadline)}
         classes = trainer.dataset.num_classes
-        attacks["autoattack"] = autoattacked(name, outputs, test, classes, deadline, gradient)
+        attacks["autoattack"] = autoattacked(name, outputs, test, classes, deadline, gradient, rehearse)
     outcomes.report(name, PASSED, **attacks)
 
 
@@ -320,7 +333,7 @@ def main() -> None:
         deadline = time.monotonic() + float(turn)
         gradient = trained(name, trainer, options.scratch, deadline, options.rehearse)
         if gradient is not None:
-            evaluated(name, trainer, deadline, gradient)
+            evaluated(name, trainer, deadline, gradient, options.rehearse)
     except (Exception, cli.InputError) as error:
         outcomes.report(name, FAILED, outcomes.innermost_cause(error))
         raise

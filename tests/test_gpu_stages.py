@@ -437,11 +437,10 @@ outcomes.report(name, "passed", pgd50={"accuracy": 0.5}, seconds=seconds)
 def test_trainings_have_turns_and_one_that_fails_or_hangs_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(science, "GRACE", 0.5)
     monkeypatch.setattr(science, "RESERVE", 0.0)
     monkeypatch.setitem(science.RUNS, "fgsm-rs, plain", 0.001)  # its turn is short
     out = tmp_path / "science.json"
-    found = science.run(_python(FAKE), out, GENEROUS, cores=2)
+    found = science.run(_python(FAKE), out, GENEROUS, cores=2, grace=0.5)
     assert json.loads(out.read_text(encoding="utf-8"))["runs"] == found["runs"]
     runs = {run["name"]: run for run in found["runs"]}
     assert list(runs) == list(science.RUNS)
@@ -501,7 +500,7 @@ def test_a_training_is_measured_shortened_and_attacked(tmp_path: Path, capsys: p
     trainer = training.prepared(name, options)
     gradient = training.trained(name, trainer, tmp_path, time.monotonic() + 10 * GENEROUS, True)
     assert gradient is not None
-    training.evaluated(name, trainer, time.monotonic() + 10 * GENEROUS, gradient)
+    training.evaluated(name, trainer, time.monotonic() + 10 * GENEROUS, gradient, True)
     told = [found for text in capsys.readouterr().out.splitlines() if (found := outcomes.read(text)) is not None]
     assert [one["outcome"] for one in told][:2] == ["ready", "training"]
     assert told[-1]["outcome"] == PASSED
@@ -516,7 +515,7 @@ def test_a_training_is_measured_shortened_and_attacked(tmp_path: Path, capsys: p
     assert trainer.epoch == 1
     # No time for an epoch: nothing is trained, and it says why.
     trainer = training.prepared(name, options)
-    assert training.trained(name, trainer, tmp_path, time.monotonic(), True) is None
+    assert training.trained(name, trainer, tmp_path, time.monotonic(), False) is None
     told = [found for text in capsys.readouterr().out.splitlines() if (found := outcomes.read(text)) is not None]
     assert (told[-1]["outcome"], trainer.epoch) == (NOT_RUN, 0)
     # The limit comes in the middle.
