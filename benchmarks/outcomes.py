@@ -71,8 +71,12 @@ def innermost_line(output: str) -> str:
 
 
 def shortened(text: str) -> str:
-    """In one line, and not too long."""
-    return " ".join(text.split())[:LONGEST]
+    """In one line, and of a long text its beginning and its end: either may name what is wrong."""
+    text = " ".join(text.split())
+    if len(text) <= LONGEST:
+        return text
+    half = (LONGEST - 3) // 2
+    return f"{text[:half]} … {text[-half:]}"
 
 
 def portable(text: str) -> str:

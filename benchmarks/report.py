@@ -2,8 +2,8 @@
 
     python -m benchmarks.report FILE [FILE ...] --out DIR
 
-A FILE is what `benchmarks.record` or `benchmarks.gpu` wrote, or `pytest benchmarks --benchmark-json=FILE`. In DIR:
-report.md, and for each FILE two plots that bear its name.
+A FILE is what `benchmarks.record` wrote (`benchmarks.gpu`: kernels.json), or `pytest benchmarks --benchmark-json=FILE`.
+In DIR: report.md, and for each FILE two plots that bear its name.
 """
 
 import argparse
