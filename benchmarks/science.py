@@ -66,7 +66,7 @@ class _Training:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
             errors="replace",
         )
         threading.Thread(target=self._read, args=(self.process, events), daemon=True).start()

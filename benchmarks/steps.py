@@ -57,7 +57,7 @@ class Measured:
         self.failures: list[dict[str, Any]] = []
         self.left_out: list[str] = []  # ways for which no time was left
         self._records: dict[tuple[str, str], dict[str, Any]] = {}
-        self._flops = {loss: case.flops(loss) for loss in LOSSES}
+        self._flops: dict[str, float] = {}
         self._steps: dict[tuple[str, str], timing.Run] = {}
         self._peaks: dict[tuple[str, str], float | None] = {}
         self._first: dict[tuple[str, str], float] = {}
@@ -72,6 +72,7 @@ class Measured:
 
     def run(self, over: Callable[[], bool], write: Callable[[], None]) -> None:
         """Measure the case, calling `write` after each way; what is not begun before time is `over` is left out."""
+        self._flops = {loss: self.case.flops(loss) for loss in LOSSES}
         for way, loss in self.case.order():
             if over():
                 self.left_out.append(f"{way.name}, {loss}")
@@ -278,7 +279,7 @@ def main() -> None:
 
         try:
             measured.run(over, keep)
-        except torch.cuda.OutOfMemoryError as error:
+        except Exception as error:  # of the naive loop, to which all is compared: the next case may do
             measured.failures.append({"case": str(case), "error": line(error)})
         keep()
         if measured.left_out:

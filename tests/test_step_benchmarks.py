@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory, steps
-from benchmarks.step_cases import CROSS_ENTROPY, DETACHED, FULL, NAIVE, WAYS, StepCase, cases
+from benchmarks import memory, steps, timing
+from benchmarks.step_cases import CROSS_ENTROPY, DETACHED, FULL, NAIVE, WAYS, StepCase, cases, rehearsed_cases
 from immunity_fast import strategies
 
 CASE = StepCase("resnet8", None, 4, amp="off")
@@ -170,3 +170,35 @@ def test_the_peak_of_memory_is_seen() -> None:
     held: list[torch.Tensor] = []
     found = memory.peak(call)
     assert found is None or 55 < found < 200
+
+
+def test_each_way_is_in_the_record_once_it_is_measured_and_one_that_fails_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No number is looked at; time is over before the last way."""
+    monkeypatch.setattr(timing, "_rehearsing", True)
+    case = StepCase("resnet8", None, 2, amp="off", experts=2, side=16)
+    order = [(way.name, loss) for way, loss in case.order()]
+    measured, seen, step = steps.Measured(case), list[int](), StepCase.step
+
+    def failing(self: StepCase, way: Any, loss: str) -> Any:
+        if (way.name, loss) == order[1]:
+            raise ValueError("of this way alone")
+        return step(self, way, loss)
+
+    monkeypatch.setattr(StepCase, "step", failing)
+    measured.run(lambda: len(seen) >= len(order) - 1, lambda: seen.append(len(measured.records)))
+    assert seen == sorted(seen)
+    assert len(seen) == len(order) - 1
+    assert [(failure["way"], failure["loss"]) for failure in measured.failures] == [order[1]]
+    assert measured.left_out == [", ".join(order[-1])]
+    found = [(record["way"], record["loss"]) for record in measured.records]
+    assert set(found) == {*order, *((NAIVE, loss) for _, loss in order)} - {order[1], order[-1]}
+    assert all(json.loads(json.dumps(record)) == record for record in measured.records)
+    assert found[0] == (NAIVE, FULL)
+
+
+def test_a_rehearsal_takes_the_smallest_case() -> None:
+    (case,) = rehearsed_cases()
+    assert (case.experts, case.side, case.samples, case.arch) == (2, 16, 4, "resnet8")
+    assert case.step(case.ways(FULL)[0], FULL)[1].num_experts == 2
