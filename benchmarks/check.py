@@ -41,6 +41,7 @@ MATRIX = 8192  # side of the matrices whose product is timed
 SCALE = 2.0**8  # of float16's gradients, where the scaler would arrive: its first steps it skips
 # Relative error of the loss, and cosine of the gradient: half precision moves the kinks of the heatmaps' ReLU.
 CLOSE = {"off": (1e-4, 0.9999), "bf16": (0.02, 0.97), "fp16": (0.01, 0.98)}
+NUMBERS = ("tests of kernels", "tests of steps", "determinism")  # jobs that make no sense without any
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or a read beyond a tensor is inside the allocator's block
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks import outcomes, stages
-from benchmarks.outcomes import FAILED, NOT_RUN, PASSED, portable, write
+from benchmarks.outcomes import FAILED, NOT_JUDGED, NOT_RUN, PASSED, portable, write
 from benchmarks.science import RUNS
 from benchmarks.stages import Job
 
@@ -69,6 +69,7 @@ class Stage:
 def check(stage: Stage, take: stages.Take) -> None:
     """All outcomes of `benchmarks.check`, as they come."""
     from benchmarks import check  # which imports all that is checked: what fails there fails in this stage alone
+    from benchmarks.cases import computes
 
     found: dict[str, Any] = stage.header | {"outcomes": []}
 
@@ -77,7 +78,12 @@ def check(stage: Stage, take: stages.Take) -> None:
         write(stage.out / "check.json", found)
         take(outcome)
 
-    stage.run(check.jobs(stage.python, os.cpu_count() or 1, stage.rehearse), keep)
+    jobs = check.jobs(stage.python, os.cpu_count() or 1, stage.rehearse)
+    if stage.rehearse and not computes():
+        for name in check.NUMBERS:
+            keep({"name": name, "outcome": NOT_JUDGED, "cause": "the device computes nothing"})
+        jobs = [job for job in jobs if job.name not in check.NUMBERS]
+    stage.run(jobs, keep)
 
 
 def kernels(stage: Stage, take: stages.Take) -> None:

@@ -20,9 +20,8 @@ PASSED, FAILED, NOT_FINISHED, NOT_RUN, NOT_JUDGED = "passed", "failed", "not fin
 
 # An absolute path of two parts at least, and not a part of a relative one, of a number or of an address.
 _ABSOLUTE = re.compile(r"(?<![\w.>~/:-])(?:/[\w.+@-]+)+/(?=[\w.+@-])")
-_RAISED = re.compile(
-    r"^(?:E\s+)?((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Failed|Exit)\b.*|error: .*)"
-)
+_ERROR = r"(?:[a-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Interrupt|Failed|Exit)\b.*"
+_RAISED = re.compile(rf"^(?:E\s+)?({_ERROR}|error: .*|Fatal Python error: .*)")
 
 
 def report(name: str, outcome: str, cause: str = "", **details: Any) -> None:

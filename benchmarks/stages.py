@@ -128,14 +128,16 @@ class _Running:
             for name in names:
                 yield {"name": name, "outcome": NOT_FINISHED, "seconds": self.seconds}
             return
-        said = {"cause": outcomes.innermost_line("\n".join(self.tail)), "tail": list(self.tail)} if status else {}
         how = f"ended with status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
+        text = outcomes.innermost_line("\n".join(self.tail)) if status else ""
+        failed: dict[str, Any] = {"outcome": FAILED, "cause": (text if status > 0 else "") or f"{how} {text}".strip()}
+        tail: dict[str, Any] = {"tail": list(self.tail)}
         for name in names:
             if status == 0 and not self.job.expected:
                 yield {"name": name, "outcome": PASSED, "seconds": self.seconds}
                 continue
-            yield {"name": name, "outcome": FAILED, "seconds": self.seconds, "cause": how} | said
-            said.pop("tail", None)  # once is enough
+            yield {"name": name, "seconds": self.seconds} | failed | tail
+            tail = {}  # once is enough
 
 
 def run(jobs: Sequence[Job], *, cores: int, deadline: float, take: Take, environment: Mapping[str, str]) -> None:

@@ -100,6 +100,7 @@ def test_a_job_tells_what_became_of_it() -> None:
     }
     assert by_name["bad"]["cause"] == "ValueError: first"
     assert by_name["bad"]["tail"][-1] == "ValueError: first"
+    assert by_name["killed"]["cause"] == "killed by SIGKILL"
     assert by_name["missing"]["cause"] == "there is no a-program-that-nobody-has here"
 
 
@@ -110,7 +111,7 @@ def test_what_hangs_is_ended_with_all_that_it_started_and_stops_nothing(tmp_path
         f"open({str(file)!r}, 'w').write(str(p.pid)); {_told('part', PASSED)}; p.wait()"
     )
     found = _run(
-        Job("hangs", _python(starting), limit=3, expected=("part", "other part")), Job("next", _python("")), cores=1
+        Job("hangs", _python(starting), limit=8, expected=("part", "other part")), Job("next", _python("")), cores=1
     )
     assert [(outcome["name"], outcome["outcome"]) for outcome in found] == [
         ("part", PASSED),
@@ -273,6 +274,7 @@ def test_a_traceback_that_came_as_text_is_looked_through() -> None:
     text = 'raised:\nTraceback (most recent call last):\n  File "a.py", line 3, in f\ntriton.Error: no\nValueError: 7'
     assert outcomes.innermost_cause(RuntimeError(text)).endswith("ValueError: 7")
     assert outcomes.innermost_line("E   AssertionError: 3 != 4\n2 failed") == "AssertionError: 3 != 4"
+    assert outcomes.innermost_line("Fatal Python error: Segmentation fault\n\nmodules").startswith("Fatal")
     assert outcomes.innermost_line("no such thing\n\n") == "no such thing"
     assert outcomes.innermost_line("") == ""
 
@@ -328,6 +330,7 @@ def test_all_combinations_are_checked_each_by_one_job() -> None:
     assert len(compiled) == 12
     assert all(job.limit < float("inf") for job in jobs)
     commands = [" ".join(job.command) for job in jobs]
+    assert set(check.NUMBERS) < {job.name for job in jobs}
     for part in ("tests/kernels", "tests/test_step_gpu.py", "memcheck", "racecheck", "benchmarks.check device"):
         assert any(part in command for command in commands)
 
