@@ -23,7 +23,8 @@ from torch.optim import SGD
 from benchmarks import naive
 from benchmarks.cases import DEVICE
 from benchmarks.measure import ratio, summary
-from benchmarks.record import header, write
+from benchmarks.outcomes import write
+from benchmarks.record import header
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.adversarial import InnerAttack, InnerAttackSettings
 from immunity_fast.attacks import Attack, BoundAttack

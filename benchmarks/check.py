@@ -57,6 +57,10 @@ class Combination(NamedTuple):
         return f"{self.batching}, {self.amp}, {self.double_backprop}, {'compiled' if self.compile == 'on' else 'eager'}"
 
 
+class FellBackError(RuntimeError):
+    """What was to be compiled runs in eager mode; says why."""
+
+
 def _known(choice: Any) -> tuple[str, ...]:
     return tuple(name for name in get_args(choice) if name != "auto")
 
@@ -157,7 +161,11 @@ def expected() -> tuple[float, Tensor]:
 
 
 def taken(way: Combination) -> tuple[float, Tensor]:
-    """Loss and gradient of a step on the device; RuntimeError where what was to be compiled runs in eager mode."""
+    """Loss and gradient of a step on the device.
+
+    Raises:
+        FellBackError: what was to be compiled runs in eager mode.
+    """
     model = mixture(way.batching).to(DEVICE)
     refused: list[str] = []
 
@@ -172,7 +180,7 @@ def taken(way: Combination) -> tuple[float, Tensor]:
     for _ in range(CALLS if way.compile == "on" else 1):
         measured = step(*arguments)
         if refused or step.compiled != (way.compile == "on"):
-            raise RuntimeError(f"fell back to eager mode: {' '.join(refused)}")
+            raise FellBackError(f"fell back to eager mode: {' '.join(refused)}")
     return float(measured[0]), _gradient(model)
 
 
@@ -205,6 +213,8 @@ def check_steps(names: Sequence[str], rehearse: bool) -> None:
                 outcomes.report(name, PASSED, **compared(way, found, wanted))
             else:
                 outcomes.report(name, NOT_JUDGED)
+        except FellBackError as error:
+            outcomes.report(name, FAILED, outcomes.shortened(str(error)))
         except Exception as error:
             outcomes.report(name, FAILED, outcomes.innermost_cause(error))
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from benchmarks.record import write
+from benchmarks.outcomes import write
 from immunity_fast.kernels import cross_entropy, heatmap_losses, heatmaps
 
 TARGETS = (80, 90, 100)

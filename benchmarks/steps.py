@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from benchmarks import memory, timing
 from benchmarks.cases import DEVICE, computes
 from benchmarks.measure import line, ratio
-from benchmarks.record import header, write
+from benchmarks.outcomes import write
+from benchmarks.record import header
 from benchmarks.step_cases import (
     CROSS_ENTROPY,
     CUDA,
@@ -260,7 +261,7 @@ def main() -> None:
         timing.rehearse()
 
     def over() -> bool:
-        return time.monotonic() - begin > options.time_limit
+        return bool(time.monotonic() - begin > options.time_limit)
 
     for case in rehearsed_cases() if options.rehearse else cases(options.quick):
         if over():

@@ -89,7 +89,7 @@ def config_of(name: str, data: str, rehearse: bool) -> TrainConfig:
         settings["adversarial"] = how
     if rehearse:
         settings |= {"arch": "resnet8", "experts": min(settings.get("experts", 2), 2), "batch_size": 4, "epochs": 1}
-    defaults = {
+    defaults: dict[str, Any] = {
         "preset": "fast",
         "dataset": "npz",
         "data": data,
@@ -117,7 +117,8 @@ def data_of(path: str, rehearse: bool) -> ImageDataset:
     if not rehearse:
         return load("npz", path)
     dataset, few = load("npz", path), {"train": 24, "validation": 8, "test": 8}
-    return dataclasses.replace(dataset, **{part: sample(getattr(dataset, part), n) for part, n in few.items()})
+    parts: dict[str, Any] = {part: sample(getattr(dataset, part), n) for part, n in few.items()}
+    return dataclasses.replace(dataset, **parts)
 
 
 def fitting(asked: int, left: float, epoch: float, reserved: float) -> int:
@@ -199,7 +200,7 @@ def autoattacked(
         return "not run: torchattacks is not installed"
     passes = AUTOATTACK_GRADIENTS + AUTOATTACK_PASSES / 3  # a gradient costs about three forward passes
     needed = SLACK * passes * gradient * AUTOATTACK_BATCH / ATTACK_BATCH
-    options = {"steps": 2, "queries": 10} if rehearse else {}
+    options: dict[str, Any] = {"steps": 2, "queries": 10} if rehearse else {}
     if rehearse:
         needed = 0.0
     right, seen, found = 0, 0, dict[str, Any]()
@@ -288,7 +289,7 @@ def trained(name: str, trainer: LimitedTrainer, scratch: Path, deadline: float, 
     outcomes.report(name, "training", **known)
     trainer.config = dataclasses.replace(config, epochs=epochs)  # the learning rate falls over these
     trainer.until = math.inf if rehearse else deadline - of_attacks / SLACK
-    run = ToldRun.create(scratch / name.replace(", ", "-"), trainer.config)
+    run = ToldRun(ToldRun.create(scratch / name.replace(", ", "-"), trainer.config).folder)
     run.name = name
     try:
         train(trainer, run)
@@ -310,7 +311,7 @@ def evaluated(name: str, trainer: Trainer, deadline: float, gradient: float, reh
     test, outputs = trainer.dataset.test, exact_mean(trainer)
     outcomes.report(name, "being attacked", clean=clean(outputs, test))
     with frozen(trainer.model):
-        attacks = {"pgd50": attacked(name, pgd(rehearse), outputs, test, deadline)}
+        attacks: dict[str, Any] = {"pgd50": attacked(name, pgd(rehearse), outputs, test, deadline)}
         classes = trainer.dataset.num_classes
         attacks["autoattack"] = autoattacked(name, outputs, test, classes, deadline, gradient, rehearse)
     outcomes.report(name, PASSED, **attacks)

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import naive, plots, report
 from benchmarks.cases import BOTH, COMPILED, EAGER, NAIVE, TRITON, VARIANTS, CrossEntropyCase, HeatmapCase, LossCase
 from benchmarks.measure import keys, measure
-from benchmarks.record import write
+from benchmarks.outcomes import write
 from benchmarks.verify import Reference
 from tests import oracle
 from tests.oracle import assert_matches
