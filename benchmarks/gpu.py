@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from benchmarks import outcomes, stages
 from benchmarks.outcomes import FAILED, NOT_JUDGED, NOT_RUN, PASSED, portable, write
@@ -133,6 +133,8 @@ def run_stages(names: tuple[str, ...], stage: Stage, end: float, run: dict[str, 
     found: dict[str, Any] = stage.header | {"stages": []}
     failures: list[dict[str, Any]] = []
     for name in names:
+        if stages.interrupted.is_set():
+            raise SystemExit(stages.INTERRUPTED)
         begin = time.monotonic()
         seconds = stages.share(name, names, end - begin)
         stage.deadline = begin + seconds
@@ -230,8 +232,8 @@ def main() -> None:
         raise SystemExit(portable(f"error: {len(failures)} failed: {said}{more}"))
 
 
-def _stop(_signal: int, _frame: object) -> NoReturn:
-    sys.exit(143)  # which ends what runs, and writes
+def _stop(_signal: int, _frame: object) -> None:
+    stages.interrupted.set()  # what runs is ended, and what is known is written
 
 
 if __name__ == "__main__":

@@ -24,6 +24,10 @@ STAGES = {"check": 60.0, "kernels": 100.0, "steps": 260.0, "science": 330.0}
 TAIL = 40  # lines of a failed job's output that are kept,
 WIDTH = 300  # so many characters of each
 DRAIN = 2.0  # seconds for the last lines of a process that has ended
+GLANCE = 0.5  # seconds between two looks at whether this process is to end
+
+interrupted = threading.Event()  # set where it is: between starting a process and knowing it, nothing may be raised
+INTERRUPTED = 143  # the status then
 
 Take = Callable[[dict[str, Any]], None]
 
@@ -155,6 +159,8 @@ def run(jobs: Sequence[Job], *, cores: int, deadline: float, take: Take, environ
     unfinished = {job.name for job in jobs}
     try:
         while waiting or running:
+            if interrupted.is_set():
+                raise SystemExit(INTERRUPTED)
             now = time.monotonic()
             free = cores - sum(one.job.cores for one in running)
             for job in list(waiting):
@@ -183,7 +189,7 @@ def run(jobs: Sequence[Job], *, cores: int, deadline: float, take: Take, environ
                 continue
             until = min((one.deadline for one in running if not one.stopped), default=now + DRAIN)
             try:
-                one, text = events.get(timeout=max(0.0, until - time.monotonic()) + 0.01)
+                one, text = events.get(timeout=min(GLANCE, max(0.0, until - time.monotonic()) + 0.01))
             except queue.Empty:
                 continue
             if text is not None:

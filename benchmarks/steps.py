@@ -172,7 +172,8 @@ def utilisation(flops: float, seconds: float) -> float | None:
 
 
 def fastest(records: list[dict[str, Any]], record: str, device: str | None = None) -> list[dict[str, Any]]:
-    """What `strategies.json` says of a device: for each architecture the fastest way that "auto" would compile there.
+    """What `strategies.json` says of a device: for each architecture the fastest way that "auto" would compile there,
+    and of all ways that were compiled what the first step and each further one takes.
 
     Of an architecture's cases it is the one with the most images and the earliest stage, where Grad-CAM costs most.
 
@@ -192,19 +193,30 @@ def fastest(records: list[dict[str, Any]], record: str, device: str | None = Non
         most = max(entry["samples"] for entry in full)
         stage = next(entry["stage"] for entry in full if entry["samples"] == most)
         same = {e["way"]: e for e in full if e["samples"] == most and e["stage"] == stage}
+        compiled = [
+            {**_ways(way), "first_step_s": e["first_step_s"], "step_s": round(e["median_ms"] / 1e3, 6)}
+            for way, e in same.items()
+            if prefix == "compiled" and e["first_step_s"] is not None
+        ]
         best = min(same, key=lambda way: same[way]["median_ms"] * (1 if way == f"{prefix} loop" else 1 + TIE))
         found.append(
             {
                 "device": device,
                 "arch": arch,
-                "batching": "vmap" if "vmap" in best else "loop",
-                "double_backprop": "forward" if "forward" in best else "reverse",
+                **_ways(best),
                 "stage": stage,
                 "samples": most,
                 "record": record,
+                **({"compiled": compiled} if compiled else {}),
             }
         )
     return found
+
+
+def _ways(name: str) -> dict[str, str]:
+    """What a way of `WAYS` means."""
+    way = next(way for way in WAYS if way.name == name)
+    return {"batching": way.batching, "double_backprop": way.double_backprop}
 
 
 def write_strategies(found: dict[str, Any], out: Path) -> None:

@@ -83,6 +83,20 @@ def test_the_fastest_way_that_auto_would_run_is_chosen(
     assert (chosen["device"], chosen["samples"], chosen["stage"]) == ("cpu", 32, "layer2")
 
 
+def test_of_compiled_ways_the_table_says_what_each_takes() -> None:
+    """Of a GPU, on whatever machine it is looked at."""
+    records = [
+        _record("resnet8", way, median) | {"first_step_s": first}
+        for way, median, first in [("compiled vmap", 4.0, 20.0), ("compiled loop", 2.0, 90.5), ("eager vmap", 1.0, 0.1)]
+    ]
+    (found,) = steps.fastest(records, "somewhere.json", "a GPU")
+    assert (found["device"], found["batching"], found["double_backprop"]) == ("a GPU", "loop", "reverse")
+    assert found["compiled"] == [
+        {"batching": "vmap", "double_backprop": "reverse", "first_step_s": 20.0, "step_s": 0.004},
+        {"batching": "loop", "double_backprop": "reverse", "first_step_s": 90.5, "step_s": 0.002},
+    ]
+
+
 def test_the_table_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "strategies.json"
     old = {"device": "cpu", "arch": "googlenet", "batching": "loop", "double_backprop": "reverse"}
