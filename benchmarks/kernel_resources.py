@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from benchmarks.outcomes import write
-from immunity_fast.kernels import cross_entropy, heatmap_losses, heatmaps
+from immunity_fast.kernels import cross_entropy, heatmap_losses, heatmaps, multi_tensor
 
 TARGETS = (80, 90, 100)
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB that a block can have; CUDA programming guide, compute capabilities
@@ -86,6 +86,9 @@ def calls() -> Iterator[tuple[str, Any]]:
     for samples, classes, dtype in itertools.product(SAMPLES, CLASSES, ("bf16", "fp32")):
         name = f"K={classes} {dtype} B={samples}"
         yield name, functools.partial(mixture, samples, classes, DTYPES[dtype])
+    for aligned, scaled in itertools.product((True, False), (False, True)):
+        name = f"{'aligned' if aligned else 'unaligned'} tensors{', scaled' if scaled else ''}"
+        yield name, functools.partial(update, aligned, scaled)
 
 
 def losses(samples: int, shape: tuple[int, int, int], dtype: torch.dtype, channels_last: bool, form: str) -> None:
@@ -111,6 +114,21 @@ def mixture(samples: int, classes: int, dtype: torch.dtype) -> None:
     targets = untouched((samples,), torch.int64)
     found, statistics = cross_entropy.mixture_cross_entropy(logits, gate, targets, 1.0)
     cross_entropy.mixture_cross_entropy_backward(found, logits, gate, targets, statistics, 1.0)
+
+
+def update(aligned: bool, scaled: bool) -> None:
+    """What follows a backward pass: clipping, SGD with momentum, an average of weights and integers."""
+    table = multi_tensor.Table(torch.device("cpu"))
+    first = 0 if aligned else 1
+    parts = [untouched((5000 + first,), torch.float32)[first:] for _ in range(3)]
+    table.set([(*(part.data_ptr() for part in parts), len(parts[0]))])
+    partials = multi_tensor.squares(table)
+    scalar = untouched((), torch.float32) if scaled else None
+    options: dict[str, Any] = {"momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
+    multi_tensor.sgd(table, 0.1)
+    for clipped in (None, partials):
+        multi_tensor.sgd(table, 0.1, partials=clipped, max_norm=1.0, scale=scalar, skip=scalar, **options)
+    multi_tensor.lerp(table, 0.1)
 
 
 def compile_all(capability: int) -> list[dict[str, Any]]:

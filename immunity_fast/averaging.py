@@ -7,35 +7,84 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from immunity_fast.functional import HAS_TRITON, Backend
+
+if HAS_TRITON:
+    from immunity_fast.kernels import multi_tensor
 
 
 class WeightAverage:
     """θ' ← d·θ' + (1 − d)·θ after every step, d = min(decay, (1 + t)/(10 + t)) in step t, so that it forgets its start.
 
+    On a GPU that is one launch for all of float32 and all integers of 32 and 64 bits.
+
     Args:
         module: whose parameters and buffers are averaged; integers are copied.
         decay: in [0, 1).
+        backend: "auto" takes the kernel on a GPU; "triton" also in Triton's interpreter on a CPU; "torch" never.
 
     Raises:
         ValueError: a decay out of its range.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, *, backend: Backend = "auto") -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay: expected a number of at least 0 and below 1, got {decay}")
         self.module, self.decay, self.steps = module, decay, 0
         self.average = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        self._backend = backend
+        self._table: multi_tensor.Table | None = None
+        self._fitting: dict[str, None] | None = None  # what the kernel averages, once the module is as it will be
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the module's present state in."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        state = self.module.state_dict()
-        averaged = [name for name, value in state.items() if value.is_floating_point()]
-        torch._foreach_lerp_([self.average[n] for n in averaged], [state[n] for n in averaged], 1 - decay)
-        for name in state.keys() - set(averaged):
+        state = self.module.state_dict(keep_vars=True)  # which makes no new tensors
+        left = self._launch(state, 1 - decay)
+        averaged = [name for name in left if state[name].is_floating_point()]
+        if averaged:
+            torch._foreach_lerp_([self.average[n] for n in averaged], [state[n] for n in averaged], 1 - decay)
+        for name in left.keys() - set(averaged):
             self.average[name].copy_(state[name])
+
+    def _launch(self, state: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
+        """Average in one launch what the kernel takes; returns what it does not."""
+        if self._fitting is None:
+            self._fitting = self._lay_out(state)
+        rows = []
+        for name in self._fitting:
+            average, value = self.average[name], state[name]
+            if not multi_tensor.same_strides(average, value):  # the module has been laid out anew
+                self._fitting = None
+                return self._launch(state, weight)
+            words = value.numel() * value.element_size() // 4
+            rows.append((average.data_ptr(), value.data_ptr(), int(value.is_floating_point()), words))
+        if not rows:
+            return state
+        if self._table is None:
+            self._table = multi_tensor.Table(value.device)
+        self._table.set(rows)
+        multi_tensor.lerp(self._table, weight)
+        increment_version([self.average[name] for name in self._fitting])
+        return {name: value for name, value in state.items() if name not in self._fitting}
+
+    def _lay_out(self, state: dict[str, Tensor]) -> dict[str, None]:
+        """Names of what the kernel takes, in an order; their averages lie in memory as they do."""
+        if not HAS_TRITON or self._backend == "torch":
+            return {}
+        found: dict[str, None] = {}
+        for name, value in state.items():
+            words = not value.dtype.is_floating_point and value.element_size() % 4 == 0
+            on_device = value.is_cuda or self._backend == "triton"
+            if on_device and (value.dtype == torch.float32 or words) and multi_tensor.fits([value]):
+                found[name] = None
+                if not multi_tensor.same_strides(self.average[name], value):
+                    self.average[name] = torch.empty_like(value).copy_(self.average[name])
+        return found
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ class TrainLoader:
 
     An epoch leaves out the last images of its order that do not fill a batch, so that all batches have one size; a
     split smaller than a batch is one batch. All numbers of an epoch are drawn and brought to the device at its start:
-    between two batches nothing waits for the other side.
+    between two batches nothing waits for the other side, and one launch gathers the images.
 
     Args:
         split: what to draw from.
@@ -59,8 +59,9 @@ class TrainLoader:
         self.rank, self.processes = rank, processes
         self._generator = torch.Generator().manual_seed(seed)
         self._at_start = self._generator.get_state()  # of the present epoch
-        self._order = torch.empty(0, dtype=torch.int64)
-        self._motion = torch.empty(5, 0)
+        # Of each batch, this process' share: (batches, share), (batches, share) and (batches, 5, share).
+        self._order = self._labels = torch.empty(0, 0, dtype=torch.int64)
+        self._motion = torch.empty(0, 5, 0)
         self.position = 0  # batches already drawn from the present order
 
     def __len__(self) -> int:
@@ -71,25 +72,23 @@ class TrainLoader:
         """The rest of the present epoch, or a whole new one where none has begun."""
         if self.position == 0:
             self._draw_epoch()
-        share = self.batch_size // self.processes
         while self.position < len(self):
-            start = self.position * self.batch_size + self.rank * share
-            chosen = self._order[start : start + share]
+            index = self.position
             self.position += 1
-            yield Batch(
-                self.split.images[chosen],
-                self.split.labels[chosen],
-                self._motion[:, start : start + share].contiguous(),
-            )
+            yield Batch(self.split.images[self._order[index]], self._labels[index], self._motion[index])
         self.position = 0
 
     def _draw_epoch(self) -> None:
         device = self.split.labels.device
         self._at_start = self._generator.get_state()
-        self._order = torch.randperm(len(self.split), generator=self._generator).to(device)
+        order = torch.randperm(len(self.split), generator=self._generator)
         used = len(self) * self.batch_size
         motion = draw(used, self._generator, padding=self.padding, degrees=self.degrees, flip=self.flip)
-        self._motion = motion.to(device)
+        parts = (len(self), self.processes, self.batch_size // self.processes)
+        self._order = order[:used].view(parts)[:, self.rank].to(device)
+        self._labels = self.split.labels[self._order]
+        # A batch's numbers lie together: then they are a view, and nothing is launched for them.
+        self._motion = motion.view(5, *parts)[:, :, self.rank].movedim(1, 0).contiguous().to(device)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the batches to come depend on."""

@@ -23,6 +23,7 @@ from immunity_fast.compilation import Announce, Compile, Compiled
 from immunity_fast.functional import mixture_cross_entropy
 from immunity_fast.losses import Classification, FusedImmunityLoss, ImmunityTerms
 from immunity_fast.model import ImmunityMoE
+from immunity_fast.optimizer import FusedSGD
 from immunity_fast.precision import Amp, autocast, begin_momentum, grad_scaler
 from immunity_fast.strategies import DoubleBackprop
 
@@ -38,7 +39,8 @@ class TrainStep:
     Args:
         model: on its device, which is fixed from here on. On a GPU its weights are laid out channels-last.
         loss_fn: what is minimised.
-        optimizer: over the model's parameters; a fused one, or else float16's scaler waits for the device.
+        optimizer: over the model's parameters; a fused one, or else float16's scaler waits for the device. A `FusedSGD`
+            clips and updates in a launch each.
         clip_grad_norm: the gradient's norm is brought down to it where it is larger; None does not clip.
         amp: "bf16" and "fp16" run convolutions and products in half precision; see `precision`.
         double_backprop: see `FusedImmunityLoss.from_head`; "auto" is what was measured to be faster, see `strategies`.
@@ -107,15 +109,23 @@ class TrainStep:
             clean = images if self.objective.trades_weight is not None else None
             batch = (self.attack(images, labels), labels, None, clean)
         measured = self._prove(*batch) if self.compiled and not self._proven else self._backward(*batch)
+        self.update()
+        return measured
+
+    def update(self) -> None:
+        """Clip the gradients that a backward pass has left, and take the optimiser's step."""
         if not self._begun:
             begin_momentum(self.optimizer)
             self._begun = True
-        if self.clip_grad_norm is not None:
+        if self.clip_grad_norm is None:
+            self.scaler.step(self.optimizer)
+        elif isinstance(self.optimizer, FusedSGD) and self.optimizer.clips:
+            self.scaler.step(self.optimizer, max_norm=self.clip_grad_norm)
+        else:
             self.scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
-        self.scaler.step(self.optimizer)
+            self.scaler.step(self.optimizer)
         self.scaler.update()
-        return measured
 
     def _backward(self, *batch: Tensor | None) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)

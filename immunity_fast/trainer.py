@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD
 
 from immunity_fast import distributed
 from immunity_fast.adversarial import InnerAttack, frozen
@@ -28,6 +27,7 @@ from immunity_fast.functional import mixture_log_probabilities
 from immunity_fast.loader import Batch, TrainLoader
 from immunity_fast.metrics import EVALUATION_BATCH, batches, correct, heatmap_metrics, sample
 from immunity_fast.model import ImmunityMoE, SingleNetwork
+from immunity_fast.optimizer import FusedSGD
 from immunity_fast.step import MEASURED, TrainStep, cosine_lr
 from immunity_fast.strategies import fastest
 
@@ -89,13 +89,8 @@ class Trainer:
             torch.manual_seed(config.seed + 3 + distributed.rank())
         group = distributed.group()
         self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name)
-        self.optimizer = SGD(
-            self.model.parameters(),
-            config.lr,
-            config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=True,
-            fused=device.type in ("cpu", "cuda"),
+        self.optimizer = FusedSGD(
+            self.model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=True
         )
         attack = None
         if config.inner_attack is not None:

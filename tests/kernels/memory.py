@@ -3,7 +3,7 @@
 It runs programs one after another, so races are invisible, and reads out of bounds without a word. Here each address of
 each unmasked load and store is written down, and a launch fails in which
 
-* an address lies in none of the tensors that the kernel was given;
+* an address lies in none of the tensors that the kernel was given, or that a test says it was given the addresses of;
 * two programs write one address, or one reads what another writes.
 """
 
@@ -18,6 +18,13 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
+_reached: list[Tensor] = []  # besides a kernel's arguments
+
+
+def reach(tensors: list[Tensor]) -> None:
+    """Launches to come, of this test, may reach these tensors, whose addresses stand in a table."""
+    _reached.extend(tensors)
+
 
 class Access(NamedTuple):
     """Addresses of one instruction's unmasked elements, and the program that ran it."""
@@ -31,7 +38,7 @@ class Launch:
 
     def __init__(self, kernel: str, tensors: list[Tensor]) -> None:
         self.kernel = kernel
-        storages = [tensor.untyped_storage() for tensor in tensors]
+        storages = [tensor.untyped_storage() for tensor in (*tensors, *_reached)]
         self.ranges = {(storage.data_ptr(), storage.data_ptr() + storage.nbytes()) for storage in storages}
         self.loads: list[Access] = []
         self.stores: list[Access] = []
@@ -123,3 +130,4 @@ def watched() -> Iterator[list[Launch]]:
     finally:
         builder.create_masked_load, builder.create_masked_store = load, store
         interpreter.GridExecutor.__call__, interpreter._patch_lang = run, patch
+        _reached.clear()

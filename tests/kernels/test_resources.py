@@ -19,6 +19,7 @@ OTHERS = {
     "_maps_kernel", "_stability_kernel", "_maps_backward_kernel", "_heatmaps_kernel", "_heatmaps_backward_kernel",
     "_cross_entropy_kernel", "_cross_entropy_backward_kernel",
 }  # fmt: skip
+UPDATES = {"_squares_kernel", "_sgd_kernel", "_lerp_kernel"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_every_kernel_compiles_for_every_target(records: list[dict[str, Any]]) -> None:
     for capability in kernel_resources.TARGETS:
         found = {record["kernel"] for record in records if record["capability"] == capability}
-        assert found == CONTRACTION | OTHERS
+        assert found == CONTRACTION | OTHERS | UPDATES
 
 
 def test_nothing_is_spilled_and_shared_memory_fits(records: list[dict[str, Any]]) -> None:
@@ -73,6 +74,19 @@ def test_large_tensors_are_read_and_written_128_bits_at_a_time(records: list[dic
                 assert wide >= _bits_of_a_tile(record), record
             checked += 1
     assert checked >= 60
+
+
+def test_weights_are_read_and_written_128_bits_at_a_time(records: list[dict[str, Any]]) -> None:
+    """But for what is left of a tensor behind its last whole chunk, and where a tensor begins in between."""
+    aligned = [r for r in records if r["kernel"] in UPDATES and r["constants"]["ALIGNED"]]
+    for record in aligned:
+        constants = record["constants"]
+        each = 32 * constants["CHUNK"] // (128 * 32 * record["num_warps"])  # instructions of a thread for one tensor
+        tensors = {"_squares_kernel": (1, 0), "_sgd_kernel": (2, 1), "_lerp_kernel": (2, 1)}[record["kernel"]]
+        loads, stores = (count + (1 if constants.get("HAS_MOMENTUM") else 0) for count in tensors)
+        assert int(record["loads"].get("128", 0)) >= loads * each, record
+        assert int(record["stores"].get("128", 0)) >= stores * each, record
+    assert len(aligned) >= len(UPDATES) * len(kernel_resources.TARGETS)
 
 
 def test_the_committed_table_is_of_the_kernels_as_they_are(records: list[dict[str, Any]]) -> None:
