@@ -22,6 +22,7 @@ from immunity_fast.compilation import Compiled
 from immunity_fast.functional import mixture_cross_entropy
 from immunity_fast.kernels import launch
 from immunity_fast.losses import ALPHA, BETA, GAMMA
+from immunity_fast.optimizer import FusedSGD
 from immunity_fast.precision import autocast
 from immunity_fast.step import TrainStep
 
@@ -191,8 +192,8 @@ def _plain_step(model: ImmunityMoE, images: Tensor, labels: Tensor, amp: Any, co
     return step
 
 
-def _optimizer(model: nn.Module) -> SGD:
-    return SGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True, fused=True)
+def _optimizer(model: nn.Module) -> FusedSGD:
+    return FusedSGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True)
 
 
 def _refuse(line: str) -> None:

@@ -85,6 +85,7 @@ class TrainStep:
             self._forward = _distributed(self.objective, group)
         self._proven = False
         self._begun = not self.scaler.is_enabled()
+        self._one: Tensor | None = None
 
     @property
     def compiled(self) -> bool:
@@ -130,7 +131,10 @@ class TrainStep:
     def _backward(self, *batch: Tensor | None) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         loss, measured = self._forward(*batch)
-        self.scaler.scale(loss).backward()
+        scaled = self.scaler.scale(loss)
+        if self._one is None or self._one.dtype != scaled.dtype:
+            self._one = torch.ones_like(scaled)
+        scaled.backward(self._one)  # otherwise a kernel would make it anew
         taken: Tensor = measured
         return taken
 

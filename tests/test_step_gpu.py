@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch.optim import SGD
 
+from benchmarks import launches
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.adversarial import InnerAttack, InnerAttackSettings
 from immunity_fast.attacks import Attack, BoundAttack
 from immunity_fast.augmentation import draw
+from immunity_fast.averaging import WeightAverage
+from immunity_fast.optimizer import FusedSGD
 from immunity_fast.step import TrainStep
 
 pytestmark = [
@@ -47,6 +51,51 @@ def test_a_step_does_not_wait_for_the_device(amp: Any, double_backprop: Any) -> 
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert measured.isfinite().all()
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_clipping_update_and_average_are_a_launch_each_and_do_not_wait(amp: Any, compile: Any) -> None:
+    torch.compiler.reset()
+    step, batch = _step(amp=amp, compile=compile, clip_grad_norm=1.0), _batch()
+    step.optimizer = FusedSGD(step.model.parameters(), 0.01, 0.9, weight_decay=1e-3, nesterov=True)
+    average = WeightAverage(step.model, 0.99)
+    for _ in range(3):
+        step(*batch)
+        average.update()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            measured = step(*batch)
+            average.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert measured.isfinite().all()
+    count = launches.counter().count
+    assert count(average.update).kernels == 1
+    if amp != "fp16":  # its scaler has launches of its own
+        assert count(step.update).kernels == 2
+        step.clip_grad_norm = None
+        assert count(step.update).kernels == 1
+
+
+@pytest.mark.parametrize("clip", [None, 1e-2])
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_one_launch_does_what_torch_does_in_many(amp: Any, clip: float | None) -> None:
+    found = []
+    for make in (FusedSGD, partial(SGD, fused=True)):
+        step = _step(amp=amp, clip_grad_norm=clip, batching="loop")
+        step.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8, enabled=amp == "fp16")
+        step.optimizer = make(step.model.parameters(), 0.01, 0.9, weight_decay=1e-3, nesterov=True)
+        average = WeightAverage(step.model, 0.9, backend="auto" if make is FusedSGD else "torch")
+        for seed in range(3):
+            step(*_batch(seed))
+            average.update()
+        momenta = [state["momentum_buffer"] for state in step.optimizer.state.values()]
+        found.append([*step.model.state_dict().values(), *average.tensors().values(), *momenta])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.stride() == theirs.stride() or ours.dim() < 5
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("batching", ["loop", "vmap"])
