@@ -19,7 +19,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,17 +29,18 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases import DEVICE
 from benchmarks.measure import line
 from benchmarks.record import header, write
 from benchmarks.step_cases import CLASSES, FULL, NAIVE, SIZE, StepCase
 from immunity_fast import FusedImmunityLoss
-from immunity_fast.augmentation import draw, move
+from immunity_fast.augmentation import move
 from immunity_fast.averaging import WeightAverage
 from immunity_fast.compilation import keep_caches
 from immunity_fast.data import Split
-from immunity_fast.loader import TrainLoader
+from immunity_fast.loader import Batch, TrainLoader
 from immunity_fast.optimizer import FusedSGD
 from immunity_fast.precision import set_float32
 from immunity_fast.step import MEASURED, TrainStep
@@ -48,16 +49,18 @@ ARCHS = ("resnet8", "resnet18", "googlenet", "densenet121")
 SAMPLES = 32
 MAX_NORM = 1.0
 DECAY = 0.999
-WARM_UP = 4  # steps: compiled code compiles, warms up and records its graphs in the first three
-COUNTED = 2  # steps, which are to agree
+EAGER_WARM_UP, COMPILED_WARM_UP = 1, 3  # steps after the first; compiled code records its graphs in two of them
 TIMED = 20
 PHASES = ("batch", "forward, backward", "clipping", "optimiser", "average", "metrics")
-WAYS = {  # batching and compile
+WAYS: dict[str, tuple[Any, Any] | None] = {  # batching and compile
     NAIVE: None,
     "eager loop": ("loop", "off"),
     "eager vmap": ("vmap", "off"),
     "compiled vmap": ("vmap", "on"),
 }
+# Operators that call cuDNN or cuBLAS.
+LIBRARY = {"convolution", "convolution_backward", "cudnn_convolution", "cudnn_batch_norm", "cudnn_batch_norm_backward"}
+LIBRARY |= {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"}
 
 
 class Launches(NamedTuple):
@@ -70,10 +73,6 @@ class Launches(NamedTuple):
     def __sub__(self, other: "Launches") -> "Launches":  # type: ignore[override]
         memory = None if self.memory is None or other.memory is None else self.memory - other.memory
         return Launches(self.kernels - other.kernels, self.graphs - other.graphs, memory)
-
-    def __add__(self, other: "Launches") -> "Launches":  # type: ignore[override]
-        memory = None if self.memory is None or other.memory is None else self.memory + other.memory
-        return Launches(self.kernels + other.kernels, self.graphs + other.graphs, memory)
 
 
 class Count(NamedTuple):
@@ -108,8 +107,8 @@ def counter() -> Count:
 
     return Count(
         "calls of an imitated CUDA runtime and driver",
-        "what cuDNN and cuBLAS launch (convolutions, matrix products, BatchNorm in float16 and float32), and copies "
-        "and fills of memory that are no kernels",
+        "what cuDNN and cuBLAS launch (see library_calls; in compiled code that is in the graphs), and copies and "
+        "fills of memory that are no kernels",
         count,
         imitated=True,
     )
@@ -134,90 +133,78 @@ def of_events(names: Iterable[str]) -> Launches:
 
 
 class Phases(NamedTuple):
-    """A step in parts that can be taken one by one, as often as wanted, in this order."""
+    """A step, and those of its parts that can be taken alone, as often as wanted."""
 
+    step: Callable[[], object]
     batch: Callable[[], object]
-    gradients: Callable[[], object]  # and the update, with clipping or without
     clipped_update: Callable[[], object]
     update: Callable[[], object]
     average: Callable[[], object]
     metrics: Callable[[], object]
-    gradients_update: bool  # whether `gradients` has a clipped update in it
-    step: Callable[[], object]  # all of them
 
 
 def prepare(arch: str, way: str, amp: str) -> Phases:
-    """The phases of a way."""
+    """A way's step and its parts."""
     case = StepCase(arch, None, SAMPLES, amp)
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (64 * SAMPLES, 3, *SIZE), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.arange(len(images)) % CLASSES).to(DEVICE)
-    loader = TrainLoader(split, SAMPLES, 0, padding=4, degrees=15.0, flip=True)
-    batches = _endless(loader)
+    batches = _endless(TrainLoader(split, SAMPLES, 0, padding=4, degrees=15.0, flip=True))
     sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=DEVICE)
-    if WAYS[way] is None:
-        return _naive(case, batches, sums)
-    return _ours(case, WAYS[way], amp, batches, sums)
+    choices = WAYS[way]
+    return _naive(case, batches, sums) if choices is None else _ours(case, choices, amp, batches, sums)
 
 
-def _endless(loader: TrainLoader) -> Any:
+def _endless(loader: TrainLoader) -> Iterator[Batch]:
     while True:
         yield from loader
 
 
-def _naive(case: StepCase, batches: Any, sums: Tensor) -> Phases:
+def _naive(case: StepCase, batches: Iterator[Batch], sums: Tensor) -> Phases:
     step, together = case.naive_step(FULL)
-    motion = draw(SAMPLES, torch.Generator().manual_seed(0)).to(DEVICE)
-    pixels = torch.zeros(SAMPLES, 3, *SIZE, dtype=torch.uint8, device=DEVICE)
     # As the one that the naive step has inside.
     optimizer = SGD(together.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True)
     average = AveragedModel(copy.deepcopy(together), multi_avg_fn=get_ema_multi_avg_fn(DECAY), use_buffers=True)
     measured = torch.zeros_like(sums)
-
-    def gradients() -> None:
-        move(pixels, motion)
-        step()
 
     def clipped() -> None:
         clip_grad_norm_(together.parameters(), MAX_NORM)
         optimizer.step()
 
     def whole() -> None:
-        next(batches)
-        gradients()
+        batch = next(batches)
+        move(batch.images, batch.motion)
+        step()  # of images of its own
         clip_grad_norm_(together.parameters(), MAX_NORM)
         average.update_parameters(together)
         sums.add_(measured)
 
     return Phases(
+        step=whole,
         batch=lambda: next(batches),
-        gradients=gradients,
         clipped_update=clipped,
         update=optimizer.step,
         average=lambda: average.update_parameters(together),
         metrics=lambda: sums.add_(measured),
-        gradients_update=False,
-        step=whole,
     )
 
 
-def _ours(case: StepCase, choices: Any, amp: Any, batches: Any, sums: Tensor) -> Phases:
+def _ours(case: StepCase, choices: tuple[Any, Any], amp: Any, batches: Iterator[Batch], sums: Tensor) -> Phases:
     batching, compile = choices
     model = case.model().to(DEVICE)
     model.batching = batching
-    optimizer = FusedSGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True)
     average = WeightAverage(model, DECAY)
     step = TrainStep(
         model,
         FusedImmunityLoss(size=SIZE),
-        optimizer,
+        FusedSGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True),
         clip_grad_norm=MAX_NORM,
         amp=amp,
         double_backprop="reverse",
         compile=compile,
         announce=_refuse,
     )
-    batch, measured = next(batches), torch.zeros_like(sums)
+    measured = torch.zeros_like(sums)
 
     def update() -> None:
         step.clip_grad_norm = None
@@ -229,14 +216,12 @@ def _ours(case: StepCase, choices: Any, amp: Any, batches: Any, sums: Tensor) ->
         average.update()
 
     return Phases(
+        step=whole,
         batch=lambda: next(batches),
-        gradients=lambda: step(*batch),
         clipped_update=step.update,
         update=update,
         average=average.update,
         metrics=lambda: sums.add_(measured),
-        gradients_update=True,
-        step=whole,
     )
 
 
@@ -248,28 +233,26 @@ def _refuse(announcement: str) -> None:
 def count(arch: str, way: str, amp: str, by: Count) -> dict[str, Any]:
     """The record of a way; RuntimeError where two steps launch different numbers."""
     phases = prepare(arch, way, amp)
+    compiled = way.startswith("compiled")
     begin = time.perf_counter()
     phases.step()
     first = time.perf_counter() - begin
-    for _ in range(WARM_UP - 1):
+    for _ in range(COMPILED_WARM_UP if compiled else EAGER_WARM_UP):
         phases.step()
-    for part in phases[:6]:
+    for part in phases[1:]:
         part()
-    counts = [by.count(phases.step) for _ in range(COUNTED)]
-    if len(set(counts)) > 1:
-        raise RuntimeError(f"{COUNTED} steps launched different numbers: {counts}")
-    batch, gradients, clipped, bare, average, metrics = (by.count(part) for part in phases[:6])
+    whole, again = by.count(phases.step), by.count(phases.step)
+    if whole != again:
+        raise RuntimeError(f"two steps launched different numbers: {whole}, {again}")
+    batch, clipped, bare, average, metrics = (by.count(part) for part in phases[1:])
     parts = {
         "batch": batch,
-        # A naive step updates without clipping, one of this package with it.
-        "forward, backward": gradients - (clipped if phases.gradients_update else bare),
+        "forward, backward": whole - batch - clipped - average - metrics,
         "clipping": clipped - bare,
         "optimiser": bare,
         "average": average,
         "metrics": metrics,
     }
-    whole = counts[0]
-    host = None if by.imitated else _host_ms(phases.step)
     return {
         "arch": arch,
         "way": way,
@@ -277,11 +260,28 @@ def count(arch: str, way: str, amp: str, by: Count) -> dict[str, Any]:
         "launches": whole.kernels,
         "graph_launches": whole.graphs,
         "memory_operations": whole.memory,
-        "host_ms": host,
+        "library_calls": None if compiled else _library_calls(phases.step),  # in a graph there are none
+        "host_ms": None if by.imitated else _host_ms(phases.step),
         "first_step_s": round(first, 1),
         "launches_by_phase": {name: part.kernels for name, part in parts.items()},
-        "graph_launches_by_phase": {name: part.graphs for name, part in parts.items() if part.graphs},
     }
+
+
+def _library_calls(step: Callable[[], object]) -> int:
+    """How often an eager step calls cuDNN and cuBLAS, which launch at least a kernel each time."""
+    with _Calls() as calls:
+        step()
+    return calls.count
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in LIBRARY
+        return func(*args, **(kwargs or {}))
 
 
 def _host_ms(step: Callable[[], object]) -> float:
@@ -299,8 +299,9 @@ def _host_ms(step: Callable[[], object]) -> float:
 def table(found: dict[str, Any]) -> str:
     """Markdown of a record: a line for each architecture and way."""
     lines = [
-        f"| 5 ×, {SAMPLES} images | way | launches | graphs | of the naive loop's | host, ms | {' | '.join(PHASES)} |",
-        "|---|---|" + "---:|" * (4 + len(PHASES)),
+        f"| 5 ×, {SAMPLES} images | way | launches | graphs | of the naive loop's | library calls | host, ms "
+        f"| {' | '.join(PHASES)} |",
+        "|---|---|" + "---:|" * (5 + len(PHASES)),
     ]
     for entry in found["records"]:
         naive = next(
@@ -309,10 +310,11 @@ def table(found: dict[str, Any]) -> str:
         )
         share = "–" if naive is None else f"{100 * entry['launches'] / naive:.1f} %"
         host = "–" if entry["host_ms"] is None else f"{entry['host_ms']:.2f}"
+        calls = "–" if entry["library_calls"] is None else f"{entry['library_calls']:,}"
         parts = " | ".join(f"{entry['launches_by_phase'][phase]:,}" for phase in PHASES)
         lines.append(
             f"| {entry['arch']}, {entry['amp']} | {entry['way']} | {entry['launches']:,} | {entry['graph_launches']} "
-            f"| {share} | {host} | {parts} |"
+            f"| {share} | {calls} | {host} | {parts} |"
         )
     return "\n".join(lines)
 

@@ -110,7 +110,7 @@ class FusedSGD(SGD):
                 continue
             if gradient.is_sparse:
                 raise RuntimeError("FusedSGD does not support sparse gradients")
-            if not multi_tensor.same_strides(gradient, parameter):
+            if gradient.dtype != parameter.dtype or not multi_tensor.same_strides(gradient, parameter):
                 gradient = torch.empty_like(parameter).copy_(gradient)
             gradients.append(gradient)
             momentum = self._momentum(parameter).data_ptr() if has_momentum else 0

@@ -22,6 +22,7 @@ def _record(arch: str, way: str, amp: str, total: int, graphs: int = 0, host: fl
         "amp": amp,
         "launches": total,
         "graph_launches": graphs,
+        "library_calls": 1234 if graphs == 0 else None,
         "host_ms": host,
         "launches_by_phase": phases,
     }
@@ -46,6 +47,7 @@ def test_the_table_has_shares_of_the_naive_loop_of_the_same_case() -> None:
     share, host = head.index("of the naive loop's"), head.index("host, ms")
     assert [row[share] for row in rows] == ["100.0 %", "25.0 %", "–", "–"]
     assert [row[host] for row in rows] == ["–", "12.35", "–", "–"]
+    assert [row[head.index("library calls")] for row in rows] == ["1,234", "1,234", "1,234", "–"]
     assert [row[head.index("launches")] for row in rows] == ["4,000", "1,000", "900", "12"]
     assert [row[head.index("graphs")] for row in rows] == ["0", "0", "0", "2"]
     assert [row[-5] for row in rows] == ["3,995", "995", "895", "7"]
@@ -58,7 +60,7 @@ def test_of_a_profile_the_calls_of_the_host_count() -> None:
     assert of_events(names) == Launches(kernels=4, graphs=1, memory=3)
 
 
-def test_launches_add_up_and_what_is_unknown_stays_so() -> None:
+def test_of_a_difference_what_is_unknown_stays_so() -> None:
     assert Launches(5, 2, 3) - Launches(1, 0, 3) == Launches(4, 2, 0)
     assert Launches(5, 2, None) - Launches(1, 0, 3) == Launches(4, 2, None)
 
