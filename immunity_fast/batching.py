@@ -63,7 +63,7 @@ def run_stacked(
         with ExpertsAsChannels():
             return functional_call(stacked, own, (x,))
 
-    tensors = dict([*stacked.named_parameters(), *stacked.named_buffers()])
+    tensors = _parameters(stacked) | dict(stacked.named_buffers())
     outputs: Tensor = torch.vmap(apply, in_dims=(0, None if shared else 0), randomness="different")(tensors, x)
     return outputs
 
@@ -82,11 +82,11 @@ def call_stacked(
             outputs.append(functional_call(stacked, own | mine, (maps,)))
         return torch.stack(outputs), {name: buffer.detach() for name, buffer in buffers.items()}
 
-    def apply(parameters: dict[str, nn.Parameter], own: dict[str, Tensor], x: Tensor) -> Any:
+    def apply(parameters: dict[str, Tensor], own: dict[str, Tensor], x: Tensor) -> Any:
         with ExpertsAsChannels():
             return functional_call(stacked, {**parameters, **own}, (x,))
 
-    parameters = dict(stacked.named_parameters())
+    parameters = _parameters(stacked)
     result: Tensor = torch.vmap(apply, randomness="different")(parameters, buffers, x)
     return result, {name: buffer.detach() for name, buffer in buffers.items()}
 
@@ -101,6 +101,24 @@ def channels_last_(module: nn.Module) -> None:
             parameter.data = parameter.data.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
+def _parameters(stacked: nn.Module) -> dict[str, Tensor]:
+    """The parameters; on a GPU as views whose gradients come laid out as they are.
+
+    The double backward of a convolution transposes its weight's gradient. What autograd has to lay out is a launch a
+    weight, after the compiled backward pass; the backward pass of a reshaping view is part of it.
+    """
+    return {name: _as_laid_out(value) if value.is_cuda else value for name, value in stacked.named_parameters()}
+
+
+def _as_laid_out(weight: Tensor) -> Tensor:
+    convolution = weight.dim() in (4, 5)  # channels-last
+    inward = weight.movedim(-3, -1) if convolution else weight
+    if not inward.is_contiguous():
+        return weight
+    view = inward.flatten().view(inward.shape)
+    return view.movedim(-1, -3) if convolution else view
+
+
 def _unbound(tensors: dict[str, Tensor], num_experts: int) -> list[dict[str, Tensor]]:
     """A view of each expert's part; indexing, because autograd forbids in-place updates of unbind's views."""
     return [{name: tensor[index] for name, tensor in tensors.items()} for index in range(num_experts)]
@@ -109,7 +127,7 @@ def _unbound(tensors: dict[str, Tensor], num_experts: int) -> list[dict[str, Ten
 def slices(stacked: nn.Module, num_experts: int) -> list[dict[str, Tensor]]:
     """Each expert's own parameters and buffers, as views, for `torch.func.functional_call`."""
     own: list[dict[str, Tensor]] = [{} for _ in range(num_experts)]
-    for name, parameter in stacked.named_parameters():
+    for name, parameter in _parameters(stacked).items():
         # unbind, because its backward is one stack; indexing N times would add up N tensors of the stacked size.
         for tensors, value in zip(own, parameter.unbind(), strict=True):
             tensors[name] = value

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.batching import (
+    _as_laid_out,
     channels_last_,
     run_stacked,
     slices,
@@ -273,3 +274,28 @@ def test_channels_last_changes_no_value() -> None:
     _assert_same_state(stacked, other)
     for parameter in stacked.parameters():
         assert parameter.dim() != 5 or channels_last(parameter[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 3, 3), (2, 6, 4, 1, 1), (6, 4, 3, 3), (2, 5, 4), (5, 4), (3,)])
+def test_a_transposed_gradient_comes_laid_out_as_its_weight(shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    convolution = len(shape) >= 4
+    if convolution:
+        values = values.movedim(-3, -1).contiguous().movedim(-1, -3)
+    weight = values.requires_grad_()
+    seen: list[Tensor] = []
+    weight.register_hook(seen.append)  # what autograd is about to lay out as it should be
+    view = _as_laid_out(weight)
+    assert torch.equal(view, weight)
+    assert view.data_ptr() == weight.data_ptr()
+    upstream = torch.randn(shape[::-1], generator=torch.Generator().manual_seed(1)).permute(*range(len(shape))[::-1])
+    (view * upstream).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, upstream)
+    order = seen[0].movedim(-3, -1) if convolution else seen[0]
+    assert order.is_contiguous()
+
+
+def test_weights_in_another_order_are_left_alone() -> None:
+    weight = torch.randn(4, 5).T
+    assert _as_laid_out(weight) is weight

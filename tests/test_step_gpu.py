@@ -79,6 +79,20 @@ def test_clipping_update_and_average_are_a_launch_each_and_do_not_wait(amp: Any,
         assert count(step.update).kernels == 1
 
 
+@pytest.mark.parametrize("batching", ["loop", "vmap"])
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_gradients_come_laid_out_as_weights_are(batching: Any, compile: Any) -> None:
+    """Otherwise autograd copies them, a launch each, after the compiled backward pass."""
+    torch.compiler.reset()
+    step, seen = _step(amp="bf16", batching=batching, compile=compile), {}
+    for _ in range(3):
+        step(*_batch())
+    for name, parameter in step.model.experts.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: seen.update({name: gradient.data_ptr()}))
+    step(*_batch())
+    assert seen == {name: p.grad.data_ptr() for name, p in step.model.experts.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize("clip", [None, 1e-2])
 @pytest.mark.parametrize("amp", ["off", "fp16"])
 def test_one_launch_does_what_torch_does_in_many(amp: Any, clip: float | None) -> None:
