@@ -262,7 +262,7 @@ def count(arch: str, way: str, amp: str, by: Count) -> dict[str, Any]:
         "memory_operations": whole.memory,
         "library_calls": None if compiled else _library_calls(phases.step),  # in a graph there are none
         "host_ms": None if by.imitated else _host_ms(phases.step),
-        "first_step_s": round(first, 1),
+        "first_step_s": None if by.imitated else round(first, 1),
         "launches_by_phase": {name: part.kernels for name, part in parts.items()},
     }
 
