@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.cases import DEVICE
 from benchmarks.measure import line
 from benchmarks.record import header, write
-from benchmarks.step_cases import CLASSES, FULL, NAIVE, SIZE, StepCase
+from benchmarks.step_cases import CLASSES, FULL, NAIVE, SIDE, StepCase
 from immunity_fast import FusedImmunityLoss
 from immunity_fast.augmentation import move
 from immunity_fast.averaging import WeightAverage
@@ -147,7 +147,7 @@ def prepare(arch: str, way: str, amp: str) -> Phases:
     """A way's step and its parts."""
     case = StepCase(arch, None, SAMPLES, amp)
     generator = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (64 * SAMPLES, 3, *SIZE), generator=generator, dtype=torch.uint8)
+    images = torch.randint(256, (64 * SAMPLES, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
     split = Split(images, torch.arange(len(images)) % CLASSES).to(DEVICE)
     batches = _endless(TrainLoader(split, SAMPLES, 0, padding=4, degrees=15.0, flip=True))
     sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=DEVICE)
@@ -196,7 +196,7 @@ def _ours(case: StepCase, choices: tuple[Any, Any], amp: Any, batches: Iterator[
     average = WeightAverage(model, DECAY)
     step = TrainStep(
         model,
-        FusedImmunityLoss(size=SIZE),
+        FusedImmunityLoss(size=(SIDE, SIDE)),
         FusedSGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True),
         clip_grad_norm=MAX_NORM,
         amp=amp,
