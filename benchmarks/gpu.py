@@ -16,6 +16,7 @@ is the command that runs Python in the processes that are started.
 """
 
 import argparse
+import math
 import os
 import shlex
 import shutil
@@ -128,8 +129,10 @@ RUN: dict[str, Callable[[Stage, stages.Take], None]] = {
 }
 
 
-def run_stages(names: tuple[str, ...], stage: Stage, end: float, run: dict[str, Any] = RUN) -> list[dict[str, Any]]:
-    """Run stages one after the other; what failed in them. `end` is when the last one is to be over."""
+def run_stages(
+    names: tuple[str, ...], stage: Stage, end: float, run: dict[str, Any] = RUN
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Run stages one after the other; how many of each outcome, and the failures. `end` is when all is to be over."""
     found: dict[str, Any] = stage.header | {"stages": []}
     failures: list[dict[str, Any]] = []
     for name in names:
@@ -150,7 +153,9 @@ def run_stages(names: tuple[str, ...], stage: Stage, end: float, run: dict[str, 
 
         try:
             run[name](stage, take)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if stages.interrupted.is_set():
+                raise
             take({"name": name, "outcome": FAILED, "cause": outcomes.innermost_cause(error)})
         finally:
             record["seconds"] = round(time.monotonic() - begin, 1)
@@ -161,7 +166,11 @@ def run_stages(names: tuple[str, ...], stage: Stage, end: float, run: dict[str, 
                 {key: one[key] for key in ("stage", "name", "cause", "tail") if key in one} for one in failures
             ]
             write(stage.out / "stages.json", found)
-    return failures
+    total: dict[str, int] = {}
+    for record in found["stages"]:
+        for outcome, count in record["outcomes"].items():
+            total[outcome] = total.get(outcome, 0) + count
+    return total, failures
 
 
 def told(outcome: dict[str, Any]) -> str:
@@ -190,8 +199,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         names = stages.parse(options.stages)
-        if not options.budget > RESERVE:
-            raise ValueError(f"--budget {options.budget:g}: expected more than {RESERVE:g} seconds")
+        if not RESERVE < options.budget < math.inf:
+            raise ValueError(f"--budget {options.budget:g}: expected more than {RESERVE:g} seconds, and an end")
         if options.data is not None and not options.data.is_file():
             raise ValueError(f"--data {options.data}: there is no such file")
     except ValueError as error:
@@ -224,12 +233,15 @@ def main() -> None:
         environment=environment,
         header=header(f"python -m benchmarks.gpu {chosen}"),
     )
-    failures = run_stages(names, stage, begin + options.budget - RESERVE)
-    print(f"== {time.monotonic() - begin:.0f} s of {options.budget:.0f} s: {PASSED if not failures else FAILED}")
+    counts, failures = run_stages(names, stage, begin + options.budget - RESERVE)
+    told_counts = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "nothing was run"
+    print(f"== {time.monotonic() - begin:.0f} s of {options.budget:.0f} s: {told_counts}")
     if failures:
         said = "; ".join(f"{one['name']}: {one.get('cause', '')[:150]}" for one in failures[:TOLD])
         more = f"; and {len(failures) - TOLD} more" if len(failures) > TOLD else ""
         raise SystemExit(portable(f"error: {len(failures)} failed: {said}{more}"))
+    if not counts.keys() & {PASSED, NOT_JUDGED}:
+        raise SystemExit(f"error: nothing has passed: {told_counts}")
 
 
 def _stop(_signal: int, _frame: object) -> None:

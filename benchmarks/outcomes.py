@@ -47,8 +47,12 @@ def read(text: str) -> dict[str, Any] | None:
 
 def innermost_cause(error: BaseException) -> str:
     """What was raised first, in a line, and where: a compiler's exceptions wrap each other, and say little."""
-    while (inner := error.__cause__ or getattr(error, "inner_exception", None)) is not None:
-        error = inner
+    seen: list[BaseException] = []
+    inner: Any = error
+    while isinstance(inner, BaseException) and all(inner is not earlier for earlier in seen):
+        seen.append(inner)
+        inner = inner.__cause__ or getattr(inner, "inner_exception", None)
+    error = seen[-1]
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -97,7 +101,7 @@ def portable(text: str) -> str:
 def write(path: Path, content: dict[str, Any]) -> None:
     """As JSON, an entry of a list a line, without places of this machine; `path` only ever holds all of it."""
     fields = []
-    for name, value in content.items():
+    for name, value in _portable(content).items():
         if isinstance(value, list) and value:
             text = "[\n  " + ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in value) + "\n ]"
         else:
@@ -105,7 +109,16 @@ def write(path: Path, content: dict[str, Any]) -> None:
         fields.append(f" {json.dumps(name)}: {text}")
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        unfinished.write_text(portable("{\n" + ",\n".join(fields) + "\n}\n"), encoding="utf-8")
+        unfinished.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8", errors="backslashreplace")
         os.replace(unfinished, path)
     except OSError as error:
         raise SystemExit(f"error: {path}: {error.strerror}") from None
+
+
+def _portable(value: Any) -> Any:
+    """The same with all its texts `portable`."""
+    if isinstance(value, str):
+        return portable(value)
+    if isinstance(value, dict):
+        return {key: _portable(each) for key, each in value.items()}
+    return [_portable(each) for each in value] if isinstance(value, list | tuple) else value

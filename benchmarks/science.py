@@ -12,6 +12,7 @@ import os
 import queue
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any
 
 from benchmarks import outcomes
 from benchmarks.outcomes import FAILED, NOT_FINISHED, ROOT, write
+from benchmarks.stages import INTERRUPTED
 
 # Each with its part of the time: epochs, by the passes through the network that an image takes in one, in units of a
 # plain step of five experts. A choice beforehand; what is measured decides on the epochs.
@@ -38,6 +40,7 @@ READY, OVER = "ready", (outcomes.PASSED, FAILED, NOT_FINISHED, outcomes.NOT_RUN,
 RESERVE = 3.0  # seconds before the limit: then everything is stopped
 GRACE = 10.0  # seconds after its turn: then a training is stopped that has not ended by itself
 COMPILING_CORES = 3  # of one training
+CHECKPOINTS = 8 << 30  # bytes that five trainings may want for a while: weights, momentum, and both once more
 TAIL = 30  # lines
 TOLD_ONCE = ("settings", "versions", "device")  # in the record: too much for a line
 
@@ -188,9 +191,11 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, metavar="COMMAND", help="what runs Python in processes")
     parser.add_argument("--rehearse", action="store_true", help="few images and small networks")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))  # so that what was started is stopped, and removed
     # Checkpoints of hundreds of megabytes an epoch: in memory, where there is a place for them.
     memory = Path("/dev/shm")
-    scratch = tempfile.mkdtemp(dir=memory if memory.is_dir() else None)
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free >= CHECKPOINTS
+    scratch = tempfile.mkdtemp(dir=memory if roomy else None)
     command = [
         *shlex.split(options.python),
         "-m",

@@ -23,6 +23,7 @@ from benchmarks.outcomes import FAILED, NOT_FINISHED, NOT_RUN, PASSED, ROOT
 STAGES = {"check": 60.0, "kernels": 100.0, "steps": 260.0, "science": 330.0}
 TAIL = 40  # lines of a failed job's output that are kept,
 WIDTH = 300  # so many characters of each
+MOMENT = 1.0  # seconds for a process that is asked to end
 DRAIN = 2.0  # seconds for the last lines of a process that has ended
 GLANCE = 0.5  # seconds between two looks at whether this process is to end
 
@@ -75,6 +76,7 @@ class _Running:
     def __init__(self, job: Job, environment: Mapping[str, str], deadline: float, events: "queue.Queue[Any]") -> None:
         self.job, self.begin = job, time.monotonic()
         self.deadline = min(deadline, self.begin + job.limit)
+        self.hung = self.deadline < deadline  # if it is stopped: by its own limit, not because all time was over
         self.missing = list(job.expected)
         self.stopped = False  # because its time was over
         self.tail: deque[str] = deque(maxlen=TAIL)
@@ -107,8 +109,16 @@ class _Running:
     def seconds(self) -> float:
         return round(time.monotonic() - self.begin, 1)
 
+    def ask(self) -> None:
+        """Have the process and all that it has started end, and remove what they have on disk."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+
     def kill(self) -> None:
-        """The process and all that it has started."""
+        """The process and all that it has started: asked first, a moment before."""
+        self.ask()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(MOMENT)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -129,8 +139,9 @@ class _Running:
         """The outcomes that were still to come."""
         names, status = self.missing if self.job.expected else [self.job.name], self.process.returncode
         if self.stopped:
+            hung = {"outcome": FAILED, "cause": f"hung: stopped at its limit of {self.job.limit:.0f} s"}
             for name in names:
-                yield {"name": name, "outcome": NOT_FINISHED, "seconds": self.seconds}
+                yield {"name": name, "seconds": self.seconds} | (hung if self.hung else {"outcome": NOT_FINISHED})
             return
         how = f"ended with status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
         text = outcomes.innermost_line("\n".join(self.tail)) if status else ""
@@ -202,5 +213,7 @@ def run(jobs: Sequence[Job], *, cores: int, deadline: float, take: Take, environ
             for outcome in found:
                 take(outcome)
     finally:
+        for one in running:
+            one.ask()
         for one in running:
             one.kill()

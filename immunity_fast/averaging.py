@@ -58,14 +58,14 @@ class WeightAverage:
         rows = []
         for name in self._fitting:
             average, value = self.average[name], state[name]
-            if not multi_tensor.same_strides(average, value):  # the module has been laid out anew
+            if not _alike(average, value) or not multi_tensor.same_strides(average, value):  # the module has changed
                 self._fitting = None
                 return self._launch(state, weight)
             words = value.numel() * value.element_size() // 4
             rows.append((average.data_ptr(), value.data_ptr(), int(value.is_floating_point()), words))
         if not rows:
             return state
-        if self._table is None:
+        if self._table is None or self._table.device != value.device:
             self._table = multi_tensor.Table(value.device)
         self._table.set(rows)
         multi_tensor.lerp(self._table, weight)
@@ -80,7 +80,8 @@ class WeightAverage:
         for name, value in state.items():
             words = not value.dtype.is_floating_point and value.element_size() % 4 == 0
             on_device = value.is_cuda or self._backend == "triton"
-            if on_device and (value.dtype == torch.float32 or words) and multi_tensor.fits([value]):
+            kind = value.dtype == torch.float32 or words
+            if on_device and kind and multi_tensor.fits([value]) and _alike(self.average[name], value):
                 found[name] = None
                 if not multi_tensor.same_strides(self.average[name], value):
                     self.average[name] = torch.empty_like(value).copy_(self.average[name])
@@ -110,3 +111,8 @@ class WeightAverage:
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, value in self.module.state_dict().items():
             value.copy_(values[name])
+
+
+def _alike(average: Tensor, value: Tensor) -> bool:
+    """Whether a kernel can take one for the other; where it cannot, PyTorch says what is wrong."""
+    return (average.dtype, average.device, average.shape) == (value.dtype, value.device, value.shape)

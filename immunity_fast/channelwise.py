@@ -37,8 +37,10 @@ class ExpertsAsChannels(TorchFunctionMode):
         if function is torch.batch_norm:
             return _torch_batch_norm(*args, **kwargs)
         if not torch.compiler.is_compiling():
-            if function in _POOLING and _are_maps(args[0]):
+            if function in _POOLING and args and _are_maps(args[0]):
                 return _Pooling.apply(args[0], function, args[1:], kwargs)
+            if function in _POOLING and _are_maps(kwargs.get("input")):
+                return _Pooling.apply(kwargs.pop("input"), function, args, kwargs)
             if function in _CONCATENATION and (maps := _concatenated_channels(*args, **kwargs)):
                 return _Concatenation.apply(*maps)
         return function(*args, **kwargs)
@@ -100,12 +102,18 @@ class _BatchNorm(_Rule):
         if training and any(t is not None and dim is None for t, dim in zip(tensors[:2], in_dims[1:3], strict=True)):
             raise ValueError("batch_norm: experts cannot share running statistics that each of them would update")
         maps = _expert_second(input, in_dims[0], info.batch_size)
-        by_channel = [
-            None if tensor is None else _flat(tensor, dim, info.batch_size)
+        by_expert = [
+            None if tensor is None else tensor.expand(info.batch_size, -1) if dim is None else tensor.movedim(dim, 0)
             for tensor, dim in zip(tensors, in_dims[1:5], strict=True)
         ]
+        by_channel = [None if tensor is None else tensor.flatten() for tensor in by_expert]
         mean, variance, factor, offset = by_channel
-        normalized = F.batch_norm(maps.flatten(1, 2), mean, variance, factor, offset, training, momentum, eps)
+        # Our own function again: under another `vmap` around this one it is that one's turn.
+        normalized = batch_norm(maps.flatten(1, 2), mean, variance, factor, offset, training, momentum, eps)
+        if training:
+            for own, updated in zip(by_expert[:2], by_channel[:2], strict=True):
+                if own is not None and updated is not None and not own.is_contiguous():  # then a copy was updated
+                    own.copy_(updated.view(own.shape))
         return normalized.view(maps.shape), 1
 
 
@@ -123,7 +131,8 @@ class _Concatenation(_Rule):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Tensor) -> tuple[Tensor, int]:
         maps = [_expert_second(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims, strict=True)]
-        if not maps[0].flatten(1, 2).is_contiguous(memory_format=torch.channels_last):
+        nested = any(map(is_batchedtensor, maps))  # in another `vmap`, where no layout can be asked for
+        if nested or not maps[0].flatten(1, 2).is_contiguous(memory_format=torch.channels_last):
             return torch.cat(maps, 2), 1
         # Written in the order of memory, (B, h, w, N, C), for torch.cat has no channels-last of five axes.
         return torch.cat([x.permute(0, 3, 4, 1, 2) for x in maps], 4).permute(0, 3, 4, 1, 2), 1
@@ -145,8 +154,3 @@ def _concatenated_channels(tensors: Any, dim: int = 0, *, axis: int | None = Non
 def _expert_second(x: Tensor, dim: int | None, experts: int) -> Tensor:
     """(B, N, C, …); for what a convolution under `vmap` returns its first axes are one in memory."""
     return x.unsqueeze(1).expand(-1, experts, *x.shape[1:]) if dim is None else x.movedim(dim, 1)
-
-
-def _flat(tensor: Tensor, dim: int | None, experts: int) -> Tensor:
-    """(N·C,), of the same memory where it belongs to the experts: running statistics are updated in it."""
-    return tensor.expand(experts, -1).flatten() if dim is None else tensor.movedim(dim, 0).view(-1)

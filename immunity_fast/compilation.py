@@ -128,7 +128,7 @@ class Compiled:
         if self._traceback_file is None:
             return ""
         with suppress(OSError):  # a full disk must not stop what goes on without the file
-            with self._traceback_file.open("a", encoding="utf-8") as file:
+            with self._traceback_file.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 # Each by itself: printed as a chain, what was raised "from None" would hide its cause.
                 parts = ("".join(traceback.format_exception(each, chain=False)) for each in causes(error))
                 file.write("\nwhich was raised because of:\n\n".join(parts) + "\n")
@@ -158,7 +158,9 @@ def causes(error: BaseException) -> list[BaseException]:
         found.append(inner)
         handled = inner.__context__
         quoted = handled is not None and f"{type(handled).__name__}: {handled}" in str(inner)
-        inner = getattr(inner, "inner_exception", None) or inner.__cause__ or (handled if quoted else None)
+        wrapped = getattr(inner, "inner_exception", None)
+        wrapped = wrapped if isinstance(wrapped, BaseException) else None
+        inner = wrapped or inner.__cause__ or (handled if quoted else None)
     return found
 
 

@@ -5,7 +5,7 @@ PyTorch's own reads its count of batches on the host, which is impossible under 
 
 from __future__ import annotations
 
-import types
+import functools
 from typing import TypeVar
 
 import torch
@@ -17,17 +17,23 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def count_on_device(module: Module) -> Module:
-    """Have such normalisation in `module` read its count where that is; in place. `count_on_host` is the inverse."""
+    """Have such normalisation in `module` read its count where that is; in place. `count_on_host` is the inverse.
+
+    A `forward` that is not PyTorch's is left as it is.
+    """
     for part in module.modules():
-        if isinstance(part, _BatchNorm) and part.momentum is None:
-            part.forward = types.MethodType(_forward, part)  # type: ignore[method-assign]
+        if not isinstance(part, _BatchNorm) or part.momentum is not None or "forward" in part.__dict__:
+            continue
+        if type(part).forward is _BatchNorm.forward:
+            # Not a method, which could not be pickled.
+            part.forward = functools.partial(_forward, part)  # type: ignore[method-assign]
     return module
 
 
 def count_on_host(module: Module) -> Module:
     """The inverse of `count_on_device`."""
     for part in module.modules():
-        if getattr(part.__dict__.get("forward"), "__func__", None) is _forward:
+        if getattr(part.__dict__.get("forward"), "func", None) is _forward:
             del part.forward
     return module
 

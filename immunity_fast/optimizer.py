@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import SGD
 
 from immunity_fast.functional import HAS_TRITON, Backend
+from immunity_fast.precision import begin_momentum
 
 if HAS_TRITON:
     from immunity_fast.kernels import multi_tensor
@@ -28,6 +29,7 @@ class FusedSGD(SGD):
         backend: "auto", "triton" (on a CPU, in Triton's interpreter), or "torch".
 
     Raises:
+        TypeError: anything but tensors in `params`.
         ValueError: backend "triton" for what the kernels do not take.
     """
 
@@ -44,12 +46,11 @@ class FusedSGD(SGD):
         backend: Backend = "auto",
     ) -> None:
         parameters = list(params)
-        # PyTorch's fused implementation takes a tensor for a piece of memory, and updates the gaps of one that has any.
-        fused = all(
-            parameter.device.type in ("cpu", "cuda") and torch.ops.aten.is_non_overlapping_and_dense(parameter)
-            for parameter in parameters
+        if not parameters or not all(isinstance(parameter, Tensor) for parameter in parameters):
+            raise TypeError(f"params: expected tensors, got {sorted({type(each).__name__ for each in parameters})}")
+        super().__init__(
+            parameters, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=_fuses(parameters)
         )
-        super().__init__(parameters, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fused)
         wanted = backend == "triton" or (backend == "auto" and parameters[0].is_cuda)
         if wanted and HAS_TRITON and _fit(parameters):
             self._table = multi_tensor.Table(parameters[0].device)
@@ -58,10 +59,12 @@ class FusedSGD(SGD):
 
     @property
     def clips(self) -> bool:
-        """Whether the kernels run, and `step` takes a `max_norm`."""
-        group = self.param_groups[0]
+        """Whether the kernels run, and `step` takes a `max_norm`: looked at anew, since parameters may have changed."""
+        if self._table is None or len(self.param_groups) != 1:
+            return False
+        (group,) = self.param_groups
         plain = not group["dampening"] and not group["maximize"] and not isinstance(group["lr"], Tensor)
-        return self._table is not None and len(self.param_groups) == 1 and plain
+        return plain and group["params"][0].device == self._table.device and _fit(group["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, max_norm: float | None = None) -> Any:
@@ -78,7 +81,7 @@ class FusedSGD(SGD):
         if not self.clips:
             if max_norm is not None:
                 raise ValueError("max_norm: only where `clips` is true; else use torch.nn.utils.clip_grad_norm_")
-            return super().step(closure)
+            return self._step_of_torch(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -101,6 +104,14 @@ class FusedSGD(SGD):
         )
         increment_version([parameter for parameter in self._parameters() if parameter.grad is not None])
         return loss
+
+    def _step_of_torch(self, closure: Callable[[], Any] | None) -> Any:
+        for group in self.param_groups:
+            group["fused"] = bool(group["fused"]) and _fuses(group["params"])
+        begin_momentum(self)
+        # Without the hooks, which `step` itself has: they would be called twice.
+        step = SGD.step
+        return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self, closure)  # type: ignore[attr-defined]
 
     def _rows(self, has_momentum: bool) -> tuple[list[tuple[int, int, int, int]], list[Tensor]]:
         rows, gradients = [], []
@@ -132,6 +143,14 @@ class FusedSGD(SGD):
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
+
+
+def _fuses(parameters: list[Tensor]) -> bool:
+    """Whether PyTorch's fused implementation is right, which takes a tensor for a piece of memory, gaps and all."""
+    return all(
+        parameter.device.type in ("cpu", "cuda") and torch.ops.aten.is_non_overlapping_and_dense(parameter)
+        for parameter in parameters
+    )
 
 
 def _fit(parameters: list[Tensor]) -> bool:

@@ -85,6 +85,8 @@ class TrainStep:
             self._forward = _distributed(self.objective, group)
         self._proven = False
         self._begun = not self.scaler.is_enabled()
+        optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._optimises_all = optimised == {id(parameter) for parameter in model.parameters()}
         self._one: Tensor | None = None
 
     @property
@@ -120,7 +122,7 @@ class TrainStep:
             self._begun = True
         if self.clip_grad_norm is None:
             self.scaler.step(self.optimizer)
-        elif isinstance(self.optimizer, FusedSGD) and self.optimizer.clips:
+        elif isinstance(self.optimizer, FusedSGD) and self._optimises_all and self.optimizer.clips:
             self.scaler.step(self.optimizer, max_norm=self.clip_grad_norm)
         else:
             self.scaler.unscale_(self.optimizer)

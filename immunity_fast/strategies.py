@@ -43,7 +43,7 @@ def fastest(device_type: str, arch: str = "", compiled_steps: int | None = None)
     same = [record for record in table if record["device"] == device]
     for record in same:
         if record["arch"] == arch:
-            if compiled_steps is not None and "compiled" in record:
+            if compiled_steps is not None and record.get("compiled"):
                 record = min(record["compiled"], key=lambda way: way["first_step_s"] + compiled_steps * way["step_s"])
             return Strategy(record["batching"], record["double_backprop"])
     for record in same:

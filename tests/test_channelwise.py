@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from immunity_fast import ImmunityMoE
 from immunity_fast.batching import call_stacked, channels_last_, run_stacked, stack_modules, unstack_modules
+from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.strategies import Batching
 from tests.fake_cuda import FakeTensorMode, to_fake_cuda
 
@@ -69,7 +71,42 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "adaptive average": lambda: nn.AdaptiveAvgPool2d((3, 1)),
     "adaptive max": lambda: nn.AdaptiveMaxPool2d(2),
     "branches": Branches,
+    "batch, parts of weights": lambda: Slimmable(),
+    "batch, somebody's own": lambda: Doubling(CHANNELS),
+    "pooling by name": lambda: ByName(),
 }
+
+
+class Slimmable(nn.Module):
+    """Statistics and weights that are parts of larger ones, which are no piece of memory once they are stacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.affine = nn.Parameter(torch.rand(2 * CHANNELS) + 0.5)
+        self.register_buffer("mean", torch.zeros(CHANNELS + 2))
+        self.register_buffer("variance", torch.ones(CHANNELS + 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(
+            x, self.mean[:CHANNELS], self.variance[:CHANNELS], *self.affine.chunk(2), training=self.training
+        )
+
+
+class ByName(nn.Module):
+    """Poolings whose maps are no positional argument."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.avg_pool2d(input=x, kernel_size=2)
+        return y + torch.max_pool2d(input=x, kernel_size=2) + F.adaptive_avg_pool2d(input=x, output_size=y.shape[-2:])
+
+
+class Doubling(nn.BatchNorm2d):
+    """Somebody's own, which only looks like PyTorch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -145,6 +182,53 @@ def test_a_plain_mean_over_batches_leaves_no_trace_where_experts_part() -> None:
     twin = unstack_modules(stack_modules(_experts("batch, no momentum", True)), EXPERTS)[0]
     assert "forward" not in twin[1].__dict__
     assert twin[1].momentum is None
+
+
+@pytest.mark.parametrize("own", ["a class", "an instance", "synchronised"])
+def test_a_forward_of_somebodys_own_is_left_to_them(own: str) -> None:
+    def make() -> nn.Module:
+        if own == "a class":
+            return Doubling(CHANNELS, momentum=None)
+        if own == "synchronised":
+            return nn.SyncBatchNorm(CHANNELS, momentum=None)
+        part = nn.BatchNorm2d(CHANNELS, momentum=None)
+        part.forward = lambda x: 3 * x  # type: ignore[method-assign]
+        return part
+
+    alone = [nn.Sequential(nn.Conv2d(3, CHANNELS, 1), make()).double() for _ in range(2)]
+    stacked, images = stack_modules(alone), _images()
+    expected = torch.stack([expert(images) for expert in alone])
+    torch.testing.assert_close(run_stacked(stacked, images, 2, shared=True, batching="loop"), expected)
+    for expert, twin in zip(alone, unstack_modules(stacked, 2), strict=True):
+        assert ("forward" in twin[1].__dict__) == ("forward" in expert[1].__dict__)
+
+
+def test_a_mixture_with_a_plain_mean_over_batches_is_copied_and_pickled() -> None:
+    def expert() -> nn.Module:
+        normalization = nn.BatchNorm2d(4, momentum=None)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), normalization, nn.ReLU(), GlobalAveragePool(), nn.Linear(4, 3))
+
+    model = ImmunityMoE.from_experts([expert(), expert()], stage="2")
+    images = torch.rand(4, 3, 8, 8)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for step in range(2):
+            torch.testing.assert_close(
+                twin.expert_logits(images + step), copy.deepcopy(model).expert_logits(images + step)
+            )
+        assert twin.experts[1].num_batches_tracked.tolist() == [2, 2]
+        assert model.experts[1].num_batches_tracked.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("layer", ["batch", "branches", "max", "batch, a function"])
+def test_another_vmap_goes_around_it(layer: str) -> None:
+    """As `torch.func.jacrev` of a mixture does it."""
+    stacked = stack_modules(_experts(layer, False))
+
+    def run(images: Tensor) -> Tensor:
+        return run_stacked(stacked, images, EXPERTS, shared=True, batching="vmap")
+
+    images = torch.stack([_images(seed).detach() for seed in range(2)])
+    torch.testing.assert_close(torch.vmap(run)(images), torch.stack([run(each) for each in images]))
 
 
 def test_a_plain_mean_over_batches_compiles_to_one_graph() -> None:

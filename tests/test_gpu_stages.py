@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, get_args
@@ -115,9 +116,10 @@ def test_what_hangs_is_ended_with_all_that_it_started_and_stops_nothing(tmp_path
     )
     assert [(outcome["name"], outcome["outcome"]) for outcome in found] == [
         ("part", PASSED),
-        ("other part", NOT_FINISHED),
+        ("other part", FAILED),
         ("next", PASSED),
     ]
+    assert found[1]["cause"] == "hung: stopped at its limit of 8 s"
     assert not _alive(int(file.read_text()))
 
 
@@ -188,7 +190,8 @@ def test_a_stage_that_fails_or_hangs_stops_no_other_and_results_are_there_as_the
 
     run = {"check": broken, "kernels": hanging, "steps": good, "science": gpu.science}
     begin = time.monotonic()
-    failures = gpu.run_stages(tuple(STAGES), _stage(tmp_path), begin + 20, run)
+    counts, failures = gpu.run_stages(tuple(STAGES), _stage(tmp_path), begin + 20, run)
+    assert counts == {FAILED: 1, NOT_FINISHED: 1, PASSED: 1, NOT_RUN: 1}
     assert time.monotonic() - begin < 20 + GENEROUS
     assert seen == [["check", "kernels"]]
     assert [(one["stage"], one["name"], one["cause"]) for one in failures] == [
@@ -227,6 +230,7 @@ def test_check_writes_each_outcome_as_it_comes(tmp_path: Path, monkeypatch: pyte
     [
         (["--stages", "check,all"], "--stages check,all: expected some of"),
         (["--budget", "1"], "--budget 1: expected more than"),
+        (["--budget", "inf"], "--budget inf: expected more than"),
         (["--data", "nowhere.npz"], "--data nowhere.npz: there is no such file"),
     ],
 )
@@ -494,6 +498,56 @@ def test_a_command_that_is_ended_ends_what_it_started(tmp_path: Path) -> None:
     assert not _alive(int(file.read_text()))
     found = json.loads((tmp_path / "out" / "stages.json").read_text(encoding="utf-8"))
     assert [one["name"] for one in found["stages"]] == ["steps"]
+
+
+def test_a_job_that_is_stopped_may_remove_what_it_has_on_disk(tmp_path: Path) -> None:
+    place, ready = tmp_path / "scratch", tmp_path / "ready"
+    os.mkfifo(ready)
+    code = (
+        "import shutil, signal, sys, os;"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
+        f"os.mkdir({str(place)!r});\n"
+        f"try:\n open({str(ready)!r}, 'w').close(); {HANG}\nfinally:\n shutil.rmtree({str(place)!r})"
+    )
+    reader = threading.Thread(target=lambda: ready.open().close())
+    reader.start()
+    found = _run(Job("job", _python(code), limit=8))
+    reader.join()
+    assert [one["outcome"] for one in found] == [FAILED]
+    assert not place.exists()
+
+
+def test_where_nothing_has_passed_nobody_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.cases.DEVICE", torch.device("cuda"))
+    monkeypatch.setattr("benchmarks.record.header", lambda command: {"command": command})
+    monkeypatch.setattr(sys, "argv", ["gpu", "--stages", "science", "--budget", "60", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="nothing has passed: 1 not run"):
+        gpu.main()
+    assert "1 not run" in capsys.readouterr().out
+
+
+def test_a_record_that_cannot_be_written_stops_its_own_stage_alone(tmp_path: Path) -> None:
+    def unwritable(stage: gpu.Stage, _take: Any) -> None:
+        outcomes.write(stage.out / "no such folder" / "record.json", {})
+
+    run = {"check": unwritable, "kernels": lambda _stage, take: take({"name": "a", "outcome": PASSED})}
+    counts, failures = gpu.run_stages(("check", "kernels"), _stage(tmp_path), time.monotonic() + 20, run)
+    assert counts == {FAILED: 1, PASSED: 1}
+    assert "No such file" in failures[0]["cause"]
+
+
+def test_causes_that_go_round_in_a_circle_end() -> None:
+    error = RuntimeError("this")
+    error.__cause__ = error
+    assert outcomes.innermost_cause(error) == "RuntimeError: this"
+
+
+def test_a_place_at_the_start_of_a_line_is_not_written(tmp_path: Path) -> None:
+    outcomes.write(tmp_path / "record.json", {"tail": ["x\n/usr/lib/secret/place.py", "\t/usr/lib/secret/other.py"]})
+    assert "secret" not in (tmp_path / "record.json").read_text(encoding="utf-8")
 
 
 def test_a_training_is_measured_shortened_and_attacked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

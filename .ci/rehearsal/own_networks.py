@@ -38,9 +38,9 @@ def networks() -> dict[str, tuple[list[nn.Module], str | None]]:
     found: dict[str, tuple[list[nn.Module], str | None]] = {"a chain": ([chain(), chain()], "2")}
     for norm in (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm):
         found[f"a forward of its own, {norm.__name__}"] = ([Residual(norm), Residual(norm)], "block")
-    for name in ("resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small"):
+    for name in ("resnet18", "shufflenet_v2_x0_5", "squeezenet1_0"):
         pair = [torchvision.models.get_model(name, num_classes=10) for _ in range(2)]
-        stages = {"resnet18": "layer2", "shufflenet_v2_x0_5": "stage2", "mobilenet_v3_small": "features.1"}
+        stages = {"resnet18": "layer2", "shufflenet_v2_x0_5": "stage2", "squeezenet1_0": "features.3"}
         found[f"torchvision's {name}"] = (pair, stages[name])
     return found
 

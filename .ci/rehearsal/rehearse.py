@@ -176,6 +176,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="cases whose name holds one of these")
     parser.add_argument("--table", type=Path, help="Markdown file to append outcomes to")
     options = parser.parse_args()
+    for word in options.only or []:
+        if not any(word in case.name for case in cases()):
+            raise SystemExit(f"error: --only {word}: no case has that in its name")
     failed = []
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as place:
         folder = Path(place)

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.averaging import WeightAverage
 from immunity_fast.checkpoint import load_optimizer_tensors, optimizer_tensors
 from immunity_fast.kernels import multi_tensor
 from immunity_fast.optimizer import FusedSGD
+from immunity_fast.step import TrainStep
 from tests.kernels.cases import DEVICE, assert_as_exact_as, normal
 
 if DEVICE.type == "cpu":
@@ -288,6 +290,75 @@ def test_what_kernels_do_not_take_is_left_to_torch(make: Callable[[], list[nn.Pa
     torch.testing.assert_close(parameters[0], twins[0])
 
 
+@pytest.mark.parametrize("change", ["double", "gaps"])
+def test_parameters_may_change_after_the_optimiser_was_made(change: str) -> None:
+    """As by `model.double()`: kernels that took them for what they were would write over other tensors."""
+    whole = normal(16)
+    ours, theirs = nn.Parameter(whole[:8]), nn.Parameter(whole[:8].clone())
+    optimizer = FusedSGD([ours], 0.1, 0.9, backend="triton")
+    assert optimizer.clips
+    beside = normal(32, seed=1)
+    ours.data, theirs.data = (
+        (whole[:8].double(), whole[:8].double()) if change == "double" else (beside[:16:2], beside[:16:2].clone())
+    )
+    before = beside.clone()
+    reference = torch.optim.SGD([theirs], 0.1, 0.9)
+    assert not optimizer.clips
+    for step in range(2):
+        for parameter in (ours, theirs):
+            parameter.grad = normal(8, seed=step).to(parameter.dtype)
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours.data, theirs.data)
+    assert torch.equal(beside[1::2], before[1::2])
+    assert torch.equal(beside[16:], before[16:])
+    assert torch.equal(whole, normal(16))
+
+
+def test_a_skipped_first_step_leaves_momentum_at_zero_without_the_kernels_too() -> None:
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+    optimizer = FusedSGD(parameters, 0.1, 0.9, backend="torch")
+    parameters[0].grad = torch.ones(3)
+    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert parameters[0].tolist() == [1, 1, 1]
+    optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
+    parameters[1].grad = torch.ones(2)  # whose first gradient comes later
+    optimizer.step()
+    torch.testing.assert_close(parameters[0].data, torch.full((3,), 0.9))
+    torch.testing.assert_close(parameters[1].data, torch.full((2,), 0.9))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_hooks_of_a_step_are_called_once(backend: Any) -> None:
+    torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)  # which gives the class of all of them its hooks
+    parameter = nn.Parameter(normal(3))
+    parameter.grad = normal(3, seed=1)
+    optimizer, called = FusedSGD([parameter], 0.1, backend=backend), []
+    optimizer.register_step_post_hook(lambda *_: called.append(1))
+    optimizer.step()
+    assert called == [1]
+
+
+def test_anything_but_tensors_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"params: expected tensors, got \['dict'\]"):
+        FusedSGD([{"params": [nn.Parameter(torch.ones(1))]}], 0.1)  # type: ignore[list-item]
+
+
+def test_clipping_looks_at_all_of_the_models_gradients_whatever_is_updated() -> None:
+    """Of the model, as without the kernels: an optimiser of a part of it knows that part's gradients alone."""
+    torch.manual_seed(0)
+    model = ImmunityMoE("resnet8", 2, 3, image_size=12).to(DEVICE)
+    optimizer = FusedSGD(model.gate.parameters(), 1.0, backend="triton")
+    step = TrainStep(model, FusedImmunityLoss(size=(12, 12)), optimizer, clip_grad_norm=1e-3)
+    before = [parameter.detach().clone() for parameter in model.gate.parameters()]
+    step(torch.rand(4, 3, 12, 12, device=DEVICE), torch.tensor([0, 1, 2, 0], device=DEVICE))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+    moved = torch.cat([(p - b).flatten() for p, b in zip(model.gate.parameters(), before, strict=True)])
+    assert 0 < float(moved.detach().norm()) < 5e-4
+
+
 @pytest.mark.parametrize("change", [{"dampening": 0.5}, {"maximize": True}, {"lr": torch.tensor(0.1)}])
 def test_settings_that_kernels_do_not_know_are_left_to_torch(change: dict[str, Any]) -> None:
     optimizer = FusedSGD(_parameters(), 0.1, 0.9, backend="triton")
@@ -420,6 +491,25 @@ def test_an_average_follows_weights_that_are_laid_out_anew() -> None:
 
 
 # Memory
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_weights_of_another_dtype_than_their_average_are_named_and_nothing_is_written(
+    dtype: torch.dtype, when: str
+) -> None:
+    module = nn.Linear(3, 2).to(DEVICE)
+    average = WeightAverage(module, 0.5, backend="triton")
+    if when == "after":
+        if DEVICE.type == "cpu":
+            memory.reach([*average.average.values(), *module.state_dict().values()])
+        average.update()
+    held = copy.deepcopy(average.average)
+    module.to(dtype)
+    with pytest.raises(RuntimeError, match="dtype"):
+        average.update()
+    for name, value in average.average.items():
+        assert torch.equal(value, held[name])
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the interpreter sees what is read and written")
