@@ -14,6 +14,7 @@ from torch import Tensor
 
 from immunity_fast.attacks import LabelledModel, Model
 from immunity_fast.functional import mixture_log_probabilities
+from immunity_fast.gate import without_waiting
 from immunity_fast.model import ImmunityMoE
 
 Knowledge = Literal["fixed", "single", "eot", "mean", "worst"]
@@ -129,7 +130,7 @@ def permuted(gate: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Each row of the weights (B, N) in a random order of its own, as `RandomSwitchGate` with `switch="sample"`."""
     source = gate.device if generator is None else generator.device
     keys = torch.rand(gate.shape, generator=generator, device=source, dtype=torch.float64)
-    return gate.gather(-1, keys.argsort(-1).to(gate.device))
+    return gate.gather(-1, without_waiting(keys.argsort(-1), gate.device))
 
 
 def worst_margins(logits: Tensor, gate: Tensor, labels: Tensor) -> Tensor:

@@ -92,4 +92,11 @@ class RandomSwitchGate(nn.Module):
         rows = samples if self.switch == "sample" else 1
         source = device if self.generator is None else self.generator.device
         keys = torch.rand(rows, self.num_experts, generator=self.generator, device=source, dtype=torch.float64)
-        return keys.argsort(-1).to(device).expand(samples, -1)
+        return without_waiting(keys.argsort(-1), device).expand(samples, -1)
+
+
+def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor brought to a device; from a CPU to a GPU without the host waiting for what is under way there."""
+    if tensor.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

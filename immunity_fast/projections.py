@@ -23,7 +23,7 @@ def linf_bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """
     exact = images.detach().double()
     low, high = ((exact + move).clamp(0, 1) for move in (-eps, eps))
-    limit = exact.new_tensor(eps)
+    limit = exact.new_full((), eps)  # filled on the device: a number that is copied there is waited for
     return _towards(exact, low, images.dtype, limit), _towards(exact, high, images.dtype, limit)
 
 
