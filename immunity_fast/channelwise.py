@@ -62,8 +62,10 @@ def batch_norm(
     if has_torch_function_variadic(*given):  # another mode, such as `ExactTangents`, has a say as well
         result: Tensor = handle_torch_function(batch_norm, given, input, *tensors, training, momentum, eps)
         return result
-    if torch.compiler.is_compiling() or not any(map(is_batchedtensor, given)):
+    if torch.compiler.is_compiling():
         return _torch_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    if not any(map(is_batchedtensor, given)):  # a layout can be asked for, and cuDNN chosen
+        return F.batch_norm(input, *tensors, training, momentum, eps)
     return _BatchNorm.apply(input, *tensors, training, momentum, eps)  # type: ignore[no-any-return]
 
 
