@@ -4,8 +4,9 @@
 
 The public ops are called on tensors of the benchmarks' sizes; a stand-in for Triton's driver names the target, and each
 launch stops once the kernel is compiled. So specialisation, tiles and warps are those of a real launch. Listed are
-registers a thread, bytes of stack (more than 0: registers were spilled), shared memory, and the global loads and stores
-in the PTX, as width in bits: number of instructions.
+registers a thread, bytes of stack (more than 0: registers were spilled), shared memory, the global loads and stores in
+the PTX, as width in bits: number of instructions, and the products that were fused into a sum over threads, for which
+copies of that sum differ from thread to thread in their last bit.
 """
 
 import argparse
@@ -175,6 +176,7 @@ def describe(compiled: Any, capability: int) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "loads": widths(compiled.asm["ptx"], "ld"),
         "stores": widths(compiled.asm["ptx"], "st"),
+        "fused_into_sums": fused_into_sums(compiled.asm["ptx"]),
     }
 
 
@@ -185,6 +187,13 @@ def widths(ptx: str, instruction: str) -> dict[int, int]:
         vector, bits = re.search(r"\.v(\d)", suffixes), re.search(r"\.[bfus](\d+)$", suffixes)
         counts[(int(vector[1]) if vector else 1) * int(bits[1])] += 1  # type: ignore[index]
     return dict(sorted(counts.items(), reverse=True))
+
+
+def fused_into_sums(ptx: str) -> int:
+    """Number of instructions that multiply a thread's own numbers and add the product of another thread, rounded."""
+    shuffled = set(re.findall(r"shfl\.sync\.\w+\.b32\s+(%\w+)", ptx))
+    fused = re.findall(r"fma\.rn\.f32\s+%\w+, (\S+), (\S+), (\S+);", ptx)
+    return sum(not shuffled.isdisjoint(operands) for operands in fused)
 
 
 def main() -> None:

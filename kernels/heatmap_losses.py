@@ -291,7 +291,7 @@ def _maps(
             BLOCK_EXPERTS=block_experts,
             BLOCK_CELLS=launch.block_within(cells, max(block_experts, row_taps, column_taps), num_warps),
             BLOCK_PIXELS=launch.block_within(pixels, block_experts, num_warps),
-            num_warps=num_warps, maxnreg=128,  # else the compiler spills a few bytes for an occupancy of no use
+            num_warps=num_warps, **launch.SAME_BITS, maxnreg=128,  # else the compiler spills a few bytes for an occupancy of no use
         )  # fmt: skip
     return information, all_scores, log_shares, statistics
 
@@ -306,7 +306,8 @@ def _stability(statistics: Tensor) -> tuple[Tensor, Tensor]:
     with launch.on_device(statistics):
         _stability_kernel[(programs,)](
             statistics, mean_distances, stability, samples,
-            EXPERTS=experts, BLOCK_PAIRS=pairs, BLOCK_SAMPLES=launch.block_within(samples, pairs), num_warps=4,
+            EXPERTS=experts, BLOCK_PAIRS=pairs, BLOCK_SAMPLES=launch.block_within(samples, pairs),
+            num_warps=4, **launch.SAME_BITS,
         )  # fmt: skip
     return stability[0] if programs == 1 else stability.sum(), mean_distances
 
@@ -336,7 +337,8 @@ def _maps_backward(
             INFORMATION=of_information is not None, STABILITY=of_stability is not None,
             EXPERTS=experts, NORMALIZE=normalize,
             ROW_TAPS=row_taps, COLUMN_TAPS=column_taps,
-            BLOCK_EXPERTS=launch.power_of_two(experts), BLOCK_CELLS=block_cells, num_warps=4,
+            BLOCK_EXPERTS=launch.power_of_two(experts), BLOCK_CELLS=block_cells,
+            num_warps=4, **launch.SAME_BITS,
         )  # fmt: skip
     return of_scores
 

@@ -140,7 +140,7 @@ def gradcam_heatmaps_backward(
             of_heatmaps, *of_heatmaps.stride(), all_scores, of_scores,
             samples, height, width, out_height, out_width,
             ROW_TAPS=row_taps, COLUMN_TAPS=column_taps,
-            BLOCK_CELLS=block_cells, num_warps=4,
+            BLOCK_CELLS=block_cells, num_warps=4, **launch.SAME_BITS,
         )  # fmt: skip
     ones = sums.new_ones((experts, samples))
     return scores_backward(

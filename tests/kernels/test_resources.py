@@ -46,6 +46,13 @@ def test_nothing_is_spilled_and_shared_memory_fits(records: list[dict[str, Any]]
         assert record["shared_bytes"] <= 1024 * kernel_resources.SHARED_MEMORY[record["capability"]], record
 
 
+def test_copies_of_a_sum_over_threads_are_equal(records: list[dict[str, Any]]) -> None:
+    """Threads write them to one place in shared memory, so which of them is read would be a race (see `SAME_BITS`)."""
+    for record in records:
+        # The factors in the contraction's sums are powers of two: products with them are exact, fused or not.
+        assert record["fused_into_sums"] == 0 or record["kernel"] == "_scores_kernel", record
+
+
 def _aligned(record: dict[str, Any]) -> bool:
     odd = tuple(str(shape) for shape in kernel_resources.ODD_MAPS)
     return not record["first_used_by"].startswith(odd) and "sliced" not in record["first_used_by"]
