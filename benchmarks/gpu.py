@@ -16,6 +16,7 @@ is the command that runs Python in the processes that are started.
 """
 
 import argparse
+import json
 import math
 import os
 import shlex
@@ -106,9 +107,14 @@ def steps(stage: Stage, take: stages.Take) -> None:
 
 
 def _benchmark(stage: Stage, take: stages.Take, name: str, module: str, *options: str) -> None:
-    limit = stage.left - min(LAST_CASE, LAST_SHARE * stage.left)
-    command = stage.module(module, "--out", stage.out / f"{name}.json", "--time-limit", int(limit), *options)
-    stage.run([Job(name, command, echo=True)], take)
+    """A benchmark, which is begun again behind what has cost it the device."""
+    out, lost = stage.out / f"{name}.json", True
+    while lost:
+        limit = stage.left - min(LAST_CASE, LAST_SHARE * stage.left)
+        command = stage.module(module, "--out", out, "--time-limit", int(limit), *options)
+        stage.run([Job(name, command, echo=True)], take)
+        lost = stage.left > LAST_CASE and out.is_file() and json.loads(out.read_text()).get("device_lost", False)
+        options = (*(option for option in options if option != "--go-on"), "--go-on")
 
 
 def science(stage: Stage, take: stages.Take) -> None:

@@ -52,7 +52,7 @@ def measure(case: Case, rehearse: bool = False) -> Measured:
         # Compiled code of one case is of no use to the next one, and graphs hold memory.
         torch.compiler.reset()
         gc.collect()
-        if DEVICE.type == "cuda":
+        if DEVICE.type == "cuda" and not timing.lost():
             torch.cuda.empty_cache()
     return measured
 

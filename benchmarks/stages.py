@@ -20,7 +20,7 @@ from benchmarks import outcomes
 from benchmarks.outcomes import FAILED, NOT_FINISHED, NOT_RUN, PASSED, ROOT
 
 # In the order in which they run, with the seconds that each was made for: its share of a budget is in this proportion.
-STAGES = {"check": 60.0, "kernels": 100.0, "steps": 260.0, "science": 330.0}
+STAGES = {"check": 110.0, "kernels": 100.0, "steps": 260.0, "science": 330.0}
 TAIL = 40  # lines of a failed job's output that are kept,
 WIDTH = 300  # so many characters of each
 MOMENT = 1.0  # seconds for a process that is asked to end

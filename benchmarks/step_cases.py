@@ -5,6 +5,7 @@ mixture's cross-entropy alone, which is what the losses' cost is measured agains
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from benchmarks.cases import DEVICE, EXPERTS
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.batching import channels_last_
 from immunity_fast.compilation import Compiled
+from immunity_fast.experts import create
+from immunity_fast.experts.staged import default_stage
 from immunity_fast.functional import mixture_cross_entropy
 from immunity_fast.kernels import launch
 from immunity_fast.losses import ALPHA, BETA, GAMMA
@@ -77,8 +80,13 @@ class StepCase:
     side: int = SIDE
 
     def __str__(self) -> str:
-        case = f"{self.experts} × {self.arch}, cut after {self.model().stage}, {self.samples} images, amp {self.amp}"
+        case = f"{self.experts} × {self.arch}, cut after {self.cut}, {self.samples} images, amp {self.amp}"
         return case if self.eager else f"{case}, compiled {' and '.join(self.compiled)}"
+
+    @property
+    def cut(self) -> str:
+        """The stage that is cut after."""
+        return _default_stage(self.arch, self.side) if self.stage is None else self.stage
 
     def ways(self, loss: str) -> list[Way]:
         """The ways in which a loss is measured, but for the naive one."""
@@ -169,6 +177,11 @@ class StepCase:
         with FlopCounterMode(display=False) as counter:
             step()
         return float(counter.get_total_flops()) * self.samples / COUNTED
+
+
+@functools.cache
+def _default_stage(arch: str, side: int) -> str:
+    return default_stage(create(arch, CLASSES), side)
 
 
 def _plain_step(model: ImmunityMoE, images: Tensor, labels: Tensor, amp: Any, compile: Any, announce: Any) -> Step:

@@ -1,9 +1,10 @@
 """Measures training steps: the naive loop, and this package's step in each of its ways; writes one record.
 
-    python -m benchmarks.steps --out FILE [--quick | --rehearse] [--time-limit SECONDS] [--write-strategies]
+    python -m benchmarks.steps --out FILE [--quick | --rehearse] [--time-limit SECONDS] [--write-strategies] [--go-on]
 
 Each way of a case is checked against the naive one and timed in turns with it, and the record written: an interruption
-costs one way. Once all ways of a case have been seen they are timed again, all of them in turns.
+costs one way. Once all ways of a case have been seen they are timed again, all of them in turns. A fault of the device
+leaves the process without one: it ends, and `--go-on` takes up FILE with the ways that come after.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from benchmarks import memory, timing
 from benchmarks.cases import DEVICE, computes
 from benchmarks.measure import line, ratio
 from benchmarks.outcomes import write
-from benchmarks.record import header
+from benchmarks.record import begun
 from benchmarks.step_cases import (
     CROSS_ENTROPY,
     CUDA,
@@ -51,10 +52,14 @@ class Measured:
     Args:
         case: what is measured.
         judged: whether a way has to take the naive one's step.
+        known: ways and losses that are not to be measured.
     """
 
-    def __init__(self, case: StepCase, judged: bool = True) -> None:
-        self.case, self.judged = case, judged
+    def __init__(
+        self, case: StepCase, judged: bool = True, known: Collection[tuple[str | None, str | None]] = ()
+    ) -> None:
+        self.case, self.judged, self.known = case, judged, known
+        self.lost = False  # the device, with all that is there
         self.failures: list[dict[str, Any]] = []
         self.left_out: list[str] = []  # ways for which no time was left
         self._records: dict[tuple[str, str], dict[str, Any]] = {}
@@ -73,9 +78,12 @@ class Measured:
 
     def run(self, over: Callable[[], bool], write: Callable[[], None]) -> None:
         """Measure the case, calling `write` after each way; what is not begun before time is `over` is left out."""
+        todo = [(way, loss) for way, loss in self.case.order() if (way.name, loss) not in self.known]
+        if not todo:
+            return
         self._flops = {loss: self.case.flops(loss) for loss in LOSSES}
-        for way, loss in self.case.order():
-            if over():
+        for way, loss in todo:
+            if over() or self.lost:
                 self.left_out.append(f"{way.name}, {loss}")
                 continue
             if loss not in self._expected:
@@ -85,9 +93,10 @@ class Measured:
                 self._time([(NAIVE, loss), (way.name, loss)])
             except Exception as error:
                 self._steps.pop((way.name, loss), None)
-                self.failures.append({"case": str(self.case), "way": way.name, "loss": loss, "error": line(error)})
+                self.failures.append({**self._named(way.name, loss), "error": line(error)})
+                self.lost = timing.lost()
             write()
-        if not over():
+        if not over() and not self.lost:
             self._time(list(self._steps))
             write()
 
@@ -106,6 +115,9 @@ class Measured:
         if self.judged and not closeness > CLOSE[self.case.amp]:
             raise ValueError(f"the gradient is not the naive loop's: cosine {closeness:.4f}")
         self._steps[way.name, loss] = _run(step)
+        if CUDA and way.compile != "off":
+            # The call that records CUDA graphs is the one that allocates their memory: a replay allocates nothing.
+            self._peaks[way.name, loss] = memory.peak(step)
 
     def _time(self, keys: list[tuple[str, str]]) -> None:
         """Time these in turns, and put what was found in the place of what was known of them."""
@@ -125,12 +137,7 @@ class Measured:
         rounds, flops = seconds[way_name, loss], self._flops
         low, median, high = statistics.quantiles(rounds, n=4, method="inclusive")
         return {
-            "arch": self.case.arch,
-            "stage": self.case.model().stage,
-            "samples": self.case.samples,
-            "amp": self.case.amp,
-            "way": way_name,
-            "loss": loss,
+            **self._named(way_name, loss),
             "median_ms": round(median * 1e3, 3),
             "iqr_ms": round((high - low) * 1e3, 3),
             "rounds": len(rounds),
@@ -142,6 +149,21 @@ class Measured:
             "peak_mib": self._peaks[way_name, loss],
             "first_step_s": round(self._first[way_name, loss], 2) if (way_name, loss) in self._first else None,
         }
+
+    def _named(self, way_name: str, loss: str) -> dict[str, Any]:
+        case = self.case
+        named = {"arch": case.arch, "stage": case.cut, "samples": case.samples, "amp": case.amp}
+        return {**named, "way": way_name, "loss": loss}
+
+
+def known_of(case: StepCase, found: dict[str, Any]) -> set[tuple[str | None, str | None]]:
+    """The ways and losses of a case that a record has, or in which they failed."""
+    of_case = {"arch": case.arch, "stage": case.cut, "samples": case.samples, "amp": case.amp}
+    return {
+        (one.get("way"), one.get("loss"))
+        for one in found["records"] + found["failures"]
+        if of_case.items() <= one.items()
+    }
 
 
 def _run(step: Callable[[], object]) -> timing.Run:
@@ -259,14 +281,14 @@ def main() -> None:
     size.add_argument("--quick", action="store_true", help="the most important cases only: minutes on two cores")
     size.add_argument("--rehearse", action="store_true", help="one small case, to see that all of it runs")
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="begin no way after")
+    parser.add_argument("--go-on", action="store_true", help="with FILE, behind a way that cost the device")
     parser.add_argument("--write-strategies", action="store_true", help="have --batching auto choose what was fastest")
     options = parser.parse_args()
     keep_caches()
     set_float32("tf32")
     begin = time.monotonic()
     chosen = [f"--{name}" for name in ("quick", "rehearse") if getattr(options, name)]
-    found: dict[str, Any] = header(" ".join(["python -m benchmarks.steps", *chosen]))
-    found |= {"records": [], "failures": [], "not_measured": []}
+    found = begun(options.out, " ".join(["python -m benchmarks.steps", *chosen]), options.go_on)
     write(options.out, found)  # where that is not possible, it is better known now
     judged = not options.rehearse or computes()
     if options.rehearse:
@@ -280,12 +302,16 @@ def main() -> None:
             found["not_measured"].append({"case": str(case), "reason": f"{options.time_limit:.0f} s were over"})
             continue
         records, failures = found["records"], found["failures"]
-        measured = Measured(case, judged)
+        known = known_of(case, found)
+        if {(way.name, loss) for way, loss in case.order()} <= known:
+            continue
+        measured = Measured(case, judged, known)
 
         def keep(measured: Measured = measured, records: Any = records, failures: Any = failures) -> None:
-            found["records"], found["failures"] = records + measured.records, failures + measured.failures
+            new = [one for one in measured.records if (one["way"], one["loss"]) not in measured.known]
+            found["records"], found["failures"] = records + new, failures + measured.failures
             write(options.out, found)
-            seen = len({(record["way"], record["loss"]) for record in measured.records})
+            seen = len(measured.records)
             print(f"[{time.monotonic() - begin:.0f} s] {measured.case}: {seen} measured", flush=True)
             if options.write_strategies:
                 write_strategies(found, options.out)
@@ -294,10 +320,15 @@ def main() -> None:
             measured.run(over, keep)
         except Exception as error:  # of the naive loop, to which all is compared: the next case may do
             measured.failures.append({"case": str(case), "error": line(error)})
+            measured.lost = timing.lost()
         keep()
-        if measured.left_out:
+        if measured.left_out and not measured.lost:
             reason = f"{options.time_limit:.0f} s were over"
             found["not_measured"] += [{"case": f"{case}: {name}", "reason": reason} for name in measured.left_out]
+        if measured.lost:
+            found["device_lost"] = True
+            write(options.out, found)
+            break
         del measured, keep  # models and graphs hold memory
         torch.compiler.reset()
         gc.collect()

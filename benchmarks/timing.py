@@ -34,6 +34,7 @@ class Run(NamedTuple):
     timed: str  # "cuda graph", "events" or "wall clock"
     calls: int
     start: Call
+    alive: Sequence[Call] = ()  # a graph knows addresses only: what lies there lives as long as the calls do
 
 
 class Timing(NamedTuple):
@@ -95,7 +96,7 @@ def prepare(calls: Sequence[Call], pool: Any) -> Run:
         print(f"not captured in a CUDA graph: {error}", file=sys.stderr)
         _wait()
         return Run("events", len(calls), one_after_the_other)
-    return Run("cuda graph", len(calls), graph.replay)
+    return Run("cuda graph", len(calls), graph.replay, calls)
 
 
 def interleaved(runs: Mapping[str, Run]) -> dict[str, Timing]:
@@ -146,6 +147,15 @@ def _mark() -> Any:
 def _between(begin: Any, end: Any) -> float:
     """Seconds; on CUDA known once the device is there."""
     return float(begin.elapsed_time(end) / 1e3 if CUDA else end - begin)
+
+
+def lost() -> bool:
+    """Whether the device takes no more work from this process, as after a read of memory that is not there."""
+    try:
+        _wait()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _wait() -> None:

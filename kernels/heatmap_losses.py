@@ -291,7 +291,8 @@ def _maps(
             BLOCK_EXPERTS=block_experts,
             BLOCK_CELLS=launch.block_within(cells, max(block_experts, row_taps, column_taps), num_warps),
             BLOCK_PIXELS=launch.block_within(pixels, block_experts, num_warps),
-            num_warps=num_warps, **launch.SAME_BITS, maxnreg=128,  # else the compiler spills a few bytes for an occupancy of no use
+            num_warps=num_warps, **launch.SAME_BITS,
+            maxnreg=128,  # else the compiler spills a few bytes for an occupancy of no use
         )  # fmt: skip
     return information, all_scores, log_shares, statistics
 

@@ -26,9 +26,9 @@ MAX_PAIRS = 64  # of a program of the position stability
 MAPS_TILE = 2048  # experts × cells or pixels of a program that sees all experts, for eight warps
 FEW_SAMPLES = 128  # about a multiprocessor each: a program may then have all of one
 ADJOINT_TILE = 1024  # cells × taps of a program that gathers gradients from pixels
-# For kernels in which a product is summed over threads: without it the compiler fuses the product into the first addition,
-# fma(a, b, a'·b'), so that threads which hold copies of one sum round it differently, and all of them write it to the same
-# place in shared memory. Which one wins is a race, if only of the last bit (triton-lang/triton#7264).
+# For kernels in which a product is summed over threads: otherwise the compiler fuses the product into the first
+# addition, fma(a, b, a'·b'), so that threads with copies of one sum round it differently, and all of them write it to
+# the same place in shared memory. Which one wins is a race, if only of the last bit (triton-lang/triton#7264).
 SAME_BITS = {"enable_fp_fusion": False}
 ENOUGH_PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU: fewer, and channels are split further
 MAX_SPLITS = 16

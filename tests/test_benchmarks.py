@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import naive, plots, report
+from benchmarks import machine, naive, plots, record, report, timing
 from benchmarks.cases import BOTH, COMPILED, EAGER, NAIVE, TRITON, VARIANTS, CrossEntropyCase, HeatmapCase, LossCase
-from benchmarks.measure import keys, measure
+from benchmarks.measure import Measured, keys, measure
 from benchmarks.outcomes import write
 from benchmarks.verify import Reference
 from tests import oracle
@@ -80,7 +83,7 @@ def _row(variant: str, samples: int, seconds: float) -> dict[str, Any]:
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Path:
+def record_file(tmp_path: Path) -> Path:
     path = tmp_path / "made-up.json"
     rows = [_row(variant, b, 1e-4) for b in (32, 128) for variant in (NAIVE, EAGER, COMPILED, TRITON)]
     content = {"machine": "a GPU", "versions": {"torch": "1.2.3"}, "copy_gb_per_s": 1000.0, "records": rows}
@@ -89,9 +92,9 @@ def record(tmp_path: Path) -> Path:
 
 
 def test_a_report_has_tables_and_both_plots(
-    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    record_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["report", str(record), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["report", str(record_file), "--out", str(tmp_path / "out")])
     report.main()
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert text.strip() == capsys.readouterr().out.strip()
@@ -154,3 +157,59 @@ def test_a_measured_case_says_how_and_what(monkeypatch: pytest.MonkeyPatch) -> N
         assert row["backend"] == ("triton" if variant == TRITON else "torch")
         assert set(row["speedup"]) == {v for m, v in measured.records if m == mode} - {variant}
         assert len(measured.seconds[mode, variant]) == row["rounds"] >= 7
+
+
+def test_what_a_cuda_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward pass that is timed alone reads what its forward pass saved, which only the call holds."""
+
+    class Graph:
+        def replay(self) -> None:
+            """Nothing."""
+
+    saved = torch.ones(1)
+    alive = weakref.ref(saved)
+
+    def call(held: torch.Tensor = saved) -> torch.Tensor:
+        return held
+
+    monkeypatch.setattr("benchmarks.timing.CUDA", True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_args, **_options: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    run = timing.prepare([call], None)
+    assert run.timed == "cuda graph"
+    del call, saved
+    gc.collect()
+    assert alive() is not None
+    del run
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_case_that_costs_the_device_ends_the_process_and_another_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [CrossEntropyCase(samples, (3,), "fp32") for samples in (1, 2, 3)]
+    gone, made = list[Any](), list[Any]()
+
+    def measured(case: Any, _rehearse: bool) -> Measured:
+        if case == cases[1]:
+            gone.append(case)
+            return Measured(failures={("forward", "triton"): "illegal memory access"})
+        made.append(case)
+        return Measured(records={("forward", "triton"): {**case.describe(), "mode": "forward", "variant": "triton"}})
+
+    monkeypatch.setattr(record, "all_cases", lambda: cases)
+    monkeypatch.setattr(record, "measure", measured)
+    monkeypatch.setattr(machine, "copy_gb_per_s", lambda: 1.0)
+    monkeypatch.setattr(timing, "lost", lambda: bool(gone))
+    out = tmp_path / "kernels.json"
+    assert record.record(60, out)["device_lost"]
+    assert made == cases[:1]
+    gone.clear()
+    found = record.record(60, out, go_on=True)
+    assert made == [cases[0], cases[2]]
+    assert not found["device_lost"]
+    assert [one["samples"] for one in found["records"]] == [1, 3]
+    assert [one["case"] for one in found["failures"]] == [str(cases[1])]
+    assert json.loads(out.read_text()) == found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,45 @@ def test_each_way_is_in_the_record_once_it_is_measured_and_one_that_fails_stops_
     assert set(found) == {*order, *((NAIVE, loss) for _, loss in order)} - {order[1], order[-1]}
     assert all(json.loads(json.dumps(record)) == record for record in measured.records)
     assert found[0] == (NAIVE, FULL)
+
+
+def test_a_way_that_costs_the_device_ends_the_process_and_another_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way is in the record once, measured or failed."""
+    case = StepCase("resnet8", None, 2, amp="off", experts=2, side=16)
+    order, gone, step = [(way.name, loss) for way, loss in case.order()], list[str](), StepCase.step
+
+    def failing(self: StepCase, way: Any, loss: str) -> Any:
+        if (way.name, loss) == order[1]:
+            gone.append(way.name)
+            raise RuntimeError("an illegal memory access was encountered")
+        return step(self, way, loss)
+
+    out = tmp_path / "steps.json"
+
+    def call(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["steps", "--rehearse", "--out", str(out), *options])
+        with pytest.raises(SystemExit) as ended:
+            steps.main()
+        return str(ended.value)
+
+    monkeypatch.setattr(StepCase, "step", failing)
+    monkeypatch.setattr(timing, "lost", lambda: bool(gone))
+    monkeypatch.setattr(timing, "_rehearsing", True)
+    monkeypatch.setattr(steps, "rehearsed_cases", lambda: [case])
+    assert "illegal memory access" in call()
+    found = json.loads(out.read_text())
+    assert found["device_lost"]
+    assert {(one["way"], one["loss"]) for one in found["records"]} == {order[0], (NAIVE, order[0][1])}
+    gone.clear()
+    assert "illegal memory access" in call("--go-on")
+    found = json.loads(out.read_text())
+    assert not found["device_lost"]
+    assert [(one["way"], one["loss"]) for one in found["failures"]] == [order[1]]
+    seen = [(one["way"], one["loss"]) for one in found["records"]]
+    assert len(seen) == len(set(seen))
+    assert set(seen) == {*order, *((NAIVE, loss) for _, loss in order)} - {order[1]}
 
 
 def test_a_rehearsal_takes_the_smallest_case() -> None:
