@@ -1,6 +1,6 @@
 """What mixtures of 5 × ResNet18 learn in minutes: trainings one after the other, each followed by its attacks.
 
-    python -m benchmarks.science --data FILE.npz --out FILE.json --limit SECONDS
+    python -m benchmarks.science --data FILE.npz --out FILE.json --limit SECONDS [--runs NAME…]
 
 Every training is a process of its own (`benchmarks.training`). They begin beside each other, up to and with their first
 step, which compiles and leaves the GPU idle; then they get the GPU in turns, each for its share of what is left. What a
@@ -130,11 +130,13 @@ class _Training:
         self.state = "over"
 
 
-def run(command: list[str], out: Path, limit: float, cores: int, grace: float = GRACE) -> dict[str, Any]:
+def run(
+    command: list[str], out: Path, limit: float, cores: int, grace: float = GRACE, names: Iterable[str] = RUNS
+) -> dict[str, Any]:
     """The record as it stands in `out`, of trainings that `command --run NAME` does; `grace` is beyond their turns."""
     deadline = time.monotonic() + limit - RESERVE
     found: dict[str, Any] = {"command": "python -m benchmarks.science", "limit": limit, "runs": []}
-    trainings = [_Training(name, {"name": name, "outcome": "waiting"}) for name in RUNS]
+    trainings = [_Training(name, {"name": name, "outcome": "waiting"}) for name in names]
     found["runs"] = [one.record for one in trainings]
     write(out, found)  # where that is not possible, it is better known now
     beside = max(1, cores // COMPILING_CORES)
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--limit", type=float, required=True, metavar="SECONDS", help="for all of it")
     parser.add_argument("--python", default=sys.executable, metavar="COMMAND", help="what runs Python in processes")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME", help="some of them")
     parser.add_argument("--rehearse", action="store_true", help="few images and small networks")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))  # so that what was started is stopped, and removed
@@ -208,7 +211,7 @@ def main() -> None:
     try:
         command += ["--rehearse"] if options.rehearse else []
         grace = float("inf") if options.rehearse else GRACE
-        found = run(command, options.out, options.limit, os.cpu_count() or 1, grace)
+        found = run(command, options.out, options.limit, os.cpu_count() or 1, grace, options.runs)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     failed = [one for one in found["runs"] if one["outcome"] == FAILED]

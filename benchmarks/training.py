@@ -42,7 +42,9 @@ from immunity_fast.trainer import Trainer
 EPOCHS = {"standard": 16, "fgsm-rs": 15}
 BATCH, LR = 512, 0.2  # 0.05 for 128 images, as the preset "fast" has it, in proportion
 PGD = Attack(8 / 255, 2 / 255, steps=50, random_start=True, drop_fooled=True)
-ATTACKED, AUTOATTACKED = 2000, 500  # test images
+ATTACKED, AUTOATTACKED = 2000, 500  # test images, at most
+FEWEST = 100  # test images that PGD attacks at least
+ATTACKS_SHARE = 0.35  # of a turn, for the clean accuracy and PGD
 ATTACK_BATCH, AUTOATTACK_BATCH = 500, 100
 # Of gradients and forward passes that AutoAttack takes for an image that withstands them all: APGD and 9 targets, FAB
 # and 9 targets, Square.
@@ -126,6 +128,11 @@ def fitting(asked: int, left: float, epoch: float, reserved: float) -> int:
     return max(0, min(asked, math.floor((left - reserved) / (SLACK * epoch))))
 
 
+def attackable(seconds: float, every: float, each: float, images: int) -> int:
+    """How many of the test images PGD can attack, where all of them take `every` and an attacked one `each` besides."""
+    return min(images, ATTACKED, max(FEWEST, math.floor((seconds - every) / each)))
+
+
 def take_steps(trainer: Trainer, count: int) -> float:
     """Take steps of the present epoch, as the training goes on from them; the seconds of one."""
     synchronize(trainer.device)
@@ -177,10 +184,12 @@ def clean(outputs: LabelledModel, test: Split) -> dict[str, Any]:
     return share(sum(answered(outputs, *batch) for batch in batches(test, ATTACK_BATCH)), len(test))
 
 
-def attacked(name: str, attack: Attack, outputs: LabelledModel, test: Split, until: float) -> dict[str, Any]:
-    """Accuracy under PGD, reported after each batch."""
+def attacked(
+    name: str, attack: Attack, outputs: LabelledModel, test: Split, count: int, until: float
+) -> dict[str, Any]:
+    """Accuracy under PGD of so many test images, reported after each batch."""
     settings = {"known": KNOWN, **rounded(dataclasses.asdict(attack)), "float32": "ieee"}
-    bound, chosen, right, seen = BoundAttack(attack, outputs), sample(test, ATTACKED), 0, 0
+    bound, chosen, right, seen = BoundAttack(attack, outputs), sample(test, count), 0, 0
     generator, begin, found = torch.Generator().manual_seed(0), time.perf_counter(), dict[str, Any]()
     for images, labels in batches(chosen, ATTACK_BATCH):
         if time.monotonic() > until:
@@ -259,8 +268,10 @@ def prepared(name: str, options: argparse.Namespace) -> LimitedTrainer:
     return trainer
 
 
-def trained(name: str, trainer: LimitedTrainer, scratch: Path, deadline: float, rehearse: bool) -> float | None:
-    """Train within the time; the seconds of an attack's gradient, or None where there is nothing to attack."""
+def trained(
+    name: str, trainer: LimitedTrainer, scratch: Path, deadline: float, rehearse: bool
+) -> tuple[float, int] | None:
+    """Train within the time; the seconds of an attack's gradient and how many images to attack, or None for nothing."""
     begin = time.monotonic()
     config, steps = trainer.config, len(trainer.loader)
     take_steps(trainer, min(FIRST, steps - 3))
@@ -275,13 +286,14 @@ def trained(name: str, trainer: LimitedTrainer, scratch: Path, deadline: float, 
     of_validation = len(trainer.dataset.validation) / len(images) * gradient / 3
     survivors = 1.0 if config.adversarial != "off" else FOOLED_EARLY
     tested = len(trainer.dataset.test)
-    passes = pgd(rehearse).steps * survivors * min(ATTACKED, tested) + tested / 3
-    of_attacks = SLACK * passes * gradient / len(images)
     epoch, left = steps * step + of_validation, deadline - time.monotonic()
+    every, each = (SLACK * passes * gradient / len(images) for passes in (tested / 3, pgd(rehearse).steps * survivors))
+    count = attackable(ATTACKS_SHARE * left, every, each, tested)
+    of_attacks = every + count * each
     # A rehearsal is to see that it runs, on a machine that may be slow.
     epochs = config.epochs if rehearse else fitting(config.epochs, left, epoch, of_attacks)
     known |= {"gradient_seconds": rounded(gradient), "epoch_estimate": rounded(epoch), "planned_epochs": epochs}
-    known["attacks_estimate"] = rounded(of_attacks)
+    known |= {"attacks_estimate": rounded(of_attacks), "planned_attacked_images": count}
     if epochs == 0:
         why = f"{left:.0f} s were left, of which an epoch takes {epoch:.0f} and the attacks {of_attacks:.0f}"
         outcomes.report(name, NOT_RUN, why, **known)
@@ -301,17 +313,17 @@ def trained(name: str, trainer: LimitedTrainer, scratch: Path, deadline: float, 
         shutil.rmtree(run.folder, ignore_errors=True)
     seconds = rounded(time.monotonic() - begin)
     outcomes.report(name, "trained", done_epochs=trainer.epoch, training_seconds=seconds)
-    return gradient
+    return gradient, count
 
 
-def evaluated(name: str, trainer: Trainer, deadline: float, gradient: float, rehearse: bool) -> None:
+def evaluated(name: str, trainer: Trainer, deadline: float, gradient: float, count: int, rehearse: bool) -> None:
     """Accuracies on the test split, clean and attacked."""
     set_float32("ieee")
     trainer.model.eval()
     test, outputs = trainer.dataset.test, exact_mean(trainer)
     outcomes.report(name, "being attacked", clean=clean(outputs, test))
     with frozen(trainer.model):
-        attacks: dict[str, Any] = {"pgd50": attacked(name, pgd(rehearse), outputs, test, deadline)}
+        attacks: dict[str, Any] = {"pgd50": attacked(name, pgd(rehearse), outputs, test, count, deadline)}
         classes = trainer.dataset.num_classes
         attacks["autoattack"] = autoattacked(name, outputs, test, classes, deadline, gradient, rehearse)
     outcomes.report(name, PASSED, **attacks)
@@ -332,9 +344,9 @@ def main() -> None:
         if not (turn := sys.stdin.readline().strip()):
             raise SystemExit(f"error: {name} has had no turn")
         deadline = time.monotonic() + float(turn)
-        gradient = trained(name, trainer, options.scratch, deadline, options.rehearse)
-        if gradient is not None:
-            evaluated(name, trainer, deadline, gradient, options.rehearse)
+        found = trained(name, trainer, options.scratch, deadline, options.rehearse)
+        if found is not None:
+            evaluated(name, trainer, deadline, *found, options.rehearse)
     except (Exception, cli.InputError) as error:
         outcomes.report(name, FAILED, outcomes.innermost_cause(error))
         raise

@@ -113,7 +113,8 @@ class TrainStep:
             batch = (self.attack(images, labels), labels, None, clean)
         measured = self._prove(*batch) if self.compiled and not self._proven else self._backward(*batch)
         self.update()
-        return measured
+        # A CUDA graph's result lies in memory that its next replay writes: this one is the caller's to keep.
+        return measured.clone() if self.compiled and measured.is_cuda else measured
 
     def update(self) -> None:
         """Clip the gradients that a backward pass has left, and take the optimiser's step."""

@@ -410,6 +410,20 @@ def test_a_failing_test_is_told_before_the_others_have_run(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("seconds", "images", "expected"),
+    [
+        (50.0, 10_000, 400),
+        (1e4, 10_000, training.ATTACKED),
+        (1e4, 300, 300),
+        (1.0, 10_000, training.FEWEST),
+        (1.0, 8, 8),
+    ],
+)
+def test_as_many_images_are_attacked_as_fit(seconds: float, images: int, expected: int) -> None:
+    assert training.attackable(seconds, 10.0, 0.1, images) == expected
+
+
+@pytest.mark.parametrize(
     ("asked", "left", "epoch", "reserved", "expected"),
     [
         (16, 1000.0, 1.0, 0.0, 16),
@@ -577,9 +591,10 @@ def test_a_training_is_measured_shortened_and_attacked(tmp_path: Path, capsys: p
     name = "fgsm-rs, full"
     options = argparse.Namespace(data=str(write_data(tmp_path / "data.npz")), rehearse=True)
     trainer = training.prepared(name, options)
-    gradient = training.trained(name, trainer, tmp_path, time.monotonic() + 10 * GENEROUS, True)
-    assert gradient is not None
-    training.evaluated(name, trainer, time.monotonic() + 10 * GENEROUS, gradient, True)
+    found = training.trained(name, trainer, tmp_path, time.monotonic() + 10 * GENEROUS, True)
+    assert found is not None
+    assert found[1] == len(trainer.dataset.test)
+    training.evaluated(name, trainer, time.monotonic() + 10 * GENEROUS, *found, True)
     told = [found for text in capsys.readouterr().out.splitlines() if (found := outcomes.read(text)) is not None]
     assert [one["outcome"] for one in told][:2] == ["ready", "training"]
     assert told[-1]["outcome"] == PASSED
