@@ -291,7 +291,7 @@ def _attack(
     adversarial = images.clone()
     if not len(images):
         return adversarial
-    with _seeded(seed):
+    with seeded(seed):
         outputs = _first_outputs(parts.network, images, num_classes)
         _check_range(labels, None, outputs.shape[1])
         survivors = (outputs.argmax(1) == labels).nonzero()[:, 0]
@@ -347,7 +347,7 @@ def _tileable(side: int) -> int:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """All global generators seeded once, and as they were before on leaving."""
     import numpy as np  # as torchattacks does, and nothing else that the package needs
 
