@@ -222,23 +222,24 @@ class Evaluation:
         keys = [self.key(row, start, stop) for start, stop in _chunks(size, chunk)]
         return [self.ledger[key] for key in keys if key in self.ledger]
 
-    def attacked(self, row: Row, images: Tensor, labels: Tensor, seed: int) -> Tensor:
-        """The row's adversarial images of a batch."""
-        return self._attacked(row, images, labels, seed)[0]
-
-    def _attacked(self, row: Row, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor | None]:
-        """And which the attack could not move (B,), if it follows a gradient."""
+    def attacked(
+        self, row: Row, images: Tensor, labels: Tensor, seed: int, unmoved: list[Tensor] | None = None
+    ) -> Tensor:
+        """The row's adversarial images of a batch; of an attack by gradients, `unmoved` gets `BoundAttack.unmoved`."""
         plan = self.plan
         generator = torch.Generator().manual_seed(seed)
         gate = torch.Generator().manual_seed(seed + 1)
         if row.kind in ("clean", "sample"):
-            return images, None
+            return images
         if row.kind == "noise":
             noise = Attack(plan.radius, norm=plan.norm, steps=0, random_start=True)
-            return noise(lambda x: x, images, labels, generator=generator), None
+            return noise(lambda x: x, images, labels, generator=generator)
         if row.settings is not None:
             bound = self._bound(row.settings, row.attacker, self.subject.attacker(row.attacker, gate))
-            return _quietly(bound, images, labels, generator=generator), bound.unmoved
+            found = _quietly(bound, images, labels, generator=generator)
+            if unmoved is not None:
+                unmoved.append(bound.unmoved)
+            return found
         if row.attack == "square":
             outputs = self.subject.attacker(row.attacker, gate)
         else:
@@ -248,11 +249,10 @@ class Evaluation:
             return outputs(x, labels)  # of these two, the labels are for "worst" alone
 
         if row.attack == "square":
-            found = autoattack.square(
+            return autoattack.square(
                 model, images, labels, eps=plan.radius, norm=plan.norm, queries=plan.queries, seed=seed
             )
-            return found, None
-        found = autoattack.autoattack(
+        return autoattack.autoattack(
             model,
             images,
             labels,
@@ -264,7 +264,6 @@ class Evaluation:
             steps=plan.autoattack_steps,
             queries=plan.queries,
         )
-        return found, None
 
     def _bound(self, attack: Attack, attacker: str, outputs: LabelledModel) -> BoundAttack:
         judge = self.subject.best_by(attacker)
@@ -282,11 +281,12 @@ class Evaluation:
             if row.kind in ("eps", "steps"):
                 return {"points": list(self._points(row, images, labels, seed))}
             begin = time.perf_counter()
-            attacked, unmoved = self._attacked(row, images, labels, seed)
+            unmoved: list[Tensor] = []
+            attacked = self.attacked(row, images, labels, seed, unmoved)
             seconds = time.perf_counter() - begin
             piece = self._judged(attacked, labels, seed)
-        if unmoved is not None:
-            piece["unmoved"] = _written(unmoved)
+        if unmoved:
+            piece["unmoved"] = _written(unmoved[0])
         if self.loss_fn is not None and isinstance(self.subject, Mixture) and self.has_heatmaps(row):
             piece["heatmaps"] = heatmap_sums(self.subject.model, self.loss_fn, attacked, labels).to_json()
         return piece | {"seconds": seconds}
