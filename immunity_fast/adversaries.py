@@ -6,6 +6,7 @@ says of which images the answer is right, to a table; or, to an attack, which ar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -193,22 +194,29 @@ def asked_modules(gate: Callable[[RandomSwitchGate], Any] | None = None) -> Iter
     """
     asked, thread = Asked(), get_ident()
 
+    def heard() -> bool:  # a compiler that meets a hook has to trace it
+        return not torch.compiler.is_compiling() and get_ident() == thread
+
     def before(module: nn.Module, _inputs: Any) -> None:
-        # A compiler that meets a hook would have to trace it; what it compiles is not listened to.
-        if torch.compiler.is_compiling() or get_ident() != thread or not isinstance(module, RandomSwitchGate):
+        if not heard():
             return
-        if not module.training and module.switch in ("call", "sample"):
-            asked.switching.append(module)
-            if gate is not None:
-                gate(module)
+        # Inside compiled code nobody is heard: a compiled module's gates may all be asked.
+        for asking in module.modules() if hasattr(module, "_orig_mod") else (module,):
+            if isinstance(asking, RandomSwitchGate) and not asking.training and asking.switch in ("call", "sample"):
+                asked.switching.append(asking)
+                if gate is not None:
+                    gate(asking)
 
     def after(module: nn.Module, inputs: Any, outputs: Any) -> None:
-        if not torch.compiler.is_compiling() and get_ident() == thread and isinstance(module, ImmunityMoE):
+        module = getattr(module, "_orig_mod", module)
+        if heard() and isinstance(module, ImmunityMoE):
             asked.mixtures.append((module, inputs[0] if inputs else None, outputs))
 
     hooks = register_module_forward_pre_hook(before), register_module_forward_hook(after)
     try:
-        yield asked
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using `torch.compile")  # of hooks that fire twice
+            yield asked
     finally:
         for hook in hooks:
             hook.remove()

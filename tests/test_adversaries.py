@@ -528,6 +528,7 @@ OPTIONS: list[dict[str, Any]] = [
 WAYS: dict[str, Any] = {
     "a mixture": lambda model: model,
     "a function of it": lambda model: lambda x: model(x),
+    "compiled": lambda model: torch.compile(model, backend="eager", dynamic=False),
     "something more": lambda model: nn.Sequential(model, nn.Softmax(-1)).eval(),
 }
 
@@ -581,7 +582,7 @@ def test_a_compiled_attack_on_a_random_gate_is_judged_by_its_mean_too(monkeypatc
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model, images, labels = _divided()
     results = []
-    for compiled in ("off", "on"):
+    for compiled in ("off", "on"):  # with a draw more or less
         torch.manual_seed(2)
         attack = Attack(0.02, 0.005, 8, keep_best=True, drop_fooled=True)
         bound = BoundAttack(attack, lambda x, _: model(x), compile=compiled)  # type: ignore[arg-type]
