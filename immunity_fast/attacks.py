@@ -57,6 +57,7 @@ LabelledModel = Callable[[Tensor, Tensor], Tensor]
 EPS: dict[Norm, float] = {"Linf": 8 / 255, "L2": 1.0}
 ALPHA: dict[Norm, float] = {"Linf": 2 / 255, "L2": 0.2}
 FOR_GOOD = 2  # of an image that fools a model: it does, whatever a random model draws
+AT_ONCE = 32  # images, where outputs are compared
 BUCKETS = 4  # a compiled step is compiled for the whole batch, for a half, a quarter and an eighth of it
 
 
@@ -218,8 +219,8 @@ class BoundAttack:
             gradients of parameters. Where that fails, the step is eager, and says so.
         judge: by what `keep_best`, `drop_fooled` and restarts judge a random model, see `adversaries.Judge`; "outputs":
             the model's are not random. None finds out whether a `RandomSwitchGate` switches while the model is asked.
-        elsewhere: (M, C, H, W) images on which the model's outputs are compared where none of a batch has a gradient:
-            if they agree on all, the model does not depend on its input. None is made-up ones.
+        elsewhere: (M, C, H, W) images on which the model's outputs are compared, besides made-up ones, where none of a
+            batch has a gradient: if they agree on all, the model does not depend on its input.
         device: where the images will be; only compiling asks for it.
         announce, traceback_file: what takes such a line, and the whole traceback; see `Compiled`.
 
@@ -433,15 +434,16 @@ class BoundAttack:
     def _check_that_it_depends(self, batch: _Batch) -> None:
         """ValueError if outputs agree on different images, or are detached; no gradient here alone is no proof."""
         shown = batch.adversarial
-        others = _made_up(shown[0]) if self.elsewhere is None else self.elsewhere.to(shown)
+        others = [_made_up(shown[0])]
+        if self.elsewhere is not None:
+            others += torch.split(self.elsewhere.to(shown), AT_ONCE)
+        with torch.enable_grad():  # compiled code takes what is detached for constant
+            x = shown.detach().requires_grad_()
+            _gradient(self.model(x, batch.labels).sum(), x)
         said = None
-        for images in (shown, others):
-            with torch.enable_grad(), exact_means():
-                x = images.detach().requires_grad_()
-                # One label for all: the outputs of some attackers depend on it.
-                outputs = self.model(x, batch.labels[:1].expand(len(x)))
-                _gradient(outputs.sum(), x)  # compiled code takes what is detached for constant
-            outputs = outputs.detach().movedim(-2, 0)
+        for images in (shown, *others):
+            with torch.no_grad(), exact_means():  # one label for all: the outputs of some attackers depend on it
+                outputs = self.model(images, batch.labels[:1].expand(len(images))).movedim(-2, 0)
             said = outputs[:1] if said is None else said
             if bool((outputs != said).any()):
                 return

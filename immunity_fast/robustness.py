@@ -29,6 +29,7 @@ from immunity_fast.subjects import Mixture, Subject
 
 VERSION = 2  # of what a piece is: a change makes earlier ones unknown
 PROBES = 16  # test images that a model is told apart by
+COMPARED = 128  # test images of which a model answers some otherwise, or it does not depend on them
 CLEAN_CHUNK = 250  # images of the whole test split at once
 GRADIENT_ATTACKS = ("fgsm", "bim", "mim", "pgd", "cw", "dlr")
 OTHER_ATTACKS = ("square", "autoattack")
@@ -170,12 +171,12 @@ class Evaluation:
         if plan.attacks and all(row.kind != "attack" for row in self.rows):
             reasons = "; ".join(f"{pair['attack']} by {pair['attacker']}: {pair['why']}" for pair in self.left_out)
             raise ValueError(f"attacks: nothing is left to attack with ({reasons or 'there is no such attacker'})")
-        self._probes = self._images(sample_order(test, PROBES))
+        self._compared = self._images(sample_order(test, COMPARED))
         self.curves = curve_rows(subject, plan)
         self._identity = {
             "version": VERSION,
             "subject": subject.fingerprint(),
-            "answers": subject.answers(self._probes),
+            "answers": subject.answers(self._compared[:PROBES]),
             "data": data,
             "seed": plan.seed,
             "heatmaps": repr(loss_fn) if loss_fn is None else repr((loss_fn, loss_fn.smoothing, loss_fn.score)),
@@ -269,7 +270,7 @@ class Evaluation:
         judge = self.subject.best_by(attacker)
         if judge is None and attacker in self.subject.random:  # which image is worst would be a matter of luck
             attack = replace(attack, keep_best=False, drop_fooled=False)
-        return BoundAttack(attack, outputs, judge=judge, elsewhere=self._probes)
+        return BoundAttack(attack, outputs, judge=judge, elsewhere=self._compared)
 
     def _images(self, chosen: Tensor) -> Tensor:
         return to_float(self.test.images[chosen.to(self.test.labels.device)])

@@ -1172,6 +1172,20 @@ def test_images_without_a_gradient_are_counted_and_end_nothing(tmp_path: Path, c
     ]
 
 
+def test_of_saturated_probabilities_of_mostly_one_class_an_image_at_a_time_is_no_constant_model(tmp_path: Path) -> None:
+    """39 of 40 images have the same output, to the last bit, and so have images that are made up."""
+    rare = _split(40).images[robustness.sample_order(_split(40), 40)[-1]] / 255
+
+    def sure(images: Tensor) -> Tensor:
+        near = (images - rare).square().mean((1, 2, 3))
+        return (1e6 * torch.stack([near - 0.005, 0.005 - near, 0 * near - 1], 1)).softmax(-1)
+
+    plan = replace(PLAN, attacks=("fgsm",), attackers=None, images=3, chunk=1, masking_images=2)
+    evaluation = _evaluation(tmp_path / "l", plan, Network(sure, CLASSES), _split(40))
+    _run(evaluation)
+    assert results(evaluation)["unmoved"][0]["unmoved"] == 3
+
+
 def test_where_every_image_can_be_moved_nothing_is_said_of_it(whole: Evaluation) -> None:
     found = results(whole)
     assert found["unmoved"] == []
