@@ -166,9 +166,8 @@ def judge_of(model: LabelledModel, images: Tensor, labels: Tensor) -> Judge | Li
         outputs = model(images, labels)
     if not asked.switching:
         return "outputs"
-    for mixture, shown, said in asked.mixtures:
-        if shown is images and said is outputs:
-            return exact_judge(mixture)
+    if (mixture := asked.only(images, outputs)) is not None:
+        return exact_judge(mixture)
 
     def judge(images: Tensor, labels: Tensor, _targets: Tensor | None) -> tuple[Tensor, Tensor]:
         with exact_means():
@@ -183,6 +182,11 @@ class Asked:
 
     switching: list[RandomSwitchGate] = field(default_factory=list)
     mixtures: list[tuple[ImmunityMoE, Any, Any]] = field(default_factory=list)
+
+    def only(self, images: Tensor, outputs: Tensor) -> ImmunityMoE | None:
+        """The mixture that was shown these images and has said this, and so is all that was asked."""
+        found = (mixture for mixture, shown, said in self.mixtures if shown is images and said is outputs)
+        return next(found, None)
 
 
 @contextmanager

@@ -299,7 +299,7 @@ class BoundAttack:
         attack = self.attack
         broken = torch.zeros(batch.whole, dtype=torch.bool, device=batch.where.device)
         judge = self.judge if result.needed else "outputs"
-        if judge is None and self.compiled:
+        if judge is None and (self.compiled or not attack.steps):  # else the first step finds out
             judge = judge_of(self.model, batch.adversarial[:1], batch.labels[:1])
         for step in range(attack.steps):
             if not len(batch.where):

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -36,11 +36,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from immunity_fast.adversaries import drawn
+from immunity_fast.adversaries import asked_modules, drawn
 from immunity_fast.attack_losses import dlr
 from immunity_fast.attacks import Attack, Model, _check, _check_finite, _check_range
 from immunity_fast.functional import check_choice
-from immunity_fast.model import ImmunityMoE
 from immunity_fast.projections import Norm, largest_magnitude, linf_bounds, project_l2
 
 Version = Literal["standard", "rand"]
@@ -76,7 +75,8 @@ def autoattack(
             min(9, K − 1) likeliest wrong classes, and Square Attack. The targeted DLR loss needs four classes: with
             fewer its APGD is left out. "rand", for a random model: APGD on the cross-entropy and on the DLR loss, the
             gradient averaged over 20 draws: 20 forward passes; but one of a model that gives 20 draws, and one over
-            the experts of an `ImmunityMoE`. The DLR loss needs three classes: with two, the first alone.
+            the experts of an `ImmunityMoE` whose gate switches. The DLR loss needs three classes: with two, the first
+            alone.
         steps: of each run of APGD and of FAB, 100 as published. queries: of Square Attack, 5000 as published.
 
     Raises:
@@ -85,8 +85,6 @@ def autoattack(
     """
     check_choice("version", version, Version)
     _check_settings(images, labels, eps, norm, steps=steps, queries=queries)
-    if version == "rand" and isinstance(model, ImmunityMoE):
-        model = drawn(model, DRAWS)
     if num_classes < 2:
         raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
     parts = _Parts(_torchattacks("autoattack"), _Network(model, images, version == "rand"), eps, norm)
@@ -140,7 +138,9 @@ class _Network(nn.Module):
     def __init__(self, model: Model, images: Tensor, several: bool = False) -> None:
         super().__init__()
         self.several = several  # outputs may be (20, B, K)
-        self.call, self.dtype, self.size = model, images.dtype, images.shape[2:]
+        self.at_once = False  # and are
+        self.call: Model = lambda images: model(images)  # assigned itself, a module would become a child
+        self.dtype, self.size = images.dtype, images.shape[2:]
         self.passes = 1  # that a step averages
         self.gradients = 0  # that were taken
         self.largest = torch.ones(())
@@ -180,7 +180,7 @@ class _Network(nn.Module):
         outputs = self.call(images)
         if not self.several or outputs.dim() != 3 or len(outputs) != DRAWS:
             return outputs
-        self.draws = outputs.float()
+        self.draws, self.at_once = outputs.float(), True
         return outputs[-1]
 
     def averaged(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -212,7 +212,7 @@ class _Parts:
 
         Not torchattacks' APGDT: in L2 that takes the first image's step size for all of them.
         """
-        several = self.network.draws is not None  # by one pass
+        several = self.network.at_once
         attack = self.torchattacks.APGD(
             self.network,
             norm=self.norm,
@@ -312,7 +312,10 @@ def _first_outputs(network: _Network, images: Tensor, num_classes: int | None) -
     gradients = num_classes is not None
     with torch.set_grad_enabled(gradients):
         inputs = images.detach().clone().requires_grad_(gradients)
-        outputs = network.last_draw(inputs)
+        with asked_modules() if network.several else nullcontext() as asked:
+            outputs = network.last_draw(inputs)
+        if asked is not None and asked.switching and (mixture := asked.only(inputs, outputs)) is not None:
+            network.call, network.at_once = drawn(mixture, DRAWS), True
         if outputs.dim() != 2 or len(outputs) != len(images) or num_classes not in (None, outputs.shape[1]):
             expected = f"({len(images)}, {'K' if num_classes is None else num_classes})"
             raise ValueError(f"model: expected outputs {expected}, got {tuple(outputs.shape)}")

@@ -129,7 +129,7 @@ class Mixture:
 
     def answers(self, images: Tensor) -> str:
         own = (self.model.expert_logits, partial(adversaries.trained_gate, self.model))
-        return _answers((*own, self.transfer), images)
+        return _answers([("model", own[0]), ("model", own[1]), ("transfer", self.transfer)], images)
 
 
 class Network:
@@ -182,7 +182,7 @@ class Network:
         return self.attacker(name, generator)
 
     def answers(self, images: Tensor) -> str:
-        return _answers((self.model, self.transfer), images)
+        return _answers([("model", self.model), ("transfer", self.transfer)], images)
 
     def fingerprint(self) -> str:
         weights = _fingerprint(self.model) if isinstance(self.model, nn.Module) else ""
@@ -226,9 +226,9 @@ def _check_outputs(outputs: Any, num_classes: int) -> None:
         raise NotFiniteError(int(broken.nonzero()[0, 0]))
 
 
-def _answers(models: Sequence[Model | None], images: Tensor) -> str:
+def _answers(models: Sequence[tuple[str, Model | None]], images: Tensor) -> str:
     digest = hashlib.sha256()
-    for model in models:
+    for name, model in models:
         if model is None:
             continue
         try:
@@ -238,8 +238,8 @@ def _answers(models: Sequence[Model | None], images: Tensor) -> str:
             reason = " ".join(str(error).split())
             shape = f"(B, {', '.join(map(str, images.shape[1:]))})"
             raise ValueError(
-                f"model: it does not take images {shape} of {images.dtype} in [0, 1]; wrap it in a function that makes "
-                f"of them what it takes ({type(error).__name__}: {reason})"
+                f"{name}: it does not take images {shape} of {images.dtype} in [0, 1]; wrap it in a function that "
+                f"makes of them what it takes ({type(error).__name__}: {reason})"
             ) from error
         if isinstance(outputs, Tensor):  # `judge` says what is wrong with anything else
             digest.update(repr(outputs.shape).encode())

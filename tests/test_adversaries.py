@@ -590,6 +590,18 @@ def test_a_compiled_attack_on_a_random_gate_is_judged_by_its_mean_too(monkeypatc
     assert results[0]["mean"] == pytest.approx(results[1]["mean"], abs=0.05)
 
 
+def test_restarts_without_a_step_are_judged_by_the_mean_too() -> None:
+    """Of thirty random starts the one counts that is worst for the mean, not one that met an unlucky draw."""
+    model, images, labels = _divided()
+    settings = {"eps": 0.1, "steps": 0, "restarts": 30}
+    results = []
+    for switch in ("mean", "sample"):
+        model.gate.switch = switch  # type: ignore[assignment]
+        results.append(pgd(model, images, labels, **settings, generator=torch.Generator().manual_seed(1)))
+    assert float((results[0] == results[1]).double().mean()) > 0.95, "who always fools goes before who fools the mean"
+    assert not torch.equal(results[0], pgd(model, images, labels, eps=0.1, steps=0))
+
+
 def test_hooks_are_gone_after_an_attack_and_after_an_error() -> None:
     module = torch.nn.modules.module
     before = dict(module._global_forward_pre_hooks), dict(module._global_forward_hooks)

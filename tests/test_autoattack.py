@@ -262,6 +262,12 @@ def _experts() -> list[nn.Sequential]:
     return experts
 
 
+def test_the_model_is_no_child_of_what_torchattacks_sees() -> None:
+    network = _Network(_model(), _data(2)[0])
+    assert list(network.children()) == []
+    assert [name for name, _ in network.named_parameters()] == ["device"]
+
+
 @each_norm
 @pytest.mark.parametrize("switch", ["sample", "call"])
 def test_a_step_on_random_draws_passes_the_experts_once(switch: Any, norm: Norm) -> None:
@@ -271,13 +277,13 @@ def test_a_step_on_random_draws_passes_the_experts_once(switch: Any, norm: Norm)
     model._logits = lambda x: passes.append(len(x)) or whole(x)  # type: ignore[method-assign, assignment, func-returns-value]
     images, labels = _data(24)
     options: dict[str, Any] = {"num_classes": CLASSES, "norm": norm, "eps": EPS[norm] / 2, "version": "rand"}
-    for attacked in (model, lambda x: model(x)):
+    for attacked in (model, lambda x: model(x), lambda x: model(x) * 1):
         passes.clear()
         autoattack(attacked, images, labels, steps=6, **options)
         counts.append(len(passes))
-    # Once for the images; and for each of two losses once for the start, once a step, and once to judge.
-    assert counts[0] == 1 + 2 * (1 + 6 + 1)
-    assert counts[1] == 1 + 2 * (20 * (1 + 6) + 1), "of what is no mixture nothing is known"
+    # For the images; and for each of two losses for the start, the steps, and to judge.
+    assert counts[0] == counts[1] == 1 + 2 * (1 + 6 + 1)
+    assert counts[2] == 1 + 2 * (20 * (1 + 6) + 1), "of what is no mixture nothing is known"
 
 
 @each_norm

@@ -1300,6 +1300,16 @@ def test_a_gate_that_switches_inside_a_function_is_the_same_model_each_time(swit
     assert len({Mixture(model, CLASSES).answers(images) for _ in range(3)}) == 1
 
 
+def test_who_does_not_take_images_is_named() -> None:
+    def fails(_images: Tensor) -> Tensor:
+        raise RuntimeError("two\nlines")
+
+    images = torch.rand(2, 3, 5, 6)
+    for name, subject in (("model", Network(fails, 3)), ("transfer", Network(_brightness, 3, transfer=fails))):
+        with pytest.raises(ValueError, match=rf"^{name}: it does not take images \(B, 3, 5, 6\) .*two lines\)$"):
+            subject.answers(images)
+
+
 def test_the_last_bits_of_an_output_do_not_make_another_model() -> None:
     images = _split().images[:9] / 255
     same = [Network(lambda x, f=f: _brightness(x) * f, CLASSES).answers(images) for f in (1.0, 1 + 1e-7, 1.01)]
