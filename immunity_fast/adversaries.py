@@ -69,7 +69,8 @@ def attacker(
         expert_logits: what computes the model's, if compiled code is to; None is `model.expert_logits`.
 
     Returns:
-        (images (B, 3, H, W), labels (B,)) to log-probabilities (B, K), or (draws, B, K).
+        (images (B, 3, H, W), labels (B,)) to log-probabilities (B, K), or (draws, B, K). Where they are random, an
+        attribute `exact_judge` tells an attack what is not.
 
     Raises:
         ValueError: unknown knowledge, an expert that is not there, draws < 1.
@@ -98,6 +99,8 @@ def attacker(
         mixtures = [mixture_log_probabilities(logits, permuted(gate, generator)) for _ in range(draws)]
         return torch.stack(mixtures)
 
+    if knowledge in ("single", "eot"):
+        outputs.exact_judge = exact_judge(model, expert_logits)  # type: ignore[attr-defined]
     return outputs
 
 

@@ -218,7 +218,8 @@ class BoundAttack:
         compile: "on" and "max" compile the step: the model, its gradient and the projection in one graph, without
             gradients of parameters. Where that fails, the step is eager, and says so.
         judge: by what `keep_best`, `drop_fooled` and restarts judge a random model, see `adversaries.Judge`; "outputs":
-            the model's are not random. None finds out whether a `RandomSwitchGate` switches while the model is asked.
+            the model's are not random. None is the model's `exact_judge`, see `adversaries.attacker`, or finds out
+            whether a `RandomSwitchGate` switches while the model is asked.
         elsewhere: (M, C, H, W) images on which the model's outputs are compared, besides made-up ones, where none of a
             batch has a gradient: if they agree on all, the model does not depend on its input.
         device: where the images will be; only compiling asks for it.
@@ -240,7 +241,8 @@ class BoundAttack:
         announce: Announce | None = None,
         traceback_file: Path | None = None,
     ) -> None:
-        self.attack, self.model, self.judge, self.elsewhere = attack, model, judge, elsewhere
+        self.attack, self.model, self.elsewhere = attack, model, elsewhere
+        self.judge = getattr(model, "exact_judge", None) if judge is None else judge
         self.unmoved = torch.zeros(0, dtype=torch.bool)
         self._step_function = Compiled(self._step, compile, device or torch.device("cpu"), announce, traceback_file)
 

@@ -554,6 +554,20 @@ def test_on_a_random_gate_the_best_that_is_kept_is_never_a_lucky_one(switch: Any
             assert share <= answers[0][name] + 0.01, (options, name)
 
 
+@pytest.mark.parametrize("knowledge", ["single", "eot"])
+def test_a_random_attacker_keeps_what_is_worst_for_the_mean(knowledge: Any) -> None:
+    model, images, labels = _divided()
+    answers = []
+    for options in ({}, *OPTIONS[:3]):
+        outputs = attacker(model, knowledge, draws=2, generator=torch.Generator().manual_seed(3))
+        attack = Attack(0.02, 0.005, 15, random_start=True, **options)
+        adversarial = BoundAttack(attack, outputs)(images, labels, generator=torch.Generator().manual_seed(1))
+        answers.append(_answers(model, adversarial, labels))
+    assert 0.05 < answers[0]["switching"] < 0.8
+    # Dropping changes who gets which draw: by an image or two.
+    assert all(found[name] <= answers[0][name] + 0.02 for found in answers[1:] for name in found)
+
+
 def test_on_a_random_gate_dropping_the_fooled_costs_less() -> None:
     model, images, labels = _divided()
     counts, whole = [], model._logits
