@@ -19,13 +19,16 @@ Shared arguments:
     drop_fooled: an image that fools the model leaves the batch as it then is, and costs nothing more.
     generator: of random starts; None is PyTorch's default generator.
 
-`keep_best`, `drop_fooled` and more restarts can only lower the accuracy of a model that is not random.
+`keep_best`, `drop_fooled` and more restarts can only lower the accuracy of a model that is not random. Where a
+mixture's gate switches at random, they do not judge by a draw, whose luck would pass for strength: the exact mean of
+the gate's permutations says what is worst, and an image is dropped when it fools the mixture whatever the gate draws.
+Of other random models they know nothing: there they may raise the accuracy.
 
 Each returns adversarial images (B, C, H, W) of the images' dtype, detached, inside the ball and inside [0, 1]: exactly,
 in bfloat16, too. `ValueError`: images outside [0, 1] or not 4-D, labels or targets of another shape, not integers or
-out of range, eps or alpha < 0, steps < 0, restarts < 1, or an output that does not depend on the images;
-`NotFiniteError`, which is one: an output or gradient that is no number. A `UserWarning`: the loss has a gradient of
-zero for all images although the output has not, so the attack cannot move.
+out of range, eps or alpha < 0, steps < 0, restarts < 1, or an output that is the same for different images and has no
+gradient for any; `NotFiniteError`, which is one: an output or gradient that is no number. `UnmovedWarning`: so many of
+the images have a gradient of exactly zero, so that the attack cannot move them; they are returned as they began.
 """
 
 from __future__ import annotations
@@ -33,23 +36,28 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from immunity_fast.adversaries import Judge, asked_modules, exact_means, judge_of
 from immunity_fast.attack_losses import Loss, loss_of
 from immunity_fast.compilation import Announce, Compile, Compiled
 from immunity_fast.functional import check_choice
-from immunity_fast.projections import Norm, linf_bounds, project_l2, random_start
+from immunity_fast.projections import Norm, linf_bounds, project_l2, random_start, scaled, unit
 
 Model = Callable[[Tensor], Tensor]
 LabelledModel = Callable[[Tensor, Tensor], Tensor]
 
 EPS: dict[Norm, float] = {"Linf": 8 / 255, "L2": 1.0}
 ALPHA: dict[Norm, float] = {"Linf": 2 / 255, "L2": 0.2}
+FOR_GOOD = 2  # of an image that fools a model: it does, whatever a random model draws
+AT_ONCE = 32  # images, where outputs are compared
 BUCKETS = 4  # a compiled step is compiled for the whole batch, for a half, a quarter and an eighth of it
 
 
@@ -59,6 +67,10 @@ class NotFiniteError(ValueError):
     def __init__(self, sample: int) -> None:
         super().__init__(f"model: its output or its gradient for sample {sample} is NaN or infinite")
         self.sample = sample
+
+
+class UnmovedWarning(UserWarning):
+    """An attack could not move some images, because the gradient of what it maximises is exactly zero for them."""
 
 
 def fgsm(
@@ -205,8 +217,16 @@ class BoundAttack:
         model: (images, labels) to outputs: the labels are for attackers whose objective depends on them.
         compile: "on" and "max" compile the step: the model, its gradient and the projection in one graph, without
             gradients of parameters. Where that fails, the step is eager, and says so.
+        judge: by what `keep_best`, `drop_fooled` and restarts judge a random model, see `adversaries.Judge`; "outputs":
+            the model's are not random. None is the model's `exact_judge`, see `adversaries.attacker`, or finds out
+            whether a `RandomSwitchGate` switches while the model is asked.
+        elsewhere: (M, C, H, W) images on which the model's outputs are compared, besides made-up ones, where none of a
+            batch has a gradient: if they agree on all, the model does not depend on its input.
         device: where the images will be; only compiling asks for it.
         announce, traceback_file: what takes such a line, and the whole traceback; see `Compiled`.
+
+    Attributes:
+        unmoved: (B,) bool, which images of the last call had a gradient of exactly zero at every step.
     """
 
     def __init__(
@@ -214,12 +234,16 @@ class BoundAttack:
         attack: Attack,
         model: LabelledModel,
         *,
+        judge: Judge | Literal["outputs"] | None = None,
+        elsewhere: Tensor | None = None,
         compile: Compile = "off",
         device: torch.device | None = None,
         announce: Announce | None = None,
         traceback_file: Path | None = None,
     ) -> None:
-        self.attack, self.model = attack, model
+        self.attack, self.model, self.elsewhere = attack, model, elsewhere
+        self.judge = getattr(model, "exact_judge", None) if judge is None else judge
+        self.unmoved = torch.zeros(0, dtype=torch.bool)
         self._step_function = Compiled(self._step, compile, device or torch.device("cpu"), announce, traceback_file)
 
     @property
@@ -251,6 +275,7 @@ class BoundAttack:
         images, labels = images.detach(), labels.long()
         targets = None if targets is None else targets.long()
         attack = self.attack
+        self.unmoved = torch.full((len(images),), attack.steps > 0, device=images.device)
         result = _Result(images, needed=attack.keep_best or attack.drop_fooled or attack.restarts > 1)
         for restart in range(attack.restarts if len(images) else 0):
             if start is not None:
@@ -263,41 +288,61 @@ class BoundAttack:
             if attack.norm == "Linf":
                 batch.low, batch.high = linf_bounds(images, attack.radius)
             if attack.decay is not None:
-                batch.momentum = torch.zeros_like(images)
+                batch.momentum = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
             if attack.drop_fooled and restart:
                 batch = batch.select(result.survivors())
             self._run(batch, result, trusted)
+        if not trusted and bool(self.unmoved.any()):
+            self._warn_of_the_unmoved()
         return result.images.clone()
 
     def _run(self, batch: _Batch, result: _Result, trusted: bool) -> None:
         """One descent of the images in the batch."""
         attack = self.attack
         broken = torch.zeros(batch.whole, dtype=torch.bool, device=batch.where.device)
+        judge = self.judge if result.needed else "outputs"
+        if judge is None and (self.compiled or not attack.steps):  # else the first step finds out
+            judge = judge_of(self.model, batch.adversarial[:1], batch.labels[:1])
         for step in range(attack.steps):
             if not len(batch.where):
                 break
-            moved, momentum, loss, fooled, bad, classes, still = self._call(batch)
+            with asked_modules() if judge is None else nullcontext() as asked:
+                moved, momentum, loss, fooled, bad, classes, still = self._call(batch)
+            if asked is not None:
+                judge = judge_of(self.model, batch.adversarial, batch.labels) if asked.switching else "outputs"
             broken[batch.where] |= bad
+            self.unmoved[batch.where] &= still
             if not trusted and step == 0:
                 _check_range(batch.labels, batch.targets, classes)
                 _check_finite(broken)
                 if bool(still.all()):
-                    self._complain_of_no_gradient(batch)
+                    self._check_that_it_depends(batch)
+            success = FOR_GOOD * fooled
             if attack.keep_best or attack.drop_fooled:
-                result.take(batch.where, batch.adversarial, loss, fooled)
+                if judge != "outputs":
+                    loss, success, _ = self._look(batch, judge)
+                result.take(batch.where, batch.adversarial, loss, success)
             batch.adversarial, batch.momentum = moved, momentum
             if attack.drop_fooled:
-                batch = batch.select((~fooled).nonzero()[:, 0])
+                batch = batch.select((success < FOR_GOOD).nonzero()[:, 0])
         if not result.needed:
             result.images = batch.adversarial
         elif len(batch.where):
-            with torch.no_grad():
-                outputs = self.model(batch.adversarial, batch.labels)
-                loss, fooled, bad = self._judge(outputs, batch.labels, batch.targets, batch.reference)
+            loss, success, bad = self._look(batch, judge)
             broken[batch.where] |= bad
-            result.take(batch.where, batch.adversarial, loss, fooled)
+            result.take(batch.where, batch.adversarial, loss, success)
         if not trusted:
             _check_finite(broken)
+
+    def _look(self, batch: _Batch, judge: Judge | Literal["outputs"] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, success: 0, 1, or 2 where it is `FOR_GOOD`, whether not finite) of the batch as it is, each (B,)."""
+        with torch.no_grad():
+            if callable(judge):
+                outputs, always = judge(batch.adversarial, batch.labels, batch.targets)
+            else:
+                outputs, always = self.model(batch.adversarial, batch.labels), None
+            loss, fooled, bad = self._judge(outputs, batch.labels, batch.targets, batch.reference)
+        return loss, FOR_GOOD * fooled if always is None else fooled.int() + (fooled & always), bad
 
     def _call(self, batch: _Batch) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, int, Tensor]:
         """The step of a batch; a compiled one of a size that it is compiled for."""
@@ -330,20 +375,19 @@ class BoundAttack:
         bad = bad | ~gradient.isfinite().flatten(1).all(1)
         still = (gradient == 0).flatten(1).all(1)
         attack = self.attack
+        if attack.loss == "dlr":  # which is 1, whatever the logits are, where the label is the third likeliest
+            still = still & ~fooled
         assert attack.alpha is not None
         if attack.decay is not None and momentum is not None:
+            gradient = scaled(gradient)
             magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
             # A gradient of exactly zero stays zero; torchattacks divides 0 by 0 here and returns NaN images.
             momentum = attack.decay * momentum + gradient / torch.where(magnitude > 0, magnitude, 1)
             gradient = momentum
         if attack.norm == "Linf" and low is not None and high is not None:
-            moved = (adversarial + attack.alpha * gradient.sign()).clamp(low, high)
+            moved = (adversarial + attack.alpha * gradient.sign().to(adversarial.dtype)).clamp(low, high)
         else:
-            # In float16, 1e-10 is 0.
-            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-            length = torch.linalg.vector_norm(gradient.flatten(1), dim=1) + 1e-10
-            direction = gradient / length.view(-1, 1, 1, 1)
-            moved = project_l2(adversarial + attack.alpha * direction, images, attack.radius)
+            moved = project_l2(adversarial + attack.alpha * unit(gradient), images, attack.radius)
         return moved, momentum, loss, fooled, bad, classes, still
 
     def _differentiate(
@@ -362,12 +406,7 @@ class BoundAttack:
         with torch.enable_grad():
             x = adversarial.detach().requires_grad_()
             total, (loss, fooled, bad, outputs) = objective(x)
-            taken = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
-        if taken is None:
-            raise ValueError(
-                "model: its output has no gradient with respect to the images, so it cannot be attacked by one"
-            )
-        return taken, loss, fooled, bad, outputs.shape[-1]
+            return _gradient(total, x), loss, fooled, bad, outputs.shape[-1]
 
     def _judge(
         self, outputs: Tensor, labels: Tensor, targets: Tensor | None, reference: Tensor | None
@@ -394,25 +433,36 @@ class BoundAttack:
             return adversarial.clamp(*linf_bounds(images, self.attack.radius))
         return project_l2(adversarial, images, self.attack.radius)
 
-    def _complain_of_no_gradient(self, batch: _Batch) -> None:
-        """Of a constant output, an error; of a loss that is flat where the output is not, a warning."""
-        with torch.enable_grad():
-            x = batch.adversarial.detach().requires_grad_()
-            outputs = self.model(x, batch.labels)
-            # Random weights: rows of probabilities have sums that do not depend on the images.
-            weights = torch.rand(outputs.shape, generator=torch.Generator().manual_seed(0)).to(outputs)
-            total = (outputs * weights).sum()
-            gradient = torch.autograd.grad(total, x, allow_unused=True)[0] if total.requires_grad else None
-        if gradient is None or not bool(gradient.any()):
-            raise ValueError(
-                "model: its output does not depend on the images (its gradient with respect to them is zero), so it "
-                "cannot be attacked by one"
-            )
+    def _check_that_it_depends(self, batch: _Batch) -> None:
+        """ValueError if outputs agree on different images, or are detached; no gradient here alone is no proof."""
+        shown = batch.adversarial
+        others = [_made_up(shown[0])]
+        if self.elsewhere is not None:
+            others += torch.split(self.elsewhere.to(shown), AT_ONCE)
+        with torch.enable_grad():  # compiled code takes what is detached for constant
+            x = shown.detach().requires_grad_()
+            _gradient(self.model(x, batch.labels).sum(), x)
+        said = None
+        for images in (shown, *others):
+            with torch.no_grad(), exact_means():  # one label for all: the outputs of some attackers depend on it
+                outputs = self.model(images, batch.labels[:1].expand(len(images))).movedim(-2, 0)
+            said = outputs[:1] if said is None else said
+            if bool((outputs != said).any()):
+                return
+        raise ValueError(
+            "model: its output does not depend on the images (it is the same for all of them, and its gradient with "
+            "respect to them is zero), so it cannot be attacked by one"
+        )
+
+    def _warn_of_the_unmoved(self) -> None:
+        stuck, whole = int(self.unmoved.sum()), len(self.unmoved)
+        which = f"for all {whole} images" if stuck == whole else f"for {stuck} of {whole} images"
         warnings.warn(
-            f"the attack cannot move: the gradient of loss {self.attack.loss!r} is exactly zero for all "
-            f"{len(x)} images although the model's output depends on them; it may be saturated: "
-            "try loss='cw' or 'dlr', or an attack without gradients",
-            stacklevel=2,
+            f"the attack cannot move: the gradient of loss {self.attack.loss!r} is exactly zero {which} although the "
+            "model's output depends on them; it may be saturated: try loss='cw' or 'dlr', or an attack without "
+            "gradients",
+            UnmovedWarning,
+            stacklevel=3,
         )
 
 
@@ -456,24 +506,48 @@ class _Batch:
 
 
 class _Result:
-    """The worst image so far of each: one that fools the model before one that does not, then the larger loss."""
+    """The worst image so far of each: the most success (0, 1 or `FOR_GOOD`) before less; then the larger loss."""
 
     def __init__(self, images: Tensor, needed: bool) -> None:
         self.images = images.clone() if needed else images
         self.needed = needed
         self.loss = torch.full((len(images),), -math.inf, dtype=torch.float64, device=images.device)
-        self.fooled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        self.success = torch.zeros(len(images), dtype=torch.int64, device=images.device)
 
-    def take(self, where: Tensor, images: Tensor, loss: Tensor, fooled: Tensor) -> None:
+    def take(self, where: Tensor, images: Tensor, loss: Tensor, success: Tensor) -> None:
         loss = loss.detach().double()
-        before = self.fooled[where]
-        worse = (fooled & ~before) | ((fooled == before) & (loss > self.loss[where]))
+        before = self.success[where]
+        worse = (success > before) | ((success == before) & (loss > self.loss[where]))
         self.images[where] = torch.where(worse[:, None, None, None], images, self.images[where])
         self.loss[where] = torch.where(worse, loss, self.loss[where])
-        self.fooled[where] = before | fooled
+        self.success[where] = torch.maximum(before, success)
 
     def survivors(self) -> Tensor:
-        return (~self.fooled).nonzero()[:, 0]
+        return (self.success < FOR_GOOD).nonzero()[:, 0]
+
+
+def _gradient(total: Tensor, images: Tensor) -> Tensor:
+    """ValueError where there is none."""
+    taken = torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
+    if taken is None:
+        raise ValueError(
+            "model: its output has no gradient with respect to the images, so it cannot be attacked by one"
+        )
+    return taken
+
+
+def _made_up(like: Tensor) -> Tensor:
+    """Images (16, C, H, W) as unlike each other, and `like` (C, H, W), as can be: any network knows some apart."""
+    generator = torch.Generator().manual_seed(0)
+    channels, *size = like.shape
+
+    def patches(count: int, side: int) -> Tensor:
+        return F.interpolate(torch.rand(count, channels, side, side, generator=generator), size)
+
+    plain = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, *like.shape)
+    noise = torch.rand(4, *like.shape, generator=generator)
+    made = torch.cat([plain, noise, noise[:2].round(), patches(4, 1), patches(3, 4)])
+    return torch.cat([1 - like[None], made.to(like)])
 
 
 def _bucket(size: int, whole: int) -> int:

@@ -7,6 +7,7 @@ the authors' code, https://github.com/fra31/auto-attack.
 Shared arguments:
     model: images (B, C, H, W) in [0, 1], of the images' dtype, to logits or log-probabilities (B, K). Its mode, its
         parameters' gradients and its outputs stay as they are; whether it evaluates or trains is the caller's choice.
+        For "rand" it may give (20, B, K) instead, the draws of a step by one pass over what is not random.
     images: (B, C, H, W) floating-point, in [0, 1].
     labels: (B,) integers in 0..K−1.
     eps: radius of the ball, in units of the images' range. norm: "Linf" or "L2".
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -35,10 +36,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from immunity_fast.adversaries import asked_modules, drawn
 from immunity_fast.attack_losses import dlr
 from immunity_fast.attacks import Attack, Model, _check, _check_finite, _check_range
 from immunity_fast.functional import check_choice
-from immunity_fast.projections import Norm, linf_bounds, project_l2
+from immunity_fast.projections import Norm, largest_magnitude, linf_bounds, project_l2
 
 Version = Literal["standard", "rand"]
 
@@ -72,7 +74,9 @@ def autoattack(
         version: "standard": APGD on the cross-entropy, APGD on the targeted DLR loss and FAB, targeted, each for the
             min(9, K − 1) likeliest wrong classes, and Square Attack. The targeted DLR loss needs four classes: with
             fewer its APGD is left out. "rand", for a random model: APGD on the cross-entropy and on the DLR loss, the
-            gradient averaged over 20 forward passes. The DLR loss needs three classes: with two, the first alone.
+            gradient averaged over 20 draws: 20 forward passes; but one of a model that gives 20 draws, and one over
+            the experts of an `ImmunityMoE` whose gate switches. The DLR loss needs three classes: with two, the first
+            alone.
         steps: of each run of APGD and of FAB, 100 as published. queries: of Square Attack, 5000 as published.
 
     Raises:
@@ -83,7 +87,7 @@ def autoattack(
     _check_settings(images, labels, eps, norm, steps=steps, queries=queries)
     if num_classes < 2:
         raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-    parts = _Parts(_torchattacks("autoattack"), _Network(model, images), eps, norm)
+    parts = _Parts(_torchattacks("autoattack"), _Network(model, images, version == "rand"), eps, norm)
     ranks = range(2, min(TARGETS, num_classes - 1) + 2)
     order: list[_Part] = [partial(parts.apgd, steps=steps, draws=DRAWS if version == "rand" else 1)]
     if version == "rand":
@@ -131,24 +135,64 @@ class _Network(nn.Module):
     The model is no submodule: `train`, `eval` and `parameters` do not reach it.
     """
 
-    def __init__(self, model: Model, images: Tensor) -> None:
+    def __init__(self, model: Model, images: Tensor, several: bool = False) -> None:
         super().__init__()
-        self.call, self.dtype, self.size = model, images.dtype, images.shape[2:]
+        self.several = several  # outputs may be (20, B, K)
+        self.at_once = False  # and are
+        self.call: Model = lambda images: model(images)  # assigned itself, a module would become a child
+        self.dtype, self.size = images.dtype, images.shape[2:]
+        self.passes = 1  # that a step averages
+        self.gradients = 0  # that were taken
+        self.largest = torch.ones(())
+        self.draws: Tensor | None = None  # of the last pass, of a model that gives several
         self.device = nn.Parameter(torch.empty(0, device=images.device), requires_grad=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Outputs (B, K): a copy, because Square writes on them. A margin around the images is cut off."""
+        """Outputs (B, K): a copy, because Square writes on them. A margin around the images is cut off.
+
+        Each image's gradient is brought to a largest magnitude of 1; those of the passes that a step averages, by the
+        first one's. Of APGD it is the direction that counts, and it adds 10⁻¹² to a norm: it would not move an image
+        whose gradient is smaller.
+        """
         height, width = self.size
         inside = images[..., :height, :width].contiguous().to(self.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            if inside.requires_grad:
+                inside = inside.view_as(inside)
+                inside.register_hook(self.rescaled)  # type: ignore[no-untyped-call]
             return self.outputs(inside).float().clone()
 
+    def rescaled(self, gradient: Tensor) -> Tensor:
+        if self.gradients % self.passes == 0:
+            self.largest = largest_magnitude(gradient)
+        self.gradients += 1
+        return (gradient / self.largest).to(gradient.dtype)
+
     def outputs(self, images: Tensor) -> Tensor:
-        outputs = self.call(images)
+        outputs = self.last_draw(images)
         # An argmax takes NaN for the largest: a row of it is class 0, and an image of that class passed for robust.
         if bool(_broken(outputs).any()):
             raise ValueError("model: its output or its gradient for an image of the ball is NaN or infinite")
         return outputs
+
+    def last_draw(self, images: Tensor) -> Tensor:
+        """The model's outputs; of several draws the last, as after as many passes."""
+        outputs = self.call(images)
+        if not self.several or outputs.dim() != 3 or len(outputs) != DRAWS:
+            return outputs
+        self.draws, self.at_once = outputs.float(), True
+        return outputs[-1]
+
+    def averaged(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+        """A loss of the last pass: the value is its last draw's, as after as many passes, the gradient that of all."""
+
+        def losses(outputs: Tensor, labels: Tensor) -> Tensor:
+            assert self.draws is not None
+            own = loss(outputs, labels)
+            mean = torch.stack([loss(draw, labels) for draw in self.draws]).mean(0)
+            return mean + (own - mean).detach()
+
+        return losses
 
 
 class _Parts:
@@ -168,15 +212,20 @@ class _Parts:
 
         Not torchattacks' APGDT: in L2 that takes the first image's step size for all of them.
         """
+        several = self.network.at_once
         attack = self.torchattacks.APGD(
             self.network,
             norm=self.norm,
             eps=self.eps,
             steps=steps,
-            loss=loss if rank is None else "dlr",
-            eot_iter=draws,
+            loss=loss if rank is None and not several else "dlr",
+            eot_iter=1 if several else draws,
             rho=0.75,
         )
+        self.network.passes, self.network.gradients = attack.eot_iter, 0
+        if several:
+            single = partial(F.cross_entropy, reduction="none") if loss == "ce" else attack.dlr_loss
+            attack.dlr_loss = self.network.averaged(single)  # the only loss of it that can be replaced
         if rank is not None:
             attack.dlr_loss = partial(dlr, targets=self.network(images).sort(1).indices[:, -rank])
         _, withstood, _, adversarial = attack.attack_single_run(images, labels)
@@ -220,13 +269,18 @@ class _Parts:
         return found[..., :height, :width].contiguous()
 
     def _differences(self, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """z_target − z_label (B, 1) and its gradient (B, 1, C, H, W); torchattacks' leaves one in the parameters."""
+        """z_target − z_label (B, 1) and its gradient (B, 1, C, H, W); torchattacks' leaves one in the parameters.
+
+        Both are divided by the gradient's largest magnitude, which moves no boundary: FAB takes 10⁻⁸ for a slope of 0.
+        """
         with torch.enable_grad():
             images = images.detach().requires_grad_()
-            outputs = self.network(images)
+            outputs = self.network.outputs(images.to(self.network.dtype)).float()
             differences = outputs.gather(1, targets[:, None]) - outputs.gather(1, labels[:, None])
             gradient = torch.autograd.grad(differences.sum(), images)[0]
-        return differences.detach(), gradient.contiguous()[:, None]
+        largest = largest_magnitude(gradient)
+        differences = (differences.detach() / largest.view(-1, 1)).clamp(-1e12, 1e12)
+        return differences, (gradient / largest).contiguous()[:, None]
 
 
 def _attack(
@@ -237,7 +291,7 @@ def _attack(
     adversarial = images.clone()
     if not len(images):
         return adversarial
-    with _seeded(seed):
+    with seeded(seed):
         outputs = _first_outputs(parts.network, images, num_classes)
         _check_range(labels, None, outputs.shape[1])
         survivors = (outputs.argmax(1) == labels).nonzero()[:, 0]
@@ -258,7 +312,10 @@ def _first_outputs(network: _Network, images: Tensor, num_classes: int | None) -
     gradients = num_classes is not None
     with torch.set_grad_enabled(gradients):
         inputs = images.detach().clone().requires_grad_(gradients)
-        outputs = network.call(inputs)
+        with asked_modules() if network.several else nullcontext() as asked:
+            outputs = network.last_draw(inputs)
+        if asked is not None and asked.switching and (mixture := asked.only(inputs, outputs)) is not None:
+            network.call, network.at_once = drawn(mixture, DRAWS), True
         if outputs.dim() != 2 or len(outputs) != len(images) or num_classes not in (None, outputs.shape[1]):
             expected = f"({len(images)}, {'K' if num_classes is None else num_classes})"
             raise ValueError(f"model: expected outputs {expected}, got {tuple(outputs.shape)}")
@@ -293,7 +350,7 @@ def _tileable(side: int) -> int:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """All global generators seeded once, and as they were before on leaving."""
     import numpy as np  # as torchattacks does, and nothing else that the package needs
 

@@ -5,17 +5,24 @@ Every attacked number says what the attacker knew of the gate. An evaluation tha
 
 import argparse
 import math
+import re
+import shlex
+import signal
+import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from immunity_fast import cli
 from immunity_fast.adversarial import frozen
+from immunity_fast.attacks import Model
 from immunity_fast.checkpoint import load_checkpoint, load_model
 from immunity_fast.compilation import Compile, Compiled, at_size, keep_caches
 from immunity_fast.config import TrainConfig, number
@@ -33,6 +40,8 @@ from immunity_fast.runs import Run
 from immunity_fast.subjects import Mixture, Network, Subject, load_callable
 
 CHUNK = {"cpu": 50, "cuda": 250}  # images at once
+TELL = 60.0  # seconds between two lines in a log that is no terminal
+LARGEST = 2**63 - 1  # of whole numbers
 
 # What a training run ends with: minutes on a CPU. The command finds out more.
 AFTER_TRAINING = Plan(
@@ -69,7 +78,6 @@ def evaluate(
         ValueError: a model that cannot be attacked or whose output is not finite.
     """
     set_float32("ieee")  # the numbers that are kept are not to depend on the device
-    outputs.figures.mkdir(parents=True, exist_ok=True)
     evaluation = Evaluation(
         subject,
         dataset.test,
@@ -78,6 +86,9 @@ def evaluate(
         data=fingerprint(dataset.test),
         loss_fn=loss_fn,
     )
+    outputs.figures.mkdir(parents=True, exist_ok=True)
+    for pair in evaluation.left_out:
+        cli.console.print(f"left out: {pair['attack']} by {pair['attacker']}: {pair['why']}")
     _run(evaluation)
     found, shown = write(evaluation, dataset, outputs, about)
     for table in shown:
@@ -88,7 +99,7 @@ def evaluate(
 
 
 def _run(evaluation: Evaluation) -> None:
-    """With a progress bar, and after the first images an estimate of what will come out."""
+    """With a progress bar, or now and then a line; and after the first images an estimate of what will come out."""
     pieces = list(evaluation.pieces())
     remaining = sum(
         stop - start for row, start, stop in pieces if evaluation.key(row, start, stop) not in evaluation.ledger
@@ -96,12 +107,19 @@ def _run(evaluation: Evaluation) -> None:
     if len(pieces) and remaining < sum(stop - start for _, start, stop in pieces):
         cli.console.print(f"going on with {evaluation.ledger.path}")
     judge = evaluation.subject.judges[0]
-    begin, estimated = time.perf_counter(), False
-    with cli.progress_bar() as progress:
-        task = progress.add_task("evaluation", total=sum(stop - start for _, start, stop in pieces), status="")
+    begin, estimated, done, status = time.perf_counter(), False, 0, ""
+    total = sum(stop - start for _, start, stop in pieces)
+
+    def told() -> str:
+        minutes = (time.perf_counter() - begin) / 60
+        return f"evaluation: {done:,} of {total:,} images after {minutes:.0f} min" + (f"; {status}" if status else "")
+
+    with cli.progress_bar() as progress, _telling(told):
+        task = progress.add_task("evaluation", total=total, status="")
 
         def advance(row: Row, images: int, new: bool) -> None:
-            nonlocal estimated
+            nonlocal estimated, done, status
+            done += images
             progress.advance(task, images)
             if row != evaluation.rows[-1]:
                 return
@@ -118,6 +136,27 @@ def _run(evaluation: Evaluation) -> None:
                 progress.console.print(f"{status}; these took {seconds:.0f} s")
 
         evaluation.run(advance)
+
+
+@contextmanager
+def _telling(status: Callable[[], str]) -> Iterator[None]:
+    """Where there is no terminal for a progress bar, a line now and then: one attack alone may take twenty minutes."""
+    if cli.console.is_terminal:
+        yield
+        return
+    over = threading.Event()
+
+    def tell() -> None:
+        while not over.wait(TELL):
+            cli.console.print(status())  # which flushes
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
 
 
 def evaluate_run(
@@ -167,7 +206,7 @@ def evaluate_run(
             f"{what}, trained for {config.epochs} epochs on {len(dataset.train):,} images{trained}, and judged on "
             f"{len(dataset.test):,} test images.{weights}"
         ),
-        settings=config.to_json(),
+        settings=config.to_json() | {"classes": ", ".join(dataset.classes)},
         commands={
             "Evaluate this run again, with more attacks": run.evaluate_command,
             "Go on with it, if it was interrupted": run.resume_command,
@@ -208,7 +247,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="what is known of the gate, with commas: fixed, single, eot, mean, worst, experts, transfer; default: all",
     )
     parser.add_argument("--limit", type=int, metavar="INT", help="test images to attack; default: the run's setting")
-    parser.add_argument("--eps", type=number, metavar="FLOAT", help="radius; default: 8/255 for Linf, 1 for L2")
+    parser.add_argument(
+        "--eps", type=number, metavar="FLOAT", help="radius, of images in [0, 1]; default: 8/255 for Linf, 1 for L2"
+    )
     parser.add_argument("--norm", choices=("Linf", "L2"), default="Linf", help="of the perturbation")
     parser.add_argument(
         "--draws", type=int, metavar="INT", help="of the gate, or of a random model, for EOT; default: 20"
@@ -217,7 +258,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--transfer-from", type=Path, metavar="RUN", help="attack this run, too, and transfer its images"
     )
     parser.add_argument(
-        "--drop-fooled", action="store_true", help="attack an image until it fools its attacker; faster"
+        "--drop-fooled", action="store_true", help="attack an image until it fools what its attacker attacks; faster"
     )
     parser.add_argument("--masking-images", type=int, default=64, metavar="INT", help="for the curves; 0: no curves")
     parser.add_argument("--queries", type=int, default=5000, metavar="INT", help="of Square")
@@ -230,15 +271,33 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="forget what is finished of an earlier evaluation there")
     parser.add_argument("--dataset", choices=DATASETS, help="for module.path:callable")
     parser.add_argument("--data", metavar="PATH", help="where the data set lies, or lies now")
+    parser.add_argument(
+        "--image-size", type=int, metavar="INT", help="for module.path:callable on a folder of images: of what side"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: CUDA if there is any")
     parser.add_argument("--compile", choices=("auto", "off", "on", "max"), default="auto", help="compile the experts")
     options = parser.parse_args(arguments)
-    for name, least in (("limit", 1), ("draws", 1), ("masking_images", 0), ("queries", 1), ("autoattack_steps", 1)):
-        value = getattr(options, name)
+    leasts = {
+        "limit": 1,
+        "draws": 1,
+        "masking_images": 0,
+        "queries": 1,
+        "autoattack_steps": 1,
+        "image_size": 1,
+        "seed": 0,
+    }
+    for name, least in leasts.items():
+        value, option = getattr(options, name), f"--{name.replace('_', '-')}"
         if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+            raise ValueError(f"{option}: expected at least {least}, got {value}")
+        if value is not None and value > LARGEST:
+            raise ValueError(f"{option}: expected at most 2⁶³ − 1, got a number of {len(str(value))} digits")
     if options.eps is not None and not 0 <= options.eps < math.inf:
         raise ValueError(f"--eps: expected a finite number of at least 0, got {options.eps}")
+    if options.eps is not None and options.norm == "Linf" and options.eps > 1:
+        raise ValueError(
+            f"--eps: images are in [0, 1], so at most 1, got {options.eps:g}; of 255 levels: {options.eps:g}/255"
+        )
     return options
 
 
@@ -281,26 +340,81 @@ def with_attackers(plan: Plan, subject_attackers: Sequence[str], given: str | No
     return replace(plan, attackers=tuple(names))
 
 
+def check_radius(plan: Plan, dataset: ImageDataset) -> None:
+    """ValueError for an L2 radius that no image needs: larger than the distance of black from white."""
+    height, width = dataset.image_size
+    diagonal = math.sqrt(3 * height * width)
+    if plan.norm == "L2" and plan.radius > diagonal:
+        raise ValueError(
+            f"--eps: no two images of {height}×{width} pixels in [0, 1] are further apart in L2 than {diagonal:.4g}, "
+            f"got {plan.radius:g}"
+        )
+
+
+def another(
+    options: argparse.Namespace, model: Model, dataset: ImageDataset, device: torch.device
+) -> ImmunityMoE | None:
+    """The model of `--transfer-from`; None without it.
+
+    Raises:
+        ValueError: it is what is evaluated, was trained on other classes, or has not been trained to its end.
+    """
+    path: Path | None = options.transfer_from
+    if path is None:
+        return None
+    place = f"--transfer-from {path}"
+    other, info = load_model(path, device)
+    if path.is_dir():
+        run = Run.open(path)
+        config = run.config()
+        epoch = load_checkpoint(run.checkpoint)[1]["epoch"]
+        if epoch < config.epochs:
+            raise ValueError(
+                f"{place}: stopped after {epoch} of {config.epochs} epochs; go on with: {run.resume_command}"
+            )
+        if config.dataset != dataset.name:
+            raise ValueError(
+                f"{place}: it was trained on {config.dataset}, whose classes are not those of {dataset.name}"
+            )
+    classes = info["model"]["num_classes"]
+    if classes != dataset.num_classes:
+        raise ValueError(f"{place}: it was trained on {classes} classes, and these data have {dataset.num_classes}")
+    same_folder = path.is_dir() and Path(options.run).is_dir() and path.samefile(options.run)
+    if same_folder or (isinstance(model, torch.nn.Module) and _same(model, other)):
+        raise ValueError(f"{place}: that is the run that is evaluated; name one that was trained independently")
+    return other
+
+
+def _same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether their tensors are equal."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(
+        mine[name].shape == theirs[name].shape and bool((mine[name] == theirs[name]).all()) for name in mine
+    )
+
+
 def evaluate_callable(options: argparse.Namespace, device: torch.device) -> None:
     """The command for `module.path:callable`."""
     for name in ("dataset", "out"):
         if getattr(options, name) is None:
-            raise ValueError(f"--{name}: missing; {options.run} needs it")
-    dataset = load(options.dataset, options.data).to(device)
+            raise ValueError(f"--{name}: missing; {options.run} is no folder that is here, and a network needs it")
+    dataset = load(options.dataset, options.data, image_size=options.image_size).to(device)
     model = load_callable(options.run)
     if isinstance(model, torch.nn.Module):
         model.to(device)
-    transfer = None if options.transfer_from is None else ExactMean(load_model(options.transfer_from, device)[0])
+    other = another(options, model, dataset, device)
+    transfer = None if other is None else ExactMean(other)
     if isinstance(model, ImmunityMoE) and model.num_experts > 1:
         subject: Subject = Mixture(model, dataset.num_classes, draws=options.draws or 20, transfer=transfer)
     else:
         subject = Network(model, dataset.num_classes, name=options.run, draws=options.draws, transfer=transfer)
     plan = plan_of(options, options.limit or 1000, 0, device)
     plan = with_attackers(plan, subject.attackers, options.attackers)
+    check_radius(plan, dataset)
     about = About(
         title=f"{options.run} on {options.dataset}",
         lead=f"{options.run}, judged on {len(dataset.test):,} test images.",
-        settings={"model": options.run, "dataset": options.dataset},
+        settings={"model": options.run, "dataset": options.dataset, "classes": ", ".join(dataset.classes)},
         commands={},
     )
     outputs = _outputs(options.out, options.again)
@@ -315,34 +429,42 @@ def evaluate_folder(options: argparse.Namespace, device: torch.device) -> None:
     """The command for a run's folder."""
     if options.dataset is not None:
         raise ValueError(f"--dataset {options.dataset}: the run in {options.run} has its own")
+    if options.image_size is not None:
+        raise ValueError(f"--image-size {options.image_size}: the run in {options.run} has its own")
     run = Run.open(Path(options.run))
     config = run.config()
     dataset = load(
         config.dataset, options.data or config.data, limit_train=config.limit_train, image_size=config.image_size
     ).to(device)
-    paths = {None: run.folder, "best": run.best_checkpoint, "last": run.checkpoint}
-    model, info = load_model(paths[options.checkpoint], device)
+    best = options.checkpoint == "best" or (options.checkpoint is None and run.best_checkpoint.is_file())
+    file = run.best_checkpoint if best else run.checkpoint
+    model, info = load_model(file, device)
     _, last = load_checkpoint(run.checkpoint)
-    if info["model"]["num_classes"] != dataset.num_classes or info["data"] != dataset.fingerprint():
-        raise ValueError(f"the data are not those that {options.run} was trained on")
-    if (info["model"]["arch"], info["model"]["num_experts"]) != (config.arch, config.experts):
-        raise ValueError(f"{run.checkpoint}: of another run: {info['model']}")
+    for path, found in ((run.checkpoint, last), (file, info)):
+        if (found["model"]["arch"], found["model"]["num_experts"]) != (config.arch, config.experts):
+            raise ValueError(f"{path}: of another run: {found['model']}")
+        if found["model"]["num_classes"] != dataset.num_classes or found["data"] != dataset.fingerprint():
+            if found["data"] != last["data"]:
+                raise ValueError(f"{path}: of another run, which was trained on other data")
+            raise ValueError(f"the data are not those that {options.run} was trained on")
     if last["epoch"] < config.epochs:
         raise ValueError(
             f"{options.run}: stopped after {last['epoch']} of {config.epochs} epochs; go on with: {run.resume_command}"
         )
-    transfer = None if options.transfer_from is None else load_model(options.transfer_from, device)[0]
+    transfer = another(options, model, dataset, device)
     attackers: tuple[str, ...] = Network(lambda x: x, 1, transfer=transfer).attackers
     if model.num_experts > 1:
         attackers = Mixture(model, dataset.num_classes, transfer=transfer).attackers
     plan = plan_of(options, options.limit or config.attack_images, config.seed, device)
+    plan = with_attackers(plan, attackers, options.attackers)
+    check_radius(plan, dataset)
     keep_caches()
     evaluate_run(
         run,
         model,
         dataset,
         config,
-        with_attackers(plan, attackers, options.attackers),
+        plan,
         _outputs(options.out or run.folder, options.again),
         draws=options.draws or 20,
         transfer=transfer,
@@ -357,15 +479,47 @@ def _outputs(folder: Path, again: bool) -> Outputs:
     return outputs
 
 
+class Terminated(SystemExit):
+    """SIGTERM was sent."""
+
+
+@contextmanager
+def _stoppable(arguments: Sequence[str]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the command with a line that says how to go on; what is finished has been written down."""
+
+    def terminate(_signal: int, _frame: Any) -> NoReturn:
+        raise Terminated(128 + signal.SIGTERM)
+
+    in_main = threading.current_thread() is threading.main_thread()  # nobody else may take signals
+    before = signal.signal(signal.SIGTERM, terminate) if in_main else None
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated):
+        kept = [argument for argument in arguments if argument != "--again"]  # which would forget what is finished
+        command = shlex.join(["python", "-m", "immunity_fast.evaluate", *kept])
+        print(f"stopped; what is finished is kept; go on with: {command}", file=sys.stderr, flush=True)
+        raise
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def names_callable(text: str) -> bool:
+    """Whether it is module.path:callable, and not a folder, be it one that is missing: `C:\\runs`, `runs/a:b`."""
+    return re.fullmatch(r"[\w.]*:[\w.]*", text) is not None and not Path(text).exists()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = parse(arguments)
-        device = cli.pick_device(options.device)
-        if ":" in options.run and not Path(options.run).exists():
-            evaluate_callable(options, device)
-        else:
-            evaluate_folder(options, device)
+        with _stoppable(arguments):
+            device = cli.pick_device(options.device)
+            if names_callable(options.run):
+                evaluate_callable(options, device)
+            else:
+                evaluate_folder(options, device)
     except (ValueError, ModuleNotFoundError) as error:
         raise cli.InputError(str(error)) from error
 

@@ -6,7 +6,7 @@ All are drawn with `matplotlib.figure.Figure` itself, so that no display and no 
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
@@ -74,7 +74,8 @@ def draw_heatmaps(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], p
     # Lines break before an arrow rather than after it; a dollar sign would otherwise start a formula.
     lines = [text.replace("→ ", "→\u00a0").splitlines() for text in row_labels]
     labels = ["\n".join(textwrap.fill(line, 18) for line in text).replace("$", r"\$") for text in lines]
-    font = FontProperties(size=FONT_SIZE)
+    labels, families = drawable(labels)
+    font = FontProperties(size=FONT_SIZE, family=families)
 
     # The layout is counted in whole pixels, from the top left; a small image is enlarged by a whole factor.
     scale = max(1, round(CELL / max(height, width))) if max(height, width) <= CELL else CELL / max(height, width)
@@ -135,6 +136,29 @@ def _blend(grey: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
     share = 0.4 + 0.45 * heatmap[..., None]
     blended: np.ndarray = (1 - share) * grey + share * matplotlib.colormaps[COLORMAP](heatmap)[..., :3]
     return blended
+
+
+def drawable(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Texts that can be drawn, and the families of fonts that have all their characters, the usual ones first.
+
+    Where those lack some, as they do those of Chinese, Japanese and Korean, others follow that are installed and have
+    them; what none has is replaced by □.
+    """
+    families = list(matplotlib.rcParams["font.family"])
+    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in families]
+    characters = set("".join(texts)) - {"\n"}
+    missing = {c for c in characters if not any(font.get_char_index(ord(c)) for font in fonts)}
+    for family in dict.fromkeys(entry.name for entry in fontManager.ttflist) if missing else ():
+        if family.startswith("Last Resort"):  # which has a box for each script
+            continue
+        with suppress(RuntimeError, OSError, ValueError):  # a font of pictures, or a broken one
+            font = get_font(findfont(FontProperties(family=[family]), fallback_to_default=False))
+            has = {c for c in missing if font.scalable and font.get_char_index(ord(c))}
+            if has:
+                families.append(family)
+                missing -= has
+    replaced = str.maketrans(dict.fromkeys(missing, "□"))
+    return [text.translate(replaced) for text in texts], families
 
 
 def _text_width(line: str, font: FontProperties) -> int:

@@ -44,13 +44,20 @@ def results(evaluation: Evaluation) -> dict[str, Any]:
     """A JSON object:
 
     * accuracy: {attack, attacker (None: nobody), judge, correct, images, accuracy, interval (Wilson, 95 %), seconds};
-    * worst_case: the same by judge, an image being right if it was under every attack of every attacker;
+    * worst_case: the same by judge, an image being right if it was under every attack of every attacker; none where
+      nothing was attacked;
+    * left_out: {attack, attacker, why}, what was asked for and is not among them;
+    * unmoved: {attack, attacker, unmoved, right, images}: images whose gradient was exactly zero at every step, so that
+      the attack could not move them, and how many of them the exact attacker's objective gets right: they count as
+      withstanding;
     * curves: "eps" and "steps", by the exact attacker, judged on what it attacks;
     * masking: {check, passed, finding};
     * heatmaps: "clean" and "attacked" (by PGD-20 on the exact mean), see `metrics.combined`; for mixtures;
     * plan: what was asked for.
     """
     found: dict[str, Any] = {"accuracy": [], "worst_case": [], "plan": asdict(evaluation.plan)}
+    found["left_out"] = evaluation.left_out
+    found["unmoved"] = list(_unmoved(evaluation))
     survivors: dict[str, list[bool]] = {}
     for row in [Row("clean"), *evaluation.rows]:
         pieces = evaluation.results(row)
@@ -63,7 +70,8 @@ def results(evaluation: Evaluation) -> dict[str, Any]:
             found["accuracy"].append(name | _share(right) | {"seconds": round(seconds, 3)})
             if row.kind != "clean":
                 survivors[judge] = [a and b for a, b in zip(survivors.get(judge, right), right, strict=False)]
-    found["worst_case"] = [{"judge": judge} | _share(right) for judge, right in survivors.items()]
+    if any(row.kind == "attack" and evaluation.results(row) for row in evaluation.rows):
+        found["worst_case"] = [{"judge": judge} | _share(right) for judge, right in survivors.items()]
     if isinstance(evaluation.subject, Mixture):
         found["transfer_from_experts"] = _from_experts(evaluation)
     found["curves"] = _curves(evaluation)
@@ -112,7 +120,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         rows,
         note,
     )
-    return [accuracy, *_expert_table(found), *_heatmap_table(found), *_masking_table(found)]
+    others = (_expert_table, _heatmap_table, _left_out_table, _unmoved_table, _masking_table)
+    return [accuracy, *(table for make in others for table in make(found))]
 
 
 def to_csv(found: Mapping[str, Any]) -> str:
@@ -166,6 +175,21 @@ def _from_experts(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]
 
 
+def _unmoved(evaluation: Evaluation) -> Iterable[dict[str, Any]]:
+    for row in evaluation.rows:
+        pieces = [piece for piece in evaluation.results(row) if "unmoved" in piece]
+        stuck = [bit == "1" for piece in pieces for bit in piece["unmoved"]]
+        if any(stuck):
+            right = bits(pieces, evaluation.subject.exact)
+            yield {
+                "attack": row.attack,
+                "attacker": row.attacker,
+                "unmoved": sum(stuck),
+                "right": sum(a and b for a, b in zip(stuck, right, strict=True)),
+                "images": len(stuck),
+            }
+
+
 def _curves(evaluation: Evaluation) -> dict[str, list[dict[str, Any]]]:
     judge = evaluation.subject.exact
     curves: dict[str, list[dict[str, Any]]] = {"eps": [], "steps": []}
@@ -189,6 +213,13 @@ def _masking(evaluation: Evaluation, found: Mapping[str, Any]) -> list[dict[str,
         entry = find(found, attack, attacker, exact)
         return None if entry is None else float(entry["accuracy"])
 
+    if found["unmoved"]:
+        most = max(found["unmoved"], key=lambda entry: entry["unmoved"] / entry["images"])
+        check(
+            "every image has a gradient that an attack can follow",
+            False,
+            f"{_stuck(most)} under {NAMES[most['attack']]} ({DESCRIPTIONS.get(most['attacker'], most['attacker'])})",
+        )
     noise, single, iterated = accuracy("noise", None), accuracy("fgsm", exact), accuracy("pgd", exact)
     if noise is not None and iterated is not None:
         check(
@@ -277,6 +308,35 @@ def _heatmap_table(found: Mapping[str, Any]) -> Iterable[Table]:
         for key, (title, form, says) in lines.items()
     ]
     yield Table("The experts' heatmaps", ["measure", *(titles[name] for name in shown), "what it says"], rows)
+
+
+def _left_out_table(found: Mapping[str, Any]) -> Iterable[Table]:
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for pair in found.get("left_out", []):
+        by_reason.setdefault((pair["attack"], pair["why"]), []).append(pair["attacker"])
+    rows = [[NAMES[attack], ", ".join(names), why] for (attack, why), names in by_reason.items()]
+    if rows:
+        yield Table("Left out: not attacked, and in no worst case", ["attack", "attackers", "why"], rows)
+
+
+def _unmoved_table(found: Mapping[str, Any]) -> Iterable[Table]:
+    rows = []
+    for entry in found.get("unmoved", []):
+        knows = DESCRIPTIONS.get(entry["attacker"], entry["attacker"])
+        rows.append([NAMES[entry["attack"]], knows, _stuck(entry), f"{entry['right']:,}"])
+    if rows:
+        yield Table(
+            "Images that could not be attacked: their gradient is exactly zero",
+            ["attack", "what the attacker differentiates", "not moved", "of them counted as withstanding"],
+            rows,
+            "They stay where the attack began, and say nothing of how robust the model is; attacks on other losses, or "
+            "without gradients, may fool it on them.",
+        )
+
+
+def _stuck(entry: Mapping[str, Any]) -> str:
+    share = 100 * entry["unmoved"] / entry["images"]
+    return f"{entry['unmoved']:,} of {entry['images']:,} images ({share:.1f} %)"
 
 
 def _masking_table(found: Mapping[str, Any]) -> Iterable[Table]:

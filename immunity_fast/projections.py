@@ -37,6 +37,30 @@ def project_l2(adversarial: Tensor, images: Tensor, eps: float) -> Tensor:
     return _towards(exact, (exact + move).clamp(0, 1), images.dtype, move.abs())
 
 
+def scaled(gradient: Tensor) -> Tensor:
+    """Each gradient of (B, …) divided by its largest magnitude, in float32 at least; one of zero stays zero.
+
+    What is made of it next, a norm or a mean, then neither underflows nor overflows, however small the gradient of a
+    confident network is: the squares of 10⁻³⁰ are 0 in float32, and next to any constant that keeps a division from 0/0
+    such a gradient is nothing.
+    """
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    return gradient / largest_magnitude(gradient)
+
+
+def largest_magnitude(gradient: Tensor) -> Tensor:
+    """Of each gradient of (B, …), as (B, 1, …); 1 for one of zero."""
+    largest = gradient.abs().amax(tuple(range(1, gradient.dim())), keepdim=True)
+    return torch.where(largest > 0, largest, 1)
+
+
+def unit(gradient: Tensor) -> Tensor:
+    """Each gradient of (B, …) with an L2 norm of 1, in float32 at least; one of zero stays zero."""
+    gradient = scaled(gradient)
+    length = torch.linalg.vector_norm(gradient.flatten(1), dim=1).view(-1, *[1] * (gradient.dim() - 1))
+    return gradient / torch.where(length > 0, length, 1)
+
+
 def random_start(images: Tensor, eps: float, norm: Norm, generator: torch.Generator | None) -> Tensor:
     """A random image of each ball; torchattacks' draws: Linf uniform, L2 a uniform direction and a uniform radius."""
     device = images.device if generator is None else generator.device

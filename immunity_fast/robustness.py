@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from immunity_fast import autoattack
-from immunity_fast.attacks import EPS, Attack, BoundAttack, NotFiniteError
+from immunity_fast.attacks import EPS, Attack, BoundAttack, LabelledModel, NotFiniteError, UnmovedWarning
 from immunity_fast.augmentation import to_float
 from immunity_fast.data import Split
 from immunity_fast.ledger import Ledger, key_of
@@ -26,7 +27,9 @@ from immunity_fast.metrics import heatmap_sums, sample_order
 from immunity_fast.projections import Norm
 from immunity_fast.subjects import Mixture, Subject
 
-VERSION = 1  # of what a piece is: a change makes earlier ones unknown
+VERSION = 2  # of what a piece is: a change makes earlier ones unknown
+PROBES = 16  # test images that a model is told apart by
+COMPARED = 128  # test images of which a model answers some otherwise, or it does not depend on them
 CLEAN_CHUNK = 250  # images of the whole test split at once
 GRADIENT_ATTACKS = ("fgsm", "bim", "mim", "pgd", "cw", "dlr")
 OTHER_ATTACKS = ("square", "autoattack")
@@ -45,7 +48,8 @@ class Plan:
     eps: of the ball; None is 8/255 for Linf, 1 for L2.
     masking_images: how many of them the curves against ε and against steps are made of; 0 leaves them out.
     curve_eps: multiples of the radius; curve_steps: numbers of PGD's steps.
-    drop_fooled: see `Attack`; an image that has fooled its attacker's own objective is then not attacked further.
+    drop_fooled: see `Attack`; an image that has fooled its attacker's own objective is then not attacked further: for
+        good, where that is the switching gate's. Objectives that are random in another way are attacked to the end.
     queries: of Square; autoattack_steps: of AutoAttack's gradient attacks.
     """
 
@@ -97,18 +101,37 @@ def gradient_attack(name: str, plan: Plan) -> Attack:
 
 def attack_rows(subject: Subject, plan: Plan) -> list[Row]:
     """All rows of the table, in its order."""
-    attackers = [name for name in subject.attackers if plan.attackers is None or name in plan.attackers]
     rows = [Row("sample"), Row("noise")]
-    for attack in plan.attacks:
-        for attacker in attackers:
-            if attack == "dlr" and subject.num_classes < 3:
-                continue  # the ratio is not defined
-            if attack in GRADIENT_ATTACKS:
-                rows.append(Row("attack", attack, attacker, gradient_attack(attack, plan)))
-            # Square asks what answers; AutoAttack's two versions are for objectives that are not random, and that are.
-            elif attacker in ("mean", "single", "output") or (attack == "autoattack" and attacker == "fixed"):
-                rows.append(Row("attack", attack, attacker))
+    for attack, attacker in _pairs(subject, plan):
+        if _why_not(subject, attack, attacker) is None:
+            settings = gradient_attack(attack, plan) if attack in GRADIENT_ATTACKS else None
+            rows.append(Row("attack", attack, attacker, settings))
     return rows
+
+
+def left_out(subject: Subject, plan: Plan) -> list[dict[str, str]]:
+    """What a plan asks for and no row is made of: {attack, attacker, why}."""
+    return [
+        {"attack": attack, "attacker": attacker, "why": why}
+        for attack, attacker in _pairs(subject, plan)
+        if (why := _why_not(subject, attack, attacker)) is not None
+    ]
+
+
+def _pairs(subject: Subject, plan: Plan) -> list[tuple[str, str]]:
+    attackers = [name for name in subject.attackers if plan.attackers is None or name in plan.attackers]
+    return [(attack, attacker) for attack in plan.attacks for attacker in attackers]
+
+
+def _why_not(subject: Subject, attack: str, attacker: str) -> str | None:
+    """Why an attack is not for an attacker; None if it is."""
+    if attack == "dlr" and subject.num_classes < 3:
+        return "its ratio is not defined for fewer than 3 classes"
+    if attack == "square" and attacker not in ("mean", "single", "output"):
+        return "it asks what answers, and differentiates nothing: it is for mean, single and output"
+    if attack == "autoattack" and attacker not in ("fixed", "mean", "single", "output"):
+        return "its standard version is for fixed, mean and output, its randomised one for single"
+    return None
 
 
 def curve_rows(subject: Subject, plan: Plan) -> list[Row]:
@@ -126,6 +149,9 @@ class Evaluation:
         ledger: what is finished, and where more is written down.
         data: fingerprint of the test split.
         loss_fn: how heatmaps are looked at, for mixtures of at least 2 experts; None leaves them out.
+
+    Raises:
+        ValueError: attacks are asked for, and none of them is for any of the attackers; the model does not take images.
     """
 
     def __init__(
@@ -141,10 +167,16 @@ class Evaluation:
         self.subject, self.test, self.plan, self.ledger, self.loss_fn = subject, test, plan, ledger, loss_fn
         self.order = sample_order(test, plan.images)
         self.rows = attack_rows(subject, plan)
+        self.left_out = left_out(subject, plan)
+        if plan.attacks and all(row.kind != "attack" for row in self.rows):
+            reasons = "; ".join(f"{pair['attack']} by {pair['attacker']}: {pair['why']}" for pair in self.left_out)
+            raise ValueError(f"attacks: nothing is left to attack with ({reasons or 'there is no such attacker'})")
+        self._compared = self._images(sample_order(test, COMPARED))
         self.curves = curve_rows(subject, plan)
         self._identity = {
             "version": VERSION,
             "subject": subject.fingerprint(),
+            "answers": subject.answers(self._compared[:PROBES]),
             "data": data,
             "seed": plan.seed,
             "heatmaps": repr(loss_fn) if loss_fn is None else repr((loss_fn, loss_fn.smoothing, loss_fn.score)),
@@ -191,8 +223,10 @@ class Evaluation:
         keys = [self.key(row, start, stop) for start, stop in _chunks(size, chunk)]
         return [self.ledger[key] for key in keys if key in self.ledger]
 
-    def attacked(self, row: Row, images: Tensor, labels: Tensor, seed: int) -> Tensor:
-        """The row's adversarial images of a batch."""
+    def attacked(
+        self, row: Row, images: Tensor, labels: Tensor, seed: int, unmoved: list[Tensor] | None = None
+    ) -> Tensor:
+        """The row's adversarial images of a batch; of an attack by gradients, `unmoved` gets `BoundAttack.unmoved`."""
         plan = self.plan
         generator = torch.Generator().manual_seed(seed)
         gate = torch.Generator().manual_seed(seed + 1)
@@ -201,9 +235,16 @@ class Evaluation:
         if row.kind == "noise":
             noise = Attack(plan.radius, norm=plan.norm, steps=0, random_start=True)
             return noise(lambda x: x, images, labels, generator=generator)
-        outputs = self.subject.attacker(row.attacker, gate)
         if row.settings is not None:
-            return BoundAttack(row.settings, outputs)(images, labels, generator=generator)
+            bound = self._bound(row.settings, row.attacker, self.subject.attacker(row.attacker, gate))
+            found = _quietly(bound, images, labels, generator=generator)
+            if unmoved is not None:
+                unmoved.append(bound.unmoved)
+            return found
+        if row.attack == "square":
+            outputs = self.subject.attacker(row.attacker, gate)
+        else:
+            outputs = self.subject.drawn(row.attacker, autoattack.DRAWS, gate)
 
         def model(x: Tensor) -> Tensor:
             return outputs(x, labels)  # of these two, the labels are for "worst" alone
@@ -225,17 +266,28 @@ class Evaluation:
             queries=plan.queries,
         )
 
+    def _bound(self, attack: Attack, attacker: str, outputs: LabelledModel) -> BoundAttack:
+        judge = self.subject.best_by(attacker)
+        if judge is None and attacker in self.subject.random:  # which image is worst would be a matter of luck
+            attack = replace(attack, keep_best=False, drop_fooled=False)
+        return BoundAttack(attack, outputs, judge=judge, elsewhere=self._compared)
+
+    def _images(self, chosen: Tensor) -> Tensor:
+        return to_float(self.test.images[chosen.to(self.test.labels.device)])
+
     def _piece(self, row: Row, chosen: Tensor, seed: int) -> dict[str, Any]:
-        indices = chosen.to(self.test.labels.device)
-        images, labels = to_float(self.test.images[indices]), self.test.labels[indices]
+        images, labels = self._images(chosen), self.test.labels[chosen.to(self.test.labels.device)]
         with torch.random.fork_rng():  # for what is random in a user's model
             torch.manual_seed(seed)
             if row.kind in ("eps", "steps"):
                 return {"points": list(self._points(row, images, labels, seed))}
             begin = time.perf_counter()
-            attacked = self.attacked(row, images, labels, seed)
+            unmoved: list[Tensor] = []
+            attacked = self.attacked(row, images, labels, seed, unmoved)
             seconds = time.perf_counter() - begin
             piece = self._judged(attacked, labels, seed)
+        if unmoved:
+            piece["unmoved"] = _written(unmoved[0])
         if self.loss_fn is not None and isinstance(self.subject, Mixture) and self.has_heatmaps(row):
             piece["heatmaps"] = heatmap_sums(self.subject.model, self.loss_fn, attacked, labels).to_json()
         return piece | {"seconds": seconds}
@@ -248,7 +300,8 @@ class Evaluation:
             attacked, taken = self.attacked(Row("noise"), images, labels, seed), 0
             for steps in plan.curve_steps:
                 more = replace(pgd, steps=steps - taken, keep_best=False, drop_fooled=False)
-                attacked, taken = BoundAttack(more, outputs)(images, labels, start=attacked), steps
+                attacked = _quietly(self._bound(more, row.attacker, outputs), images, labels, start=attacked)
+                taken = steps
                 yield {"steps": steps} | self._judged(attacked, labels, seed)
         else:
             for factor in plan.curve_eps:
@@ -258,13 +311,13 @@ class Evaluation:
                     pgd, eps=eps, alpha=2.5 * eps / CURVE_STEPS, steps=CURVE_STEPS, keep_best=True, drop_fooled=True
                 )
                 generator = torch.Generator().manual_seed(seed)
-                attacked = BoundAttack(attack, outputs)(images, labels, generator=generator)
+                attacked = _quietly(self._bound(attack, row.attacker, outputs), images, labels, generator=generator)
                 yield {"eps": eps} | self._judged(attacked, labels, seed)
 
     def _judged(self, images: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
         right, loss = self.subject.judge(images, labels, torch.Generator().manual_seed(seed + 2))
         return {
-            "right": {name: "".join("1" if r else "0" for r in bits.tolist()) for name, bits in right.items()},
+            "right": {name: _written(each) for name, each in right.items()},
             "loss": min(float(loss.double().sum()), LARGEST),
         }
 
@@ -287,6 +340,18 @@ class Evaluation:
     def _seed(self, row: Row, start: int) -> int:
         parts = [self.plan.seed, row.kind, row.attack, row.attacker, start]
         return int(key_of({"seed of": parts})[:12], 16)
+
+
+def _quietly(attack: BoundAttack, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Without a warning of images that could not be moved: a report counts them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnmovedWarning)
+        return attack(images, labels, **options)
+
+
+def _written(each: Tensor) -> str:
+    """A bool of each image, as 0s and 1s."""
+    return "".join("1" if one else "0" for one in each.tolist())
 
 
 def _chunks(size: int, chunk: int) -> list[tuple[int, int]]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import importlib
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from immunity_fast import adversaries
+from immunity_fast.adversaries import Judge
 from immunity_fast.attacks import LabelledModel, Model, NotFiniteError
+from immunity_fast.autoattack import seeded
 from immunity_fast.functional import mixture_log_probabilities
 from immunity_fast.model import ImmunityMoE
 
@@ -39,8 +42,27 @@ class Subject(Protocol):
     def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         """(which are answered rightly (B,), by each judge; cross-entropy (B,) of the exact attacker's output)."""
 
+    def best_by(self, name: str) -> Judge | Literal["outputs"] | None:
+        """By what an attack on that attacker's objective judges which image is worst; see `attacks.BoundAttack`."""
+
+    def drawn(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
+        """`draws` of a random attacker's outputs at once, (draws, B, K), where that costs less; else its outputs."""
+
     def fingerprint(self) -> str:
-        """Changes where answers may."""
+        """Changes with the weights, where there are any that can be seen."""
+
+    def answers(self, images: Tensor) -> str:
+        """A hash of what is answered for some images (B, 3, H, W), nothing random in it.
+
+        It tells apart what the weights do not: functions, plain attributes, hooks. Outputs are rounded to 8 bits, so
+        that another number of threads or another device seldom makes another model of one; a difference that shows
+        on none of these images in so many bits is not seen, nor is one that shows on other images alone. A model that
+        draws from a generator of its own never has the same hash twice; the global ones are seeded, and gates answer
+        by their mean.
+
+        Raises:
+            ValueError: the model does not take such images.
+        """
 
 
 class Mixture:
@@ -88,9 +110,26 @@ class Mixture:
             loss = F.nll_loss(mixture_log_probabilities(logits), labels, reduction="none")
             return adversaries.judge(logits, gate, labels, generator), loss
 
+    def best_by(self, name: str) -> Judge | Literal["outputs"] | None:
+        # The exact mean, too: whoever fools that alone may still be answered rightly while the gate switches.
+        return (
+            adversaries.exact_judge(self.model, self.expert_logits) if name in ("single", "eot", "mean") else "outputs"
+        )
+
+    def drawn(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
+        if name != "single":
+            return self.attacker(name, generator)
+        return adversaries.attacker(
+            self.model, "eot", draws=draws, generator=generator, expert_logits=self.expert_logits
+        )
+
     def fingerprint(self) -> str:
         other = _fingerprint(self.transfer) if isinstance(self.transfer, nn.Module) else ""
         return f"{_fingerprint(self.model)}-{self.draws}-{other}"
+
+    def answers(self, images: Tensor) -> str:
+        own = (self.model.expert_logits, partial(adversaries.trained_gate, self.model))
+        return _answers([("model", own[0]), ("model", own[1]), ("transfer", self.transfer)], images)
 
 
 class Network:
@@ -136,6 +175,15 @@ class Network:
             loss = F.cross_entropy(outputs, labels, reduction="none")
             return {"output": outputs.argmax(-1) == labels}, loss
 
+    def best_by(self, name: str) -> Judge | Literal["outputs"] | None:
+        return None
+
+    def drawn(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
+        return self.attacker(name, generator)
+
+    def answers(self, images: Tensor) -> str:
+        return _answers([("model", self.model), ("transfer", self.transfer)], images)
+
     def fingerprint(self) -> str:
         weights = _fingerprint(self.model) if isinstance(self.model, nn.Module) else ""
         other = _fingerprint(self.transfer) if isinstance(self.transfer, nn.Module) else ""
@@ -176,6 +224,27 @@ def _check_outputs(outputs: Any, num_classes: int) -> None:
     broken = (outputs.isnan() | (outputs == math.inf)).any(-1).any(0)
     if bool(broken.any()):
         raise NotFiniteError(int(broken.nonzero()[0, 0]))
+
+
+def _answers(models: Sequence[tuple[str, Model | None]], images: Tensor) -> str:
+    digest = hashlib.sha256()
+    for name, model in models:
+        if model is None:
+            continue
+        try:
+            with torch.no_grad(), seeded(0), adversaries.exact_means():
+                outputs = model(images)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            shape = f"(B, {', '.join(map(str, images.shape[1:]))})"
+            raise ValueError(
+                f"{name}: it does not take images {shape} of {images.dtype} in [0, 1]; wrap it in a function that "
+                f"makes of them what it takes ({type(error).__name__}: {reason})"
+            ) from error
+        if isinstance(outputs, Tensor):  # `judge` says what is wrong with anything else
+            digest.update(repr(outputs.shape).encode())
+            digest.update(outputs.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _fingerprint(module: nn.Module) -> str:

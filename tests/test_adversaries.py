@@ -17,6 +17,7 @@ from immunity_fast import ImmunityMoE, RandomSwitchGate, adversaries
 from immunity_fast.adversaries import (
     DESCRIPTIONS,
     KNOWLEDGE,
+    always_fooled,
     attacker,
     averaged,
     judge,
@@ -25,7 +26,7 @@ from immunity_fast.adversaries import (
     worst_margins,
     worst_weights,
 )
-from immunity_fast.attacks import Attack, BoundAttack
+from immunity_fast.attacks import Attack, BoundAttack, pgd
 from immunity_fast.experts.staged import GlobalAveragePool
 from tests import oracle
 
@@ -94,6 +95,25 @@ def test_worst_weights_are_a_permutation_that_no_other_beats(experts: int, kind:
             mixture[m] - mixture[label] for mixture in _mixtures(logits, gate, q) for m in range(CLASSES) if m != label
         )
         assert reached == pytest.approx(best, abs=1e-14)
+
+
+@every_case
+def test_who_is_always_fooled_is_so_by_every_permutation(experts: int, kind: str) -> None:
+    """With a target exactly those are; without, of those for whom the same class always beats the label, all are."""
+    logits, gate, labels = _case(experts, kind)
+    targets = (labels + 1 + torch.arange(SAMPLES) % 3) % CLASSES
+    found, reached = always_fooled(logits, gate, labels), always_fooled(logits, gate, labels, targets)
+    for q, (label, target) in enumerate(zip(labels.tolist(), targets.tolist(), strict=True)):
+        mixtures = list(_mixtures(logits, gate, q))
+        beaten = [min(mixture[m] - mixture[label] for mixture in mixtures) for m in range(CLASSES) if m != label]
+        assert bool(found[q]) == (max(beaten) > 1e-12), "of rounding there is none in these cases"
+        others = [max(mixture[m] - mixture[target] for mixture in mixtures) for m in range(CLASSES) if m != target]
+        assert bool(reached[q]) == (max(others) < -1e-12)
+
+
+def test_there_are_cases_of_both() -> None:
+    found = [always_fooled(*_case(experts, kind)) for experts, kind in itertools.product(range(2, 6), KINDS)]
+    assert 10 < int(torch.cat(found).sum()) < 130
 
 
 def test_worst_weights_are_constants_of_the_gradient_but_for_the_gate_s_own() -> None:
@@ -458,3 +478,150 @@ def test_any_random_model_is_averaged_over_its_calls() -> None:
     assert outputs.shape == (4, SAMPLES, 3)
     for i, draw in enumerate(outputs):
         torch.testing.assert_close(draw, _images().flatten(1)[:, :3] + i)
+
+
+# What keep_best, drop_fooled and restarts judge by
+
+
+def _divided(experts: int = 3) -> tuple[ImmunityMoE, Tensor, Tensor]:
+    """Experts that have learnt to tell colours from other parts of the images, and a gate that follows one of them."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(CLASSES, (150,), generator=generator)
+    images = 0.25 + 0.5 * torch.rand(150, 3, 6, 6, generator=generator)
+    images[:, :, :2, :2] += 0.1 * F.one_hot(labels, CLASSES)[:, :3, None, None]
+    images[:, :, 3:, 3:] += 0.1 * F.one_hot(labels, CLASSES)[:, :3, None, None]
+    torch.manual_seed(0)
+    networks = [
+        nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(216, 4)) for _ in range(3)
+    ]
+    gate = RandomSwitchGate(experts, nn.Sequential(nn.Flatten(), nn.Linear(108, experts)))
+    with torch.no_grad():
+        gate.network[-1].weight.mul_(10)  # type: ignore[union-attr, index, operator]
+    model = ImmunityMoE.from_experts(networks[:experts], gate=gate, stage="0", mean=(0.5,) * 3, std=(0.25,) * 3)
+    optimiser = torch.optim.Adam(model.experts.parameters(), lr=0.01)
+    for _ in range(60):
+        loss = sum(F.cross_entropy(logits, labels) for logits in model.expert_logits(images))
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[union-attr]
+        optimiser.step()
+    return model.eval(), images, labels
+
+
+def _answers(model: ImmunityMoE, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """The robust accuracy of everything that may answer; of the switching gate over all permutations, exactly."""
+    with torch.no_grad():
+        logits, gate = model.expert_logits(images), trained_gate(model, images)
+    right = []
+    for order in itertools.permutations(range(gate.shape[1])):
+        mixture = adversaries.mixture_log_probabilities(logits, gate[:, list(order)])
+        right.append((mixture.argmax(-1) == labels).double().mean())
+    mean = (adversaries.mixture_log_probabilities(logits).argmax(-1) == labels).double().mean()
+    return {"switching": float(torch.stack(right).mean()), "mean": float(mean)}
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"keep_best": True},
+    {"drop_fooled": True},
+    {"keep_best": True, "drop_fooled": True},
+    {"keep_best": True, "drop_fooled": True, "restarts": 2},
+]
+WAYS: dict[str, Any] = {
+    "a mixture": lambda model: model,
+    "a function of it": lambda model: lambda x: model(x),
+    "compiled": lambda model: torch.compile(model, backend="eager", dynamic=False),
+    "something more": lambda model: nn.Sequential(model, nn.Softmax(-1)).eval(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("switch", ["call", "sample"])
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_on_a_random_gate_the_best_that_is_kept_is_never_a_lucky_one(switch: Any, norm: Any, way: str) -> None:
+    """Judged by the draw that it was attacked by, an image that was fooled once would be kept, and answered rightly."""
+    model, images, labels = _divided()
+    model.gate.switch = switch
+    eps = 0.02 if norm == "Linf" else 0.17
+    answers = []
+    for options in ({}, *OPTIONS):
+        torch.manual_seed(2)
+        generator = torch.Generator().manual_seed(1)
+        settings = {"eps": eps, "alpha": eps / 4, "steps": 15, "norm": norm, "generator": generator}
+        adversarial = pgd(WAYS[way](model), images, labels, **settings, **options)
+        answers.append(_answers(model, adversarial, labels))
+    assert 0.05 < answers[0]["switching"] < 0.8
+    for options, found in zip(OPTIONS, answers[1:], strict=True):
+        for name, share in found.items():
+            assert share <= answers[0][name] + 0.01, (options, name)
+
+
+@pytest.mark.parametrize("knowledge", ["single", "eot"])
+def test_a_random_attacker_keeps_what_is_worst_for_the_mean(knowledge: Any) -> None:
+    model, images, labels = _divided()
+    answers = []
+    for options in ({}, *OPTIONS[:3]):
+        outputs = attacker(model, knowledge, draws=2, generator=torch.Generator().manual_seed(3))
+        attack = Attack(0.02, 0.005, 15, random_start=True, **options)
+        adversarial = BoundAttack(attack, outputs)(images, labels, generator=torch.Generator().manual_seed(1))
+        answers.append(_answers(model, adversarial, labels))
+    assert 0.05 < answers[0]["switching"] < 0.8
+    # Dropping changes who gets which draw: by an image or two.
+    assert all(found[name] <= answers[0][name] + 0.02 for found in answers[1:] for name in found)
+
+
+def test_on_a_random_gate_dropping_the_fooled_costs_less() -> None:
+    model, images, labels = _divided()
+    counts, whole = [], model._logits
+    shown: list[int] = []
+    model._logits = lambda x: shown.append(len(x)) or whole(x)  # type: ignore[method-assign, assignment, func-returns-value]
+    for drop_fooled in (False, True):
+        shown.clear()
+        pgd(model, images, labels, eps=0.2, alpha=0.05, steps=15, keep_best=True, drop_fooled=drop_fooled)
+        counts.append(sum(shown))
+    assert counts[0] == 150 * (2 * 15 + 1 + 1), "a step, its judge; what finds that out, and a last look"
+    assert counts[1] < counts[0] / 2
+
+
+@pytest.mark.parametrize("switch", ["off", "mean"])
+def test_a_gate_that_does_not_switch_is_judged_by_its_outputs(switch: Any) -> None:
+    model, images, labels = _divided()
+    model.gate.switch = switch
+    shown: list[int] = []
+    whole = model._logits
+    model._logits = lambda x: shown.append(len(x)) or whole(x)  # type: ignore[method-assign, assignment, func-returns-value]
+    pgd(model, images[:9], labels[:9], steps=4, keep_best=True)
+    assert shown == [9] * 5
+
+
+def test_a_compiled_attack_on_a_random_gate_is_judged_by_its_mean_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model, images, labels = _divided()
+    results = []
+    for compiled in ("off", "on"):  # with a draw more or less
+        torch.manual_seed(2)
+        attack = Attack(0.02, 0.005, 8, keep_best=True, drop_fooled=True)
+        bound = BoundAttack(attack, lambda x, _: model(x), compile=compiled)  # type: ignore[arg-type]
+        results.append(_answers(model, bound(images, labels), labels))
+    assert results[0]["mean"] == pytest.approx(results[1]["mean"], abs=0.05)
+
+
+def test_restarts_without_a_step_are_judged_by_the_mean_too() -> None:
+    """Of thirty random starts the one counts that is worst for the mean, not one that met an unlucky draw."""
+    model, images, labels = _divided()
+    settings = {"eps": 0.1, "steps": 0, "restarts": 30}
+    results = []
+    for switch in ("mean", "sample"):
+        model.gate.switch = switch  # type: ignore[assignment]
+        results.append(pgd(model, images, labels, **settings, generator=torch.Generator().manual_seed(1)))
+    assert float((results[0] == results[1]).double().mean()) > 0.95, "who always fools goes before who fools the mean"
+    assert not torch.equal(results[0], pgd(model, images, labels, eps=0.1, steps=0))
+
+
+def test_hooks_are_gone_after_an_attack_and_after_an_error() -> None:
+    module = torch.nn.modules.module
+    before = dict(module._global_forward_pre_hooks), dict(module._global_forward_hooks)
+    model, images, labels = _divided()
+    pgd(model, images[:3], labels[:3], steps=2, keep_best=True)
+    with pytest.raises(RuntimeError):
+        pgd(lambda x: model(x[..., :2, :2]), images[:3], labels[:3], steps=2, keep_best=True)
+    assert (dict(module._global_forward_pre_hooks), dict(module._global_forward_hooks)) == before
+    assert model.gate.switch == "call"

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from immunity_fast import ImmunityMoE, attacks
-from immunity_fast.attacks import BoundAttack, NotFiniteError, bim, fgsm, mim, pgd
+from immunity_fast.attacks import BoundAttack, NotFiniteError, UnmovedWarning, bim, fgsm, mim, pgd
 from immunity_fast.gate import Switch
 from tests.oracle import assert_matches
 from tests.test_attack_losses import loss_of
@@ -901,29 +901,150 @@ def test_a_saturated_loss_warns_and_a_margin_does_not(attack: Attack) -> None:
     _assert_in_ball(moved, images)
 
 
+each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
 @each_norm
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float64, torch.float32, torch.bfloat16, torch.float16],
-    ids=str,
-)
+@each_dtype
 @pytest.mark.parametrize("decay", [None, 1.0])
 def test_one_image_whose_gradient_is_zero_stays_and_the_others_move(
     norm: Any, dtype: torch.dtype, decay: float | None
 ) -> None:
-    """torchattacks' MIFGSM divides such a gradient by its own mean and returns NaN. No warning: the attack moves."""
+    """torchattacks' MIFGSM divides such a gradient by its own mean and returns NaN."""
     model, images = _small(dtype=dtype), _small_images(dtype=dtype)
 
-    def dead(x: Tensor) -> Tensor:
+    def dead(x: Tensor, _labels: Tensor) -> Tensor:
         return model(x) * (x[:, 0, 0, 0] < 2).to(dtype)[:, None] * alive[: len(x), None]
 
     alive = torch.tensor([1, 1, 0, 1, 1, 1, 1], dtype=dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        adversarial = attacks.Attack(norm=norm, decay=decay, steps=1)(dead, images, _small_labels())
+    bound = BoundAttack(attacks.Attack(norm=norm, decay=decay, steps=1), dead)
+    with pytest.warns(UnmovedWarning, match="the gradient of loss 'ce' is exactly zero for 1 of 7 images"):
+        adversarial = bound(images, _small_labels())
     moved = (adversarial != images).flatten(1).any(1)
     assert adversarial.isfinite().all()
     assert torch.equal(moved, alive.bool())
+    assert torch.equal(bound.unmoved, ~alive.bool())
+
+
+@each_norm
+@pytest.mark.parametrize("decay", [None, 0.5])
+@pytest.mark.parametrize("random_start", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "power", "tolerance"),
+    [(torch.float64, -600, 0), (torch.float32, -100, 0), (torch.bfloat16, -100, 0), (torch.float16, -12, 2e-3)],
+    ids=str,
+)
+def test_a_step_does_not_depend_on_the_size_of_the_gradient(
+    norm: Any, decay: float | None, random_start: bool, dtype: torch.dtype, power: int, tolerance: float
+) -> None:
+    """Outputs of a power of two, exact but in float16: gradients are 1e-30 (1e-180 in float64), and directions equal.
+
+    The squares of such gradients are 0, and beside any constant that is added to their norm they are nothing.
+    """
+    model, scale = _small(dtype=dtype), torch.tensor(2.0).double().pow(power).to(dtype)
+    attack = attacks.Attack(None, None, 4, norm, "cw", decay, random_start=random_start)
+    results = [
+        attack(network, _small_images(dtype=dtype), _small_labels(), generator=torch.Generator().manual_seed(1))
+        for network in (model, lambda x: scale * model(x))
+    ]
+    same = ((results[0] - results[1]).abs() <= tolerance).double().mean()
+    assert float(same) >= (0.98 if dtype == torch.float16 else 1), "the least gradients of float16 lose bits, or signs"
+    moves = (results[1] - _small_images(dtype=dtype)).double().flatten(1)
+    assert bool((moves.norm(dim=1) > (0.6 if norm == "L2" else 0.2)).all())
+
+
+@each_dtype
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_an_l2_step_is_a_unit_direction(dtype: torch.dtype, size: float) -> None:
+    """Of a linear model the direction is known; and where one pixel of many has all of a half's smallest gradient."""
+    if dtype == torch.float16 and size != 1:
+        size = {1e-30: 2e-7, 1e30: 3e4}[size]
+    weights = torch.linspace(-1, 1, 3 * 9 * 8, dtype=torch.float64).view(3, 9, 8)
+    images = torch.full((2, 3, 9, 8), 0.5, dtype=dtype)
+
+    def model(x: Tensor) -> Tensor:
+        margin = (x[:1] * (weights * size).to(dtype)).sum((1, 2, 3)), x[1:, 0, 0, 0] * torch.tensor(size, dtype=dtype)
+        return torch.stack([torch.cat(margin), torch.zeros(len(x), dtype=dtype)], 1)
+
+    actual = attacks.Attack(0.5, 0.25, 1, "L2", "cw")(model, images, torch.ones(2, dtype=torch.int64))
+    slopes = (weights * size).to(dtype).double()
+    expected = 0.5 + 0.25 * torch.stack([slopes / slopes.norm(), torch.eye(216).double()[0].view(3, 9, 8)])
+    tolerance = max(2 * torch.finfo(dtype).eps, 1e-7)
+    assert float((actual.double() - expected).abs().max()) <= tolerance
+    moment = attacks.Attack(0.5, 0.25, 1, "L2", "cw", decay=1.0)(model, images, torch.ones(2, dtype=torch.int64))
+    assert float((moment.double() - expected).abs().max()) <= tolerance
+
+
+def _contrast(images: Tensor) -> Tensor:
+    """Knows an image by what differs in it: of a blank one it has no gradient."""
+    model = _small(dtype=images.dtype)
+    bright = images.amax((1, 2, 3), keepdim=True)
+    return model(images * (bright > 0.01)) * (bright > 0.01)[:, 0, 0]
+
+
+def _some_blank(samples: int, blank: int) -> Tensor:
+    images = _small_images(samples)
+    images[samples - blank :] = 0
+    return images
+
+
+@each_norm
+@pytest.mark.parametrize("options", [{}, {"keep_best": True, "drop_fooled": True}, {"decay": 1.0}], ids=str)
+def test_images_without_a_local_gradient_are_left_and_counted(norm: Any, options: dict[str, Any]) -> None:
+    """Ten of sixty in one batch; in batches of ten, of which the last is nothing but blank; and one at a time."""
+    images, attack = _some_blank(60, 10), attacks.Attack(None, None, 3, norm, **options)
+    labels = _said(_contrast, images)
+    with pytest.warns(UnmovedWarning, match="exactly zero for 10 of 60 images"):
+        whole = attack(_contrast, images, labels)
+    assert torch.equal((whole != images).flatten(1).any(1), torch.arange(60) < 50)
+    for size in (10, 1):
+        bound, parts, unmoved = BoundAttack(attack, lambda x, _: _contrast(x)), [], 0
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for part in range(0, 60, size):
+                parts.append(bound(images[part : part + size], labels[part : part + size]))
+                unmoved += int(bound.unmoved.sum())
+        assert unmoved == 10
+        assert len(said) == 10 // size
+        assert_matches(torch.cat(parts), whole, 1e-6)
+
+
+def test_saturated_probabilities_are_no_constant_output_even_one_at_a_time() -> None:
+    """Of a network that is sure of all: probabilities of exactly 0 and 1, one class for most images."""
+
+    def sure(x: Tensor) -> Tensor:
+        return (1e9 * _small()(x)).softmax(-1)
+
+    images = _small_images(40)
+    labels = _said(sure, images)
+    assert len(labels.unique()) > 1
+    for i in range(40):
+        with pytest.warns(UnmovedWarning, match="for all 1 images"):
+            assert torch.equal(bim(sure, images[i : i + 1], labels[i : i + 1]), images[i : i + 1])
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("blank", [False, True])
+def test_a_constant_output_is_an_error_of_any_batch(samples: int, blank: bool) -> None:
+    images = _some_blank(samples, samples if blank else 0)
+    with pytest.raises(ValueError, match="model: its output does not depend on the images"):
+        bim(lambda x: 0 * x.flatten(1)[:, :4] + torch.arange(4), images, _labels(samples))
+
+
+def test_what_else_there_is_decides_whether_an_output_is_constant() -> None:
+    """A step that only images of the caller's cross."""
+    far = _small_images(2)
+    far[0, 0, 0, 0], far[1, 0, 0, 0] = 0.123, 0.5
+
+    def step(x: Tensor) -> Tensor:
+        return 0 * x.flatten(1)[:, :4] + ((x[:, :1, 0, 0] - 0.123).abs() < 1e-9) * torch.arange(4)
+
+    images, labels = _some_blank(3, 3), torch.zeros(3, dtype=torch.int64)
+    attack = attacks.Attack(steps=1)
+    with pytest.raises(ValueError, match="does not depend"):
+        BoundAttack(attack, lambda x, _: step(x))(images, labels)
+    with pytest.warns(UnmovedWarning):
+        BoundAttack(attack, lambda x, _: step(x), elsewhere=far)(images, labels)
 
 
 class Broken:

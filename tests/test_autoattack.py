@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from immunity_fast import ImmunityMoE, RandomSwitchGate
 from immunity_fast.attacks import NotFiniteError, pgd
 from immunity_fast.autoattack import _Network, _Parts, _tileable, autoattack, square
 from immunity_fast.projections import Norm
@@ -249,6 +250,88 @@ def test_the_settings_are_the_published_ones(monkeypatch: pytest.MonkeyPatch) ->
         ("ce", 100, 20),
         ("dlr", 100, 20),
     ]
+
+
+def _experts() -> list[nn.Sequential]:
+    """Three networks that are not quite alike."""
+    torch.manual_seed(1)
+    experts = [_model() for _ in range(3)]
+    with torch.no_grad():
+        for expert in experts[1:]:
+            expert[0].weight += 0.3 * torch.randn_like(expert[0].weight)
+    return experts
+
+
+def test_the_model_is_no_child_of_what_torchattacks_sees() -> None:
+    network = _Network(_model(), _data(2)[0])
+    assert list(network.children()) == []
+    assert [name for name, _ in network.named_parameters()] == ["device"]
+
+
+@each_norm
+@pytest.mark.parametrize("switch", ["sample", "call"])
+def test_a_step_on_random_draws_passes_the_experts_once(switch: Any, norm: Norm) -> None:
+    gate = RandomSwitchGate(3, nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), switch)
+    model = ImmunityMoE.from_experts(_experts(), gate=gate, stage="0", mean=(0.0,) * 3, std=(1.0,) * 3).eval()
+    passes, counts, whole = list[int](), list[int](), model._logits
+    model._logits = lambda x: passes.append(len(x)) or whole(x)  # type: ignore[method-assign, assignment, func-returns-value]
+    images, labels = _data(24)
+    options: dict[str, Any] = {"num_classes": CLASSES, "norm": norm, "eps": EPS[norm] / 2, "version": "rand"}
+    for attacked in (model, lambda x: model(x), lambda x: model(x) * 1):
+        passes.clear()
+        autoattack(attacked, images, labels, steps=6, **options)
+        counts.append(len(passes))
+    # For the images; and for each of two losses for the start, the steps, and to judge.
+    assert counts[0] == counts[1] == 1 + 2 * (1 + 6 + 1)
+    assert counts[2] == 1 + 2 * (20 * (1 + 6) + 1), "of what is no mixture nothing is known"
+
+
+@each_norm
+def test_twenty_draws_by_one_pass_are_as_good_as_by_twenty(norm: Norm) -> None:
+    """From the same draws, in the order in which APGD asks for them."""
+    experts, (images, labels), steps = _experts(), _data(24), 5
+    weights = torch.rand(100, 20, 3, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    order = [(0, 19)]
+    for loss in range(2):
+        first = 1 + loss * (steps + 2)
+        order += [(number, draw) for number in range(first, first + steps + 1) for draw in range(20)]
+        order.append((first + steps + 1, 19))
+    calls = iter(order)
+
+    def mixed(x: Tensor, own: Tensor) -> Tensor:
+        return torch.stack([w * expert(x).softmax(-1) for w, expert in zip(own, experts, strict=True)]).sum(0).log()
+
+    def once(x: Tensor) -> Tensor:
+        return torch.stack([mixed(x, own) for own in weights[next(numbers)]])
+
+    numbers = iter(range(100))
+    options: dict[str, Any] = {"num_classes": CLASSES, "norm": norm, "eps": EPS[norm] / 2, "version": "rand"}
+    together = autoattack(once, images, labels, steps=steps, **options)
+    apart = autoattack(lambda x: mixed(x, weights[next(calls)]), images, labels, steps=steps, **options)
+    assert next(calls, None) is None
+    assert next(numbers) == 1 + 2 * (steps + 2)
+    assert 3 < int((apart != images).flatten(1).any(1).sum()) < 20
+    assert float(((together - apart).abs() < 1e-5).double().mean()) > 0.999, "a sign may hang on the last bit"
+
+
+@each_norm
+@pytest.mark.parametrize("part", ["apgd", "fab"])
+@pytest.mark.parametrize("power", [0, -60, -100])
+def test_attacks_do_not_depend_on_the_size_of_the_gradient(part: str, norm: Norm, power: int) -> None:
+    """torchattacks' parts add 1e-12 to a norm, and take slopes below 1e-8 for zero.
+
+    Of a model whose logits hardly differ the cross-entropy has a gradient of their size. Two classes: the worst
+    image is the end of a straight line.
+    """
+    model, images, labels = _linear(2)
+    distances = _distances(model, images, labels, norm)
+    eps = float(distances.median()) * 1.01
+    options: dict[str, Any] = {"num_classes": 2, "eps": eps, "norm": norm, "steps": 20}
+    with pytest.MonkeyPatch.context() as patch:
+        for other in {"apgd", "fab", "square"} - {part}:
+            patch.setattr(_Parts, other, lambda _self, images, *_, **__: images)
+        adversarial = autoattack(lambda x: model(x) * 2.0**power, images, labels, **options)
+    assert torch.equal(_correct(model, adversarial, labels), distances > eps)
 
 
 def _nothing(kind: Any, seen: list[tuple[str, Tensor, Any, Tensor]]) -> Callable[..., Any]:

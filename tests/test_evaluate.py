@@ -12,9 +12,14 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
@@ -628,6 +633,29 @@ def single():
     return SingleNetwork("resnet8", 3, image_size=12)
 
 
+WEIGHTS = torch.eye(3)
+
+
+def of_weights():
+    return lambda images: 30 * images.mean((2, 3)) @ WEIGHTS
+
+
+def no_gradient_in_the_dark():
+    def network(images):
+        dark = images.amax((1, 2, 3)) < 0.2
+        return torch.where(dark[:, None], torch.tensor([1.0, 0, 0]), 30 * images.mean((2, 3)))
+
+    return network
+
+
+def one_channel():
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def in_bfloat16():
+    return nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(torch.bfloat16)
+
+
 def four_classes():
     return lambda images: torch.cat([images.mean((2, 3)), images[:, :1, 0, 0]], 1)
 
@@ -820,6 +848,8 @@ def test_nan_is_named_with_the_number_of_its_test_image(
         ("mixture_of_four_classes", "expected outputs (B, 3), as many as there are classes, got (6, 4)"),
         ("constant", "does not depend on the images"),
         ("detached", "no gradient"),
+        ("one_channel", "model: it does not take images (B, 3, 12, 12) of torch.float32 in [0, 1]; wrap it"),
+        ("in_bfloat16", "model: it does not take images (B, 3, 12, 12) of torch.float32 in [0, 1]; wrap it"),
     ],
 )
 def test_what_is_no_network_for_these_data_is_refused_in_one_line(
@@ -882,6 +912,14 @@ WRONG = [
     ("--masking-images", "-1", "--masking-images: expected at least 0, got -1"),
     ("--queries", "0", "--queries: expected at least 1, got 0"),
     ("--autoattack-steps", "0", "--autoattack-steps: expected at least 1, got 0"),
+    ("--seed", "-1", "--seed: expected at least 0, got -1"),
+    *(
+        (f"--{name}", str(10**30), f"--{name}: expected at most 2⁶³ − 1, got a number of 31 digits")
+        for name in ("seed", "limit", "draws", "masking-images", "queries", "autoattack-steps")
+    ),
+    ("--seed", str(2**63), "--seed: expected at most 2⁶³ − 1"),
+    ("--eps", "8", "--eps: images are in [0, 1], so at most 1, got 8; of 255 levels: 8/255"),
+    ("--eps", "1.01", "--eps: images are in [0, 1], so at most 1, got 1.01"),
     ("--transfer-from", "no run", "no run"),
     ("--device", "meta", "--device meta"),
     ("--data", "none.npz", "none.npz"),
@@ -909,6 +947,24 @@ def test_a_value_out_of_its_range_is_refused(
     assert not (out / "results.json").exists()
 
 
+@pytest.mark.parametrize("of_run", [True, False], ids=["run", "network"])
+def test_an_l2_radius_has_a_bound_of_its_own(
+    run: Run,
+    networks: ModuleType,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    of_run: bool,
+    asked: list[tuple[Any, Plan, Outputs]],
+) -> None:
+    """From black to white, of 3×12×12 values: √432."""
+    arguments = [str(run.folder)] if of_run else _network(networks, "instance", data, tmp_path)
+    evaluate.main([*arguments, "--norm", "L2", "--eps", "20.78"])
+    assert asked[0][1].radius == 20.78
+    message = error_line(capsys, evaluate.main, [*arguments, "--norm", "L2", "--eps", "20.79"])
+    assert "12×12 pixels in [0, 1] are further apart in L2 than 20.78, got 20.79" in message
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -926,9 +982,25 @@ def test_a_wrong_command_line_is_refused(arguments: list[str], capsys: pytest.Ca
     error_line(capsys, evaluate.main, arguments, code=2)
 
 
+@pytest.mark.parametrize(
+    "name", ["runs/a:b", "C:\\\\runs\\\\first", "C:/runs", "~/runs:1", "a b:c", "2026-01-01T12:30:00"]
+)
+def test_a_folder_that_is_missing_is_no_network_for_a_colon(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_line(capsys, evaluate.main, [name])
+    assert f"{name}: there is no run (no config.json) in this folder" in message
+    assert "--dataset" not in message
+
+
+def test_what_may_be_either_is_said_to_be_neither(capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_line(capsys, evaluate.main, ["a:b"])
+    assert "--dataset: missing; a:b is no folder that is here, and a network needs it" in message
+
+
 def test_a_run_has_a_data_set_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     message = error_line(capsys, evaluate.main, [str(run.folder), "--dataset", "digits"])
     assert f"--dataset digits: the run in {run.folder} has its own" in message
+    message = error_line(capsys, evaluate.main, [str(run.folder), "--image-size", "8"])
+    assert f"--image-size 8: the run in {run.folder} has its own" in message
 
 
 def test_a_best_checkpoint_that_is_not_there_is_named(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -983,6 +1055,233 @@ def test_a_checkpoint_of_another_run_is_refused(
     trainer, _ = train.prepare(*train.parse([*options(data, **changes), "--out", str(tmp_path / "other")]))
     save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info() | {"epoch": 2})
     assert str(run.checkpoint) in error_line(capsys, evaluate.main, [str(run.folder)])
+
+
+@pytest.mark.parametrize("changes", [{"experts": 3}, {}], ids=["other experts", "other data"])
+def test_a_best_checkpoint_of_another_run_is_called_by_its_name(
+    changes: dict[str, Any], run: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not changes:
+        data = write_data(tmp_path / "other.npz", test_images=arrays(seed=1)["test_images"])
+    trainer, _ = train.prepare(*train.parse([*options(data, **changes), "--out", str(tmp_path / "other")]))
+    save_checkpoint(run.best_checkpoint, trainer.tensors(), trainer.info() | {"epoch": 2})
+    message = error_line(capsys, evaluate.main, [str(run.folder)])
+    assert message.startswith(f"error: {run.best_checkpoint}: of another run")
+    assert str(run.checkpoint) not in message
+
+
+@pytest.fixture
+def others(run: Run, data: Path, tmp_path: Path) -> dict[str, Path]:
+    """Runs of which no images can be transferred to `run`."""
+    made = {"itself": run.folder, "its copy": Path(shutil.copytree(run.folder, tmp_path / "copy"))}
+    unfinished = Run(Path(shutil.copytree(run.folder, tmp_path / "unfinished")))
+    _perturbed(run.checkpoint, unfinished.checkpoint, 0.05)
+    tensors, info = load_checkpoint(unfinished.checkpoint)
+    save_checkpoint(unfinished.checkpoint, tensors, info | {"epoch": 1})
+    made["unfinished"] = unfinished.folder
+    two = write_data(tmp_path / "two.npz", **{k: v % 2 for k, v in arrays().items() if k.endswith("labels")})
+    _, other = trained([*options(two), "--out", str(tmp_path / "two classes")])
+    made["of two classes"] = other.folder
+    made["of another data set"] = Path(shutil.copytree(unfinished.folder, tmp_path / "digits"))
+    save_checkpoint(Run(made["of another data set"]).checkpoint, tensors, info)
+    change_config(made["of another data set"], dataset="digits", data=None)
+    return made
+
+
+@pytest.mark.parametrize("of_run", [True, False], ids=["run", "network"])
+def test_a_run_whose_images_say_nothing_is_not_transferred_from(
+    run: Run,
+    networks: ModuleType,
+    data: Path,
+    tmp_path: Path,
+    others: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    of_run: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(networks, "folder", run.folder)
+    arguments = [str(run.folder)] if of_run else _network(networks, "mixture", data, tmp_path / "out")
+    expected = {
+        "itself": "that is the run that is evaluated",
+        "its copy": "that is the run that is evaluated",
+        "unfinished": f"stopped after 1 of 2 epochs; go on with: python -m immunity_fast.train --resume {tmp_path}",
+        "of two classes": "it was trained on 2 classes, and these data have 3",
+        "of another data set": "it was trained on digits, whose classes are not those of npz",
+    }
+    for name, text in expected.items():
+        message = error_line(capsys, evaluate.main, [*arguments, "--transfer-from", str(others[name])])
+        assert message.startswith(f"error: --transfer-from {others[name]}: "), name
+        assert text in message
+    assert not (tmp_path / "out").exists()
+
+
+# Stopped by hand
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_hand_it_says_how_to_go_on_and_keeps_what_is_finished(
+    run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    plain: None,
+    sent: signal.Signals,
+    code: int,
+) -> None:
+    pieces, original = list[int](), Evaluation._piece
+
+    def piece(self: Evaluation, *arguments: Any) -> Any:
+        pieces.append(1)
+        if len(pieces) == 3:
+            os.kill(os.getpid(), sent)
+            time.sleep(5)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Evaluation, "_piece", piece)
+    folder, before = tmp_path / "a folder", signal.getsignal(signal.SIGTERM)
+    arguments = [str(run.folder), *FEW, "--out", str(folder)]
+    with pytest.raises(SystemExit) as end:
+        cli.run_command(lambda: evaluate.main([*arguments, "--again"]))
+    assert end.value.code == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    command = f"python -m immunity_fast.evaluate {shlex.join(arguments)}"
+    assert error == f"stopped; what is finished is kept; go on with: {command}\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+    kept = (folder / "evaluation.jsonl").read_bytes()
+    assert kept.count(b"\n") == 2
+    evaluate.main(shlex.split(command)[3:])
+    assert (folder / "evaluation.jsonl").read_bytes().startswith(kept)
+    whole = tmp_path / "whole"
+    evaluate.main([str(run.folder), *FEW, "--out", str(whole)])
+    assert _accuracy(folder) == _accuracy(whole)
+
+
+# In a log
+
+
+def test_a_log_that_is_no_terminal_has_a_line_now_and_then(
+    networks: ModuleType,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also within a piece, which may take long."""
+    original, inside = Evaluation._piece, list[str]()
+
+    def piece(self: Evaluation, row: Any, *arguments: Any) -> Any:
+        if row.attack:
+            time.sleep(0.5)
+            inside.append(capsys.readouterr().out)
+        return original(self, row, *arguments)
+
+    monkeypatch.setattr(Evaluation, "_piece", piece)
+    monkeypatch.setattr(evaluate, "TELL", 0.1)
+    threads = threading.active_count()
+    evaluate.main(_network(networks, "instance", data, tmp_path))
+    assert inside[0].count("evaluation: 12 of 48 images after 0 min\n") >= 2
+    assert threading.active_count() == threads
+    monkeypatch.setattr(evaluate, "TELL", 60)
+    evaluate.main([*_network(networks, "instance", data, tmp_path), "--again"])
+    assert "evaluation:" not in capsys.readouterr().out
+
+
+# What was not attacked
+
+
+def test_attacks_that_are_for_none_of_the_attackers_are_an_error(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = _contents(run.folder)
+    message = error_line(capsys, evaluate.main, [str(run.folder), "--attacks", "square", "--attackers", "worst"])
+    assert "nothing is left to attack with (square by worst: it asks what answers" in message
+    assert _contents(run.folder) == before
+
+
+def test_a_pair_that_is_left_out_is_a_line_with_the_reason(
+    run: Run, capsys: pytest.CaptureFixture[str], plain: None
+) -> None:
+    pytest.importorskip("torchattacks")
+    arguments = ["--attacks", "fgsm,square", "--attackers", "worst,mean,experts", "--queries", "2", "--limit", "2"]
+    evaluate.main([str(run.folder), *FEW, *arguments])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    assert [line.split(":")[1] for line in lines] == [f" square by {who}" for who in ("worst", "expert 1", "expert 2")]
+    assert all("it asks what answers" in line for line in lines)
+    assert [(pair["attack"], pair["attacker"]) for pair in _results(run.folder)["left_out"]] == [
+        ("square", "worst"),
+        ("square", "expert 1"),
+        ("square", "expert 2"),
+    ]
+    for name in ("report.html", "results.md"):
+        text = unescape((run.folder / name).read_text(encoding="utf-8"))
+        assert "Left out: not attacked, and in no worst case" in text
+        assert "worst, expert 1, expert 2" in text
+
+
+def test_images_without_a_gradient_are_counted_in_text_json_and_html(
+    networks: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last five of the six images that are attacked, and so the whole of a batch."""
+    dark, test = arrays(), load("npz", data).test
+    chosen = sample_order(test, 6)[1:]
+    dark["test_images"][chosen] = 20
+    dark["test_labels"][chosen] = 0
+    file, out = write_data(tmp_path / "dark.npz", **dark), tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(evaluate.CHUNK, "cpu", 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            evaluate.main(_network(networks, "no_gradient_in_the_dark", file, out))
+    stuck = {"attack": "fgsm", "attacker": "output", "unmoved": 5, "right": 5, "images": 6}
+    assert _results(out)["unmoved"] == [stuck]
+    (check,) = (check for check in _results(out)["masking"] if not check["passed"])
+    assert check["finding"] == "5 of 6 images (83.3 %) under FGSM (the model's own output)"
+    texts = [
+        capsys.readouterr().out,
+        *((out / name).read_text(encoding="utf-8") for name in ("report.html", "results.md")),
+    ]
+    for text in texts:
+        assert "their gradient is exactly zero" in text
+        assert "5 of 6 images (83.3 %)" in text
+
+
+# What a network is
+
+
+def test_weights_replaced_behind_a_function_are_evaluated_anew(
+    networks: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = load("npz", data).test
+    images = test.images / 255
+    for weights in (torch.eye(3), torch.eye(3)[[1, 2, 0]], torch.eye(3)):
+        monkeypatch.setattr(networks, "WEIGHTS", weights)
+        evaluate.main(_network(networks, "of_weights", data, tmp_path))
+        expected = _correct(lambda x, w=weights: x.mean((2, 3)) @ w, images, test.labels)
+        assert _accuracy(tmp_path)["clean", None, "output"]["correct"] == expected
+    assert expected > 20
+
+
+def test_the_report_names_the_classes(run: Run, networks: ModuleType, data: Path, tmp_path: Path, plain: None) -> None:
+    evaluate.main([str(run.folder), *FEW, "--limit", "1"])
+    evaluate.main(_network(networks, "instance", data, tmp_path / "out"))
+    names = ", ".join(load("npz", data).classes)
+    for folder in (run.folder, tmp_path / "out"):
+        assert f'<tr><th scope="row">classes</th><td>{names}</td></tr>' in (folder / "report.html").read_text("utf-8")
+
+
+def test_a_folder_of_images_of_any_size_is_brought_to_one_size(
+    networks: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[tuple[Any, Plan, Outputs]]
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for number, name in enumerate(("a", "b", "c") * 4):
+        folder = tmp_path / "data" / ("train" if number < 9 else "test") / name
+        folder.mkdir(parents=True, exist_ok=True)
+        image.new("RGB", (8 + number, 9), (10 * number, 5, 5)).save(folder / f"{number}.png")
+    arguments = _network(networks, "instance", tmp_path / "data", tmp_path / "out")
+    arguments[arguments.index("npz")] = "folder"
+    assert "image_size brings all images to one size" in error_line(capsys, evaluate.main, arguments)
+    evaluate.main([*arguments, "--image-size", "8"])
+    assert len(asked) == 1
+    assert "--image-size: expected at least 1" in error_line(capsys, evaluate.main, [*arguments, "--image-size", "0"])
 
 
 def test_a_damaged_checkpoint_config_or_record_is_refused(

@@ -1,19 +1,22 @@
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
 
 from immunity_fast import figures
-from immunity_fast.figures import COLORS, PANELS, heatmap_figure, training_curves
+from immunity_fast.figures import COLORS, PANELS, drawable, heatmap_figure, training_curves
 from immunity_fast.robustness_figures import attacked_heatmap_figure, robustness_figure
 
 RECORD = {
@@ -426,3 +429,25 @@ def test_shape_errors_of_attacked_heatmaps_name_the_argument(
 def test_attacked_heatmap_figure_wants_a_pair_of_labels_an_image(tmp_path: Path, labels: list[Any]) -> None:
     with pytest.raises(ValueError, match="row_labels must hold 2 pairs"):
         attacked_heatmap_figure(*attacked_sample(1, 2), labels, tmp_path / "h.png")
+
+
+def test_labels_in_any_script_are_drawn_without_a_warning(tmp_path: Path) -> None:
+    """Whatever fonts are installed: what none of them has is a box."""
+    labels = ["猫 → 犬", "고양이\n→ cat", "\U000f0000 → dog"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        heatmap_figure(torch.rand(3, 3, 8, 8), torch.rand(2, 3, 8, 8), labels, tmp_path / "figure.png")
+    drawn, _ = drawable(labels)
+    assert drawn[2] == "□ → dog", "no font has a character for private use"
+    assert drawable(["cat → dog", "über $ 3"])[0] == ["cat → dog", "über $ 3"]
+
+
+def test_a_font_that_has_the_characters_is_used_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the usual one lacks: a letter for private use of STIX, which comes with matplotlib."""
+    usual, name = list(matplotlib.rcParams["font.family"]), "STIXNonUnicode"
+    own = get_font(findfont(FontProperties(family=[name]))).get_charmap()
+    known = get_font(findfont(FontProperties(family=usual))).get_charmap()
+    character = chr(max(own.keys() - known.keys()))
+    assert drawable([f"a{character}"]) == ([f"a{character}"], [*usual, name])
+    monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if font.name != name])
+    assert drawable([f"a{character}"]) == (["a□"], usual)

@@ -1,3 +1,5 @@
+import errno
+import os
 import re
 from html import unescape
 from pathlib import Path
@@ -118,3 +120,18 @@ def test_report_refuses_a_figure_that_is_not_png_and_keeps_the_old_report(tmp_pa
             settings={},
         )
     assert path.read_text() == "old"
+
+
+def test_a_disk_that_is_full_leaves_the_old_report_and_no_half_of_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_hostile(tmp_path)
+    before = (tmp_path / "report.html").read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_hostile(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert {file.name for file in tmp_path.iterdir()} == {"h.png", "report.html"}

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -704,7 +705,7 @@ def test_nan_of_a_mixture_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (lambda x: _brightness(x.round()), "does not depend on the images"),
+        (lambda x: 0 * x.mean((2, 3)), "does not depend on the images"),
         (lambda x: _brightness(x) * 0 + torch.tensor([1.0, 0, 0]), "does not depend on the images"),
         (lambda x: _brightness(x).detach(), "no gradient"),
         (lambda x: torch.eye(3)[x.flatten(1).sum(1).long() % 3], "no gradient"),
@@ -960,6 +961,7 @@ def test_the_table_says_what_the_radius_is(tmp_path: Path, changes: dict[str, An
 
 # Signs of masking
 
+UNMOVED = "every image has a gradient that an attack can follow"
 CHECKS = {
     "noise": "random noise of the same size is weaker than gradients",
     "steps": "many steps are at least as strong as one",
@@ -1026,7 +1028,7 @@ def _masking(
     evaluation = _evaluation(tmp_path / "l", plan, subject, test)
     _run(evaluation)
     found = results(evaluation)
-    names = {text: name for name, text in CHECKS.items()}
+    names = {text: name for name, text in CHECKS.items()} | {UNMOVED: "gradient"}
     checks = {names[check["check"]]: check for check in found["masking"]}
     assert len(checks) == len(found["masking"])
     table = tables(found)[-1]
@@ -1062,7 +1064,9 @@ def test_one_step_that_is_stronger_than_many_does_not_pass(tmp_path: Path) -> No
 
 
 def test_images_that_no_radius_fools_do_not_pass(tmp_path: Path) -> None:
-    assert _masking(tmp_path, _set_in_its_ways) == {"noise": True, "steps": True, "loss": True, "success": False}
+    """Class 0 is so sure that its cross-entropy has no gradient."""
+    honest = {"noise": True, "steps": True, "loss": True, "success": False}
+    assert _masking(tmp_path, _set_in_its_ways) == honest | {"gradient": False}
 
 
 def test_a_black_box_that_is_stronger_does_not_pass(tmp_path: Path) -> None:
@@ -1130,6 +1134,188 @@ def test_each_check_is_passed_and_not_passed_where_it_should(
     assert checks == expected
 
 
+# Images that cannot be moved
+
+
+def _knows_no_dark_ones(images: Tensor) -> Tensor:
+    """`_brightness`, but of a dark image it has no gradient: it takes it for class 0."""
+    dark = images.amax((1, 2, 3)) < 0.3
+    return torch.where(dark[:, None], torch.tensor([1.0, 0, 0]) + 0 * images.mean((2, 3)), _brightness(images))
+
+
+@pytest.mark.parametrize("chunk", [30, 10, 1])
+@pytest.mark.parametrize("drop_fooled", [False, True])
+def test_images_without_a_gradient_are_counted_and_end_nothing(tmp_path: Path, chunk: int, drop_fooled: bool) -> None:
+    """Ten of thirty; whole chunks of nothing else; and one at a time."""
+    order = robustness.sample_order(_split(30), 30)
+    images, labels = _split(30).images.clone(), _split(30).labels.clone()
+    images[order[20:]] = 30
+    labels[order[20:]] = 0
+    labels[order[20]] = 1
+    plan = replace(PLAN, attacks=("fgsm", "pgd"), attackers=None, images=30, chunk=chunk, masking_images=30, eps=0.05)
+    plan = replace(plan, drop_fooled=drop_fooled)
+    subject = Network(_knows_no_dark_ones, CLASSES)
+    evaluation = _evaluation(tmp_path / "l", plan, subject, Split(images, labels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _run(evaluation)
+    found = results(evaluation)
+    assert found["unmoved"] == [
+        {"attack": attack, "attacker": "output", "unmoved": 10, "right": 9, "images": 30} for attack in ("fgsm", "pgd")
+    ]
+    (check,) = (check for check in found["masking"] if check["check"] == UNMOVED)
+    assert not check["passed"]
+    assert check["finding"] == "10 of 30 images (33.3 %) under FGSM (the model's own output)"
+    (table,) = (table for table in tables(found) if "exactly zero" in table.caption)
+    assert [list(row) for row in table.rows] == [
+        [name, "the model's own output", "10 of 30 images (33.3 %)", "9"] for name in ("FGSM", "PGD-20")
+    ]
+
+
+def test_of_saturated_probabilities_of_mostly_one_class_an_image_at_a_time_is_no_constant_model(tmp_path: Path) -> None:
+    """39 of 40 images have the same output, to the last bit, and so have images that are made up."""
+    rare = _split(40).images[robustness.sample_order(_split(40), 40)[-1]] / 255
+
+    def sure(images: Tensor) -> Tensor:
+        near = (images - rare).square().mean((1, 2, 3))
+        return (1e6 * torch.stack([near - 0.005, 0.005 - near, 0 * near - 1], 1)).softmax(-1)
+
+    plan = replace(PLAN, attacks=("fgsm",), attackers=None, images=3, chunk=1, masking_images=2)
+    evaluation = _evaluation(tmp_path / "l", plan, Network(sure, CLASSES), _split(40))
+    _run(evaluation)
+    assert results(evaluation)["unmoved"][0]["unmoved"] == 3
+
+
+def test_where_every_image_can_be_moved_nothing_is_said_of_it(whole: Evaluation) -> None:
+    found = results(whole)
+    assert found["unmoved"] == []
+    assert UNMOVED not in {check["check"] for check in found["masking"]}
+    assert not [table for table in tables(found) if "exactly zero" in table.caption]
+
+
+# What is left out
+
+
+def test_what_is_asked_for_and_not_attacked_is_listed_and_in_no_worst_case(tmp_path: Path) -> None:
+    pytest.importorskip("torchattacks")
+    plan = replace(PLAN, attacks=("square", "fgsm"), attackers=("worst", "mean"), images=3, masking_images=0)
+    evaluation = _evaluation(tmp_path / "l", plan, loss_fn=None)
+    _run(evaluation)
+    found = results(evaluation)
+    assert [(pair["attack"], pair["attacker"]) for pair in found["left_out"]] == [("square", "worst")]
+    rows = {(entry["attack"], entry["attacker"]) for entry in found["accuracy"]}
+    assert ("square", "worst") not in rows
+    assert ("square", "mean") in rows
+    (table,) = (table for table in tables(found) if table.caption.startswith("Left out"))
+    assert list(table.rows[0][:2]) == ["Square (no gradients)", "worst"]
+    assert "asks what answers" in table.rows[0][2]
+
+
+@pytest.mark.parametrize(
+    ("attacks", "attackers", "pair"),
+    [
+        (("square",), ("worst",), "square by worst"),
+        (("square", "autoattack"), ("eot", "expert 1"), "autoattack by expert 1"),
+        (("fgsm",), ("nobody",), "no such attacker"),
+    ],
+)
+def test_an_evaluation_without_an_attack_is_an_error(
+    tmp_path: Path, attacks: tuple[str, ...], attackers: tuple[str, ...], pair: str
+) -> None:
+    with pytest.raises(ValueError, match=f"nothing is left to attack with .*{pair}"):
+        _evaluation(tmp_path / "l", replace(PLAN, attacks=attacks, attackers=attackers))
+    two = Network(lambda x: _brightness(x)[:, :2], 2)
+    with pytest.raises(ValueError, match="dlr by output: its ratio is not defined for fewer than 3 classes"):
+        _evaluation(tmp_path / "l", replace(PLAN, attacks=("dlr",), attackers=None), two)
+
+
+def test_without_an_attack_there_is_no_worst_case(tmp_path: Path) -> None:
+    evaluation = _evaluation(tmp_path / "l", replace(PLAN, attacks=()))
+    _run(evaluation)
+    assert results(evaluation)["worst_case"] == []
+    assert "worst case" not in to_csv(results(evaluation))
+
+
+# What is the same model
+
+
+def _linear_of(weights: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: 30 * x.mean((2, 3)) @ weights
+
+
+class Tempered(nn.Module):
+    """What it answers depends on an attribute that is in no state and no `repr`."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _brightness(images) / self.temperature
+
+
+@pytest.mark.parametrize("kind", ["function", "module", "transfer"])
+def test_weights_replaced_behind_a_name_give_new_numbers(tmp_path: Path, kind: str) -> None:
+    """A function's name, and a module's repr and tensors, do not say which model it is."""
+    weights = torch.eye(3)
+    turned = weights[[1, 2, 0]]
+
+    def evaluation(file: Path, first: bool) -> Evaluation:
+        own = _linear_of(weights if first else turned)
+        if kind == "module":
+            own = Tempered(1.0 if first else -1.0)
+        elif kind == "transfer":
+            return _evaluation(file, plan, Network(_brightness, CLASSES, name="f", transfer=own))
+        return _evaluation(file, plan, Network(own, CLASSES, name="f"))
+
+    plan = replace(PLAN, attacks=("fgsm",), attackers=None, masking_images=0)
+    found = []
+    for first in (True, False, True):
+        again = evaluation(tmp_path / "l", first)
+        assert len(_run(again)) == (len(list(again.pieces())) if len(found) < 2 else 0)
+        fresh = evaluation(tmp_path / f"{len(found)}", first)
+        _run(fresh)
+        assert _found(again) == _found(fresh)
+        found.append(_found(again))
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("switch", ["call", "sample"])
+def test_a_gate_that_switches_inside_a_function_is_the_same_model_each_time(switch: Any, own: bool) -> None:
+    model = copy.deepcopy(_model())
+    model.gate.switch = switch
+    model.gate.generator = torch.Generator().manual_seed(1) if own else None
+    images = _split().images[:9] / 255
+    for network in (model, lambda x: model(x) * 1.0):
+        states = []
+        for seed in (1, 2, 2):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            states.append(Network(network, CLASSES).answers(images))
+            assert torch.equal(torch.get_rng_state(), before)
+        assert len(set(states)) == 1
+    assert model.gate.switch == switch
+    assert not own or torch.equal(model.gate.generator.get_state(), torch.Generator().manual_seed(1).get_state())
+    assert len({Mixture(model, CLASSES).answers(images) for _ in range(3)}) == 1
+
+
+def test_who_does_not_take_images_is_named() -> None:
+    def fails(_images: Tensor) -> Tensor:
+        raise RuntimeError("two\nlines")
+
+    images = torch.rand(2, 3, 5, 6)
+    for name, subject in (("model", Network(fails, 3)), ("transfer", Network(_brightness, 3, transfer=fails))):
+        with pytest.raises(ValueError, match=rf"^{name}: it does not take images \(B, 3, 5, 6\) .*two lines\)$"):
+            subject.answers(images)
+
+
+def test_the_last_bits_of_an_output_do_not_make_another_model() -> None:
+    images = _split().images[:9] / 255
+    same = [Network(lambda x, f=f: _brightness(x) * f, CLASSES).answers(images) for f in (1.0, 1 + 1e-7, 1.01)]
+    assert same[0] == same[1] != same[2]
+
+
 # Options
 
 
@@ -1145,6 +1331,33 @@ def test_attacking_an_image_no_further_once_it_fools_never_helps_what_is_attacke
     assert len(correct[0]) == 6
     assert 0 < sum(correct[0]) < 48
     assert all(dropped <= whole for whole, dropped in zip(*correct, strict=True))
+
+
+@pytest.mark.parametrize("attacker", ["single", "mean"])
+def test_dropping_the_fooled_never_helps_a_gate_that_switches(tmp_path: Path, attacker: str) -> None:
+    accuracies = []
+    for drop_fooled in (False, True):
+        plan = replace(PLAN, attacks=("bim",), attackers=(attacker,), masking_images=0, images=200, chunk=100)
+        plan = replace(plan, eps=0.1, drop_fooled=drop_fooled)
+        subject = Mixture(_model(3), CLASSES, draws=2)
+        evaluation = _evaluation(tmp_path / str(drop_fooled), plan, subject, _split(200), loss_fn=None)
+        _run(evaluation)
+        entries = [e for e in results(evaluation)["accuracy"] if e["attack"] == "bim"]
+        accuracies.append({e["judge"]: e["accuracy"] for e in entries if e["judge"] in ("switching", "mean")})
+    assert 0.02 < accuracies[0]["switching"] < 0.9
+    assert all(accuracies[1][name] <= accuracies[0][name] + 0.02 for name in accuracies[0])
+
+
+def test_a_random_network_of_unknown_mean_is_attacked_to_the_end(tmp_path: Path) -> None:
+    """What a lucky draw would keep is not known to be worst."""
+    found = []
+    for drop_fooled in (False, True):
+        plan = replace(PLAN, attacks=("bim",), attackers=None, masking_images=0, drop_fooled=drop_fooled)
+        evaluation = _evaluation(tmp_path / str(drop_fooled), plan, Network(_blurred, CLASSES, draws=2))
+        images, labels = _split().images[:5] / 255, _split().labels[:5]
+        torch.manual_seed(0)
+        found.append(evaluation.attacked(evaluation.rows[-2], images, labels, 3))
+    assert torch.equal(*found)
 
 
 # Attacks of torchattacks
@@ -1167,3 +1380,20 @@ def test_attacks_without_gradients_and_autoattack_are_pieces_like_others(tmp_pat
     _run(alone)
     numbers = _numbers(evaluation)
     assert all(piece == numbers[place] for place, piece in _numbers(alone).items())
+
+
+def test_autoattack_on_a_draw_of_the_gate_passes_the_experts_once_a_step(tmp_path: Path) -> None:
+    pytest.importorskip("torchattacks")
+    passes: list[int] = []
+
+    def logits(images: Tensor) -> Tensor:
+        passes.append(len(images))
+        return _model(3).expert_logits(images)
+
+    plan = replace(PLAN, attacks=("autoattack",), attackers=("single",), images=3, eps=0.01, autoattack_steps=7)
+    subject = Mixture(_model(3), CLASSES, expert_logits=logits)
+    evaluation = _evaluation(tmp_path / "l", plan, subject, loss_fn=None)
+    passes.clear()
+    evaluation.attacked(evaluation.rows[-1], _split().images[:3] / 255, _split().labels[:3], 1)
+    # For the images; and for each of two losses for the start, the steps, and to judge.
+    assert len(passes) == 1 + 2 * (1 + 7 + 1)
