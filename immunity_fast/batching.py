@@ -65,14 +65,17 @@ def run_stacked(
     """
     if choose(batching, x.device) == "loop":
         inputs = [x] * num_experts if shared else x.unbind()
-        return torch.stack([call(stacked, own, x) for own, x in zip(slices(stacked, num_experts), inputs, strict=True)])
+        with in_use():
+            own = slices(stacked, num_experts)
+            return torch.stack([call(stacked, mine, x) for mine, x in zip(own, inputs, strict=True)])
 
     def apply(own: dict[str, Tensor], x: Tensor) -> Any:
         with ExpertsAsChannels():
             return call(stacked, own, x)
 
-    tensors = _parameters(stacked) | dict(stacked.named_buffers())
-    outputs: Tensor = torch.vmap(apply, in_dims=(0, None if shared else 0), randomness="different")(tensors, x)
+    with in_use():
+        tensors = _parameters(stacked) | dict(stacked.named_buffers())
+        outputs: Tensor = torch.vmap(apply, in_dims=(0, None if shared else 0), randomness="different")(tensors, x)
     return outputs
 
 
@@ -83,24 +86,23 @@ def call_stacked(
 
     Returns (N, B, ...) and the buffers as `run_stacked` would have left them, (N, ...) each, detached.
     """
-    buffers = {name: buffer.clone() for name, buffer in stacked.named_buffers()}
-    if choose(batching, x.device) == "loop":
-        outputs = []
-        for own, mine, maps in zip(slices(stacked, num_experts), _unbound(buffers, num_experts), x, strict=True):
-            outputs.append(call(stacked, own | mine, maps))
-        return torch.stack(outputs), {name: buffer.detach() for name, buffer in buffers.items()}
 
     def apply(parameters: dict[str, Tensor], own: dict[str, Tensor], x: Tensor) -> Any:
         with ExpertsAsChannels():
             return call(stacked, {**parameters, **own}, x)
 
-    parameters = _parameters(stacked)
-    result: Tensor = torch.vmap(apply, randomness="different")(parameters, buffers, x)
-    return result, {name: buffer.detach() for name, buffer in buffers.items()}
+    with in_use():
+        buffers = {name: buffer.clone() for name, buffer in stacked.named_buffers()}
+        if choose(batching, x.device) == "loop":
+            own = zip(slices(stacked, num_experts), _unbound(buffers, num_experts), x, strict=True)
+            outputs = torch.stack([call(stacked, parameters | mine, maps) for parameters, mine, maps in own])
+        else:
+            outputs = torch.vmap(apply, randomness="different")(_parameters(stacked), buffers, x)
+    return outputs, {name: buffer.detach() for name, buffer in buffers.items()}
 
 
 def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
-    """`module(x)` with other tensors in the place of its own, named as by `own_tensors`; one thread at a time.
+    """`module(x)` with other tensors in the place of its own, named as by `own_tensors`. To be called `in_use`.
 
     Raises:
         TypeError: an input of another dtype than the tensors, where that is what the module fails of.
@@ -108,23 +110,25 @@ def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
     # `functional_call` given one place under two names takes it twice, and puts the wrong tensor back.
     by_own = {value: tensors[name] for name, value in own_tensors(module).items()}
     by_place = {name: by_own[value] for name, value in _places(module)}
-    with in_use():
-        if torch.compiler.is_compiling():
-            return functional_call(module, by_place, (x,), tie_weights=False)
-        try:
-            return functional_call(module, by_place, (x,), tie_weights=False)
-        except RuntimeError as error:
-            dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
-            if not dtypes or x.dtype in dtypes:
-                raise
-            own = " and ".join(sorted(map(str, dtypes)))
-            raise TypeError(
-                f"images: the network's weights are {own}, got {x.dtype}: convert either with .to(…) ({error})"
-            ) from error
+    if torch.compiler.is_compiling():
+        return functional_call(module, by_place, (x,), tie_weights=False)
+    try:
+        return functional_call(module, by_place, (x,), tie_weights=False)
+    except RuntimeError as error:
+        dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
+        if not dtypes or x.dtype in dtypes or torch.is_autocast_enabled(x.device.type):
+            raise
+        own = " and ".join(sorted(map(str, dtypes)))
+        raise TypeError(
+            f"images: expected {own}, as the network's weights, got {x.dtype}: convert either with .to(dtype) ({error})"
+        ) from error
 
 
 def in_use() -> AbstractContextManager[object]:
-    """For the length of a `with` block no other thread runs stacked experts. A compiler's code has no need of it."""
+    """While experts run, theirs are in the places of the stacked tensors: other threads wait, in a `with` block.
+
+    A compiler's code has no need of it.
+    """
     return nullcontext() if torch.compiler.is_compiling() else _IN_USE
 
 

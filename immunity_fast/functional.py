@@ -339,8 +339,18 @@ def check_distinct(activations: Sequence[Tensor]) -> None:
     """Each expert has maps of its own: one tensor that stands for several is a mistake, and looks like agreement."""
     for index, maps in enumerate(activations):
         for earlier, other in enumerate(activations[:index]):
-            if maps is other:
-                raise ValueError(f"activations: number {index} is the same tensor as number {earlier}")
+            if maps is other or _are_one(maps, other):
+                raise ValueError(
+                    f"activations: number {index} is the same tensor as number {earlier}; pass each expert's own"
+                )
+
+
+def _are_one(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one place in memory, where that can be asked: it costs nothing on a GPU either."""
+    plain = type(one) is Tensor and type(other) is Tensor and one.device == other.device and not one.is_meta
+    if not plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return one.is_set_to(other)
 
 
 def _check_maps(activations: Experts, gradients: Experts, layout: Layout = "NCHW") -> tuple[list[Tensor], list[Tensor]]:

@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -193,9 +193,10 @@ class ImmunityMoE(nn.Module):
         """
         x = self._normalized(images)
         inputs = x.expand(self.num_experts, *x.shape)
-        logits, buffers = call_stacked(self.experts, inputs, self.num_experts, batching=self._batching(x))
-        for name, buffer in self.experts.named_buffers():
-            buffer.copy_(buffers[name])
+        with in_use():
+            logits, buffers = call_stacked(self.experts, inputs, self.num_experts, batching=self._batching(x))
+            for name, buffer in self.experts.named_buffers():
+                buffer.copy_(buffers[name])
         return logits
 
     def gate_weights(self, images: Tensor) -> Tensor:
@@ -242,8 +243,24 @@ class ImmunityMoE(nn.Module):
 
     def update_head(self, buffers: dict[str, Tensor]) -> None:
         """Take over what a pass through `head_outputs` made of the head's buffers, such as BatchNorm's statistics."""
-        for name, buffer in self._cut()[1].named_buffers():
-            buffer.copy_(buffers[name])
+        with in_use():
+            for name, buffer in self._cut()[1].named_buffers():
+                buffer.copy_(buffers[name])
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module; never those of a pass that is under way in another thread."""
+        with in_use():
+            return iter(list(super().named_parameters(*args, **kwargs)))
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """As `named_parameters`."""
+        with in_use():
+            return iter(list(super().named_buffers(*args, **kwargs)))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `named_parameters`."""
+        with in_use():
+            return super().state_dict(*args, **kwargs)
 
     def unstack(self) -> list[nn.Module]:
         """N ordinary modules from images in [0, 1] to logits, with tensors of their own.
