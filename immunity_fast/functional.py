@@ -5,6 +5,7 @@ Shapes throughout: N experts, B samples, K classes, C channels, activation maps 
 in float32 (autocast included), float64 stays float64. Equation numbers: arXiv 2402.18787.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -454,21 +455,24 @@ def _check_gate(gate: Tensor | None, logits: Tensor) -> Tensor:
         raise ValueError(
             f"gate: expected (B, N) = ({samples}, {experts}) or (N,) = ({experts},), got shape {tuple(gate.shape)}"
         )
-    _check_weights(gate)
+    _check_weights(gate, logits)
     return gate.expand(samples, experts)
 
 
-def _check_weights(gate: Tensor) -> None:
+def _check_weights(gate: Tensor, logits: Tensor) -> None:
     """Weights ≥ 0 whose rows sum to 1, on a CPU, where looking is free.
 
-    NaN that was computed, by a network that has diverged, goes on into the loss, as anywhere else in PyTorch.
+    NaN of a network that has diverged, in a graph or beside logits that are not finite either, goes on into the result,
+    as anywhere else in PyTorch.
     """
     if gate.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
     weights = gate.detach()
-    if weights.numel() == 0 or (gate.grad_fn is not None and bool(weights.isnan().any())):
+    if weights.numel() == 0:
         return
     smallest = float(weights.min())
+    if math.isnan(smallest) and (gate.grad_fn is not None or not bool(logits.isfinite().all())):
+        return
     if not smallest >= 0:
         raise ValueError(f"gate: expected weights of at least 0, got {smallest:.4g}")
     sums = weights.sum(-1, dtype=torch.promote_types(weights.dtype, torch.float32)).flatten()

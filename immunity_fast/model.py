@@ -92,7 +92,7 @@ class ImmunityMoE(nn.Module):
     ) -> "ImmunityMoE":
         """A mixture of the user's own networks, which are copied.
 
-        They run on two images, some 4·N passes in all, and are refused unless each computes in the mixture what it
+        They run on two images, some 6·N passes in all, and are refused unless each computes in the mixture what it
         computes alone: of what is no parameter and no buffer (plain attributes, functions, hooks) the mixture has
         number 0's. Their weights, statistics, modes and PyTorch's random state stay as they are. Where an in-place
         operation follows on `stage`, it gets a copy of the activations.

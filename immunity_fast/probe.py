@@ -10,7 +10,7 @@ import functools
 import random
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +33,21 @@ class Pass(NamedTuple):
 
     output: Any
     maps: list[Any]  # the stage's outputs, as they were when it returned them
-    overwritten: bool  # whether something behind the stage changed one of them in place
     buffers: dict[str, Tensor]
+    overwritten: bool  # whether something behind the stage changed its output in place
+    input_changed: bool  # whether something changed the images in place
+
+
+class _Way(NamedTuple):
+    """In which state networks are compared."""
+
+    mode: str
+    moved: bool = False  # with other weights: those of a fresh network can hide much, being zero here and there
+    loud: bool = False  # on images far beyond [0, 1]: bounds that nothing reaches look alike
+
+
+# Every network has to run in the first of them. One that does not in another is not compared there.
+_WAYS = (_Way("evaluation"), _Way("training", moved=True), _Way("evaluation", loud=True))
 
 
 class _Reached(Exception):
@@ -108,9 +121,6 @@ def check_stage(network: nn.Module, stage: str, images: Tensor, *, several: bool
 def check_alike(experts: Sequence[nn.Module], stacked: nn.Module, stage: str, images: Tensor) -> bool:
     """Each expert has to compute alone what it computes in the stack: outputs, maps, and what becomes of buffers.
 
-    In evaluation mode as it is, and in training mode with other weights: those of a fresh network can hide much, being
-    zero here and there, and show nothing that happens in training alone.
-
     Returns:
         Whether something behind `stage` changes its output in place.
 
@@ -118,61 +128,75 @@ def check_alike(experts: Sequence[nn.Module], stacked: nn.Module, stage: str, im
         ValueError: an expert that does not, by its number.
     """
     overwritten = False
-    for training in (False, True):
+    for way in _WAYS:
         # What a pass leaves in plain attributes the next expert's meets there, as it would later.
         with _undisturbed(stacked):
             for index, expert in enumerate(experts):
-                found = _compare(experts[0], index, expert, stacked, stage, images, training)
-                overwritten = overwritten or found
+                alone = _alone(index, expert, stage, images, way)
+                if alone is None:
+                    break
+                _compare(alone, experts, index, stacked, stage, images, way)
+                overwritten = overwritten or alone.overwritten
     return overwritten
 
 
+def _alone(index: int, expert: nn.Module, stage: str, images: Tensor, way: _Way) -> Pass | None:
+    """An expert's own pass; None where it has none to compare with."""
+    try:
+        found = _run(expert, _weights(expert, own_tensors(expert), way), _as_loud(images, way), stage, way.mode)
+    except Exception as error:  # whatever a network may raise
+        if way is not _WAYS[0]:
+            return None
+        raise ValueError(f"experts: number {index} does not run alone ({_line(error)})") from error
+    if found.input_changed:
+        raise ValueError(f"experts: number {index} changes its images in place, which the others are to see as well")
+    if way is _WAYS[0] and not (isinstance(found.output, Tensor) and found.output.dim() == 2):
+        shape = tuple(found.output.shape) if isinstance(found.output, Tensor) else type(found.output).__name__
+        raise ValueError(f"experts: number {index} returns {shape}, expected logits (B, K)")
+    return found
+
+
 def _compare(
-    first: nn.Module,
+    alone: Pass,
+    experts: Sequence[nn.Module],
     index: int,
-    expert: nn.Module,
     stacked: nn.Module,
     stage: str,
     images: Tensor,
-    training: bool,
-) -> bool:
-    mine = own_tensors(expert)
-    theirs = {name: tensor.detach()[index] for name, tensor in own_tensors(stacked).items()}
-    if training:
-        moved = {name for name, value in expert.named_parameters() if value.is_floating_point()}
-        mine, theirs = _moved(mine, moved), _moved(theirs, moved)
-    version = images._version
+    way: _Way,
+) -> None:
+    expert = experts[index]
+    images = _as_loud(images, way)
+    slices = {name: tensor.detach()[index] for name, tensor in own_tensors(stacked).items()}
     try:
-        alone = _run(expert, mine, images, stage, training)
-    except Exception as error:  # whatever a network may raise
-        if training:
-            return False  # it cannot be trained, or not on two images
-        raise ValueError(f"experts: number {index} does not run alone ({_line(error)})") from error
-    if images._version != version:
-        raise ValueError(f"experts: number {index} changes its images in place, which the others are to see as well")
-    if not training and not (isinstance(alone.output, Tensor) and alone.output.dim() == 2):
-        shape = tuple(alone.output.shape) if isinstance(alone.output, Tensor) else type(alone.output).__name__
-        raise ValueError(f"experts: number {index} returns {shape}, expected logits (B, K)")
-    try:
-        together = _run(stacked, theirs, images, stage, training, restore=False)
+        together = _run(stacked, _weights(expert, slices, way), images, stage, way.mode, restore=False)
     except Exception as error:
+        reason = _reason(experts[0], expert)
         raise ValueError(
-            f"experts: number {index} runs alone, but not in the mixture ({_line(error)}); {_reason(first, expert)}"
+            f"experts: number {index} runs alone, but not in the mixture ({_line(error)}); {reason}"
         ) from error
     for name in ("output", "maps", "buffers"):
         gap = _gap(getattr(alone, name), getattr(together, name))
         if gap is None:
             continue
-        again = _run(expert, mine, images, stage, training)
+        again = _run(expert, _weights(expert, own_tensors(expert), way), images, stage, way.mode)
         if gap <= 10 * (_gap(getattr(alone, name), getattr(again, name), exactly=True) or 0.0):
             continue  # by chance: it differs from itself
         what = {"output": "outputs", "maps": f"maps at {stage!r}", "buffers": "buffers"}[name]
-        mode = "training" if training else "evaluation"
         raise ValueError(
             f"experts: number {index} has other {what} in the mixture than alone, by up to {gap:.2g} on a probe image "
-            f"in {mode} mode; {_reason(first, expert)}"
+            f"in {way.mode} mode; {_reason(experts[0], expert)}"
         )
-    return alone.overwritten or together.overwritten
+
+
+def _weights(expert: nn.Module, tensors: Mapping[str, Tensor], way: _Way) -> dict[str, Tensor]:
+    if not way.moved:
+        return dict(tensors)
+    return _moved(tensors, {name for name, value in expert.named_parameters() if value.is_floating_point()})
+
+
+def _as_loud(images: Tensor, way: _Way) -> Tensor:
+    return 20 * (images - 0.5) if way.loud else images
 
 
 def _run(
@@ -180,13 +204,13 @@ def _run(
     tensors: Mapping[str, Tensor],
     images: Tensor,
     stage: str | None = None,
-    training: bool = False,
+    mode: str = "evaluation",
     *,
     restore: bool = True,
     stop: bool = False,
 ) -> Pass:
-    """A pass with copies of `tensors`, drawing from a seed; the network and PyTorch's random state stay as they are."""
-    own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    """A pass with `tensors`, drawing from a seed; the network, buffers and PyTorch's random state stay as they are."""
+    changing = {name for name, _ in network.named_buffers()}
     caught: list[tuple[Any, Any, int]] = []
 
     def catch(_module: nn.Module, _inputs: object, output: Any) -> None:
@@ -197,12 +221,15 @@ def _run(
         caught.append((output, output.clone() if is_tensor else output, output._version if is_tensor else 0))
 
     output = None
-    with in_use(), _undisturbed(network, restore), _seeded(images.device), torch.no_grad():
+    with in_use(), _undisturbed(network, restore), _seeded(images.device), torch.inference_mode(False), torch.no_grad():
+        own = {name: t.detach().clone() if name in changing else t.detach() for name, t in tensors.items()}
+        images = images.clone()
+        version = images._version
         for part in network.modules():
-            part.training = training
+            part.training = mode == "training"
         hook = None if stage is None else network.get_submodule(stage).register_forward_hook(catch)
         try:
-            with torch.autocast(images.device.type, enabled=False):
+            with nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False):
                 output = call(network, own, images)
         except _Reached:
             pass
@@ -210,8 +237,8 @@ def _run(
             if hook is not None:
                 hook.remove()
     changed = any(isinstance(seen, Tensor) and seen._version != version for seen, _, version in caught)
-    buffers = {name: own[name] for name, _ in network.named_buffers()}
-    return Pass(output, [kept for _, kept, _ in caught], changed and not stop, buffers)
+    maps, buffers = [kept for _, kept, _ in caught], {name: own[name] for name in sorted(changing)}
+    return Pass(output, maps, buffers, changed and not stop, images._version != version)
 
 
 def _shape_at(network: nn.Module, stage: str, like: Tensor, height: int, width: int) -> tuple[int, ...] | None:
@@ -265,14 +292,14 @@ def _noise(channels: int, height: int, width: int) -> Tensor:
 
 def _moved(tensors: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     """The tensors, those of `names` moved by a tenth of their size; the same for equal ones."""
-    source = torch.Generator().manual_seed(1)
+    noise = torch.randn(2**16 + 1, generator=torch.Generator().manual_seed(1))  # a prime, as no tensor's sides are
     result = {}
     for name, tensor in tensors.items():
         value = tensor.detach()
         if name in names and value.numel():
             size = value.float().square().mean().sqrt()
-            noise = torch.randn(value.shape, generator=source).to(value.device)
-            value = (value + 0.1 * torch.where(size > 0, size, 1) * noise).to(value.dtype)
+            moves = noise.repeat(1 + value.numel() // len(noise))[: value.numel()].view(value.shape).to(value.device)
+            value = (value + 0.1 * torch.where(size > 0, size, 1) * moves).to(value.dtype)
         result[name] = value
     return result
 

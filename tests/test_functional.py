@@ -506,6 +506,7 @@ def test_weights_that_a_diverged_network_computed_go_on_into_the_loss() -> None:
     logits, scores = _normal(3, 2, 4), _normal(2, 3, seed=1).requires_grad_()
     gate = (scores * math.nan).softmax(-1)
     assert mixture_cross_entropy(logits, gate, _labels(2, 4), 0.5).isnan().all()
+    assert mixture_log_probabilities(logits * math.nan, gate.detach()).isnan().all()
 
 
 def test_a_gate_is_taken_under_transforms() -> None:

@@ -96,6 +96,7 @@ UNLIKE: dict[str, tuple[Callable[[float], nn.Module], float, str]] = {
     "a plain tensor": (lambda x: Net(mean=torch.full((3, 1, 1), x)), 0.4, "mean"),
     "a temperature": (lambda x: Net(temperature=x), 2.0, r"temperature \(1.0 and 2.0\)"),
     "a function": (lambda x: Net(act=torch.relu if x == 1 else torch.tanh), 0.4, "act"),
+    "a bound": (lambda x: Net(act=functools.partial(torch.clamp, min=0, max=2 + x)), 2.0, "act"),
     "a partial": (lambda x: Net(act=functools.partial(F.leaky_relu, negative_slope=x / 2)), 0.4, "act"),
     "a lambda": (lambda x: Net(prepare=lambda images: images * x), 0.4, "prepare"),
     "a hook": (lambda x: _hooked(x, "hook"), 0.4, "norm._forward_hooks"),
@@ -223,6 +224,19 @@ def test_experts_of_any_dtype_are_looked_at(dtype: torch.dtype) -> None:
     assert model.stage == "norm"
     with pytest.raises(ValueError, match=r"experts: number 1 has other outputs.*temperature"):
         ImmunityMoE.from_experts([Net().to(dtype), Net(temperature=3.0).to(dtype)], image_size=12)
+
+
+def test_networks_without_memory_are_taken_as_they_are() -> None:
+    model = ImmunityMoE.from_experts([Net().to("meta"), Net().to("meta")], image_size=12)
+    assert model.stage == "norm"
+    assert model.experts.get_parameter("conv.weight").shape == (2, 4, 3, 3, 3)
+
+
+def test_inference_mode_does_not_matter() -> None:
+    experts = [Net(), Net()]
+    with torch.inference_mode():
+        model = ImmunityMoE.from_experts(experts, image_size=12, switch="mean").eval()
+        assert model.expert_outputs(_images().float())[0].shape == (2, 4, 4)
 
 
 def test_networks_on_images_of_one_channel() -> None:
