@@ -1,6 +1,5 @@
 """How N experts of one architecture run at once: tensors stacked in one module, applied by a loop or by `vmap`."""
 
-import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from immunity_fast.channelwise import ExpertsAsChannels
+from immunity_fast.experts.staged import copied
 from immunity_fast.normalization import count_on_device, count_on_host
 from immunity_fast.strategies import Batching, choose
 
@@ -217,7 +217,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
 def _replace(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """A deep copy of `module` with other tensors under its names, whatever their shapes."""
     memo = {id(old): tensors[name] for name, old in own_tensors(module).items()}
-    return copy.deepcopy(module, memo)
+    return copied(module, memo)
 
 
 def _describe(module: nn.Module) -> tuple[object, ...]:

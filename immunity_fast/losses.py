@@ -159,7 +159,7 @@ class FusedImmunityLoss(nn.Module):
 
         Raises:
             ValueError: a wrong shape or gate, activations that are not in the graph of the logits, or are one tensor
-                twice, or none of which a (listed) expert's logits depend on.
+                twice, or none of which an expert's logits depend on.
             TypeError: a wrong dtype.
         """
         stacked_logits = join_experts("logits", logits, 3, "(N, B, K)")
@@ -168,7 +168,7 @@ class FusedImmunityLoss(nn.Module):
         if not self._needs_heatmaps(return_terms):
             return cross_entropy.sum() / max(len(targets), 1)
         parts = [activations] if isinstance(activations, Tensor) else list(activations)
-        if not isinstance(logits, Tensor) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             _check_graph(logits, parts)
         # From the caller's own tensors: a stacked copy of them would not be in the graph of the logits.
         gradients = self._gradients(label_scores(stacked_logits, targets, self.score), parts)
@@ -392,13 +392,19 @@ def _alone() -> AbstractContextManager[object]:
     return nullcontext() if torch.compiler.is_compiling() else _TANGENT
 
 
-def _check_graph(logits: Sequence[Tensor], activations: Sequence[Tensor]) -> None:
+def _check_graph(logits: Experts, activations: Sequence[Tensor]) -> None:
     """Each expert's logits depend on some of the activations: with one an expert, else one has two and another none."""
     own = {part.grad_fn for part in activations if part.grad_fn is not None}
     if len(own) < len(activations):  # leaves, or without a graph at all
         return
-    for index, scores in enumerate(logits):
-        nodes, seen = [scores.grad_fn], set()
+    if not isinstance(logits, Tensor):
+        ends = [scores.grad_fn for scores in logits]
+    elif getattr(logits.grad_fn, "_saved_dim", None) == 0 and "Stack" in logits.grad_fn.name():  # type: ignore[union-attr]
+        ends = [before for before, _ in logits.grad_fn.next_functions]  # type: ignore[union-attr]
+    else:  # not to be taken apart
+        return
+    for index, end in enumerate(ends):
+        nodes, seen = [end], set()
         while nodes:
             node = nodes.pop()
             if node in own:

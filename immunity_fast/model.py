@@ -94,8 +94,8 @@ class ImmunityMoE(nn.Module):
 
         They run on two images, some 6·N passes in all, and are refused unless each computes in the mixture what it
         computes alone: of what is no parameter and no buffer (plain attributes, functions, hooks) the mixture has
-        number 0's. Their weights, statistics, modes and PyTorch's random state stay as they are. Where an in-place
-        operation follows on `stage`, it gets a copy of the activations.
+        number 0's. Weights, statistics, modes and PyTorch's random state stay as they are; hooks are called.
+        Where an in-place operation follows on `stage`, it gets a copy of the activations.
 
         Args:
             experts: at least 2 modules from images (B, 3, H, W) to logits (B, K), of the same structure. An
@@ -128,7 +128,7 @@ class ImmunityMoE(nn.Module):
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size
         images = probe.find_images(experts[0], sides, None if mean is None else len(mean))
         if stage is None:
-            stage = default_stage(experts[0], image_size, layout=layout, like=images)
+            stage = default_stage(experts[0], tuple(images.shape[2:]), layout=layout, like=images)  # type: ignore[arg-type]
         _check_stage(experts[0], stage)
         probe.check_stage(experts[0], stage, images, several=_is_chain(experts[0]))
         layout = layout or probe.find_layout(experts[0], stage, images)

@@ -599,7 +599,12 @@ def test_maps_that_belong_to_no_expert_are_named() -> None:
     loss = FusedImmunityLoss(size=(4, 5))
     with pytest.raises(ValueError, match="activations: logits of number 1 depend on none of them"):
         loss(logits, maps[:2], targets)
+    with pytest.raises(ValueError, match="activations: logits of number 1 depend on none of them"):
+        loss(torch.stack(logits), maps[:2], targets)
     expected = loss(logits, [maps[0], maps[2]], targets)
+    torch.testing.assert_close(loss(torch.stack(logits), [maps[0], maps[2]], targets), expected)
+    joined = torch.stack([part.transpose(0, 1) for part in logits], 1).transpose(0, 2)  # another axis is stacked
+    torch.testing.assert_close(loss(joined.transpose(0, 1), [maps[0], maps[2]], targets), expected)
     torch.testing.assert_close(loss(logits[::-1], [maps[0], maps[2]], targets), expected)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def default_stage(
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if like is None:
         like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0)).new_empty(1, 3)
-    probe = copy.deepcopy(network).eval()
+    probe = copied(network).eval()
     ran = _shapes_of_children(probe, like.new_zeros(1, like.shape[1], height, width), whole=True)
     wider, taller = {}, {}
     if layout is None:
@@ -86,6 +87,17 @@ def default_stage(
             return name
     found_text = ", ".join(f"{name} {h}×{w}" for name, (h, w) in sizes.items()) or "no child returns one"
     raise ValueError(f"no stage's map exceeds 8×8 for images of {height}×{width} ({found_text}): name a stage")
+
+
+def copied(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy; what is in ``memo``, by the identity of the old, takes the old's place.
+
+    Raises ``ValueError`` if the network holds what cannot be copied, such as a tensor of a graph.
+    """
+    try:
+        return copy.deepcopy(network, memo)
+    except Exception as error:
+        raise ValueError(f"experts: a network holds what cannot be copied ({type(error).__name__}: {error})") from error
 
 
 def map_layout(
