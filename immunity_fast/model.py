@@ -3,10 +3,12 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from immunity_fast import probe
 from immunity_fast.batching import (
@@ -243,8 +245,9 @@ class ImmunityMoE(nn.Module):
 
     def update_head(self, buffers: dict[str, Tensor]) -> None:
         """Take over what a pass through `head_outputs` made of the head's buffers, such as BatchNorm's statistics."""
-        with in_use():
-            for name, buffer in self._cut()[1].named_buffers():
+        own = dict(self._cut()[1].named_buffers())
+        with in_use(), _unseen(own):
+            for name, buffer in own.items():
                 buffer.copy_(buffers[name])
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -429,6 +432,14 @@ def _is_chain(network: nn.Module) -> TypeGuard[nn.Sequential]:
 
 def _chain(children: Sequence[tuple[str, Any]]) -> nn.Sequential:
     return nn.Sequential(OrderedDict(children))
+
+
+def _unseen(buffers: dict[str, Tensor]) -> AbstractContextManager[object]:
+    """Where autograd does not see that buffers change.
+
+    A BatchNorm in both halves has kept its own for the trunk's backward pass, which in training mode never looks.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _unsafe_preserve_version_counter(tuple(buffers.values()))
 
 
 def _version(tensor: Tensor) -> int:

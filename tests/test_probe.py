@@ -360,6 +360,32 @@ def test_one_tensor_in_several_places_is_trained_as_in_each_expert_alone(kind: s
 
 
 @pytest.mark.parametrize("batching", BOTH)
+@pytest.mark.parametrize("way", ["reverse", "forward"])
+def test_a_layer_on_both_sides_of_the_cut_is_trained_as_in_each_expert_alone(way: Any, batching: Batching) -> None:
+    torch.manual_seed(0)
+    experts = [_twice().double() for _ in range(3)]
+    gate = RandomSwitchGate(3, switch="off").double()
+    model = ImmunityMoE.from_experts(experts, stage="act", image_size=12, batching=batching, gate=gate)
+    loss_fn = FusedImmunityLoss(0.7, 1.3, 0.01, size=(12, 12))
+    maps, weights = model.trunk_outputs(_images())
+    loss, buffers = loss_fn.from_head(model.head_outputs, maps, TARGETS % 3, weights, has_aux=True, double_backprop=way)
+    model.update_head(buffers)
+    found = torch.autograd.grad(1.7 * loss, list(model.experts.parameters()))
+
+    caught: list[Tensor] = []
+    for expert in experts:
+        expert.get_submodule("act").register_forward_hook(lambda _module, _inputs, output: caught.append(output))
+    alone = [expert(_images()) for expert in experts]
+    expected = loss_fn(alone, caught, TARGETS % 3, gate(_images()).detach())
+    for index, expert in enumerate(experts):
+        own = torch.autograd.grad(1.7 * expected, list(expert.parameters()), retain_graph=True)
+        for mine, theirs in zip(found, own, strict=True):
+            torch.testing.assert_close(mine[index], theirs, rtol=1e-9, atol=1e-12)
+        for buffer, theirs in zip(model.experts.buffers(), expert.buffers(), strict=True):
+            torch.testing.assert_close(buffer[index], theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batching", BOTH)
 @pytest.mark.parametrize("kind", SHARING)
 def test_a_state_dict_from_after_a_pass_loads(kind: str, batching: Batching) -> None:
     make, stage = SHARING[kind]
