@@ -1,22 +1,29 @@
 """How N experts of one architecture run at once: tensors stacked in one module, applied by a loop or by `vmap`."""
 
-import copy
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state
+from torch.func import functional_call
 
 from immunity_fast.channelwise import ExpertsAsChannels
+from immunity_fast.experts.staged import copied
 from immunity_fast.normalization import count_on_device, count_on_host
 from immunity_fast.strategies import Batching, choose
+
+# A call with other tensors puts them into the module for its length, which other threads must not see.
+_IN_USE = threading.RLock()
 
 
 def stack_modules(experts: Sequence[nn.Module]) -> nn.Module:
     """One module with the structure of an expert, each of whose parameters and buffers holds all N: (N, *shape).
 
     It cannot be called itself; `run_stacked` applies it, or any of its submodules. The experts are left as they are.
+    Kernels that all lie channels-last do so in the stack. All that is no parameter and no buffer is number 0's: where
+    experts can differ in that, `probe.check_alike` looks.
 
     Raises:
         ValueError: no experts, or experts that differ in anything but the values of their tensors.
@@ -27,9 +34,12 @@ def stack_modules(experts: Sequence[nn.Module]) -> nn.Module:
     for index, expert in enumerate(experts):
         if _describe(expert) != description:
             raise ValueError(f"experts: number {index} differs from number 0 in its structure, shapes, dtypes or mode")
-    parameters, buffers = stack_module_state(list(experts))
-    tensors = {name: nn.Parameter(value.detach(), value.requires_grad) for name, value in parameters.items()}
-    return count_on_device(_replace(experts[0], tensors | buffers))
+    of_experts = [own_tensors(expert) for expert in experts]
+    tensors: dict[str, Tensor] = {}
+    for name, first in of_experts[0].items():
+        value = _stack([own[name].detach() for own in of_experts])
+        tensors[name] = nn.Parameter(value, first.requires_grad) if isinstance(first, nn.Parameter) else value
+    return count_on_device(_replace(experts[0], tensors))
 
 
 def unstack_modules(stacked: nn.Module, num_experts: int) -> list[nn.Module]:
@@ -55,16 +65,17 @@ def run_stacked(
     """
     if choose(batching, x.device) == "loop":
         inputs = [x] * num_experts if shared else x.unbind()
-        return torch.stack(
-            [functional_call(stacked, own, (x,)) for own, x in zip(slices(stacked, num_experts), inputs, strict=True)]
-        )
+        with in_use():
+            own = slices(stacked, num_experts)
+            return torch.stack([call(stacked, mine, x) for mine, x in zip(own, inputs, strict=True)])
 
     def apply(own: dict[str, Tensor], x: Tensor) -> Any:
         with ExpertsAsChannels():
-            return functional_call(stacked, own, (x,))
+            return call(stacked, own, x)
 
-    tensors = _parameters(stacked) | dict(stacked.named_buffers())
-    outputs: Tensor = torch.vmap(apply, in_dims=(0, None if shared else 0), randomness="different")(tensors, x)
+    with in_use():
+        tensors = _parameters(stacked) | dict(stacked.named_buffers())
+        outputs: Tensor = torch.vmap(apply, in_dims=(0, None if shared else 0), randomness="different")(tensors, x)
     return outputs
 
 
@@ -75,20 +86,76 @@ def call_stacked(
 
     Returns (N, B, ...) and the buffers as `run_stacked` would have left them, (N, ...) each, detached.
     """
-    buffers = {name: buffer.clone() for name, buffer in stacked.named_buffers()}
-    if choose(batching, x.device) == "loop":
-        outputs = []
-        for own, mine, maps in zip(slices(stacked, num_experts), _unbound(buffers, num_experts), x, strict=True):
-            outputs.append(functional_call(stacked, own | mine, (maps,)))
-        return torch.stack(outputs), {name: buffer.detach() for name, buffer in buffers.items()}
 
     def apply(parameters: dict[str, Tensor], own: dict[str, Tensor], x: Tensor) -> Any:
         with ExpertsAsChannels():
-            return functional_call(stacked, {**parameters, **own}, (x,))
+            return call(stacked, {**parameters, **own}, x)
 
-    parameters = _parameters(stacked)
-    result: Tensor = torch.vmap(apply, randomness="different")(parameters, buffers, x)
-    return result, {name: buffer.detach() for name, buffer in buffers.items()}
+    with in_use():
+        buffers = {name: buffer.clone() for name, buffer in stacked.named_buffers()}
+        if choose(batching, x.device) == "loop":
+            own = zip(slices(stacked, num_experts), _unbound(buffers, num_experts), x, strict=True)
+            outputs = torch.stack([call(stacked, parameters | mine, maps) for parameters, mine, maps in own])
+        else:
+            outputs = torch.vmap(apply, randomness="different")(_parameters(stacked), buffers, x)
+    return outputs, {name: buffer.detach() for name, buffer in buffers.items()}
+
+
+def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
+    """`module(x)` with other tensors in the place of its own, named as by `own_tensors`. To be called `in_use`.
+
+    Raises:
+        TypeError: an input of another dtype than the tensors, where that is what the module fails of.
+    """
+    # `functional_call` given one place under two names takes it twice, and puts the wrong tensor back.
+    by_own = {value: tensors[name] for name, value in own_tensors(module).items()}
+    by_place = {name: by_own[value] for name, value in _places(module)}
+    if torch.compiler.is_compiling():
+        return functional_call(module, by_place, (x,), tie_weights=False)
+    try:
+        return functional_call(module, by_place, (x,), tie_weights=False)
+    except RuntimeError as error:
+        dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
+        if not dtypes or x.dtype in dtypes or torch.is_autocast_enabled(x.device.type):
+            raise
+        own = " and ".join(sorted(map(str, dtypes)))
+        raise TypeError(
+            f"images: expected {own}, as the network's weights, got {x.dtype}: convert either with .to(dtype) ({error})"
+        ) from error
+
+
+def in_use() -> AbstractContextManager[object]:
+    """While experts run, theirs are in the places of the stacked tensors: other threads wait, in a `with` block.
+
+    A compiler's code has no need of it.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _IN_USE
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once, under the first of its names."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _places(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Where a parameter or buffer is kept, each place under one name; tied tensors are in several places."""
+    for prefix, part in module.named_modules():
+        for name, value in (*part._parameters.items(), *part._buffers.items()):
+            if value is not None:
+                yield f"{prefix}.{name}" if prefix else name, value
+
+
+def expert_by_expert(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A conversion of tensors, as `nn.Module.to` makes it, for stacked ones: a layout is that of each expert's own."""
+
+    def convert(stack: Tensor) -> Tensor:
+        if stack.dim() < 4:
+            return function(stack)
+        # The first two axes are one in memory, whatever the kernels' layout.
+        converted = function(stack.flatten(0, 1))
+        return converted.view(*stack.shape[:2], *converted.shape[1:])
+
+    return convert
 
 
 def channels_last_(module: nn.Module) -> None:
@@ -135,10 +202,22 @@ def slices(stacked: nn.Module, num_experts: int) -> list[dict[str, Tensor]]:
     return [parameters | buffers for parameters, buffers in zip(own, buffers, strict=True)]
 
 
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """(N, *shape); channels-last where all are."""
+    stack = torch.stack(tensors)
+    if stack.dim() == 5 and all(_is_channels_last(tensor) for tensor in tensors):
+        return stack.movedim(-3, -1).contiguous().movedim(-1, -3)
+    return stack
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def _replace(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """A deep copy of `module` with other tensors under its names, whatever their shapes."""
-    memo = {id(old): tensors[name] for name, old in (*module.named_parameters(), *module.named_buffers())}
-    return copy.deepcopy(module, memo)
+    memo = {id(old): tensors[name] for name, old in own_tensors(module).items()}
+    return copied(module, memo)
 
 
 def _describe(module: nn.Module) -> tuple[object, ...]:

@@ -1,9 +1,11 @@
 """The functions that `FusedImmunityLoss` is made of, each usable alone; they check arguments and pick the kernels.
 
-Shapes throughout: N experts, B samples, K classes, C channels, activation maps of h×w, heatmaps of H×W. Half-precision
-inputs are computed in float32 (autocast included), float64 stays float64. Equation numbers: arXiv 2402.18787.
+Shapes throughout: N experts, B samples, K classes, C channels, activation maps of h×w, heatmaps of H×W. Maps are
+(B, C, h, w), or (B, h, w, C) with `layout="NHWC"`, as those of a Swin Transformer. Half-precision inputs are computed
+in float32 (autocast included), float64 stays float64. Equation numbers: arXiv 2402.18787.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -26,6 +28,8 @@ else:
 WeightScale = Literal["channels", "spatial"]
 Score = Literal["logit", "probability"]
 Backend = Literal["auto", "torch", "triton"]
+Layout = Literal["NCHW", "NHWC"]
+GATE_TOLERANCE = 0.01  # of a row's sum: half precision's rounding, and no more
 Experts = Tensor | Sequence[Tensor]  # one tensor with the experts first, or a sequence of one tensor an expert
 
 
@@ -36,11 +40,12 @@ def gradcam_heatmaps(
     size: tuple[int, int] | None = None,
     weight_scale: WeightScale = "channels",
     backend: Backend = "auto",
+    layout: Layout = "NCHW",
 ) -> Tensor:
     """Grad-CAM heatmaps, eq. (3), not normalised.
 
     Args:
-        activations: (N, B, C, h, w) maps A, or N tensors (B, C, h, w).
+        activations: (N, B, C, h, w) maps A, or N tensors (B, C, h, w); as `layout` says.
         gradients: derivatives of the label's score with respect to A, of the same shapes; or those already summed over
             space, (N, B, C) or N tensors (B, C), which is all that Grad-CAM looks at.
         size: (H, W) of the heatmaps, by bilinear resampling; None keeps (h, w).
@@ -48,6 +53,8 @@ def gradcam_heatmaps(
         backend: "torch" is plain PyTorch; "triton" the fused kernels, once differentiable, for CUDA tensors (or any, if
             TRITON_INTERPRET=1 was set before the import); "auto" is "triton" for CUDA tensors that are not float64, but
             "torch" under `torch.func` and in forward mode.
+        layout: "NCHW", or "NHWC" for channels last, (N, B, h, w, C) or N tensors (B, h, w, C), which are read in place.
+            That is about the order of the axes alone: what `memory_format=torch.channels_last` makes is "NCHW".
 
     Returns:
         (N, B, H, W), at least float32, ≥ 0, differentiable in both inputs.
@@ -56,7 +63,7 @@ def gradcam_heatmaps(
         ValueError, TypeError: an argument of the wrong shape, value or type.
     """
     size = check_heatmap_options(size, weight_scale, 0.0, backend)
-    maps, slopes = _check_maps(activations, gradients)
+    maps, slopes = _check_maps(activations, gradients, layout)
     scale = reference.weight_factor(maps[0], weight_scale)
     if _use_triton(backend, "activations", [*maps, *slopes]):
         heatmaps: Tensor = fused_heatmaps.gradcam_heatmaps(maps, slopes, list(size or maps[0].shape[3:]), scale)[0]
@@ -76,11 +83,13 @@ def heatmap_losses(
     weight_scale: WeightScale = "channels",
     backend: Backend = "auto",
     group_name: str = "",
+    layout: Layout = "NCHW",
 ) -> tuple[Tensor, Tensor]:
     """Mutual-information loss, eq. (9), and position-stability loss, eqs. (10) and (11), of the experts' heatmaps.
 
     Args:
-        activations: (N, B, C, h, w) maps A, N ≥ 2, or N tensors (B, C, h, w). Read in place, whatever their strides.
+        activations: (N, B, C, h, w) maps A, N ≥ 2, or N tensors (B, C, h, w), each another one; as `layout` says. Read
+            in place, whatever their strides.
         gradients: see `gradcam_heatmaps`.
         size: (H, W) of the heatmaps; None keeps (h, w). Distances are in these pixels.
         normalize: eq. (9) on each heatmap's distribution; False puts the heatmap itself into eq. (9), as the paper
@@ -91,6 +100,7 @@ def heatmap_losses(
         group_name: of a `torch.distributed` process group (`ProcessGroup.group_name`) whose processes each call this
             with B samples of their own: eq. (11)'s mean is then over the samples of all, and the second result this
             process' share of the sum over all. Once differentiable. "" is this process alone.
+        layout: see `gradcam_heatmaps`.
 
     Returns:
         (mutual_information (B,), position_stability ()), not weighted, differentiable in both inputs. The first lies in
@@ -100,7 +110,7 @@ def heatmap_losses(
         ValueError, TypeError: an argument of the wrong shape, value or type.
     """
     size = check_heatmap_options(size, weight_scale, smoothing, backend)
-    maps, slopes = _check_maps(activations, gradients)
+    maps, slopes = _check_maps(activations, gradients, layout)
     if sum(part.shape[0] for part in maps) < 2:
         raise ValueError(f"activations: at least 2 experts expected, got shape {tuple(maps[0].shape)}")
     scale = reference.weight_factor(maps[0], weight_scale)
@@ -131,6 +141,7 @@ def heatmap_loss_gradients(
     weight_scale: WeightScale = "channels",
     backend: Backend = "auto",
     group_name: str = "",
+    layout: Layout = "NCHW",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`heatmap_losses` and their derivatives, computed at once, without a graph.
 
@@ -138,7 +149,7 @@ def heatmap_loss_gradients(
         activations: (N, B, C, h, w).
         gradients: summed over space, (N, B, C).
         of_information, of_stability: ∂L/∂(each result of `heatmap_losses`), (B,) and ().
-        size, normalize, smoothing, weight_scale, backend, group_name: see `heatmap_losses`.
+        size, normalize, smoothing, weight_scale, backend, group_name, layout: see `heatmap_losses`.
 
     Returns:
         (mutual_information (B,), position_stability (), ∂L/∂activations, ∂L/∂gradients), the last two as their
@@ -147,7 +158,8 @@ def heatmap_loss_gradients(
     Raises:
         ValueError, TypeError: see `heatmap_losses`.
     """
-    maps, slopes = activations.detach(), gradients.detach()
+    check_choice("layout", layout, Layout)
+    maps, slopes = channels_first(activations.detach(), layout), gradients.detach()
 
     def losses(maps: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
         return heatmap_losses(
@@ -163,7 +175,8 @@ def heatmap_loss_gradients(
 
     if not _use_triton(backend, "activations", [maps, slopes]):
         (information, stability), pullback = torch.func.vjp(losses, maps, slopes)  # type: ignore[misc]
-        return information, stability, *pullback((of_information, of_stability))
+        of_maps, of_slopes = pullback((of_information, of_stability))
+        return information, stability, channels_back(of_maps, layout), of_slopes
     (maps_part,), (slopes_part,) = _check_maps(maps, slopes)
     scale = reference.weight_factor(maps, weight_scale)
     options = (normalize, float(smoothing), scale)
@@ -173,7 +186,7 @@ def heatmap_loss_gradients(
     (of_maps,), of_slopes = fused_losses.heatmap_losses_backward(
         of_information, of_stability, [maps_part], *saved, *options, slopes.dtype, True, True
     )
-    return information, stability, of_maps, of_slopes
+    return information, stability, channels_back(of_maps, layout), of_slopes
 
 
 def mixture_log_probabilities(logits: Experts, gate: Tensor | None = None) -> Tensor:
@@ -181,7 +194,8 @@ def mixture_log_probabilities(logits: Experts, gate: Tensor | None = None) -> Te
 
     Args:
         logits: (N, B, K), or N tensors (B, K).
-        gate: (B, N) or (N,) weights ≥ 0 that sum to 1 over the experts; None is 1/N each.
+        gate: (B, N) or (N,) weights ≥ 0 that sum to 1 over the experts; None is 1/N each. On a CPU the values are
+            looked at; on a GPU, where that would wait for it, shape and dtype alone.
 
     Returns:
         (B, K) log-probabilities, at least float32.
@@ -190,8 +204,13 @@ def mixture_log_probabilities(logits: Experts, gate: Tensor | None = None) -> Te
         ValueError, TypeError: an argument of the wrong shape or type.
     """
     logits = stack_experts("logits", logits, 3, "(N, B, K)")
-    gate = _at_least_float32(_check_gate(gate, logits))
-    return reference.log_mixture(logits.log_softmax(-1), gate.T[..., None])
+    gate = _check_gate(gate, logits)
+    return log_mixture(logits, gate)
+
+
+def log_mixture(logits: Tensor, gate: Tensor) -> Tensor:
+    """`mixture_log_probabilities` of a network's own logits (N, B, K) and gate (B, N), which are taken as they are."""
+    return reference.log_mixture(_at_least_float32(logits).log_softmax(-1), _at_least_float32(gate).T[..., None])
 
 
 def mixture_cross_entropy(
@@ -201,7 +220,7 @@ def mixture_cross_entropy(
 
     Args:
         logits: (N, B, K), or N tensors (B, K).
-        gate: (B, N) or (N,) weights ≥ 0 that sum to 1 over the experts; None is 1/N each.
+        gate: see `mixture_log_probabilities`.
         targets: (B,) integer labels in [0, K).
         alpha: weight of the experts' own cross-entropies, ≥ 0.
         backend: see `gradcam_heatmaps`.
@@ -307,11 +326,45 @@ def check_heatmap_options(
     return (size[0], size[1])
 
 
-def _check_maps(activations: Experts, gradients: Experts) -> tuple[list[Tensor], list[Tensor]]:
+def channels_first(maps: Tensor, layout: Layout) -> Tensor:
+    """Maps (…, C, h, w) of such as `layout` says, as a view."""
+    return maps.movedim(-1, -3) if layout == "NHWC" else maps
+
+
+def channels_back(maps: Tensor, layout: Layout) -> Tensor:
+    """The inverse of `channels_first`."""
+    return maps.movedim(-3, -1) if layout == "NHWC" else maps
+
+
+def check_distinct(activations: Sequence[Tensor]) -> None:
+    """Each expert has maps of its own: one tensor that stands for several is a mistake, and looks like agreement."""
+    for index, maps in enumerate(activations):
+        for earlier, other in enumerate(activations[:index]):
+            if maps is other or _are_one(maps, other):
+                raise ValueError(
+                    f"activations: number {index} is the same tensor as number {earlier}; pass each expert's own"
+                )
+
+
+def _are_one(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one place in memory, where that can be asked: it costs nothing on a GPU either."""
+    plain = type(one) is Tensor and type(other) is Tensor and one.device == other.device and not one.is_meta
+    if not plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return one.is_set_to(other)
+
+
+def _check_maps(activations: Experts, gradients: Experts, layout: Layout = "NCHW") -> tuple[list[Tensor], list[Tensor]]:
     """Parts (n, B, C, h, w) of the activations and (n, B, C, h, w) or (n, B, C) of the gradients, as many of each."""
-    maps = _parts("activations", activations, 5, "(N, B, C, h, w)")
+    check_choice("layout", layout, Layout)
+    axes = "(N, B, h, w, C)" if layout == "NHWC" else "(N, B, C, h, w)"
+    maps = [channels_first(part, layout) for part in _parts("activations", activations, 5, axes)]
+    if not isinstance(activations, Tensor):
+        check_distinct(activations)
     summed = _dimensions(gradients) == 3
-    slopes = _parts("gradients", gradients, *((3, "(N, B, C)") if summed else (5, "(N, B, C, h, w)")))
+    slopes = _parts("gradients", gradients, *((3, "(N, B, C)") if summed else (5, axes)))
+    if not summed:
+        slopes = [channels_first(part, layout) for part in slopes]
     expected, found = _joined_shape(maps), _joined_shape(slopes)
     if found != (expected[:3] if summed else expected):
         raise ValueError(
@@ -402,7 +455,30 @@ def _check_gate(gate: Tensor | None, logits: Tensor) -> Tensor:
         raise ValueError(
             f"gate: expected (B, N) = ({samples}, {experts}) or (N,) = ({experts},), got shape {tuple(gate.shape)}"
         )
+    _check_weights(gate, logits)
     return gate.expand(samples, experts)
+
+
+def _check_weights(gate: Tensor, logits: Tensor) -> None:
+    """Weights ≥ 0 whose rows sum to 1, on a CPU, where looking is free.
+
+    NaN of a network that has diverged, in a graph or beside logits that are not finite either, goes on into the result,
+    as anywhere else in PyTorch.
+    """
+    if gate.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return
+    weights = gate.detach()
+    if weights.numel() == 0:
+        return
+    smallest = float(weights.min())
+    if math.isnan(smallest) and (gate.grad_fn is not None or not bool(logits.isfinite().all())):
+        return
+    if not smallest >= 0:
+        raise ValueError(f"gate: expected weights of at least 0, got {smallest:.4g}")
+    sums = weights.sum(-1, dtype=torch.promote_types(weights.dtype, torch.float32)).flatten()
+    furthest = float(sums[(sums - 1).abs().argmax()])
+    if not abs(furthest - 1) <= GATE_TOLERANCE:
+        raise ValueError(f"gate: expected weights that sum to 1 over the experts, got a sum of {furthest:.4g}")
 
 
 def _at_least_float32(value: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """The Random Switch Gate of arXiv 2402.18787: a small network that weighs the experts, shuffled at evaluation."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class RandomSwitchGate(nn.Module):
         if num_experts < 1:
             raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
         self.num_experts = num_experts
+        self._here = threading.local()  # `switch`, where a `switched` block of this thread has another
         self.switch = switch
         self.generator = generator
         if network is None:
@@ -60,21 +62,35 @@ class RandomSwitchGate(nn.Module):
     @property
     def switch(self) -> Switch:
         """How the weights are permuted in evaluation mode."""
-        return self._switch
+        here: Switch | None = getattr(self._here, "switch", None)
+        return self._switch if here is None else here
 
     @switch.setter
     def switch(self, value: Switch) -> None:
         check_choice("switch", value, Switch)
-        self._switch: Switch = value
+        if getattr(self._here, "switch", None) is None:
+            self._switch: Switch = value
+        else:
+            self._here.switch = value
 
     @contextmanager
     def switched(self, switch: Switch) -> Iterator[None]:
-        """Another `switch` for the length of a `with` block."""
-        before, self.switch = self.switch, switch
+        """Another `switch` for the length of a `with` block, in this thread; other threads have theirs."""
+        check_choice("switch", switch, Switch)
+        before = getattr(self._here, "switch", None)
+        self._here.switch = switch
         try:
             yield
         finally:
-            self.switch = before
+            self._here.switch = before
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which have no thread's part: their `switch` is this thread's."""
+        return {name: value for name, value in vars(self).items() if name != "_here"} | {"_switch": self.switch}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._here = threading.local()
 
     def forward(self, images: Tensor) -> Tensor:
         """Weights (B, N) for `images` (B, 3, H, W)."""

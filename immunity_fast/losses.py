@@ -1,6 +1,8 @@
 """`FusedImmunityLoss`: the whole training loss of arXiv 2402.18787, eq. (12), as one module."""
 
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -10,9 +12,13 @@ from immunity_fast.forward_mode import ExactTangents
 from immunity_fast.functional import (
     Backend,
     Experts,
+    Layout,
     Score,
     WeightScale,
+    channels_back,
+    channels_first,
     check_choice,
+    check_distinct,
     check_heatmap_options,
     check_targets,
     check_weight,
@@ -30,6 +36,8 @@ Classification = Callable[[Tensor, Tensor | None], Tensor]
 ALPHA, BETA, GAMMA = 1.0, 3.0, 2e-4
 
 FLOAT16_SCALE = 256.0  # of derivatives while they are in float16; a power of two, so that nothing is rounded
+
+_TANGENT = threading.RLock()  # PyTorch counts levels of forward mode for the whole process, not for each thread
 
 
 class ImmunityTerms(NamedTuple):
@@ -59,6 +67,12 @@ class FusedImmunityLoss(nn.Module):
         group_name: of a `torch.distributed` process group whose processes train together, as in
             `DistributedDataParallel`, each on as many samples; see `heatmap_losses`. The mean of the processes' losses,
             and of their gradients, is then that of all samples in one process. "" is this process alone.
+        layout: the order of the activations' axes, "NCHW" for (B, C, h, w), or "NHWC" for (B, h, w, C), the maps of a
+            Swin Transformer. (`memory_format=torch.channels_last` changes no axes: its tensors are "NCHW".)
+
+    An in-place operation right behind a hooked module (the ReLU after `bn1` of a torchvision ResNet, after `features.9`
+    of a VGG, after `features` of a DenseNet) changes the tensor that the hook has kept, and the loss cannot see that. A
+    hook that returns `output.clone()` is safe: what follows changes the copy. `ImmunityMoE.from_experts` does that.
 
     Raises:
         ValueError: an option out of its range.
@@ -77,16 +91,19 @@ class FusedImmunityLoss(nn.Module):
         detach_weights: bool = False,
         backend: Backend = "auto",
         group_name: str = "",
+        layout: Layout = "NCHW",
     ) -> None:
         super().__init__()
         for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
             check_weight(name, value)
         check_choice("score", score, Score)
+        check_choice("layout", layout, Layout)
         self.size = check_heatmap_options(size, weight_scale, smoothing, backend)
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.normalize, self.smoothing, self.weight_scale = normalize, smoothing, weight_scale
         self.score, self.detach_weights, self.backend = score, detach_weights, backend
         self.group_name = group_name
+        self.layout: Layout = layout
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}, size={self.size}"
@@ -128,9 +145,11 @@ class FusedImmunityLoss(nn.Module):
 
         Args:
             logits: (N, B, K), or N tensors (B, K).
-            activations: (N, B, C, h, w), or N tensors (B, C, h, w), in the graph that leads to `logits`.
+            activations: (N, B, C, h, w), or N tensors (B, C, h, w), each another one, in the graph that leads to
+                `logits`; with layout "NHWC" (N, B, h, w, C), or N tensors (B, h, w, C).
             targets: (B,) integer labels.
-            gate: (B, N) or (N,) weights; None is 1/N each.
+            gate: (B, N) or (N,) weights ≥ 0 that sum to 1; None is 1/N each. `mixture_log_probabilities` says what is
+                looked at.
             return_terms: return `(loss, ImmunityTerms)`; the heatmap terms are then computed even if β = γ = 0.
             classification: (logits (N, B, K), gate) to losses (B,), in the place of eq. (2), as TRADES wants it; in
                 `ImmunityTerms` its mean then stands for the cross-entropy's.
@@ -139,7 +158,8 @@ class FusedImmunityLoss(nn.Module):
             The loss, 0-d; 0 for B = 0.
 
         Raises:
-            ValueError: a wrong shape, or activations that are not in the graph of the logits.
+            ValueError: a wrong shape or gate, activations that are not in the graph of the logits, or are one tensor
+                twice, or none of which an expert's logits depend on.
             TypeError: a wrong dtype.
         """
         stacked_logits = join_experts("logits", logits, 3, "(N, B, K)")
@@ -148,10 +168,12 @@ class FusedImmunityLoss(nn.Module):
         if not self._needs_heatmaps(return_terms):
             return cross_entropy.sum() / max(len(targets), 1)
         parts = [activations] if isinstance(activations, Tensor) else list(activations)
+        if not torch.compiler.is_compiling():
+            _check_graph(logits, parts)
         # From the caller's own tensors: a stacked copy of them would not be in the graph of the logits.
         gradients = self._gradients(label_scores(stacked_logits, targets, self.score), parts)
         slopes = gradients[0] if isinstance(activations, Tensor) else gradients
-        return self._total(cross_entropy, activations, slopes, len(stacked_logits), return_terms)
+        return self._total(cross_entropy, activations, slopes, len(stacked_logits), return_terms, self.layout)
 
     def from_head(
         self,
@@ -173,7 +195,7 @@ class FusedImmunityLoss(nn.Module):
             head: (N, B, C, h, w) activations to (N, B, K) logits, for example a `torch.vmap` over stacked experts. It
                 must be functional: BatchNorm in training mode may not update buffers that it captures, but copies of
                 them, which it may return besides the logits; `ImmunityMoE.head_outputs` does.
-            activations: (N, B, C, h, w).
+            activations: (N, B, C, h, w), or as `layout` says, which is also what `head` takes.
             targets, gate, return_terms, classification: see `forward`.
             has_aux: whether `head` returns (logits, anything else).
             double_backprop: how the loss is differentiated through Grad-CAM's weights. Both ways are exact.
@@ -194,7 +216,11 @@ class FusedImmunityLoss(nn.Module):
         """
         check_choice("double_backprop", double_backprop, DoubleBackprop)
 
+        if activations.dim() == 5:
+            activations = channels_first(activations, self.layout)
+
         def run(maps: Tensor) -> tuple[Tensor, Any]:
+            maps = channels_back(maps, self.layout)
             logits, aux = head(maps) if has_aux else (head(maps), ())
             return join_experts("head", logits, 3, "(N, B, K) of its result"), aux
 
@@ -210,7 +236,7 @@ class FusedImmunityLoss(nn.Module):
         else:
             logits, gradients, aux = self._head_gradients(run, activations, targets, differentiated)
             cross_entropy = self._classification(logits, gate, targets, classification)
-            result = self._total(cross_entropy, activations, gradients, len(logits), return_terms)
+            result = self._total(cross_entropy, activations, gradients, len(logits), return_terms, "NCHW")
         return (result, aux) if has_aux else result
 
     def _head_gradients(
@@ -266,7 +292,8 @@ class FusedImmunityLoss(nn.Module):
                 logits, _ = run(maps)
             return label_scores(logits, targets, self.score), logits
 
-        _, tangent, logits = torch.func.jvp(scored, (activations,), (along,), has_aux=True)  # type: ignore[misc]
+        with _alone():
+            _, tangent, logits = torch.func.jvp(scored, (activations,), (along,), has_aux=True)  # type: ignore[misc]
         cross_entropy = self._classification(logits, gate, targets, classification)
         with torch.autocast(activations.device.type, enabled=False):
             through = ((u.to(sums.dtype) * activations).sum() + tangent) / unit
@@ -292,12 +319,14 @@ class FusedImmunityLoss(nn.Module):
             shapes = [tuple(activations.shape[1:])] * (activations.shape[0] if activations.dim() else 1)
         elif isinstance(activations, Sequence) and all(isinstance(part, Tensor) for part in activations):
             shapes = [tuple(part.shape) for part in activations]
+            check_distinct(activations)
         else:
             raise TypeError(f"activations: expected a tensor or a list of tensors, got {type(activations).__name__}")
         if len(shapes) != experts or len(set(shapes)) != 1 or len(shapes[0]) != 4 or shapes[0][0] != samples:
+            axes = "h, w, C" if self.layout == "NHWC" else "C, h, w"
             raise ValueError(
-                f"activations: expected shape ({experts}, {samples}, C, h, w) or a list of {experts} tensors "
-                f"({samples}, C, h, w), got {len(shapes)} of {' and '.join(map(str, dict.fromkeys(shapes)))}"
+                f"activations: expected shape ({experts}, {samples}, {axes}) or a list of {experts} tensors "
+                f"({samples}, {axes}), got {len(shapes)} of {' and '.join(map(str, dict.fromkeys(shapes)))}"
             )
         return check_targets(targets, samples, classes)
 
@@ -321,9 +350,17 @@ class FusedImmunityLoss(nn.Module):
         return list(gradients)
 
     def _total(
-        self, cross_entropy: Tensor, activations: Experts, gradients: Experts, experts: int, return_terms: bool
+        self,
+        cross_entropy: Tensor,
+        activations: Experts,
+        gradients: Experts,
+        experts: int,
+        return_terms: bool,
+        layout: Layout,
     ) -> Tensor | tuple[Tensor, ImmunityTerms]:
-        mutual_information, position_stability = heatmap_losses(activations, gradients, **self._heatmap_options())
+        mutual_information, position_stability = heatmap_losses(
+            activations, gradients, **self._heatmap_options(), layout=layout
+        )
         samples = max(len(cross_entropy), 1)
         terms = ImmunityTerms(
             cross_entropy.sum() / samples, mutual_information.sum() / samples, position_stability / samples
@@ -348,6 +385,38 @@ class FusedImmunityLoss(nn.Module):
             "backend": self.backend,
             "group_name": self.group_name,
         }
+
+
+def _alone() -> AbstractContextManager[object]:
+    """For the length of a `with` block no other thread takes a tangent. A compiler's code has no need of it."""
+    return nullcontext() if torch.compiler.is_compiling() else _TANGENT
+
+
+def _check_graph(logits: Experts, activations: Sequence[Tensor]) -> None:
+    """Each expert's logits depend on some of the activations: with one an expert, else one has two and another none."""
+    own = {part.grad_fn for part in activations if part.grad_fn is not None}
+    if len(own) < len(activations):  # leaves, or without a graph at all
+        return
+    if not isinstance(logits, Tensor):
+        ends = [scores.grad_fn for scores in logits]
+    elif getattr(logits.grad_fn, "_saved_dim", None) == 0 and "Stack" in logits.grad_fn.name():  # type: ignore[union-attr]
+        ends = [before for before, _ in logits.grad_fn.next_functions]  # type: ignore[union-attr]
+    else:  # not to be taken apart
+        return
+    for index, end in enumerate(ends):
+        nodes, seen = [end], set()
+        while nodes:
+            node = nodes.pop()
+            if node in own:
+                break
+            if node is not None and node not in seen:
+                seen.add(node)
+                nodes += [before for before, _ in node.next_functions]
+        else:
+            raise ValueError(
+                f"activations: logits of number {index} depend on none of them; pass one of each expert, of the pass "
+                "that gave its logits"
+            )
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:

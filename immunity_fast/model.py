@@ -2,17 +2,28 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import TypeGuard
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from immunity_fast.batching import call_stacked, run_stacked, slices, stack_modules, unstack_modules
+from immunity_fast import probe
+from immunity_fast.batching import (
+    call,
+    call_stacked,
+    expert_by_expert,
+    in_use,
+    run_stacked,
+    slices,
+    stack_modules,
+    unstack_modules,
+)
 from immunity_fast.experts import create
 from immunity_fast.experts.staged import StagedNetwork, default_stage, split
-from immunity_fast.functional import Experts, check_choice, mixture_log_probabilities
+from immunity_fast.functional import Experts, Layout, channels_back, channels_first, check_choice, log_mixture
 from immunity_fast.gate import RandomSwitchGate, Switch
 from immunity_fast.strategies import Batching, choose
 
@@ -57,11 +68,11 @@ class ImmunityMoE(nn.Module):
         super().__init__()
         self.arch = arch
         _check_number(num_experts)
+        experts = [create(arch, num_classes) for _ in range(num_experts)]
         self._assemble(
-            [create(arch, num_classes) for _ in range(num_experts)],
+            experts,
             RandomSwitchGate(num_experts, switch=switch, generator=generator),
-            stage,
-            image_size,
+            default_stage(experts[0], image_size) if stage is None else stage,
             batching,
             Normalize(mean, std),
         )
@@ -79,21 +90,31 @@ class ImmunityMoE(nn.Module):
         batching: Batching = "auto",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        layout: Layout | None = None,
     ) -> "ImmunityMoE":
         """A mixture of the user's own networks, which are copied.
 
+        They run on two images, some 6·N passes in all, and are refused unless each computes in the mixture what it
+        computes alone: of what is no parameter and no buffer (plain attributes, functions, hooks) the mixture has
+        number 0's. Weights, statistics, modes and PyTorch's random state stay as they are; hooks are called.
+        Where an in-place operation follows on `stage`, it gets a copy of the activations.
+
         Args:
             experts: at least 2 modules from images (B, 3, H, W) to logits (B, K), of the same structure. An
-                `nn.Sequential` is split at a child; any other module, or one with a `forward` of its own, runs whole,
-                and its activations are caught on the way, so that `expert_outputs` gives them as a list.
+                `nn.Sequential` is split at a child; any other module, or one with a `forward` or hooks of its own, runs
+                whole, and its activations are caught on the way, so that `expert_outputs` gives them as a list.
             gate: None is a new `RandomSwitchGate` with `switch` and `generator`, which a given gate has of its own.
             stage: the child, or (not for `nn.Sequential`) the dotted name of any submodule, whose output Grad-CAM
                 looks at; None is the last direct child whose map exceeds 8×8.
-            image_size, batching: see the class.
+            image_size: the images' side or (H, W), which the experts have to accept.
+            batching: see the class.
             mean, std: normalisation before the experts and the gate; None is none: the experts do their own.
+            layout: the order of the axes of what `stage` returns, "NCHW" for (B, C, h, w), or "NHWC" for (B, h, w, C),
+                as in a Swin Transformer; None finds out. The model's activations are (B, C, h, w) either way.
 
         Raises:
-            ValueError: fewer than 2 experts, experts of different structure, an unknown stage, a mean without a std.
+            ValueError: fewer than 2 experts, experts that differ in more than tensors, or do not run, an unknown stage,
+                one that returns no map or whose layout cannot be told, a mean without a std.
         """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
@@ -103,30 +124,50 @@ class ImmunityMoE(nn.Module):
             gate = RandomSwitchGate(len(experts), switch=switch, generator=generator)
         if (mean is None) != (std is None):
             raise ValueError(f"mean, std: expected both or neither, got {mean} and {std}")
+        if layout is not None:
+            check_choice("layout", layout, Layout)
         normalize = nn.Identity() if mean is None or std is None else Normalize(mean, std)
-        model._assemble(experts, gate, stage, image_size, batching, normalize)
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        images = probe.find_images(experts[0], sides, None if mean is None else len(mean))
+        if stage is None:
+            stage = default_stage(experts[0], tuple(images.shape[2:]), layout=layout, like=images)  # type: ignore[arg-type]
+        _check_stage(experts[0], stage)
+        probe.check_stage(experts[0], stage, images, several=_is_chain(experts[0]))
+        layout = layout or probe.find_layout(experts[0], stage, images)
+        model._assemble(experts, gate, stage, batching, normalize)
+        overwritten = probe.check_alike(experts, model.experts, stage, images)
+        model._read(layout, overwritten)
         return model
 
     def _assemble(
         self,
         experts: Sequence[nn.Module],
         gate: RandomSwitchGate,
-        stage: str | None,
-        image_size: int | tuple[int, int],
+        stage: str,
         batching: Batching,
         normalize: nn.Module,
     ) -> None:
         check_choice("batching", batching, Batching)
+        _check_stage(experts[0], stage)
         self.num_experts = len(experts)
         self.batching: Batching = batching
-        self.stage = default_stage(experts[0], image_size) if stage is None else stage
+        self.stage = stage
         self.normalize = normalize
         self.gate = gate
         self.experts = stack_modules(experts)
+        self._read("NCHW", False)
+
+    def _read(self, layout: Layout, overwritten: bool) -> None:
+        """Take the stage's maps, of such a layout, as (B, C, h, w); what follows gets a copy if it changes them."""
+        self.layout, self._overwritten = layout, overwritten
         # A tuple, so that the two halves, which share the experts' modules, are not registered a second time.
-        self._halves = split(self.experts, self.stage) if _is_chain(self.experts) else None
-        if self._halves is None and self.stage not in dict(self.experts.named_modules()):
-            raise ValueError(f"stage: the experts have no submodule {self.stage!r}")
+        self._halves: tuple[nn.Sequential, nn.Sequential] | None = None
+        if _is_chain(self.experts):
+            trunk, head = split(self.experts, self.stage)
+            if layout == "NHWC" or overwritten:
+                trunk = _chain([*trunk._modules.items(), ("channels first", _ToRead(layout))])
+                head = _chain([("channels back", _FromRead(layout, overwritten)), *head._modules.items()])
+            self._halves = trunk, head
 
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, num_classes) of `images` (B, 3, H, W) in [0, 1].
@@ -136,7 +177,7 @@ class ImmunityMoE(nn.Module):
             TypeError: images that are not floating-point.
         """
         x = self._normalized(images)
-        return mixture_log_probabilities(self._logits(x), self.gate(x))
+        return log_mixture(self._logits(x), self.gate(x))
 
     def expert_logits(self, images: Tensor) -> Tensor:
         """Logits (N, B, K) of `images` (B, 3, H, W) in [0, 1]: all of the model that is not the gate.
@@ -154,9 +195,10 @@ class ImmunityMoE(nn.Module):
         """
         x = self._normalized(images)
         inputs = x.expand(self.num_experts, *x.shape)
-        logits, buffers = call_stacked(self.experts, inputs, self.num_experts, batching=self._batching(x))
-        for name, buffer in self.experts.named_buffers():
-            buffer.copy_(buffers[name])
+        with in_use():
+            logits, buffers = call_stacked(self.experts, inputs, self.num_experts, batching=self._batching(x))
+            for name, buffer in self.experts.named_buffers():
+                buffer.copy_(buffers[name])
         return logits
 
     def gate_weights(self, images: Tensor) -> Tensor:
@@ -174,7 +216,9 @@ class ImmunityMoE(nn.Module):
             logits, activations = self._run_whole(x)
             return logits, activations, self.gate(x)
         maps, weights = self.trunk_outputs(images)
+        version = _version(maps)
         logits = run_stacked(self._halves[1], maps, self.num_experts, shared=False, batching=self._batching(maps))
+        self._check_kept([maps], [version])
         return logits, maps, weights
 
     @property
@@ -201,15 +245,33 @@ class ImmunityMoE(nn.Module):
 
     def update_head(self, buffers: dict[str, Tensor]) -> None:
         """Take over what a pass through `head_outputs` made of the head's buffers, such as BatchNorm's statistics."""
-        for name, buffer in self._cut()[1].named_buffers():
-            buffer.copy_(buffers[name])
+        own = dict(self._cut()[1].named_buffers())
+        with in_use(), _unseen(own):
+            for name, buffer in own.items():
+                buffer.copy_(buffers[name])
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module; never those of a pass that is under way in another thread."""
+        with in_use():
+            return iter(list(super().named_parameters(*args, **kwargs)))
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """As `named_parameters`."""
+        with in_use():
+            return iter(list(super().named_buffers(*args, **kwargs)))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `named_parameters`."""
+        with in_use():
+            return super().state_dict(*args, **kwargs)
 
     def unstack(self) -> list[nn.Module]:
         """N ordinary modules from images in [0, 1] to logits, with tensors of their own.
 
         Where the model normalises, so does each module, in a first child called `normalize`.
         """
-        modules = unstack_modules(self.experts, self.num_experts)
+        with in_use():
+            modules = unstack_modules(self.experts, self.num_experts)
         if isinstance(self.normalize, nn.Identity):
             return modules
         return [_prepend(copy.deepcopy(self.normalize), module) for module in modules]
@@ -237,16 +299,40 @@ class ImmunityMoE(nn.Module):
     def _run_whole(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One expert after another: the activations inside a `vmap` are in no graph outside of it."""
         caught: list[Tensor] = []
+        versions: list[int] = []
+        inward, back = _ToRead(self.layout), _FromRead(self.layout, self._overwritten)
 
-        def catch(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            caught.append(output)
+        def catch(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            maps = inward(output)
+            caught.append(maps)
+            versions.append(_version(maps))
+            onward: Tensor = back(maps)  # in the graph behind `maps`
+            return onward
 
-        hook = self.experts.get_submodule(self.stage).register_forward_hook(catch)
-        try:
-            logits = [functional_call(self.experts, own, (x,)) for own in slices(self.experts, self.num_experts)]
-        finally:
-            hook.remove()
+        with in_use():
+            hook = self.experts.get_submodule(self.stage).register_forward_hook(catch)
+            try:
+                logits = [call(self.experts, own, x) for own in slices(self.experts, self.num_experts)]
+            finally:
+                hook.remove()
+        self._check_kept(caught, versions)
         return torch.stack(logits), caught
+
+    def _check_kept(self, maps: Sequence[Tensor], versions: Sequence[int]) -> None:
+        """What Grad-CAM looks at must be what the stage returned."""
+        if any(_version(part) != version for part, version in zip(maps, versions, strict=True)):
+            raise ValueError(
+                f"stage: an in-place operation behind {self.stage!r} has changed its output; make it inplace=False, or "
+                "the mixture anew, which then copies the output"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ImmunityMoE":
+        """`nn.Module`'s, which `to` and its like call: of stacked tensors each expert's own is converted."""
+        if recurse:
+            for child in self.children():
+                child._apply(expert_by_expert(fn) if child is self.experts else fn)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
+        return self
 
 
 class SingleNetwork(ImmunityMoE):
@@ -270,7 +356,34 @@ class SingleNetwork(ImmunityMoE):
         nn.Module.__init__(self)
         self.arch = arch
         gate = RandomSwitchGate(1, _NoChoice())
-        self._assemble([create(arch, num_classes)], gate, stage, image_size, batching, Normalize(mean, std))
+        network = create(arch, num_classes)
+        stage = default_stage(network, image_size) if stage is None else stage
+        self._assemble([network], gate, stage, batching, Normalize(mean, std))
+
+
+class _ToRead(nn.Module):
+    """A stage's maps as (B, C, h, w)."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """A view."""
+        return channels_first(maps, self.layout)
+
+
+class _FromRead(nn.Module):
+    """The inverse of `_ToRead`; a copy, where what follows would change the maps."""
+
+    def __init__(self, layout: Layout, overwritten: bool) -> None:
+        super().__init__()
+        self.layout, self.overwritten = layout, overwritten
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps as the stage returned them."""
+        back = channels_back(maps, self.layout)
+        return back.clone() if self.overwritten else back
 
 
 class _NoChoice(nn.Module):
@@ -303,15 +416,44 @@ def _check_number(experts: int) -> None:
         raise ValueError(f"num_experts: expected at least 2, got {experts}")
 
 
+def _check_stage(network: nn.Module, stage: str) -> None:
+    if _is_chain(network):
+        split(network, stage)
+    elif stage not in dict(network.named_modules()):
+        raise ValueError(f"stage: the experts have no submodule {stage!r}")
+
+
 def _is_chain(network: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether running its children one after another is all that it does."""
-    return isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward
+    own = vars(network)
+    is_plain = "forward" not in own and not network._forward_hooks and not network._forward_pre_hooks
+    return isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward and is_plain
+
+
+def _chain(children: Sequence[tuple[str, Any]]) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(children))
+
+
+def _unseen(buffers: dict[str, Tensor]) -> AbstractContextManager[object]:
+    """Where autograd does not see that buffers change.
+
+    A BatchNorm in both halves has kept its own for the trunk's backward pass, which in training mode never looks.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _unsafe_preserve_version_counter(tuple(buffers.values()))
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, where that is counted."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def _prepend(normalize: nn.Module, network: nn.Module) -> nn.Module:
-    if _is_chain(network):
+    if _is_chain(network) and "normalize" not in network._modules:
         # Not named_children(): it drops the second use of a module that stands in the chain twice. And a subclass of
         # the user's may take other arguments than children.
         kind = StagedNetwork if isinstance(network, StagedNetwork) else nn.Sequential
-        return kind(OrderedDict([("normalize", normalize), *network._modules.items()]))
-    return nn.Sequential(OrderedDict([("normalize", normalize), ("expert", network)]))
+        chain = kind(OrderedDict([("normalize", normalize), *network._modules.items()]))
+    else:
+        chain = nn.Sequential(OrderedDict([("normalize", normalize), ("expert", network)]))
+    chain.training = network.training  # which the children have
+    return chain

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from immunity_fast.functional import (
     gradcam_heatmaps,
+    heatmap_loss_gradients,
     heatmap_losses,
     label_scores,
     mixture_cross_entropy,
@@ -466,3 +467,101 @@ WRONG_MIXTURES: list[tuple[str, tuple[Any, Any, Any, Any], type[Exception], str]
 def test_wrong_mixtures_are_named(arguments: tuple[Any, Any, Any, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         mixture_cross_entropy(*arguments)
+
+
+# The gate's values, one tensor twice, the order of the axes
+
+GATES: list[tuple[str, Any, str]] = [
+    ("negative", [0.7, 0.5, -0.2], r"gate: .*at least 0, got -0\.2"),
+    ("NaN", [0.5, math.nan, 0.5], "gate: .*nan"),
+    ("infinite", [0.5, 0.5, math.inf], "gate: .*inf"),
+    ("too much", [0.5, 0.5, 0.5], r"gate: .*sum to 1.*1\.5"),
+    ("too little", [0.3, 0.3, 0.3], r"gate: .*sum to 1.*0\.9"),
+    ("ones", [1.0, 1.0, 1.0], "gate: .*sum to 1.*3"),
+    ("nothing", [0.0, 0.0, 0.0], "gate: .*sum to 1.*0"),
+]
+
+
+@pytest.mark.parametrize(("values", "text"), [pytest.param(*case[1:], id=case[0]) for case in GATES])
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_gate_that_is_no_distribution_is_named(values: Any, text: str, rows: bool, dtype: torch.dtype) -> None:
+    row = torch.tensor(values, dtype=dtype)
+    gate = torch.stack([torch.full((3,), 1 / 3, dtype=dtype), row]) if rows else row
+    logits, labels = _normal(3, 2, 4), _labels(2, 4)
+    with pytest.raises(ValueError, match=text):
+        mixture_log_probabilities(logits, gate)
+    with pytest.raises(ValueError, match=text):
+        mixture_cross_entropy(logits, gate, labels, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("experts", [3, 5, 9])
+def test_a_gate_of_half_precision_sums_to_one_well_enough(dtype: torch.dtype, experts: int) -> None:
+    gate = (4 * _normal(50, experts)).to(dtype).softmax(-1)
+    assert mixture_log_probabilities(_normal(experts, 50, 4), gate).isfinite().all()
+
+
+def test_weights_that_a_diverged_network_computed_go_on_into_the_loss() -> None:
+    logits, scores = _normal(3, 2, 4), _normal(2, 3, seed=1).requires_grad_()
+    gate = (scores * math.nan).softmax(-1)
+    assert mixture_cross_entropy(logits, gate, _labels(2, 4), 0.5).isnan().all()
+    assert mixture_log_probabilities(logits * math.nan, gate.detach()).isnan().all()
+
+
+def test_a_gate_is_taken_under_transforms() -> None:
+    logits, gate = _normal(3, 2, 4), _normal(2, 3, seed=1).softmax(-1)
+    expected = mixture_log_probabilities(logits, gate)
+    one = torch.vmap(lambda x: mixture_log_probabilities(logits, x))(gate[None])
+    assert_matches(one[0], expected)
+    compiled = torch.compile(mixture_log_probabilities, fullgraph=True, backend="eager")
+    assert_matches(compiled(logits, gate), expected)
+
+
+@pytest.mark.parametrize("how", ["the same object", "the same memory"])
+def test_one_tensor_that_stands_for_two_experts_is_named(how: str) -> None:
+    maps, slopes = _normal(3, 2, 4, 5, 6), _normal(3, 2, 4, 5, 6, seed=1)
+    first = maps[0]
+    twice = [first, maps[1], first if how == "the same object" else maps[0]]
+    for function in (gradcam_heatmaps, heatmap_losses):
+        with pytest.raises(ValueError, match="activations: number 2 is the same tensor as number 0"):
+            function(twice, list(slopes))  # type: ignore[operator]
+        function([first, maps[1], maps[0].clone()], list(slopes))  # type: ignore[operator]
+        function(list(maps), [slopes[0]] * 3)  # type: ignore[operator]  # gradients may agree
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("summed", [True, False])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_maps_with_channels_last_are_those_with_channels_first(stacked: bool, summed: bool, backend: Any) -> None:
+    maps, slopes = _normal(3, 2, 4, 5, 6, dtype=torch.float32), _normal(3, 2, 4, 5, 6, seed=1, dtype=torch.float32)
+    gradients = slopes.sum((-2, -1)) if summed else slopes
+    of_information, of_stability = _normal(2, seed=2).float(), torch.tensor(0.3)
+    found = []
+    for layout in ("NCHW", "NHWC"):
+        last = layout == "NHWC"
+        leaves = [maps.movedim(-3, -1).contiguous() if last else maps.clone(), gradients.clone()]
+        if last and not summed:
+            leaves[1] = gradients.movedim(-3, -1).contiguous()
+        inputs = [leaf.requires_grad_() for leaf in leaves]
+        given = inputs if stacked else [list(leaf) for leaf in inputs]
+        options: Any = {"size": (7, 8), "backend": backend, "layout": layout}
+        heatmaps = gradcam_heatmaps(*given, **options)
+        information, stability = heatmap_losses(*given, **options)
+        loss = (information * of_information).sum() + stability * of_stability
+        of_maps, of_slopes = torch.autograd.grad(loss, inputs)
+        results = [heatmaps, information, stability, of_maps, of_slopes]
+        if stacked and summed:
+            results += heatmap_loss_gradients(*inputs, of_information, of_stability, **options)
+        found.append([part.movedim(-1, -3) if last and part.shape == leaves[0].shape else part for part in results])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wrong_layout_is_named() -> None:
+    maps = _normal(3, 2, 4, 5, 6)
+    for function in (gradcam_heatmaps, heatmap_losses):
+        with pytest.raises(ValueError, match=r"layout: .*NCHW, NHWC.*'NCWH'"):
+            function(maps, maps, layout="NCWH")  # type: ignore[operator]
+        with pytest.raises(ValueError, match=r"activations: .*\(N, B, h, w, C\)"):
+            function(maps[0], maps[0], layout="NHWC")  # type: ignore[operator]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
@@ -480,6 +483,7 @@ def test_without_gradients_enabled_the_error_says_so() -> None:
         ({"size": (3,)}, r"size: .*got \(3,\)"),
         ({"weight_scale": "both"}, "weight_scale: .*channels, spatial.*'both'"),
         ({"score": "loss"}, "score: .*logit, probability.*'loss'"),
+        ({"layout": "HWC"}, "layout: .*NCHW, NHWC.*'HWC'"),
         ({"backend": "numpy"}, "backend: .*auto, torch, triton.*'numpy'"),
     ],
 )
@@ -516,6 +520,10 @@ WRONG: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
     ("targets are too large", (L, A, T + 2), ValueError, r"targets: .*\[0, 4\).*2 to 4"),
     ("targets are negative", (L, A, T - 1), ValueError, r"targets: .*-1 to 1"),
     ("gate is transposed", (L, A, T, L.new_ones(2, 3)), ValueError, r"gate: .*\(3, 2\).*\(2, 3\)"),
+    ("gate is negative", (L, A, T, torch.tensor([1.5, -0.5])), ValueError, r"gate: .*at least 0.*-0\.5"),
+    ("gate is NaN", (L, A, T, torch.tensor([math.nan, 0.5])), ValueError, "gate: .*nan"),
+    ("gate is not normalised", (L, A, T, torch.ones(2)), ValueError, "gate: .*sum to 1.*2"),
+    ("activations are one tensor twice", (L, [A[0], A[0]], T), ValueError, "activations: number 1 is the same .*0"),
     ("gate is integers", (L, A, T, torch.ones(2).long()), TypeError, r"gate: .*torch\.int64"),
     ("gate is a list", (L, A, T, [0.5, 0.5]), TypeError, "gate: .*list"),
 ]
@@ -542,3 +550,84 @@ def test_a_head_that_returns_no_logits_is_named(
 ) -> None:
     with pytest.raises(error, match=text):
         FusedImmunityLoss(beta=beta, gamma=beta).from_head(head, A, T)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("detach_weights", [True, False])
+def test_maps_with_channels_last_match_the_oracle(way: Any, detach_weights: bool) -> None:
+    """Of the caller's own tensors (N, B, h, w, C), which `from_head` hands to the head as they are."""
+    experts = _experts()
+    maps = torch.stack(experts.maps()).movedim(-3, -1).contiguous()
+    options: dict[str, Any] = {"size": (5, 6), "detach_weights": detach_weights}
+    own = FusedImmunityLoss(0.3, 1.7, 0.05, layout="NHWC", **options)
+
+    def head(maps: Tensor) -> Tensor:
+        assert maps.shape[-3:] == (2, 4, 3)
+        return experts.head(maps.movedim(-1, -3))
+
+    usual = torch.stack(experts.maps())
+    expected = FusedImmunityLoss(0.3, 1.7, 0.05, **options)(experts.head(usual), usual, experts.targets, experts.gate)
+    stacked = own(head(maps), maps, experts.targets, experts.gate)
+    _assert_same(stacked, expected, experts.leaves)
+    parts = list(maps.unbind())
+    listed = own(list(head(torch.stack(parts))), parts, experts.targets, experts.gate)
+    _assert_same(listed, expected, experts.leaves)
+    actual, terms = own.from_head(head, maps, experts.targets, experts.gate, double_backprop=way, return_terms=True)
+    _assert_same(actual, expected, experts.leaves)
+    assert terms.mutual_information.isfinite()
+
+
+def test_from_head_compiles_with_channels_last() -> None:
+    maps, targets = _normal(2, 4, 4, 5, 3).requires_grad_(), torch.tensor([0, 1, 2, 0])
+    loss = FusedImmunityLoss(0.5, 1.0, 0.05, size=(7, 7), layout="NHWC")
+
+    def step(maps: Tensor) -> Tensor:
+        found: Tensor = loss.from_head(lambda maps: torch.tanh(maps).square().mean((-3, -2)), maps, targets)
+        return found
+
+    torch.compiler.reset()
+    _assert_same(torch.compile(step, fullgraph=True, backend="aot_eager")(maps), step(maps), (maps,))
+
+
+def test_maps_that_belong_to_no_expert_are_named() -> None:
+    """Two of one expert's, none of the other's, all of them in the graph."""
+    first = [_normal(2, 3, 4, 5, seed=seed).requires_grad_() for seed in range(2)]
+    second = _normal(2, 3, 4, 5, seed=3).requires_grad_()
+    maps = [first[0] * 2, first[1] * 3, second * 4]
+    logits = [(maps[0] * maps[1]).tanh().mean((-2, -1)), maps[2].tanh().mean((-2, -1))]
+    targets = torch.tensor([0, 1])
+    loss = FusedImmunityLoss(size=(4, 5))
+    with pytest.raises(ValueError, match="activations: logits of number 1 depend on none of them"):
+        loss(logits, maps[:2], targets)
+    with pytest.raises(ValueError, match="activations: logits of number 1 depend on none of them"):
+        loss(torch.stack(logits), maps[:2], targets)
+    expected = loss(logits, [maps[0], maps[2]], targets)
+    torch.testing.assert_close(loss(torch.stack(logits), [maps[0], maps[2]], targets), expected)
+    joined = torch.stack([part.transpose(0, 1) for part in logits], 1).transpose(0, 2)  # another axis is stacked
+    torch.testing.assert_close(loss(joined.transpose(0, 1), [maps[0], maps[2]], targets), expected)
+    torch.testing.assert_close(loss(logits[::-1], [maps[0], maps[2]], targets), expected)
+
+
+def test_several_threads_take_tangents() -> None:
+    """PyTorch counts levels of forward mode for the whole process."""
+    experts = _experts()
+    maps = torch.stack(experts.maps()).detach().requires_grad_()
+    loss = FusedImmunityLoss(0.5, 1.0, 0.05, size=(5, 5))
+    barrier = threading.Barrier(4)
+
+    def gradient() -> Tensor:
+        found = loss.from_head(experts.head, maps, experts.targets, experts.gate.detach(), double_backprop="forward")
+        return torch.autograd.grad(found, maps)[0]
+
+    def work(_: int) -> None:
+        barrier.wait(timeout=60)
+        for _ in range(25):
+            assert_matches(gradient(), expected)
+
+    expected, before = gradient(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4), timeout=300))
+    finally:
+        sys.setswitchinterval(before)

@@ -221,6 +221,81 @@ def test_casting_reaches_trunk_and_head() -> None:
     assert {logits.dtype, activations.dtype, gate.dtype, model(_images()).dtype} == {torch.float64}
 
 
+@pytest.mark.parametrize("batching", BOTH)
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_channels_last_is_each_experts_own(batching: Batching, inside: bool, dtype: torch.dtype | None) -> None:
+    """`to` as of any module, also of one that the model is a part of; values and gradients are the same, and back."""
+    model = _model(training=True, batching=batching).float()
+    twin = copy.deepcopy(model).to(dtype)
+    before = {name: value.clone() for name, value in twin.state_dict().items()}
+    model(_images().float()).sum().backward()  # gradients are laid out as well
+    options = {} if dtype is None else {"dtype": dtype}
+    moved = (
+        nn.Sequential(model).to(memory_format=torch.channels_last, **options)
+        if inside
+        else model.to(memory_format=torch.channels_last, **options)
+    )
+    assert inside or moved is model
+    for parameter in [*model.experts.parameters(), *(p.grad for p in model.experts.parameters() if p.grad is not None)]:
+        if parameter.dim() == 5:
+            assert parameter[1].is_contiguous(memory_format=torch.channels_last)
+    for gate in model.gate.parameters():
+        assert gate.dim() != 4 or gate.is_contiguous(memory_format=torch.channels_last)
+    model.load_state_dict(before)
+    model.zero_grad()
+    images = _images().to(dtype or torch.float32)
+    found = []
+    for one in (model, twin):
+        logits, activations, weights = one.expert_outputs(images.to(memory_format=torch.channels_last))
+        loss = FusedImmunityLoss(0.5, 1.0, 1e-3, (12, 12))(logits, activations, TARGETS, weights)
+        found.append([loss, *torch.autograd.grad(loss, list(one.parameters()))])
+    tolerance = 1e-3 if dtype is None else 1e-8
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    optimiser.step()
+    for expert in model.unstack():
+        weight = expert.get_parameter("stem.0.weight")
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    model.to(memory_format=torch.contiguous_format)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+def test_experts_that_are_channels_last_stay_so() -> None:
+    experts = [_small_chain().to(memory_format=torch.channels_last) for _ in range(2)]
+    model = ImmunityMoE.from_experts(experts, image_size=12)
+    assert model.experts.get_parameter("conv.weight")[1].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", ["chain", "branching", "arch"])
+@pytest.mark.parametrize("batching", BOTH)
+def test_images_of_another_dtype_are_named_and_those_who_convert_are_left_alone(kind: str, batching: Batching) -> None:
+    class Converting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner = nn.Identity(), Branching().bfloat16()
+
+        def forward(self, images: Tensor) -> Tensor:
+            out: Tensor = self.inner(self.first(images).to(torch.bfloat16)).float()
+            return out
+
+    def model(make: Any) -> ImmunityMoE:
+        return ImmunityMoE.from_experts([make(), make()], image_size=12, switch="mean", batching=batching)
+
+    made = {
+        "chain": lambda: model(_small_chain),
+        "branching": lambda: model(Branching),
+        "arch": lambda: _model(2, batching=batching),
+    }[kind]().bfloat16()
+    for method in ("forward", "expert_logits", "expert_outputs"):
+        with pytest.raises(TypeError, match=r"images: expected torch\.bfloat16.* got torch\.float32"):
+            getattr(made.eval(), method)(_images().float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made(_images().bfloat16()).isfinite().all()
+    assert model(Converting).eval()(_images().float()).shape == (4, 4)
+
+
 @pytest.mark.parametrize("switch", ["off", "mean"])
 def test_a_bfloat16_model_still_gives_probabilities_that_sum_to_one(switch: Switch) -> None:
     output = _model(switch=switch).bfloat16()(_images().bfloat16())
@@ -373,6 +448,16 @@ def test_networks_with_constructors_of_their_own_can_be_unstacked_with_normalisa
     model = ImmunityMoE.from_experts(experts, image_size=12, mean=half, std=half).double()
     for mine, expert in zip(model.unstack(), experts, strict=True):
         torch.testing.assert_close(mine(_images()), expert(2 * _images() - 1), rtol=1e-10, atol=1e-10)
+
+
+def test_a_child_that_is_called_normalize_does_not_replace_the_models() -> None:
+    torch.manual_seed(0)
+    half = (0.5, 0.5, 0.5)
+    chains = [_chain(normalize=nn.Conv2d(3, 4, 3), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten()) for _ in range(2)]
+    model = ImmunityMoE.from_experts(chains, image_size=12, mean=half, std=half).double().eval()
+    for mine, logits in zip(model.unstack(), model.expert_logits(_images()), strict=True):
+        torch.testing.assert_close(mine(_images()), logits, rtol=1e-10, atol=1e-10)
+        assert not mine.training
 
 
 def test_from_experts_copies() -> None:

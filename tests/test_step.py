@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.optim import SGD
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.augmentation import draw, move
 from immunity_fast.experts.staged import GlobalAveragePool, split
+from immunity_fast.optimizer import FusedSGD
 from immunity_fast.step import MEASURED, TrainStep, cosine_lr
 from tests import oracle
 
@@ -281,18 +283,31 @@ def test_a_gradient_beyond_float16_skips_its_step_and_lowers_the_scale() -> None
     assert not torch.equal(_weights(model), before)
 
 
+OPTIMISERS: dict[str, Any] = {
+    "SGD": partial(SGD, fused=False),
+    "SGD, fused": partial(SGD, fused=True),
+    "FusedSGD": partial(FusedSGD, backend="torch"),
+    "FusedSGD, kernels": partial(FusedSGD, backend="triton"),
+}
+
+
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_momentum_is_nothing_after_a_first_step_that_is_skipped(nesterov: bool) -> None:
+@pytest.mark.parametrize("clip_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("kind", ["SGD, fused", "FusedSGD", "FusedSGD, kernels"])
+def test_momentum_is_nothing_after_a_first_step_that_is_skipped(
+    kind: str, clip_grad_norm: float | None, nesterov: bool
+) -> None:
     """A fused optimiser's, as that of one which is not called where the scaler skips a step."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nobody has written is NaN
     try:
         weights = []
-        for fused in (True, False):
+        for made in (kind, "SGD"):
             model = _model()
-            optimizer = SGD(model.parameters(), 0.05, 0.9, weight_decay=1e-2, nesterov=nesterov, fused=fused)
-            step = TrainStep(model, LOSS, optimizer, amp="fp16")
+            options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2, "nesterov": nesterov}
+            optimizer = OPTIMISERS[made](model.parameters(), **options)
+            step = TrainStep(model, LOSS, optimizer, amp="fp16", clip_grad_norm=clip_grad_norm)
             for scale in (2.0**120, 2.0**10, 2.0**10):
                 step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
                 step(*_batch())

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from immunity_fast.functional import Layout
 
 
 class StagedNetwork(nn.Sequential):
@@ -47,36 +51,112 @@ def split(network: nn.Sequential, stage: str) -> tuple[nn.Sequential, nn.Sequent
     return trunk, head
 
 
-def default_stage(network: nn.Module, image_size: int | tuple[int, int]) -> str:
+def default_stage(
+    network: nn.Module,
+    image_size: int | tuple[int, int],
+    *,
+    layout: Layout | None = "NCHW",
+    like: Tensor | None = None,
+) -> str:
     """The last stage whose map exceeds 8×8 on both sides: the Grad-CAM layer of arXiv 2402.18787.
 
-    ``image_size`` is the side of square images in pixels, or (H, W). Any module on images (B, 3, H, W) will do: its
-    stages are the direct children that run once in a forward pass and return a map (B, C, h, w), in the order in which
-    they run. The network is left as it is: a copy without data is run, in eval mode.
+    ``image_size`` is the side of square images in pixels, or (H, W). Any module on images (B, C, H, W) will do: its
+    stages are the direct children that run once in a forward pass and return a map, (B, C, h, w) or as ``layout`` says,
+    in the order in which they run; ``layout=None`` finds out of each. ``like`` is a tensor (B, C, …) of the images'
+    channels, dtype and device; without it they are three, and the network's. The network is left as it is: a copy is
+    run, in eval mode.
 
     Raises ``ValueError`` if no stage's map is that large.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    # float32 whatever the network's dtype: sizes do not depend on it, and the input has to match.
-    probe = copy.deepcopy(network).to("meta", torch.float32).eval()
-    outputs: list[tuple[str, object]] = []
-    for name, child in probe.named_children():
-        child.register_forward_hook(lambda _module, _inputs, output, name=name: outputs.append((name, output)))
-    with torch.no_grad():
-        probe(torch.empty(1, 3, height, width, device="meta"))
-
-    ran = [name for name, _ in outputs]
-    # A child that runs twice, such as a shared ReLU, has no one map to take.
-    sizes = {
-        name: (output.shape[2], output.shape[3])
-        for name, output in outputs
-        if isinstance(output, Tensor) and output.dim() == 4 and ran.count(name) == 1
-    }
+    if like is None:
+        like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0)).new_empty(1, 3)
+    probe = copied(network).eval()
+    ran = _shapes_of_children(probe, like.new_zeros(1, like.shape[1], height, width), whole=True)
+    wider, taller = {}, {}
+    if layout is None:
+        wider = _shapes_of_children(probe, like.new_zeros(1, like.shape[1], height, 2 * width))
+        taller = _shapes_of_children(probe, like.new_zeros(1, like.shape[1], 2 * height, width))
+    sizes = {}
+    for name, shape in ran.items():
+        found = layout or map_layout(shape, wider.get(name), taller.get(name), square=height == width)
+        if shape is not None and len(shape) == 4:
+            sizes[name] = shape[1:3] if found == "NHWC" else shape[2:]
     for name, size in reversed(sizes.items()):
         if min(size) > 8:
             return name
-    found = ", ".join(f"{name} {h}×{w}" for name, (h, w) in sizes.items()) or "no child returns one"
-    raise ValueError(f"no stage's map exceeds 8×8 for images of {height}×{width} ({found}): name a stage")
+    found_text = ", ".join(f"{name} {h}×{w}" for name, (h, w) in sizes.items()) or "no child returns one"
+    raise ValueError(f"no stage's map exceeds 8×8 for images of {height}×{width} ({found_text}): name a stage")
+
+
+def copied(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy; what is in ``memo``, by the identity of the old, takes the old's place.
+
+    Raises ``ValueError`` if the network holds what cannot be copied, such as a tensor of a graph.
+    """
+    try:
+        return copy.deepcopy(network, memo)
+    except Exception as error:
+        raise ValueError(f"experts: a network holds what cannot be copied ({type(error).__name__}: {error})") from error
+
+
+def map_layout(
+    shape: tuple[int, ...] | None,
+    wider: tuple[int, ...] | None,
+    taller: tuple[int, ...] | None,
+    *,
+    square: bool,
+) -> Layout | None:
+    """Which axes of a map are space, from its shapes for some images, wider ones and taller ones; None if it is open.
+
+    ``square``: whether the first images are as high as wide. Where the others are unknown, or change nothing, two sides
+    of the map that are equal while the third axis is not are space.
+    """
+    if shape is None or len(shape) != 4:
+        return None
+    grown = [
+        {axis for axis, (before, after) in enumerate(zip(shape, other, strict=False)) if before != after}
+        for other in (taller or shape, wider or shape)
+    ]
+    if grown == [{2}, {3}]:
+        return "NCHW"
+    if grown == [{1}, {2}]:
+        return "NHWC"
+    _, a, b, c = shape
+    if grown == [set(), set()] and square and a != c and b in (a, c):
+        return "NHWC" if a == b else "NCHW"
+    return None
+
+
+def _shapes_of_children(
+    network: nn.Module, images: Tensor, *, whole: bool = False
+) -> dict[str, tuple[int, ...] | None]:
+    """Of the direct children that run once in a forward pass, in that order; None for what is no tensor.
+
+    A child that runs twice, such as a shared ReLU, has no one map to take. Unless it is to run as a ``whole``, the
+    network may fail of the images on the way.
+    """
+    outputs: list[tuple[str, object]] = []
+
+    def note(name: str) -> Callable[[nn.Module, object, object], None]:
+        return lambda _module, _inputs, output: outputs.append((name, output))
+
+    hooks = [child.register_forward_hook(note(name)) for name, child in network.named_children()]
+    try:
+        with torch.no_grad():
+            network(images)
+    except Exception:
+        if whole:
+            raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ran = [name for name, _ in outputs]
+    return {
+        name: tuple(output.shape) if isinstance(output, Tensor) else None
+        for name, output in outputs
+        if ran.count(name) == 1
+    }
 
 
 class GlobalAveragePool(nn.Module):

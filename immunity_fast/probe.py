@@ -1,0 +1,380 @@
+"""What a probe image tells of the networks that are to be one mixture: whether they can be, and what their maps are.
+
+A stack of experts holds each one's parameters and buffers; all else, plain attributes, functions and hooks, is number
+0's. Whether the others compute the same with it shows in what they compute, alone and in the stack.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from immunity_fast.batching import call, in_use, own_tensors
+from immunity_fast.experts.staged import map_layout
+from immunity_fast.functional import Layout
+
+USUAL_SIDES = (224, 28, 64, 96, 128, 256, 299, 16, 12, 8)  # of images that networks are built for
+# Of the largest magnitude. The same operations on the same numbers: what differs is rounding, if anything.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+_TOLERANCE_CUDA = {torch.float64: 1e-8, torch.float32: 3e-3}  # products in TF32
+_TOLERANCE_HALF = 3e-2
+
+
+class Pass(NamedTuple):
+    """What one pass of a network gave."""
+
+    output: Any
+    maps: list[Any]  # the stage's outputs, as they were when it returned them
+    buffers: dict[str, Tensor]
+    overwritten: bool  # whether something behind the stage changed its output in place
+    input_changed: bool  # whether something changed the images in place
+
+
+class _Way(NamedTuple):
+    """In which state networks are compared."""
+
+    mode: str
+    moved: bool = False  # with other weights: those of a fresh network can hide much, being zero here and there
+    loud: bool = False  # on images far beyond [0, 1]: bounds that nothing reaches look alike
+
+
+# Every network has to run in the first of them. One that does not in another is not compared there.
+_WAYS = (_Way("evaluation"), _Way("training", moved=True), _Way("evaluation", loud=True))
+
+
+class _Reached(Exception):
+    """Stops a pass at its stage."""
+
+
+def find_images(network: nn.Module, image_size: tuple[int, int], channels: int | None) -> Tensor:
+    """Two images in [0, 1], (2, C, H, W), on the network's device, which it accepts in evaluation mode.
+
+    Their sides are `image_size`; where that is 32×32, which nobody may have meant, other usual ones are tried, too.
+
+    Raises:
+        ValueError: it accepts none.
+    """
+    own = own_tensors(network).values()
+    first = next(iter(own), torch.empty(0))
+    dtype = next((tensor.dtype for tensor in own if tensor.is_floating_point()), torch.float32)
+    convolution = next((part for part in network.modules() if isinstance(part, nn.Conv2d)), None)
+    depths = [channels] if channels else [3] if convolution is None else [3, convolution.in_channels]
+    sides = [image_size, *((side, side) for side in USUAL_SIDES if image_size == (32, 32))]
+    failed: Exception | None = None
+    for height, width in sides:
+        for depth in dict.fromkeys(depths):
+            for kind in dict.fromkeys((dtype, torch.float32)):
+                images = _noise(depth, height, width).to(first.device, kind)
+                try:
+                    _run(network, own_tensors(network), images)
+                except Exception as error:  # whatever a network may raise
+                    failed = failed or error
+                else:
+                    return images
+    height, width = image_size
+    raise ValueError(
+        f"experts: number 0 does not run on images of (2, {depths[0]}, {height}, {width}), "
+        f"image_size says which it takes ({_line(failed)})"
+    ) from failed
+
+
+def find_layout(network: nn.Module, stage: str, images: Tensor) -> Layout:
+    """Which axes of a stage's maps are space: those that grow with the images' sides.
+
+    Raises:
+        ValueError: no map, or it cannot be told.
+    """
+    height, width = images.shape[2:]
+    sides = ((height, width), (height, 2 * width), (2 * height, width))
+    shapes = [_shape_at(network, stage, images, *pair) for pair in sides]
+    layout = map_layout(*shapes, square=height == width)
+    if layout is None:
+        raise ValueError(
+            f'layout: give "NCHW" or "NHWC"; {stage!r} returns {shapes[0]} for images of {height}×{width}, '
+            "which does not tell where its channels are"
+        )
+    return layout
+
+
+def check_stage(network: nn.Module, stage: str, images: Tensor, *, several: bool = False) -> None:
+    """A stage has to return one map, of four axes; `several`: it may run more than once.
+
+    Raises:
+        ValueError: it does not.
+    """
+    maps = _run(network, own_tensors(network), images, stage).maps
+    if not maps or (len(maps) > 1 and not several):
+        raise ValueError(f"stage: {stage!r} runs {len(maps)} times in a forward pass, expected once")
+    if not isinstance(maps[0], Tensor) or maps[0].dim() != 4 or len(maps[0]) != len(images):
+        found = tuple(maps[0].shape) if isinstance(maps[0], Tensor) else type(maps[0]).__name__
+        raise ValueError(f"stage: {stage!r} returns {found}, expected a map (B, C, h, w) or (B, h, w, C)")
+
+
+def check_alike(experts: Sequence[nn.Module], stacked: nn.Module, stage: str, images: Tensor) -> bool:
+    """Each expert has to compute alone what it computes in the stack: outputs, maps, and what becomes of buffers.
+
+    Returns:
+        Whether something behind `stage` changes its output in place.
+
+    Raises:
+        ValueError: an expert that does not, by its number.
+    """
+    overwritten = False
+    for way in _WAYS:
+        # What a pass leaves in plain attributes the next expert's meets there, as it would later.
+        with _undisturbed(stacked):
+            for index, expert in enumerate(experts):
+                alone = _alone(index, expert, stage, images, way)
+                if alone is None:
+                    break
+                _compare(alone, experts, index, stacked, stage, images, way)
+                overwritten = overwritten or alone.overwritten
+    return overwritten
+
+
+def _alone(index: int, expert: nn.Module, stage: str, images: Tensor, way: _Way) -> Pass | None:
+    """An expert's own pass; None where it has none to compare with."""
+    try:
+        found = _run(expert, _weights(expert, own_tensors(expert), way), _as_loud(images, way), stage, way.mode)
+    except Exception as error:  # whatever a network may raise
+        if way is not _WAYS[0]:
+            return None
+        raise ValueError(f"experts: number {index} does not run alone ({_line(error)})") from error
+    if found.input_changed:
+        raise ValueError(f"experts: number {index} changes its images in place, which the others are to see as well")
+    if way is _WAYS[0] and not (isinstance(found.output, Tensor) and found.output.dim() == 2):
+        shape = tuple(found.output.shape) if isinstance(found.output, Tensor) else type(found.output).__name__
+        raise ValueError(f"experts: number {index} returns {shape}, expected logits (B, K)")
+    return found
+
+
+def _compare(
+    alone: Pass,
+    experts: Sequence[nn.Module],
+    index: int,
+    stacked: nn.Module,
+    stage: str,
+    images: Tensor,
+    way: _Way,
+) -> None:
+    expert = experts[index]
+    images = _as_loud(images, way)
+    slices = {name: tensor.detach()[index] for name, tensor in own_tensors(stacked).items()}
+    try:
+        together = _run(stacked, _weights(expert, slices, way), images, stage, way.mode, restore=False)
+    except Exception as error:
+        reason = _reason(experts[0], expert)
+        raise ValueError(
+            f"experts: number {index} runs alone, but not in the mixture ({_line(error)}); {reason}"
+        ) from error
+    for name in ("output", "maps", "buffers"):
+        gap = _gap(getattr(alone, name), getattr(together, name))
+        if gap is None:
+            continue
+        again = _run(expert, _weights(expert, own_tensors(expert), way), images, stage, way.mode)
+        if gap <= 10 * (_gap(getattr(alone, name), getattr(again, name), exactly=True) or 0.0):
+            continue  # by chance: it differs from itself
+        what = {"output": "outputs", "maps": f"maps at {stage!r}", "buffers": "buffers"}[name]
+        raise ValueError(
+            f"experts: number {index} has other {what} in the mixture than alone, by up to {gap:.2g} on a probe image "
+            f"in {way.mode} mode; {_reason(experts[0], expert)}"
+        )
+
+
+def _weights(expert: nn.Module, tensors: Mapping[str, Tensor], way: _Way) -> dict[str, Tensor]:
+    if not way.moved:
+        return dict(tensors)
+    return _moved(tensors, {name for name, value in expert.named_parameters() if value.is_floating_point()})
+
+
+def _as_loud(images: Tensor, way: _Way) -> Tensor:
+    return 20 * (images - 0.5) if way.loud else images
+
+
+def _run(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    images: Tensor,
+    stage: str | None = None,
+    mode: str = "evaluation",
+    *,
+    restore: bool = True,
+    stop: bool = False,
+) -> Pass:
+    """A pass with `tensors`, drawing from a seed; the network, buffers and PyTorch's random state stay as they are."""
+    changing = {name for name, _ in network.named_buffers()}
+    caught: list[tuple[Any, Any, int]] = []
+
+    def catch(_module: nn.Module, _inputs: object, output: Any) -> None:
+        if stop:
+            caught.append((output, output, 0))
+            raise _Reached
+        is_tensor = isinstance(output, Tensor)
+        caught.append((output, output.clone() if is_tensor else output, output._version if is_tensor else 0))
+
+    output = None
+    with in_use(), _undisturbed(network, restore), _seeded(images.device), torch.inference_mode(False), torch.no_grad():
+        own = {name: t.detach().clone() if name in changing else t.detach() for name, t in tensors.items()}
+        images = images.clone()
+        version = images._version
+        for part in network.modules():
+            part.training = mode == "training"
+        hook = None if stage is None else network.get_submodule(stage).register_forward_hook(catch)
+        try:
+            with nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False):
+                output = call(network, own, images)
+        except _Reached:
+            pass
+        finally:
+            if hook is not None:
+                hook.remove()
+    changed = any(isinstance(seen, Tensor) and seen._version != version for seen, _, version in caught)
+    maps, buffers = [kept for _, kept, _ in caught], {name: own[name] for name in sorted(changing)}
+    return Pass(output, maps, buffers, changed and not stop, images._version != version)
+
+
+def _shape_at(network: nn.Module, stage: str, like: Tensor, height: int, width: int) -> tuple[int, ...] | None:
+    """The shape of a stage's output for images of these sides; None where it cannot be had."""
+    images = _noise(like.shape[1], height, width).to(like.device, like.dtype)
+    try:
+        maps = _run(network, own_tensors(network), images, stage, stop=True).maps
+    except Exception:  # a network may be made for images of one size
+        return None
+    return tuple(maps[0].shape) if maps and isinstance(maps[0], Tensor) else None
+
+
+@contextmanager
+def _undisturbed(network: nn.Module, restore: bool = True) -> Iterator[None]:
+    """Modes, plain attributes and generators, which begin at a seed, are afterwards what they were before."""
+    before = [(part, dict(vars(part))) for part in network.modules()]
+    values = [value for _, attributes in before for value in attributes.values()]
+    generators = [(value, value.get_state()) for value in values if isinstance(value, torch.Generator)]
+    for generator, _ in generators:
+        generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        for part, attributes in before if restore else ():
+            vars(part).clear()
+            vars(part).update(attributes)
+        for generator, state in generators:
+            generator.set_state(state)
+
+
+@contextmanager
+def _seeded(device: torch.device) -> Iterator[None]:
+    """PyTorch's and Python's random numbers begin at a seed, and go on afterwards where they were."""
+    on_gpu = device.type == "cuda"
+    state = random.getstate()
+    with torch.random.fork_rng([device] if on_gpu else []):
+        random.seed(0)
+        torch.default_generator.manual_seed(0)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
+def _noise(channels: int, height: int, width: int) -> Tensor:
+    return torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def _moved(tensors: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    """The tensors, those of `names` moved by a tenth of their size; the same for equal ones."""
+    noise = torch.randn(2**16 + 1, generator=torch.Generator().manual_seed(1))  # a prime, as no tensor's sides are
+    result = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach()
+        if name in names and value.numel():
+            size = value.float().square().mean().sqrt()
+            moves = noise.repeat(1 + value.numel() // len(noise))[: value.numel()].view(value.shape).to(value.device)
+            value = (value + 0.1 * torch.where(size > 0, size, 1) * moves).to(value.dtype)
+        result[name] = value
+    return result
+
+
+def _gap(one: Any, other: Any, *, exactly: bool = False) -> float | None:
+    """The largest difference of two results, infinite for other shapes; None if there is none (beyond rounding)."""
+    mine, theirs = tree_leaves(one), tree_leaves(other)
+    if len(mine) != len(theirs):
+        return float("inf")
+    largest = 0.0
+    for x, y in zip(mine, theirs, strict=True):
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.is_meta or not x.numel():
+            continue
+        if x.shape != y.shape:
+            return float("inf")
+        table = _TOLERANCE_CUDA if x.is_cuda else _TOLERANCE
+        tolerance = 0.0 if exactly else table.get(x.dtype, _TOLERANCE_HALF if x.is_floating_point() else 0.0)
+        x, y = x.to("cpu", torch.float64), y.to("cpu", torch.float64)
+        scale = float(x[x.isfinite()].abs().max()) if bool(x.isfinite().any()) else 0.0
+        if not torch.allclose(x, y, rtol=0, atol=tolerance * scale, equal_nan=True):
+            largest = max(largest, float((x - y).abs().nan_to_num(float("inf")).max()))
+    return largest or None
+
+
+def _reason(first: nn.Module, expert: nn.Module) -> str:
+    """In what two experts differ that a stack does not hold, as far as it can be told."""
+    if expert is first:
+        return "a function or hook of it reaches modules of the network that it was made for; a copy has its own"
+    found = list(_differences(first, expert))[:3]
+    if found:
+        return f"it differs from number 0 in {' and '.join(found)}: make that a parameter or buffer, or equal"
+    return "it differs from number 0 in what is no parameter or buffer, such as an attribute, a function or a hook"
+
+
+def _differences(first: nn.Module, other: nn.Module) -> Iterator[str]:
+    """Attributes that differ, by their dotted names."""
+    own = vars(nn.Module())
+    for (prefix, mine), (_, theirs) in zip(first.named_modules(), other.named_modules(), strict=False):
+        for name, value in vars(mine).items():
+            if name in own and "forward" not in name:
+                continue
+            another = vars(theirs).get(name)
+            if "hooks" in name:  # by a number that is each hook's own
+                value, another = list(value.values()), list(another.values()) if another else []
+            if _are_equal(value, another):
+                continue
+            short = isinstance(value, (int, float, str)) and isinstance(another, (int, float, str))
+            values = f" ({value!r:.40} and {another!r:.40})" if short else ""
+            yield f"{prefix}.{name}{values}" if prefix else f"{name}{values}"
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two attributes are the same, as far as that can be seen; what nobody can compare counts as equal."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and bool((one == other).all())
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_are_equal, one, other))
+    if isinstance(one, types.FunctionType):
+        cells = [[cell.cell_contents for cell in function.__closure__ or ()] for function in (one, other)]
+        codes = [(code.co_code, code.co_consts, code.co_names) for code in (one.__code__, other.__code__)]
+        return codes[0] == codes[1] and _are_equal(one.__defaults__, other.__defaults__) and _are_equal(*cells)
+    if isinstance(one, functools.partial):
+        return _are_equal((one.func, one.args, one.keywords), (other.func, other.args, other.keywords))
+    if isinstance(one, nn.Module):
+        return _are_equal(own_tensors(one), own_tensors(other)) and not any(_differences(one, other))
+    if isinstance(one, (int, float, complex, str, bytes, torch.dtype, torch.device)):
+        return bool(one == other)
+    return not isinstance(one, types.BuiltinFunctionType)
+
+
+def _line(error: Exception | None) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
