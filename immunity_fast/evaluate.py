@@ -16,7 +16,7 @@ from torch import Tensor
 
 from immunity_fast import cli
 from immunity_fast.adversarial import frozen
-from immunity_fast.checkpoint import load_checkpoint, load_model
+from immunity_fast.checkpoint import load_model, model_file
 from immunity_fast.compilation import Compile, Compiled, at_size, keep_caches
 from immunity_fast.config import TrainConfig, number
 from immunity_fast.data import NAMES as DATASETS
@@ -167,7 +167,7 @@ def evaluate_run(
             f"{what}, trained for {config.epochs} epochs on {len(dataset.train):,} images{trained}, and judged on "
             f"{len(dataset.test):,} test images.{weights}"
         ),
-        settings=config.to_json(),
+        settings=config.to_json() | {"classes": ", ".join(dataset.classes)},
         commands={
             "Evaluate this run again, with more attacks": run.evaluate_command,
             "Go on with it, if it was interrupted": run.resume_command,
@@ -321,15 +321,16 @@ def evaluate_folder(options: argparse.Namespace, device: torch.device) -> None:
         config.dataset, options.data or config.data, limit_train=config.limit_train, image_size=config.image_size
     ).to(device)
     paths = {None: run.folder, "best": run.best_checkpoint, "last": run.checkpoint}
-    model, info = load_model(paths[options.checkpoint], device)
-    _, last = load_checkpoint(run.checkpoint)
-    if info["model"]["num_classes"] != dataset.num_classes or info["data"] != dataset.fingerprint():
+    file = model_file(paths[options.checkpoint])
+    model, info = load_model(file, device)
+    trained = run.epochs_trained()
+    if info["model"]["num_classes"] != dataset.num_classes or info.get("data") != dataset.fingerprint():
         raise ValueError(f"the data are not those that {options.run} was trained on")
     if (info["model"]["arch"], info["model"]["num_experts"]) != (config.arch, config.experts):
-        raise ValueError(f"{run.checkpoint}: of another run: {info['model']}")
-    if last["epoch"] < config.epochs:
+        raise ValueError(f"{file}: of another run: {info['model']}")
+    if trained < config.epochs:
         raise ValueError(
-            f"{options.run}: stopped after {last['epoch']} of {config.epochs} epochs; go on with: {run.resume_command}"
+            f"{options.run}: stopped after {trained} of {config.epochs} epochs; go on with: {run.resume_command}"
         )
     transfer = None if options.transfer_from is None else load_model(options.transfer_from, device)[0]
     attackers: tuple[str, ...] = Network(lambda x: x, 1, transfer=transfer).attackers

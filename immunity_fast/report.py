@@ -1,7 +1,6 @@
 """A run's report: one HTML file that needs nothing beside it, and its tables as Markdown."""
 
 import base64
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from importlib import resources
 from pathlib import Path
 
 import jinja2
+
+from immunity_fast.files import write_atomically
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 NUMBER = re.compile(r"[-+−±]?\s*[\d.]*\d")
@@ -102,9 +103,7 @@ def write_report(
         commands=commands,
         settings=settings,
     )
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(html + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, f"{html}\n".encode())
 
 
 def _inline_png(path: Path) -> tuple[str, int]:
