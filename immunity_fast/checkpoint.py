@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from immunity_fast.experts import create
-from immunity_fast.files import parse_json, write_atomically
+from immunity_fast.files import parse_json, shown, write_atomically
 from immunity_fast.model import ImmunityMoE, SingleNetwork
 
 FORMAT = 2
@@ -112,15 +112,10 @@ def has_info(path: Path, info: dict[str, Any], *names: str) -> dict[str, Any]:
         if name not in info:
             raise ValueError(f"{path}: not a whole checkpoint: {name} is missing")
         if not INFO[name](info[name]):
-            raise ValueError(f"{path}: not a whole checkpoint: {name} was {_short(info[name])}")
+            raise ValueError(f"{path}: not a whole checkpoint: {name} was {shown(info[name])}")
     if "classes" in info and "model" in info and len(info["classes"]) != info["model"]["num_classes"]:
         raise ValueError(f"{path}: names {len(info['classes'])} of {info['model']['num_classes']} classes")
     return info
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str = "") -> None:
@@ -179,9 +174,9 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> 
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def load_module(path: Path, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_module(path: Path, module: nn.Module, tensors: dict[str, Tensor], prefix: str = "") -> None:
     """Fill a module from a checkpoint's tensors; ValueError where names, shapes or dtypes are another's."""
-    check_tensors(path, tensors, module.state_dict())
+    check_tensors(path, tensors, module.state_dict(), prefix)
     module.load_state_dict(tensors)
 
 
@@ -205,8 +200,9 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Im
     path = model_file(path)
     tensors, info = load_checkpoint(path)
     description = has_info(path, info, "model")["model"]
-    stored = under("ema", tensors) or under("model", tensors)
-    check_experts(path, description, stored)
+    group = "ema" if under("ema", tensors) else "model"
+    stored = under(group, tensors)
+    check_experts(path, description, stored, f"{group}/")
     options = {"stage": description["stage"], "image_size": tuple(description["image_size"])}
     place = description["arch"], description["num_experts"], description["num_classes"]
     try:
@@ -216,16 +212,16 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Im
             model = ImmunityMoE(*place, **options)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: describes a model that cannot be made ({error})") from error
-    load_module(path, model, stored)
+    load_module(path, model, stored, f"{group}/")
     return model.to(device).eval(), info
 
 
-def check_experts(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def check_experts(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> None:
     """ValueError unless the experts' tensors are the described model's: before a wrong number of them fills memory.
 
     Args:
         description: `info["model"]`, checked.
-        tensors: of the module.
+        tensors: of the module, which are under `prefix` in the file.
     """
     try:
         with torch.device("meta"):
@@ -234,4 +230,4 @@ def check_experts(path: Path, description: Mapping[str, Any], tensors: Mapping[s
         expected = {name: tensor.new_empty(count, *tensor.shape) for name, tensor in expert.items()}
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: describes a model that cannot be made ({error})") from error
-    check_tensors(path, under("experts", tensors, "."), expected, prefix="experts.")
+    check_tensors(path, under("experts", tensors, "."), expected, f"{prefix}experts.")

@@ -225,3 +225,9 @@ def parse_json(content: bytes | str) -> Any:
 def is_number(value: Any) -> bool:
     """Whether a value read from JSON is a number that a float can hold, or NaN."""
     return type(value) in (int, float) and not abs(value) > sys.float_info.max
+
+
+def shown(value: Any) -> str:
+    """A value as an error's line shows it: of a long one its beginning."""
+    text = " ".join(str(value).split()) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 200 else f"{text[:199]}…"

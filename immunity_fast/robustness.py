@@ -260,7 +260,7 @@ class Evaluation:
                 yield {"steps": steps} | self._judged(attacked, labels, seed)
         else:
             for factor in plan.curve_eps:
-                eps = min(factor * plan.radius, 1) if plan.norm == "Linf" else factor * plan.radius
+                eps = _curve_radius(plan, factor)
                 # 2.5 times as far as the ball's radius. Who is fooled stays so: accuracy is all that is asked for.
                 attack = replace(
                     pgd, eps=eps, alpha=2.5 * eps / CURVE_STEPS, steps=CURVE_STEPS, keep_best=True, drop_fooled=True
@@ -281,12 +281,12 @@ class Evaluation:
         if row.kind == "steps":
             return self._are_points(piece, "steps", self.plan.curve_steps, images)
         if row.kind == "eps":
-            return self._are_points(piece, "eps", self.plan.curve_eps, images)
+            return self._are_points(piece, "eps", [_curve_radius(self.plan, x) for x in self.plan.curve_eps], images)
         heatmaps = piece.get("heatmaps")
         if self.loss_fn is not None and isinstance(self.subject, Mixture) and self.has_heatmaps(row):
             if not _are_heatmap_sums(heatmaps, self.subject.model.num_experts, images):
                 return False
-        elif heatmaps is not None:
+        elif "heatmaps" in piece:
             return False
         return self._is_judged(piece, images) and is_number(piece.get("seconds"))
 
@@ -294,8 +294,8 @@ class Evaluation:
         points = piece.get("points")
         return (
             isinstance(points, list)
-            and len(points) == len(places)
-            and all(self._is_judged(point, images) and is_number(point.get(name)) for point in points)
+            and all(self._is_judged(point, images) for point in points)
+            and [point.get(name) for point in points] == list(places)
         )
 
     def _is_judged(self, found: Any, images: int) -> bool:
@@ -330,6 +330,10 @@ class Evaluation:
 
 def _chunks(size: int, chunk: int) -> list[tuple[int, int]]:
     return [(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+
+
+def _curve_radius(plan: Plan, factor: float) -> float:
+    return min(factor * plan.radius, 1) if plan.norm == "Linf" else factor * plan.radius
 
 
 def _are_heatmap_sums(value: Any, experts: int, images: int) -> bool:

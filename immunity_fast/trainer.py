@@ -189,7 +189,7 @@ class Trainer:
         """Take up where a checkpoint was written; ValueError where it is not one that this run can have written."""
         tensors, info = load_checkpoint(path)
         has_info(path, info, "model", "data", "epoch", "step")
-        load_module(path, self.model, under("model", tensors))
+        load_module(path, self.model, under("model", tensors), "model/")
         if info["model"] != self.description:
             raise ValueError(f"{path}: of another model: {info['model']}, expected {self.description}")
         if info["data"] != self.fingerprint:

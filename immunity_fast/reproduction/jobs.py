@@ -26,11 +26,12 @@ from immunity_fast import cli, ensemble, evaluate, train
 from immunity_fast.config import TrainConfig
 from immunity_fast.data import fingerprint, load
 from immunity_fast.experts import title
-from immunity_fast.files import is_number, locked, parse_json, write_atomically
+from immunity_fast.files import locked, parse_json, write_atomically
 from immunity_fast.runs import Run
 from immunity_fast.train import MOVABLE
 
 LOCKS = ".locks"
+CHECKSUM = "sha256"  # of a record of what is done: its other members'
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,9 @@ class Queue:
             training_seconds=sum(record["seconds"] for each in trained for record in each.metrics()),
             attack_seconds=attack_seconds(results),
         )
-        write_atomically(self._record(job), json.dumps(dataclasses.asdict(done), indent=1).encode())
+        found = dataclasses.asdict(done)
+        record = found | {CHECKSUM: checksum(found)}
+        write_atomically(self._record(job), json.dumps(record, indent=1).encode())
         return done
 
     def _help(self, job: Job) -> None:
@@ -215,49 +218,19 @@ class Queue:
 
     def _found(self, job: Job) -> Done | None:
         try:
-            found = Done(**parse_json(self._record(job).read_bytes()))
-        except (OSError, ValueError, TypeError):
+            record = parse_json(self._record(job).read_bytes())
+            # The record is made again where it is not as it was written: that takes its evaluation's ledger, no more.
+            if record.pop(CHECKSUM) != checksum(record):
+                return None
+            found = Done(**record)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
             return None  # not done, or not by this version
-        if not is_whole(found):
-            return None
         return found if found.data == self._data[job.config.dataset, job.config.image_size] else None
 
 
-def is_whole(done: Done) -> bool:
-    """Whether what was read from a file is what `Queue` writes: all that is made of it later is there."""
-    results = done.results
-    texts = [done.data, done.device, *(done.commands if isinstance(done.commands, list) else [None])]
-    return (
-        isinstance(results, dict)
-        and isinstance(done.settings, dict)
-        and isinstance(done.versions, dict)
-        and isinstance(done.versions.get("torch"), str)
-        and all(isinstance(text, str) for text in texts)
-        and is_number(done.training_seconds)
-        and is_number(done.attack_seconds)
-        and _are_accuracies(results.get("accuracy"))
-        and all(isinstance(entry.get("attack"), str) and "attacker" in entry for entry in results["accuracy"])
-        and _are_accuracies(results.get("worst_case"))
-        and _are_measures(results.get("heatmaps", {}))
-    )
-
-
-def _are_accuracies(entries: Any) -> bool:
-    return isinstance(entries, list) and all(
-        isinstance(entry, dict)
-        and isinstance(entry.get("judge"), str)
-        and is_number(entry.get("accuracy"))
-        and isinstance(entry.get("interval"), list)
-        and len(entry["interval"]) == 2
-        and all(map(is_number, entry["interval"]))
-        for entry in entries
-    )
-
-
-def _are_measures(heatmaps: Any) -> bool:
-    return isinstance(heatmaps, dict) and all(
-        isinstance(measured, dict) and all(map(is_number, measured.values())) for measured in heatmaps.values()
-    )
+def checksum(record: dict[str, Any]) -> str:
+    """A hash of what a file says, whatever the order and the spaces."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def attack_seconds(results: dict[str, Any]) -> float:
