@@ -7,6 +7,7 @@ limited. A line of JSON a case: what was spoilt, how the process ended, what it 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ JUNK: list[Any] = [
     "ü\ud800",
 ]
 JUNK += [[], {}, [1], [[[]]], {"a": {"b": []}}, "\0", "x" * 100_000]
+SMALL = [value for value in JUNK if type(value) is not int or value < 1000]  # a million epochs are an order, no damage
 DTYPES = (
     torch.int32,
     torch.float64,
@@ -96,11 +98,11 @@ def spoil_bytes(content: bytes, chance: random.Random, most: int) -> bytes:
     return bytes(spoilt)
 
 
-def spoil_value(value: Any, chance: random.Random) -> Any:
+def spoil_value(value: Any, chance: random.Random, junk: Sequence[Any] = JUNK) -> Any:
     """JSON with one value, at any depth, exchanged, gone, or renamed."""
     places = list(_places(value))
     if not places:
-        return chance.choice(JUNK)
+        return copy.deepcopy(chance.choice(junk))
     where = chance.choice(places)
     holder, name = value, where[-1]
     for step in where[:-1]:
@@ -113,9 +115,9 @@ def spoil_value(value: Any, chance: random.Random) -> Any:
     elif kind == 2:
         holder[name] = [holder[name]]
     elif kind == 3 and isinstance(holder[name], int | float):
-        holder[name] = holder[name] + chance.choice([1, -1, 77, 10**9])
+        holder[name] = holder[name] + chance.choice([1, -1, 77])
     else:
-        holder[name] = chance.choice(JUNK)
+        holder[name] = copy.deepcopy(chance.choice(junk))
     return value
 
 
@@ -126,7 +128,7 @@ def _places(value: Any) -> Any:
         yield from ((name, *rest) for rest in _places(part))
 
 
-def spoil_json(content: bytes, chance: random.Random) -> tuple[str, bytes]:
+def spoil_json(content: bytes, chance: random.Random, junk: Sequence[Any] = JUNK) -> tuple[str, bytes]:
     """A file of JSON, or of lines of it, and how it was spoilt."""
     kind = chance.choice(["bytes", "value", "value", "value", "value", "line", "deep", "encoding"])
     lines = content.decode().splitlines() if content.count(b"\n{") else [content.decode()]
@@ -134,7 +136,7 @@ def spoil_json(content: bytes, chance: random.Random) -> tuple[str, bytes]:
     if kind == "bytes":
         return kind, spoil_bytes(content, chance, len(content))
     if kind == "value":
-        lines[place] = json.dumps(spoil_value(json.loads(lines[place]), chance))
+        lines[place] = json.dumps(spoil_value(json.loads(lines[place]), chance, junk))
     elif kind == "line":
         what = chance.randrange(5)
         if what == 0:
@@ -146,7 +148,7 @@ def spoil_json(content: bytes, chance: random.Random) -> tuple[str, bytes]:
         elif what == 3:
             lines.insert(place, chance.choice(["", "null", "{}", "[]", "3", '"key"', "{", "\0\0"]))
         else:
-            lines[place] = json.dumps(chance.choice(JUNK))
+            lines[place] = json.dumps(chance.choice(junk))
     elif kind == "deep":
         lines[place] = chance.choice([DEEP, lines[place][:-1] + ', "deep": ' + DEEP + "}", '{"a":' * 100_000])
     else:
@@ -327,18 +329,19 @@ def case(number: int, whole: Path) -> dict[str, Any]:
     """Spoil a copy of what `prepare` has made, and read it."""
     chance = random.Random(number)
     target, name, command = chance.choice(TARGETS)
-    used = {"half": ["half"], "finished": ["finished"], "runs": ["runs"]}[name.split("/")[0]]
+    used = name.split("/")[0]
     folder = whole / "case"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for part in used:
-        shutil.copytree(whole / part, folder / part)
+    shutil.copytree(whole / used, folder / used)
     shutil.copy(whole / "data.npz", folder)
     file = folder / name
     if target == "done":
         (file,) = (folder / "runs" / JOB.name).glob("done-*.json")
-    spoil = spoil_checkpoint if target == "checkpoint" else spoil_json
-    kind, content = spoil(file.read_bytes(), chance)
+    if target == "checkpoint":
+        kind, content = spoil_checkpoint(file.read_bytes(), chance)
+    else:
+        kind, content = spoil_json(file.read_bytes(), chance, SMALL if target == "config" else JUNK)
     same = content == file.read_bytes()
     file.write_bytes(content)
     said = folder / "said"
@@ -348,7 +351,7 @@ def case(number: int, whole: Path) -> dict[str, Any]:
         "number": number,
         "target": target,
         "kind": kind,
-        "file": str(file),
+        "run": str(folder / used),
         "same": same,
         "command": command.__name__,
         "status": status,
@@ -363,6 +366,7 @@ def main(folder: Path, first: int, last: int) -> None:
     cli.console.file = sys.stdout
     train.tensorboard = lambda *_: None  # type: ignore[assignment]
     evaluation_report._figures = lambda *_: []  # type: ignore[assignment]
+    evaluation_report.write_report = lambda *_, **__: None
     os.fsync = lambda _descriptor: None
     folder.mkdir(parents=True, exist_ok=True)
     print(json.dumps(prepare(folder)), file=answers, flush=True)

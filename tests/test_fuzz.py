@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CASES = os.environ.get("IMMUNITY_FUZZ", "0 200").split()
+CASES = os.environ.get("IMMUNITY_FUZZ", "0 100").split()
 
 
 def wrong(case: dict[str, Any], right: dict[str, Any]) -> str | None:
@@ -28,7 +28,9 @@ def wrong(case: dict[str, Any], right: dict[str, Any]) -> str | None:
     if status == 1:
         if not said.startswith("error: ") or said.count("\n") != 1:
             return "not one line of error"
-        return "the file is not named" if target in ("checkpoint", "metrics") and case["file"] not in said else None
+        # What wrong numbers do, such as NaN among the weights, is said of the model or the loss.
+        named = target in ("checkpoint", "metrics") and case["kind"] not in ("bytes", "values")
+        return "the run is not named" if named and case["run"] not in said else None
     if said:
         return "said something"
     # Other numbers where numbers were are no damage that anybody could see; what a record or piece has to be is.
@@ -48,6 +50,6 @@ def test_what_is_spoilt_is_one_line_or_the_right_result(tmp_path: Path) -> None:
     assert not failed, failed[:5]
     count = int(CASES[1]) - int(CASES[0])
     assert len(cases) == count
-    if count >= 200:  # both ends are there, of every file
+    if count >= 100:  # both ends are there, of every file
         outcomes = Counter((case["target"], case["status"]) for case in cases)
         assert {("checkpoint", 1), ("metrics", 1), ("config", 1), ("ledger", 0), ("done", 0)} <= outcomes.keys()
