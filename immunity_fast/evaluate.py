@@ -1,6 +1,7 @@
 """`python -m immunity_fast.evaluate RUN`: accuracy, clean and attacked, of a trained run or any network, with a report.
 
-Every attacked number says what the attacker knew of the gate. An evaluation that was killed goes on where it was.
+Every attacked number says what the attacker knew of the gate. An evaluation that was killed goes on where it was, and
+the same command started twice shares the work.
 """
 
 import argparse

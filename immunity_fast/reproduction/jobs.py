@@ -112,7 +112,9 @@ class Queue:
         left = [job for job in self.jobs if job not in self.done and job not in self.failures]
         others = [job for job in left if not self._try(job, wait=False)]
         for job in others if wait else ():
-            self._help(job)
+            if self._found(job) is None:
+                cli.console.print(f"{job.name}: another process is at it; this one helps or waits")
+                self._help(job)
             self._try(job, wait=True)
         return wait or not others
 
