@@ -78,7 +78,9 @@ def queue(folder: str, data: str) -> dict[str, Any]:
     def made(out: Path, config: TrainConfig) -> Run:
         time.sleep(WORK)
         done.append(out.name)
-        return Run.create(out, config)
+        run = Run.create(out, config)
+        run.checkpoint.touch()
+        return run
 
     def fit(arguments: list[str]) -> None:
         _, resume, config = train.parse(arguments)
@@ -92,7 +94,7 @@ def queue(folder: str, data: str) -> dict[str, Any]:
         _patched(train, "fit", fit),
         _patched(evaluate, "main", judge),
         _patched(ensemble, "join", lambda _runs, out: made(out, CONFIG)),
-        _patched(Run, "epochs_trained", lambda run: CONFIG.epochs if run.config_file.is_file() else 0),
+        _patched(Run, "epochs_trained", lambda _run: CONFIG.epochs),
     ):
         own = Queue(Path(folder) / "runs", JOBS, device="cpu", data=data)
         own.run()

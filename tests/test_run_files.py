@@ -328,6 +328,7 @@ def test_a_checkpoint_and_the_report_name_the_classes(tmp_path: Path, plain: Non
 DEEP = b"[" * 100_000
 BAD_LINES = [b"\0\xff\0", b"", b"null", b"3", b"[]", b"{}", DEEP, b'{"epoch": 1', b'{"epoch": "1"}', b'{"epoch": true}']
 BAD_LINES += [b'{"epoch": 1.0}', b'{"epoch": 2}', b'{"epoch": 1, "loss": "small"}', b'{"epoch": 1, "loss": null}']
+BAD_LINES += [b'{"epoch": 1, "val_not_measured": ["x"]}', b'{"epoch": 1, "val_not_measured": {"pgd10": 1}}']
 BAD_LINES += [b'{"epoch": 1, "loss": []}', b'{"epoch": 1, "loss": 1' + b"0" * 400 + b"}", b'{"epoch": 1, "a": ' + DEEP]
 
 
@@ -343,6 +344,15 @@ def test_a_line_that_is_no_record_is_named(
     message = error_line(capsys, main, [*arguments, str(finished.folder)])
     assert f"{finished.metrics_file}: line 1 is" in message
     assert {name: kept for name, kept in contents(finished.folder).items() if name in before} == before
+
+
+def test_what_was_not_measured_may_be_said_in_a_record(finished: Run) -> None:
+    records = finished.metrics()
+    records[0]["val_not_measured"] = {"pgd10": "the network is dead"}
+    del records[0]["val_accuracy_mean"]
+    finished.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    assert finished.metrics() == records
+    evaluate.main([str(finished.folder), *FEW])
 
 
 @pytest.mark.parametrize("lines", [(0, 0, 1), (1, 0), (0, 1, 1)])

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from immunity_fast import evaluate, files, train
+from immunity_fast.reproduction.jobs import Job, Queue
 from immunity_fast.runs import Run
 from immunity_fast.trainer import Trainer
 from tests.sharing import ALONE, JOBS, KEYS
@@ -198,3 +199,38 @@ def test_a_run_in_training_is_refused_and_left_as_it_is(
     assert str(folder) in message
     assert ("another process" if command == "--resume" else "exists already") in message
     assert contents(folder) == before
+
+
+def test_a_queue_reports_a_run_that_is_in_training_and_leaves_it(half: Path, data: Path, tmp_path: Path) -> None:
+    job = Job(Run(half).config())
+    folder = tmp_path / "runs" / job.name
+    shutil.copytree(half, folder)
+    before = contents(folder)
+    queue = Queue(tmp_path / "runs", [job], device="cpu", data=str(data))
+    with Run(folder).locked():
+        queue.run()
+    assert queue.failures == {job: f"{folder}: another process is training this run; wait for it or end it"}
+    assert contents(folder) == before
+
+
+def test_a_lock_ends_with_its_process(half: Path, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(half, folder)
+    program = (
+        "import signal, sys\n"
+        "from immunity_fast import cli, train\n"
+        "from immunity_fast.trainer import Trainer\n"
+        "Trainer.advance = lambda *_: (print('training', flush=True), signal.pause())\n"
+        "cli.console.quiet = True\n"
+        "cli.run_command(lambda: train.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", program, "--resume", str(folder)]
+    training = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert training.stdout is not None
+    assert training.stdout.readline() == "training\n"
+    with pytest.raises(BlockingIOError, match="another process is training this run"):
+        train.fit(["--resume", str(folder)])
+    training.kill()
+    training.communicate()
+    trained(["--resume", str(folder)])
+    assert saved(folder) == saved(finished)
