@@ -95,12 +95,13 @@ def _is_model(value: Any) -> bool:
     )
 
 
-# What a checkpoint says of its run, and whether a value can be that. "classes" is missing in those of earlier versions.
+# What a checkpoint says of its run, and whether a value can be that. Earlier versions wrote no "classes" and "momenta".
 INFO: dict[str, Callable[[Any], bool]] = {
     "model": _is_model,
     "data": lambda value: isinstance(value, str),
     "epoch": _is_count,
     "step": _is_count,
+    "momenta": _is_count,
     "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "val_pgd10_accuracy_mean": lambda value: type(value) is float and 0 <= value <= 1,
 }

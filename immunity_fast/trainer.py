@@ -25,6 +25,7 @@ from immunity_fast.checkpoint import (
 from immunity_fast.compilation import Announce, Compiled, at_size, resolve
 from immunity_fast.config import TrainConfig
 from immunity_fast.data import ImageDataset
+from immunity_fast.files import shown
 from immunity_fast.functional import mixture_log_probabilities
 from immunity_fast.loader import Batch, TrainLoader
 from immunity_fast.metrics import EVALUATION_BATCH, batches, correct, heatmap_metrics, sample
@@ -183,6 +184,8 @@ class Trainer:
             "classes": list(self.dataset.classes),
             "epoch": self.epoch,
             "step": self.step,
+            # Parameters that have had a gradient, which need not be all.
+            "momenta": len(optimizer_tensors("optimizer", self.optimizer)),
         }
 
     def load(self, path: Path) -> None:
@@ -216,14 +219,15 @@ class Trainer:
 
     def _check(self, path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
         """ValueError, by file and entry, unless a checkpoint is as this run would write it at some step."""
-        momentum = {
+        momenta = {
             f"optimizer/{index}/momentum_buffer": parameter for index, parameter in enumerate(self.model.parameters())
         }
-        expected = {name: tensor for name, tensor in self.tensors().items() if name not in momentum}
-        # float16's scaler may skip steps; in all others every parameter has a gradient, and so a momentum.
-        may_lack = info["step"] == 0 or self.config.amp == "fp16"
-        if not (may_lack and momentum.keys().isdisjoint(tensors)):
-            expected |= momentum
+        expected = {name: tensor for name, tensor in self.tensors().items() if name not in momenta}
+        there = [name for name in momenta if name in tensors]
+        if len(there) != info.get("momenta", len(there)):
+            lost = "".join(f"; it lacks {name}" for name in momenta if name not in tensors)
+            raise ValueError(f"{path}: has {len(there)} of {info['momenta']} momentum buffers{shown(lost)}")
+        expected |= {name: momenta[name] for name in there}
         # The state of a GPU's generator is taken up on a GPU alone: a run may go on without one.
         of_gpu = expected.pop("random/cuda", torch.empty(CUDA_STATE, dtype=torch.uint8))
         if "random/cuda" in tensors:

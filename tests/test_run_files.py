@@ -145,6 +145,8 @@ UNFIT: list[tuple[Change, str]] = [
     (lose("data"), "data is missing"),
     (lose("model"), "model is missing"),
     (tell(data=3), "data was 3"),
+    (tell(momenta=36), "has 35 of 36 momentum buffers"),
+    (tell(momenta=-1), "momenta was -1"),
     (tell(model=[]), "model was []"),
     (tell(classes=["a", "b"]), "classes"),
     (tell(classes=[1, 2, 3]), "classes"),
@@ -177,9 +179,7 @@ def test_a_momentum_of_another_shape_ends_no_process(half: Run) -> None:
     assert f"{half.checkpoint}: of another architecture: {MOMENTUM} has shape" in ended.stderr
 
 
-def test_the_scaler_of_float16_is_checked_and_its_first_steps_may_leave_no_momentum(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_scaler_of_float16_is_checked(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, run = trained([*options(data, amp="fp16", epochs=1), "--out", str(tmp_path / "run")])
     whole = run.checkpoint.read_bytes()
     for how, named in (
@@ -190,15 +190,26 @@ def test_the_scaler_of_float16_is_checked_and_its_first_steps_may_leave_no_momen
         run.checkpoint.write_bytes(whole)
         change(run.checkpoint, how)
         assert named in error_line(capsys, train.main, ["--resume", str(run.folder)])
-    run.checkpoint.write_bytes(whole)
-    tensors, info = load_checkpoint(run.checkpoint)
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer/")}
-    save_checkpoint(run.checkpoint, kept, info)
-    trained(["--resume", str(run.folder)])
 
 
-def test_a_checkpoint_of_an_earlier_version_which_names_no_classes_is_taken(half: Run, whole: Path) -> None:
+def test_a_network_whose_parameters_do_not_all_have_a_gradient_goes_on(data: Path, tmp_path: Path) -> None:
+    """The cells of this genotype leave their first input aside, and with it the layers before it."""
+    cell = [["skip_connect", 1], ["sep_conv_3x3", 1]] * 4
+    genotype = tmp_path / "cell.json"
+    genotype.write_text(json.dumps({"kind": "darts", "normal": cell, "reduce": cell, "channels": 2, "cells": 5}))
+    arguments = options(data, arch=genotype, experts=1, beta=0.0, gamma=0.0, stage="stem", epochs=1, checkpoint_every=1)
+    interrupted((Trainer, "advance"), 3, [*arguments, "--out", str(tmp_path / "run")])
+    tensors, info = load_checkpoint(Run(tmp_path / "run").checkpoint)
+    assert 0 < info["momenta"] == sum(name.startswith("optimizer/") for name in tensors)
+    trainer, _ = trained(["--resume", str(tmp_path / "run")])
+    assert info["momenta"] < len(list(trainer.model.parameters()))
+    trained([*arguments, "--out", str(tmp_path / "whole")])
+    assert saved(tmp_path / "run") == saved(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_an_earlier_version_which_says_less_is_taken(half: Run, whole: Path) -> None:
     change(half.checkpoint, lose("classes"))
+    change(half.checkpoint, lose("momenta"))
     trained(["--resume", str(half.folder)])
     assert saved(half.folder) == saved(whole)
 
