@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.record import header
 from immunity_fast.adversaries import DESCRIPTIONS
-from immunity_fast.checkpoint import write_atomically
+from immunity_fast.files import write_atomically
 from immunity_fast.findings import NAMES
 from immunity_fast.report import Table
 from immunity_fast.reproduction.tables import summarised

@@ -1,39 +1,28 @@
 """Checkpoints: one safetensors file with weights, optimiser, random states and place in the run; nothing is unpickled.
 
-A file is written beside its name, flushed to the disk and then renamed: whoever kills the process leaves either the old
-checkpoint or the new one.
+Whoever kills the process leaves either the old checkpoint or the new one. What is read is checked by name, shape and
+dtype before anything is made of it.
 """
 
 import json
-import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from immunity_fast.experts import create
+from immunity_fast.files import parse_json, shown, write_atomically
 from immunity_fast.model import ImmunityMoE, SingleNetwork
 
 FORMAT = 2
 LAST = Path("checkpoints") / "last.safetensors"  # in a run folder
 BEST = Path("checkpoints") / "best.safetensors"  # the model alone, as it did best under attack on validation images
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that `path` only ever holds all of it; OSError, and `path` as it was, where that fails."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not name its file
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
@@ -47,31 +36,104 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_checkpoint` saved, on the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a whole checkpoint of this package.
+        FileNotFoundError, OSError: there is no such file, or it cannot be read.
+        ValueError: it is not a whole checkpoint of this package, or `info` is not what `INFO` says.
     """
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+        metadata = file.metadata()
+    return tensors, _info(path, metadata)
+
+
+def load_info(path: Path) -> dict[str, Any]:
+    """`load_checkpoint`'s `info` of a run's checkpoint, without its tensors; errors are the same."""
+    with _opened(path) as file:
+        metadata = file.metadata()
+    return has_info(path, _info(path, metadata), "model", "data", "epoch", "step")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
+    with path.open("rb"):
+        pass  # what cannot be opened is "no such file" to safetensors
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get("immunity_fast")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole checkpoint ({error})") from error
+            yield file
+    except Exception as error:  # safetensors' own and, of a strange dtype or size, nearly any of PyTorch's
+        raise ValueError(f"{path}: not a whole checkpoint ({' '.join(str(error).split())})") from error
+
+
+def _info(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     try:
-        info = json.loads(metadata or "")
+        info = parse_json((metadata or {}).get("immunity_fast", ""))
     except ValueError:
         info = None
     if not isinstance(info, dict):
         raise ValueError(f"{path}: not a checkpoint of immunity_fast")
     if info.pop("format", None) != FORMAT:
         raise ValueError(f"{path}: written by another version of immunity_fast; expected format {FORMAT}")
-    return tensors, info
+    return info
 
 
-def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+def _is_model(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"arch", "num_experts", "num_classes", "stage", "image_size"}
+        and isinstance(value["arch"], str)
+        and (value["stage"] is None or isinstance(value["stage"], str))
+        and _is_count(value["num_experts"], 1)
+        and _is_count(value["num_classes"], 2)
+        and isinstance(value["image_size"], list)
+        and len(value["image_size"]) == 2
+        and all(_is_count(side, 1) for side in value["image_size"])
+    )
+
+
+# What a checkpoint says of its run, and whether a value can be that. Earlier versions wrote no "classes" and "momenta".
+INFO: dict[str, Callable[[Any], bool]] = {
+    "model": _is_model,
+    "data": lambda value: isinstance(value, str),
+    "epoch": _is_count,
+    "step": _is_count,
+    "momenta": _is_count,
+    "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "val_pgd10_accuracy_mean": lambda value: type(value) is float and 0 <= value <= 1,
+}
+
+
+def has_info(path: Path, info: dict[str, Any], *names: str) -> dict[str, Any]:
+    """`info`, if these are in it and all in it is what `INFO` says; ValueError, by file and name, if not."""
+    for name in (*names, *(name for name in info if name in INFO)):
+        if name not in info:
+            raise ValueError(f"{path}: not a whole checkpoint: {name} is missing")
+        if not INFO[name](info[name]):
+            raise ValueError(f"{path}: not a whole checkpoint: {name} was {shown(info[name])}")
+    if "classes" in info and "model" in info and len(info["classes"]) != info["model"]["num_classes"]:
+        raise ValueError(f"{path}: names {len(info['classes'])} of {info['model']['num_classes']} classes")
+    return info
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str = "") -> None:
+    """ValueError, by file and entry, unless both have the same names, each with the same shape and dtype."""
+    for name in sorted(expected.keys() | tensors.keys()):
+        had, wanted = (f"{tuple(t[name].shape)}" if name in t else "none" for t in (tensors, expected))
+        if had != wanted:
+            raise ValueError(f"{path}: of another architecture: {prefix}{name} has shape {had}, expected {wanted}")
+        types = [str(t[name].dtype).removeprefix("torch.") for t in (tensors, expected)]
+        if types[0] != types[1]:
+            raise ValueError(f"{path}: {prefix}{name} has dtype {types[0]}, expected {types[1]}")
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor], separator: str = "/") -> dict[str, Tensor]:
     """The tensors whose names begin with `prefix/`, without it."""
-    return {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+    start = f"{prefix}{separator}"
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
@@ -90,26 +152,41 @@ def optimizer_tensors(prefix: str, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, without its prefix."""
+    """The inverse of `optimizer_tensors`, without its prefix.
+
+    Raises:
+        ValueError: a tensor of no parameter, or of another shape or dtype than its parameter: a fused optimiser would
+            write beyond it.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        index, key = name.split("/")
+        index, _, key = name.partition("/")
+        if not (index.isdecimal() and str(int(index)) == index and int(index) < len(parameters)):
+            raise ValueError(f"optimizer/{name}: expected a parameter's number below {len(parameters)}")
         parameter = parameters[int(index)]
+        if (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
+            raise ValueError(
+                f"optimizer/{name}: has {value.dtype} of shape {tuple(value.shape)}, "
+                f"expected {parameter.dtype} of {tuple(parameter.shape)}"
+            )
         # A fused optimiser wants what belongs to a parameter in its layout, which may be channels-last.
-        laid_out = torch.empty_like(parameter, dtype=value.dtype) if value.shape == parameter.shape else value
-        state.setdefault(int(index), {})[key] = laid_out.copy_(value)
+        state.setdefault(int(index), {})[key] = torch.empty_like(parameter).copy_(value)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def load_module(path: Path, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Fill a module from a checkpoint's tensors; ValueError where names or shapes are another architecture's."""
-    own = module.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        had, wanted = (f"{tuple(t[name].shape)}" if name in t else "none" for t in (tensors, own))
-        if had != wanted:
-            raise ValueError(f"{path}: of another architecture: {name} has shape {had}, expected {wanted}")
+def load_module(path: Path, module: nn.Module, tensors: dict[str, Tensor], prefix: str = "") -> None:
+    """Fill a module from a checkpoint's tensors; ValueError where names, shapes or dtypes are another's."""
+    check_tensors(path, tensors, module.state_dict(), prefix)
     module.load_state_dict(tensors)
+
+
+def model_file(path: str | Path) -> Path:
+    """What `load_model` takes: a file itself; of a run folder the best checkpoint, where there is one, or the last."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / (BEST if (path / BEST).is_file() else LAST)
+    return path
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[ImmunityMoE, dict[str, Any]]:
@@ -121,15 +198,37 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Im
     Raises:
         FileNotFoundError, ValueError: see `load_checkpoint`.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / (BEST if (path / BEST).is_file() else LAST)
+    path = model_file(path)
     tensors, info = load_checkpoint(path)
-    description = info["model"] | {"image_size": tuple(info["model"]["image_size"])}
-    if description["num_experts"] == 1:
-        del description["num_experts"]
-        model: ImmunityMoE = SingleNetwork(**description)
-    else:
-        model = ImmunityMoE(**description)
-    load_module(path, model, under("ema", tensors) or under("model", tensors))
+    description = has_info(path, info, "model")["model"]
+    group = "ema" if under("ema", tensors) else "model"
+    stored = under(group, tensors)
+    check_experts(path, description, stored, f"{group}/")
+    options = {"stage": description["stage"], "image_size": tuple(description["image_size"])}
+    place = description["arch"], description["num_experts"], description["num_classes"]
+    try:
+        if description["num_experts"] == 1:
+            model: ImmunityMoE = SingleNetwork(place[0], place[2], **options)
+        else:
+            model = ImmunityMoE(*place, **options)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: describes a model that cannot be made ({error})") from error
+    load_module(path, model, stored, f"{group}/")
     return model.to(device).eval(), info
+
+
+def check_experts(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """ValueError unless the experts' tensors are the described model's: before a wrong number of them fills memory.
+
+    Args:
+        description: `info["model"]`, checked.
+        tensors: of the module, which are under `prefix` in the file.
+    """
+    try:
+        with torch.device("meta"):
+            expert = create(description["arch"], description["num_classes"]).state_dict()
+        count = description["num_experts"]
+        expected = {name: tensor.new_empty(count, *tensor.shape) for name, tensor in expert.items()}
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: describes a model that cannot be made ({error})") from error
+    check_tensors(path, under("experts", tensors, "."), expected, f"{prefix}experts.")

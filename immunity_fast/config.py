@@ -13,6 +13,7 @@ from immunity_fast.compilation import Compile
 from immunity_fast.data import NAMES as DATASETS
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve
+from immunity_fast.files import shown
 from immunity_fast.functional import Score, WeightScale
 from immunity_fast.gate import Switch
 from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
@@ -159,14 +160,15 @@ class TrainConfig:
         """The inverse of `to_json`; ValueError where a setting is missing, unknown or of the wrong type."""
         expected = typing.get_type_hints(cls)
         if not isinstance(values, dict):
-            raise ValueError(f"expected an object of settings, got {values!r}")
+            raise ValueError(f"expected an object of settings, got {shown(values)}")
         if values.keys() != expected.keys():
-            raise ValueError(f"settings missing or unknown: {', '.join(sorted(values.keys() ^ expected.keys()))}")
+            different = ", ".join(sorted(values.keys() ^ expected.keys()))
+            raise ValueError(f"settings missing or unknown: {shown(different)}")
         for name, value in values.items():
             kinds = _plain_types(expected[name])
             # To Python true is a number, to a reader of the file it is not.
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise ValueError(f"setting {name}: got {value!r}")
+                raise ValueError(f"setting {name}: got {shown(value)}")
         return cls(**values)
 
 
@@ -232,7 +234,7 @@ def _is_architecture(arch: str) -> bool:
 
 def _check(config: TrainConfig, name: str, fits: bool, expected: str) -> None:
     if not fits:
-        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {getattr(config, name)}")
+        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {shown(getattr(config, name))}")
 
 
 PRESETS: dict[str, TrainConfig] = {

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from immunity_fast import cli
-from immunity_fast.checkpoint import load_checkpoint, load_model, module_tensors, save_checkpoint
+from immunity_fast.checkpoint import load_model, module_tensors, save_checkpoint
 from immunity_fast.model import ImmunityMoE
 from immunity_fast.runs import Run
 
@@ -40,14 +40,14 @@ def join(folders: Sequence[Path], out: Path) -> Run:
         run = Run.open(folder)
         config = run.config()
         model, info = load_model(folder)
-        _, last = load_checkpoint(run.checkpoint)
+        trained = run.epochs_trained()
         if config.experts != 1:
             raise ValueError(f"{folder}: expected a run of one network, got {config.experts} experts")
-        if last["epoch"] < config.epochs:
+        if trained < config.epochs:
             raise ValueError(
-                f"{folder}: stopped after {last['epoch']} of {config.epochs} epochs; go on with: {run.resume_command}"
+                f"{folder}: stopped after {trained} of {config.epochs} epochs; go on with: {run.resume_command}"
             )
-        if (info["model"], info["data"]) != (infos[0]["model"], infos[0]["data"]) if infos else False:
+        if (info["model"], info.get("data")) != (infos[0]["model"], infos[0]["data"]) if infos else False:
             raise ValueError(f"{folder}: of another architecture, or trained on other data, than {folders[0]}")
         models.append(model)
         infos.append(info)

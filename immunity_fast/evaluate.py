@@ -1,6 +1,7 @@
 """`python -m immunity_fast.evaluate RUN`: accuracy, clean and attacked, of a trained run or any network, with a report.
 
-Every attacked number says what the attacker knew of the gate. An evaluation that was killed goes on where it was.
+Every attacked number says what the attacker knew of the gate. An evaluation that was killed goes on where it was, and
+the same command started twice shares the work.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from torch import Tensor
 from immunity_fast import cli
 from immunity_fast.adversarial import frozen
 from immunity_fast.attacks import Model
-from immunity_fast.checkpoint import load_checkpoint, load_model
+from immunity_fast.checkpoint import load_info, load_model, model_file
 from immunity_fast.compilation import Compile, Compiled, at_size, keep_caches
 from immunity_fast.config import TrainConfig, number
 from immunity_fast.data import NAMES as DATASETS
@@ -367,7 +368,7 @@ def another(
     if path.is_dir():
         run = Run.open(path)
         config = run.config()
-        epoch = load_checkpoint(run.checkpoint)[1]["epoch"]
+        epoch = run.epochs_trained()
         if epoch < config.epochs:
             raise ValueError(
                 f"{place}: stopped after {epoch} of {config.epochs} epochs; go on with: {run.resume_command}"
@@ -436,20 +437,19 @@ def evaluate_folder(options: argparse.Namespace, device: torch.device) -> None:
     dataset = load(
         config.dataset, options.data or config.data, limit_train=config.limit_train, image_size=config.image_size
     ).to(device)
-    best = options.checkpoint == "best" or (options.checkpoint is None and run.best_checkpoint.is_file())
-    file = run.best_checkpoint if best else run.checkpoint
+    paths = {None: run.folder, "best": run.best_checkpoint, "last": run.checkpoint}
+    file = model_file(paths[options.checkpoint])
     model, info = load_model(file, device)
-    _, last = load_checkpoint(run.checkpoint)
-    for path, found in ((run.checkpoint, last), (file, info)):
-        if (found["model"]["arch"], found["model"]["num_experts"]) != (config.arch, config.experts):
-            raise ValueError(f"{path}: of another run: {found['model']}")
-        if found["model"]["num_classes"] != dataset.num_classes or found["data"] != dataset.fingerprint():
-            if found["data"] != last["data"]:
-                raise ValueError(f"{path}: of another run, which was trained on other data")
-            raise ValueError(f"the data are not those that {options.run} was trained on")
-    if last["epoch"] < config.epochs:
+    trained = run.epochs_trained()
+    if (info["model"]["arch"], info["model"]["num_experts"]) != (config.arch, config.experts):
+        raise ValueError(f"{file}: of another run: {info['model']}")
+    if info["model"]["num_classes"] != dataset.num_classes or info.get("data") != dataset.fingerprint():
+        if info.get("data") != load_info(run.checkpoint)["data"]:
+            raise ValueError(f"{file}: of another run, which was trained on other data")
+        raise ValueError(f"the data are not those that {options.run} was trained on")
+    if trained < config.epochs:
         raise ValueError(
-            f"{options.run}: stopped after {last['epoch']} of {config.epochs} epochs; go on with: {run.resume_command}"
+            f"{options.run}: stopped after {trained} of {config.epochs} epochs; go on with: {run.resume_command}"
         )
     transfer = another(options, model, dataset, device)
     attackers: tuple[str, ...] = Network(lambda x: x, 1, transfer=transfer).attackers

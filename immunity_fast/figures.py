@@ -3,6 +3,7 @@
 All are drawn with `matplotlib.figure.Figure` itself, so that no display and no global pyplot state is involved.
 """
 
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
+
+from immunity_fast.files import write_atomically
 
 DPI = 256  # a power of two: whole pixels are exact as inches, and an image's pixels stay equal squares
 FONT_SIZE = 7.0  # points
@@ -53,6 +56,13 @@ def heatmap_figure(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], 
     if len(row_labels) != len(images):
         raise ValueError(f"row_labels must hold {len(images)} texts, one an image, got {len(row_labels)}")
     draw_heatmaps(images, heatmaps, row_labels, path)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Writes a figure so that a reader of `path` never sees half of one; OSError, by its name, where that fails."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=DPI, format="png")
+    write_atomically(path, content.getvalue())
 
 
 def check_heatmaps(images: Tensor, heatmaps: Tensor, names: tuple[str, str] = ("images", "heatmaps")) -> None:
@@ -127,7 +137,7 @@ def draw_heatmaps(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], p
     bar.outline.set_visible(False)
     bar.ax.set_yticklabels(["0", "max"], fontproperties=font, color=INK)
     bar.ax.tick_params(length=0, pad=2)
-    figure.savefig(path, dpi=DPI, format="png")
+    save_png(figure, path)
 
 
 def _blend(grey: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
@@ -246,7 +256,7 @@ def training_curves(records: Sequence[Mapping[str, float]], path: Path) -> None:
         for i in range(0, len(panels), columns):
             titles = [panel.title for panel in panels[i : i + columns]]
             add_titles(drawn[i : i + columns], titles)
-        figure.savefig(path, dpi=DPI, format="png")
+        save_png(figure, path)
 
 
 def _draw_panel(axes: Axes, panel: _Panel, epochs: Sequence[float], records: Sequence[Mapping[str, float]]) -> None:

@@ -1,13 +1,23 @@
-"""What a long computation has finished, piece by piece, in a file: whoever kills it loses one piece at most."""
+"""What a long computation has finished, piece by piece, in a file: whoever kills it loses one piece at most.
+
+Several processes may work on one ledger at once: each piece is claimed by the one at it, and the claim ends with it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from immunity_fast.files import append_to, end_of_lines, lock_byte, named, parse_json, unlock_byte
+
+Piece = TypeVar("Piece")
+WRITING = 0  # the byte of the file that is locked by who writes to it; those behind it are claims
 
 
 class Ledger:
@@ -20,19 +30,10 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.pieces: dict[str, dict[str, Any]] = {}
-        if not path.is_file():
-            return
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        for line in whole.splitlines():
-            try:
-                piece = json.loads(line)
-                self.pieces[piece.pop("key")] = piece
-            except (ValueError, KeyError, AttributeError, TypeError):
-                continue  # not a piece of ours: it is computed again
-        if len(whole) < len(content):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
+        self._file: int | None = None
+        self._read = 0  # bytes of the file
+        if path.is_file():
+            self._take_over()
 
     def __getitem__(self, key: str) -> dict[str, Any]:
         return self.pieces[key]
@@ -42,11 +43,78 @@ class Ledger:
 
     def add(self, key: str, piece: Mapping[str, Any]) -> None:
         """Write a piece down, for good."""
-        with self.path.open("ab") as file:
-            file.write(json.dumps({"key": key, **piece}).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with self._writing() as file:
+            append_to(file, json.dumps({"key": key, **piece}).encode())
         self.pieces[key] = dict(piece)
+
+    def forget(self, key: str) -> None:
+        """Take a piece for not done in this process; the one that is added next counts."""
+        self.pieces.pop(key, None)
+
+    def shared(self, pieces: Iterable[Piece], key: Callable[[Piece], str]) -> Iterator[Piece]:
+        """Each piece once, for the caller to look whether it is done, and to do it: until the next one is asked for, it
+        is no other process'.
+
+        Those at which another process is come last: when that has finished them, or has ended without.
+        """
+        left = list(pieces)
+        for wait in (False, True):
+            others = []
+            for piece in left:
+                name = key(piece)
+                if name in self:
+                    yield piece
+                elif lock_byte(self._open(), _place(name), wait=wait):
+                    try:
+                        self._take_over()  # another process may have done it meanwhile
+                        yield piece
+                    finally:
+                        unlock_byte(self._open(), _place(name))
+                else:
+                    others.append(piece)
+            left = others
+
+    def _take_over(self) -> None:
+        """Read what was written since, and drop a line of which a kill has left a part."""
+        with self._writing() as file:
+            end, size = end_of_lines(file), os.fstat(file).st_size
+            if end < size:
+                os.ftruncate(file, end)
+            os.lseek(file, min(self._read, end), os.SEEK_SET)
+            content = b""
+            while len(content) < end - self._read and (more := os.read(file, end - self._read - len(content))):
+                content += more
+            self._read = end
+        for line in content.split(b"\n"):
+            try:
+                piece = parse_json(line)
+                self.pieces[piece.pop("key")] = piece
+            except (ValueError, KeyError, AttributeError, TypeError):
+                continue  # not a piece of ours: it is computed again
+
+    @contextmanager
+    def _writing(self) -> Iterator[int]:
+        """The file's descriptor, while no other process writes."""
+        file = self._open()
+        with named(self.path):
+            lock_byte(file, WRITING, wait=True)
+            try:
+                yield file
+            finally:
+                unlock_byte(file, WRITING)
+
+    def _open(self) -> int:
+        if self._file is None:
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+            self._file = os.open(self.path, flags, 0o666)
+            # One descriptor for good: closing any of this file would end this process' claims.
+            weakref.finalize(self, os.close, self._file)
+        return self._file
+
+
+def _place(key: str) -> int:
+    """The byte that stands for a key."""
+    return 1 + int(hashlib.sha256(key.encode()).hexdigest()[:12], 16)
 
 
 def key_of(description: Mapping[str, Any]) -> str:

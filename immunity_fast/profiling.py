@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from immunity_fast.files import write_atomically
+
 SKIPPED, RECORDED = 5, 5  # steps; the first ones compile and warm up
 ROWS = 40  # of the table
 
@@ -27,7 +29,7 @@ def profiled(folder: Path, device: torch.device) -> Iterator[profile]:
         folder.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(folder / "trace.json"))
         table = finished.key_averages().table(sort_by=key, row_limit=ROWS, max_name_column_width=60)
-        (folder / "operators.txt").write_text(f"{table}\n", encoding="utf-8")
+        write_atomically(folder / "operators.txt", f"{table}\n".encode())
 
     steps = schedule(wait=SKIPPED - 1, warmup=1, active=RECORDED, repeat=1)
     with profile(activities=activities, schedule=steps, on_trace_ready=write) as running:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jinja2
 
-from immunity_fast.checkpoint import write_atomically
+from immunity_fast.files import write_atomically
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 NUMBER = re.compile(r"[-+−±]?\s*[\d.]*\d")
@@ -103,7 +103,7 @@ def write_report(
         commands=commands,
         settings=settings,
     )
-    write_atomically(path, (html + "\n").encode())
+    write_atomically(path, f"{html}\n".encode())
 
 
 def _inline_png(path: Path) -> tuple[str, int]:

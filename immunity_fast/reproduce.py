@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from immunity_fast import cli
-from immunity_fast.checkpoint import load_model, write_atomically
+from immunity_fast.checkpoint import load_model
 from immunity_fast.config import add_options, resolve_architecture
 from immunity_fast.data import load
+from immunity_fast.files import write_atomically
 from immunity_fast.report import Table, write_report
 from immunity_fast.reproduction import figure2 as figure2_files
 from immunity_fast.reproduction import tables as paper
@@ -355,21 +356,33 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         raise cli.InputError(str(error)) from error
     command = f"python -m immunity_fast.reproduce {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
+    try:
+        queues = {
+            name: Queue(request.folder / "runs", jobs_of(product.entries), device=request.device, data=request.data)
+            for name, product in request.products.items()
+        }
+    except (ValueError, ModuleNotFoundError) as error:
+        raise cli.InputError(str(error)) from error
     failures: dict[str, str] = {}
-    for name, product in request.products.items():
-        jobs = jobs_of(product.entries)
-        try:
-            queue = Queue(request.folder / "runs", jobs, device=request.device, data=request.data)
-        except (ValueError, ModuleNotFoundError) as error:
-            raise cli.InputError(str(error)) from error
+
+    def finish(name: str) -> None:
+        request.folder.mkdir(parents=True, exist_ok=True)
+        write(name, request.products[name], queues[name], request.folder, command)
+        failures.update({job.name: line for job, line in queues[name].failures.items()})
+
+    left = []
+    for name, queue in queues.items():
         if request.done_only:
             queue.look()
             cli.console.print(f"{name}: {len(queue.done)} of {len(queue.jobs)} runs are done")
+            finish(name)
+        elif queue.run(wait=False):
+            finish(name)
         else:
-            queue.run()
-        request.folder.mkdir(parents=True, exist_ok=True)
-        write(name, product, queue, request.folder, command)
-        failures |= {job.name: line for job, line in queue.failures.items()}
+            left.append(name)
+    for name in left:  # another process is at some of their runs
+        queues[name].run()
+        finish(name)
     if failures:
         raise cli.InputError(f"{len(failures)} failed, the same command tries them again: {', '.join(failures)}")
 

@@ -7,6 +7,7 @@ one with more attacks or more images takes over what is there, and neither chang
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
@@ -21,6 +22,7 @@ from immunity_fast import autoattack
 from immunity_fast.attacks import EPS, Attack, BoundAttack, LabelledModel, NotFiniteError, UnmovedWarning
 from immunity_fast.augmentation import to_float
 from immunity_fast.data import Split
+from immunity_fast.files import is_number
 from immunity_fast.ledger import Ledger, key_of
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.metrics import heatmap_sums, sample_order
@@ -181,6 +183,10 @@ class Evaluation:
             "seed": plan.seed,
             "heatmaps": repr(loss_fn) if loss_fn is None else repr((loss_fn, loss_fn.smoothing, loss_fn.score)),
         }
+        for row, start, stop in self.pieces():
+            key = self.key(row, start, stop)
+            if key in ledger and not self._is_whole(ledger[key], row, stop - start):
+                ledger.forget(key)
 
     def pieces(self) -> Iterator[tuple[Row, int, int]]:
         """(row, first, last + 1 of its images), in the order in which they are computed: all rows of a chunk first."""
@@ -197,10 +203,12 @@ class Evaluation:
     def run(self, advance: Callable[[Row, int, bool], None]) -> None:
         """Compute what the ledger does not have; `advance` is told a piece's row, its images, and whether it was new.
 
+        Other processes may do the same: what one of them is at comes last here.
+
         Raises:
             ValueError: the model cannot be attacked; NaN, with the image's number in the test split.
         """
-        for row, start, stop in self.pieces():
+        for row, start, stop in self.ledger.shared(self.pieces(), lambda piece: self.key(*piece)):
             key = self.key(row, start, stop)
             new = key not in self.ledger
             if new:
@@ -214,14 +222,14 @@ class Evaluation:
             advance(row, stop - start, new)
 
     def results(self, row: Row) -> list[dict[str, Any]]:
-        """The finished pieces of a row, in order."""
+        """The finished pieces of a row, in order, up to the first that is not: rows are compared image by image."""
         size, chunk = len(self.order), self.plan.chunk
         if row.kind == "clean":
             size, chunk = len(self.test), CLEAN_CHUNK
         elif row.kind in ("eps", "steps"):
             size = min(size, self.plan.masking_images)
         keys = [self.key(row, start, stop) for start, stop in _chunks(size, chunk)]
-        return [self.ledger[key] for key in keys if key in self.ledger]
+        return [self.ledger[key] for key in itertools.takewhile(self.ledger.__contains__, keys)]
 
     def attacked(
         self, row: Row, images: Tensor, labels: Tensor, seed: int, unmoved: list[Tensor] | None = None
@@ -305,7 +313,7 @@ class Evaluation:
                 yield {"steps": steps} | self._judged(attacked, labels, seed)
         else:
             for factor in plan.curve_eps:
-                eps = min(factor * plan.radius, 1) if plan.norm == "Linf" else factor * plan.radius
+                eps = _curve_radius(plan, factor)
                 # 2.5 times as far as the ball's radius. Who is fooled stays so: accuracy is all that is asked for.
                 attack = replace(
                     pgd, eps=eps, alpha=2.5 * eps / CURVE_STEPS, steps=CURVE_STEPS, keep_best=True, drop_fooled=True
@@ -320,6 +328,37 @@ class Evaluation:
             "right": {name: _written(each) for name, each in right.items()},
             "loss": min(float(loss.double().sum()), LARGEST),
         }
+
+    def _is_whole(self, piece: dict[str, Any], row: Row, images: int) -> bool:
+        """Whether what a file says of a piece has the form of one; one that has not is computed again."""
+        if row.kind == "steps":
+            return self._are_points(piece, "steps", self.plan.curve_steps, images)
+        if row.kind == "eps":
+            return self._are_points(piece, "eps", [_curve_radius(self.plan, x) for x in self.plan.curve_eps], images)
+        heatmaps = piece.get("heatmaps")
+        if self.loss_fn is not None and isinstance(self.subject, Mixture) and self.has_heatmaps(row):
+            if not _are_heatmap_sums(heatmaps, self.subject.model.num_experts, images):
+                return False
+        elif "heatmaps" in piece:
+            return False
+        return self._is_judged(piece, images) and is_number(piece.get("seconds"))
+
+    def _are_points(self, piece: dict[str, Any], name: str, places: Sequence[float], images: int) -> bool:
+        points = piece.get("points")
+        return (
+            isinstance(points, list)
+            and all(self._is_judged(point, images) for point in points)
+            and [point.get(name) for point in points] == list(places)
+        )
+
+    def _is_judged(self, found: Any, images: int) -> bool:
+        right = found.get("right") if isinstance(found, dict) else None
+        return (
+            isinstance(right, dict)
+            and right.keys() == set(self.subject.judges)
+            and all(isinstance(b, str) and len(b) == images and set(b) <= {"0", "1"} for b in right.values())
+            and is_number(found.get("loss"))
+        )
 
     def has_heatmaps(self, row: Row) -> bool:
         """Whether heatmaps are measured on a row's images: the clean ones, and PGD's on the exact mean."""
@@ -356,6 +395,24 @@ def _written(each: Tensor) -> str:
 
 def _chunks(size: int, chunk: int) -> list[tuple[int, int]]:
     return [(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+
+
+def _curve_radius(plan: Plan, factor: float) -> float:
+    return min(factor * plan.radius, 1) if plan.norm == "Linf" else factor * plan.radius
+
+
+def _are_heatmap_sums(value: Any, experts: int, images: int) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"information", "dead", "iscore", "centres"}:
+        return False
+    centres = value["centres"] if isinstance(value["centres"], list) else []
+    rows = [row for row in centres if isinstance(row, list)]
+    pairs = [pair for row in rows if len(row) == images for pair in row]
+    return (
+        all(is_number(value[name]) for name in ("information", "dead", "iscore"))
+        and len(centres) == experts
+        and len(pairs) == experts * images
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in pairs)
+    )
 
 
 def bits(pieces: Sequence[dict[str, Any]], judge: str) -> list[bool]:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from immunity_fast.figures import (
     COLORS,
-    DPI,
     FONT_SIZE,
     LEGEND_WIDTH,
     add_titles,
@@ -28,6 +27,7 @@ from immunity_fast.figures import (
     draw_heatmaps,
     panel_figure,
     panel_style,
+    save_png,
     say_empty,
     style_axes,
 )
@@ -76,7 +76,7 @@ def robustness_figure(accuracy_by_eps: Mapping[str, Points], loss_by_steps: Mapp
             row[-1].yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         pad = add_titles(row, titles, LEGEND_WIDTH - 12)
         figure.set_figheight(HEIGHT + pad / 72)
-        figure.savefig(path, dpi=DPI, format="png")
+        save_png(figure, path)
 
 
 def attacked_heatmap_figure(

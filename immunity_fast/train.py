@@ -4,9 +4,10 @@ A run folder holds config.json, metrics.jsonl (a record an epoch), checkpoints/,
 """
 
 import dataclasses
+import re
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def train(trainer: Trainer, run: Run) -> None:
         if not run.checkpoint.is_file():
             save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
         run.forget_metrics_after(trainer.epoch)
-    board = tensorboard(run) if main else None  # after these: on a full disk its own thread would print a traceback
+    # After these: on a full disk its own thread would print a traceback.
+    board = tensorboard(run, trainer.epoch) if main else None
     begin = time.perf_counter()
     stepped = False
     with cli.progress_bar(shown=main) as progress, steps_profiled(trainer, run) as profile:
@@ -179,12 +181,15 @@ def summary(record: Mapping[str, float], epochs: int) -> str:
     )
 
 
-def tensorboard(run: Run) -> Any:
-    """TensorBoard's writer, or None where it is not installed."""
+def tensorboard(run: Run, epoch: int) -> Any:
+    """TensorBoard's writer, or None where it is not installed.
+
+    It tells readers to drop what a killed process has written of epochs after `epoch`, which are trained again.
+    """
     with suppress(ImportError):
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(run.tensorboard))
+        return SummaryWriter(str(run.tensorboard), purge_step=epoch + 1)
     return None
 
 
@@ -210,7 +215,8 @@ def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
         config = dataclasses.replace(PRESETS[given.get("preset", "quickstart")], **given)
         if config.dataset == "digits" and config.flip == "on":
             raise ValueError("--flip on: a mirrored digit is another sign; leave it out for --dataset digits")
-        out = out or Path("runs") / f"{config.dataset}-{title(config.arch)}-{datetime.now():%Y%m%d-%H%M%S}"
+        if out is None:
+            return Run.free_name(Path("runs") / f"{default_name(config)}{datetime.now():%Y%m%d-%H%M%S}"), False, config
         Run.check_free(out)
         return out, False, config
     config = Run.open(resume).config()
@@ -219,6 +225,18 @@ def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} {value}: the run in {resume} was begun with {option} {getattr(config, name)}")
     return resume, True, dataclasses.replace(config, **given)
+
+
+def default_name(config: TrainConfig) -> str:
+    """What a run's name begins with where the user gave none; the time follows."""
+    return f"{config.dataset}-{title(config.arch)}-"
+
+
+def is_default(folder: Path, config: TrainConfig) -> bool:
+    """Whether nobody chose this name, so that another one will do if a run of the same second has taken it."""
+    return folder.parent == Path("runs") and bool(
+        re.fullmatch(rf"{re.escape(default_name(config))}\d{{8}}-\d{{6}}(-\d+)?", folder.name)
+    )
 
 
 def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, Run]:
@@ -237,11 +255,13 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     keep_caches()
     trainer = Trainer(config, dataset, device, cli.console.print, Run(folder).tracebacks)
     if not resume:
-        return trainer, Run.create(folder, config) if distributed.rank() == 0 else Run(folder)
+        if distributed.rank():
+            return trainer, Run(folder)
+        return trainer, Run.create(folder, config, numbered=is_default(folder, config))
     run = Run.open(folder)
-    run.metrics()
     if run.checkpoint.is_file():
         trainer.load(run.checkpoint)
+    run.check_goes_on(trainer.epoch)
     return trainer, run
 
 
@@ -265,12 +285,16 @@ def fit(arguments: list[str] | None) -> tuple[Trainer, Run] | None:
         device = cli.pick_device(config.device)
     except ValueError as error:
         raise cli.InputError(str(error)) from error
-    with distributed.processes(device):
+    with distributed.processes(device), ExitStack() as held:
         main_process = distributed.rank() == 0
+        if resume and main_process:
+            held.enter_context(Run(folder).locked())
         try:
             trainer, run = prepare(folder, resume, config)
         except (ValueError, ModuleNotFoundError) as error:
             raise cli.InputError(str(error)) from error
+        if not resume and main_process:
+            held.enter_context(run.locked())
         dataset = trainer.dataset
         if main_process:
             where = f"{trainer.device}" + (f" × {distributed.count()}" if distributed.count() > 1 else "")

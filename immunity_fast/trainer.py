@@ -13,6 +13,8 @@ from immunity_fast.adversarial import InnerAttack, frozen
 from immunity_fast.attacks import Attack
 from immunity_fast.averaging import WeightAverage
 from immunity_fast.checkpoint import (
+    check_tensors,
+    has_info,
     load_checkpoint,
     load_module,
     load_optimizer_tensors,
@@ -23,6 +25,7 @@ from immunity_fast.checkpoint import (
 from immunity_fast.compilation import Announce, Compiled, at_size, resolve
 from immunity_fast.config import TrainConfig
 from immunity_fast.data import ImageDataset
+from immunity_fast.files import shown
 from immunity_fast.functional import mixture_log_probabilities
 from immunity_fast.loader import Batch, TrainLoader
 from immunity_fast.metrics import EVALUATION_BATCH, batches, correct, heatmap_metrics, sample
@@ -30,6 +33,8 @@ from immunity_fast.model import ImmunityMoE, SingleNetwork
 from immunity_fast.optimizer import FusedSGD
 from immunity_fast.step import MEASURED, TrainStep, cosine_lr
 from immunity_fast.strategies import fastest
+
+CUDA_STATE = 16  # bytes of a GPU's generator
 
 
 class Trainer:
@@ -173,18 +178,28 @@ class Trainer:
 
     def info(self) -> dict[str, Any]:
         """What JSON can hold of the run's place and nature."""
-        return {"model": self.description, "data": self.fingerprint, "epoch": self.epoch, "step": self.step}
+        return {
+            "model": self.description,
+            "data": self.fingerprint,
+            "classes": list(self.dataset.classes),
+            "epoch": self.epoch,
+            "step": self.step,
+            # Parameters that have had a gradient, which need not be all.
+            "momenta": len(optimizer_tensors("optimizer", self.optimizer)),
+        }
 
     def load(self, path: Path) -> None:
-        """Take up where a checkpoint was written; ValueError where it is another run's."""
+        """Take up where a checkpoint was written; ValueError where it is not one that this run can have written."""
         tensors, info = load_checkpoint(path)
-        load_module(path, self.model, under("model", tensors))
+        has_info(path, info, "model", "data", "epoch", "step")
+        load_module(path, self.model, under("model", tensors), "model/")
         if info["model"] != self.description:
             raise ValueError(f"{path}: of another model: {info['model']}, expected {self.description}")
         if info["data"] != self.fingerprint:
             raise ValueError(f"{path}: trained on other data than {self.config.dataset} as it is now")
         if "sums" not in tensors:
             raise ValueError(f"{path}: a model alone, such as of joined networks: there is no training to go on with")
+        self._check(path, tensors, info)
         if self.average is not None:
             self.average.load(under("ema", tensors), info["step"])
         load_optimizer_tensors(self.optimizer, under("optimizer", tensors))
@@ -201,6 +216,48 @@ class Trainer:
                 torch.cuda.set_rng_state(random["cuda"], self.device)
         self.sums = tensors["sums"].to(self.device)
         self.epoch = info["epoch"]
+
+    def _check(self, path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        """ValueError, by file and entry, unless a checkpoint is as this run would write it at some step."""
+        momenta = {
+            f"optimizer/{index}/momentum_buffer": parameter for index, parameter in enumerate(self.model.parameters())
+        }
+        expected = {name: tensor for name, tensor in self.tensors().items() if name not in momenta}
+        there = [name for name in momenta if name in tensors]
+        if len(there) != info.get("momenta", len(there)):
+            lost = "".join(f"; it lacks {name}" for name in momenta if name not in tensors)
+            raise ValueError(f"{path}: has {len(there)} of {info['momenta']} momentum buffers{shown(lost)}")
+        expected |= {name: momenta[name] for name in there}
+        # The state of a GPU's generator is taken up on a GPU alone: a run may go on without one.
+        of_gpu = expected.pop("random/cuda", torch.empty(CUDA_STATE, dtype=torch.uint8))
+        if "random/cuda" in tensors:
+            expected["random/cuda"] = of_gpu
+        check_tensors(path, tensors, expected)
+        for name in ("random/torch", "random/gate", "loader/generator"):
+            check_generator_state(path, name, tensors[name])
+        epoch, step, position = info["epoch"], info["step"], int(tensors["loader/position"])
+        batches, epochs = len(self.loader), self.config.epochs
+        whole = epoch <= epochs and 0 <= position < (batches if epoch < epochs else 1)
+        if not whole or step != epoch * batches + position:
+            raise ValueError(
+                f"{path}: stands at epoch {epoch}, step {step}, loader/position {position}, which is no place in a run "
+                f"of {epochs} epochs of {batches} steps"
+            )
+        for name in ("scaler/scale", "scaler/growth_factor", "scaler/backoff_factor"):
+            if name in tensors and not 0 < float(tensors[name]) < math.inf:
+                raise ValueError(f"{path}: {name} was {float(tensors[name])}, expected a finite number above 0")
+
+
+def check_generator_state(path: Path, name: str, state: Tensor) -> None:
+    """ValueError, by file and entry, unless a CPU generator can have this state (5056,), uint8."""
+    try:
+        torch.Generator().set_state(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {name} is no state of a generator ({error})") from error
+    # PyTorch takes these two each for itself, and would read beyond its 624 words. 1 and 0 are those of a new seed.
+    left, following = int(state[8:12].view(torch.int32)), int(state[16:24].view(torch.int64))
+    if left + following != 625 and (left, following) != (1, 0):
+        raise ValueError(f"{path}: {name} is no state of a generator (word {following} of 624, {left} left)")
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:

@@ -211,10 +211,51 @@ def test_records_of_epochs_after_the_checkpoint_are_dropped(half: Path, whole: d
     assert saved(half) == whole
 
 
-def test_a_run_without_a_checkpoint_starts_again(half: Path, whole: dict[str, Any]) -> None:
-    Run(half).checkpoint.unlink()
-    trained(["--resume", str(half)])
-    assert saved(half) == whole
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """What a command that is refused must leave as it was: all files, with the time of their last change."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
+    data: Path, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    interrupted((train, "save_checkpoint"), 1, [*options(data), "--out", str(folder)])
+    assert not Run(folder).checkpoint.exists()
+    trained(["--resume", str(folder)])
+    assert saved(folder) == whole
+
+
+@pytest.mark.parametrize("left", ["records", "best", "both"])
+def test_a_trained_run_without_its_last_checkpoint_is_refused_and_left_as_it_is(
+    left: str, half: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(half)
+    if left != "records":
+        shutil.copy(run.checkpoint, run.best_checkpoint)
+    if left == "best":
+        run.metrics_file.write_bytes(b"")
+    run.checkpoint.unlink()
+    before = contents(half)
+    message = error_line(capsys, train.main, ["--resume", str(half)])
+    assert f"{run.checkpoint}: there is no such checkpoint" in message
+    assert str(run.best_checkpoint if left == "best" else run.metrics_file) in message
+    assert "--out" in message
+    assert contents(half) == before
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_run_whose_records_are_missing_is_refused_and_left_as_it_is(
+    kept: int, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Run(run).metrics_file
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:kept]))
+    before = contents(run)
+    assert f"{file}: has {kept} records where 2 epochs were trained" in error_line(
+        capsys, train.main, ["--resume", str(run)]
+    )
+    assert contents(run) == before
 
 
 def test_a_run_goes_on_in_another_place_with_data_in_another_place(

@@ -25,6 +25,7 @@ from immunity_fast.figures import (
     add_titles,
     panel_figure,
     panel_style,
+    save_png,
     say_empty,
     style_axes,
 )
@@ -373,4 +374,4 @@ def _save(figure: Figure, rows: int, height: float, path: Path) -> None:
             label.set_visible(label.get_visible() and box.x0 > end)
             if label.get_visible():
                 end = box.x1 + 3 * DPI / 72
-    figure.savefig(path, dpi=DPI, format="png")
+    save_png(figure, path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from immunity_fast.checkpoint import write_atomically
+from immunity_fast.files import write_atomically
 from immunity_fast.reproduction.gallery import Gallery
 from immunity_fast.reproduction.gallery_figure import draw, to_bytes
 from immunity_fast.reproduction.gallery_page import page

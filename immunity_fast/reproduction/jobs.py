@@ -8,15 +8,14 @@ it.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import platform
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,15 @@ from typing import Any
 import torch
 
 from immunity_fast import cli, ensemble, evaluate, train
-from immunity_fast.checkpoint import load_checkpoint, write_atomically
 from immunity_fast.config import TrainConfig
 from immunity_fast.data import fingerprint, load
 from immunity_fast.experts import title
+from immunity_fast.files import locked, parse_json, write_atomically
 from immunity_fast.runs import Run
 from immunity_fast.train import MOVABLE
 
 LOCKS = ".locks"
+CHECKSUM = "sha256"  # of a record of what is done: its other members'
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,20 @@ class Queue:
             if place not in self._data:
                 self._data[place] = fingerprint(load(config.dataset, data, image_size=config.image_size).test)
 
-    def run(self) -> None:
-        """Do what is not done, first what no other process is at."""
+    def run(self, *, wait: bool = True) -> bool:
+        """Do what is not done, first what no other process is at; then wait for the others, unless that is not wanted.
+
+        Returns whether all jobs have been looked at.
+        """
         (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
-        others = [job for job in self.jobs if not self._try(job, wait=False)]
-        for job in others:
+        left = [job for job in self.jobs if job not in self.done and job not in self.failures]
+        others = [job for job in left if not self._try(job, wait=False)]
+        for job in others if wait else ():
+            if self._found(job) is None:
+                cli.console.print(f"{job.name}: another process is at it; this one helps or waits")
+                self._help(job)
             self._try(job, wait=True)
+        return wait or not others
 
     def look(self) -> None:
         """Take what is done, and do nothing."""
@@ -119,7 +127,7 @@ class Queue:
         """Do a job; whether that was possible, which it is not where another process is at it."""
         found = self._found(job)
         if found is None:
-            with _locked(self._lock(job), wait=wait) as mine:
+            with locked(self._lock(job), wait=wait) as mine:
                 if not mine:
                     return False
                 found = self._found(job)  # another process may have done it meanwhile
@@ -148,7 +156,7 @@ class Queue:
         if job.members > 1:
             for member in job.alone():
                 # Locked for its own sake: it may be a job of another process as well.
-                with _locked(self._lock(member), wait=True):
+                with locked(self._lock(member), wait=True):
                     commands.append(self._train(member))
             commands.append(self._join(job))
         else:
@@ -169,8 +177,18 @@ class Queue:
             training_seconds=sum(record["seconds"] for each in trained for record in each.metrics()),
             attack_seconds=attack_seconds(results),
         )
-        write_atomically(self._record(job), json.dumps(dataclasses.asdict(done), indent=1).encode())
+        found = dataclasses.asdict(done)
+        record = found | {CHECKSUM: checksum(found)}
+        write_atomically(self._record(job), json.dumps(record, indent=1).encode())
         return done
+
+    def _help(self, job: Job) -> None:
+        """Train what another process, at a job of several members, has not come to."""
+        for member in job.alone() if job.members > 1 else ():
+            with locked(self._lock(member), wait=False) as mine:
+                if mine and self._found(job) is None:
+                    with suppress(SystemExit, Exception):  # it fails there, too, and is reported
+                        self._train(member)
 
     def _train(self, job: Job) -> str:
         """Train a run to its end, from where it stands; the command that does it."""
@@ -202,10 +220,19 @@ class Queue:
 
     def _found(self, job: Job) -> Done | None:
         try:
-            found = Done(**json.loads(self._record(job).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            record = parse_json(self._record(job).read_bytes())
+            # The record is made again where it is not as it was written: that takes its evaluation's ledger, no more.
+            if record.pop(CHECKSUM) != checksum(record):
+                return None
+            found = Done(**record)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
             return None  # not done, or not by this version
         return found if found.data == self._data[job.config.dataset, job.config.image_size] else None
+
+
+def checksum(record: dict[str, Any]) -> str:
+    """A hash of what a file says, whatever the order and the spaces."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def attack_seconds(results: dict[str, Any]) -> float:
@@ -219,28 +246,14 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    cores = f"{len(os.sched_getaffinity(0))} cores"
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = f"{count} cores"
     return f"CPU ({platform.machine()}), {cores}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _ended(run: Run, config: TrainConfig) -> bool:
-    if not run.checkpoint.is_file():
-        return False
-    _, info = load_checkpoint(run.checkpoint)
-    return bool(info["epoch"] >= config.epochs)
+    return run.checkpoint.is_file() and run.epochs_trained() >= config.epochs
 
 
 def _command(module: str, arguments: Sequence[str]) -> str:
     return f"python -m immunity_fast.{module} {shlex.join(arguments)}"
-
-
-@contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold a lock that no other process holds; False where one does, without waiting. It ends with its process."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
