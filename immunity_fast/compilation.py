@@ -120,20 +120,20 @@ class Compiled:
         except Exception:
             self._compiled = compiled
             raise
-        self._announce(f"compiling failed, going on in eager mode: {innermost_cause(error)}{self._kept(error)}")
+        kept = "" if self._traceback_file is None else append_traceback(error, self._traceback_file)
+        self._announce(f"compiling failed, going on in eager mode: {innermost_cause(error)}{kept}")
         return result
 
-    def _kept(self, error: Exception) -> str:
-        """Where the whole traceback lies, as the end of a line."""
-        if self._traceback_file is None:
-            return ""
-        with suppress(OSError):  # a full disk must not stop what goes on without the file
-            with self._traceback_file.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                # Each by itself: printed as a chain, what was raised "from None" would hide its cause.
-                parts = ("".join(traceback.format_exception(each, chain=False)) for each in causes(error))
-                file.write("\nwhich was raised because of:\n\n".join(parts) + "\n")
-            return f"; whole traceback: {self._traceback_file}"
-        return ""
+
+def append_traceback(error: BaseException, path: Path) -> str:
+    """Append a whole traceback to a file; where it lies, as the end of a line, and nothing where that fails."""
+    with suppress(OSError):  # a full disk must not stop what goes on without the file
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            # Each by itself: printed as a chain, what was raised "from None" would hide its cause.
+            parts = ("".join(traceback.format_exception(each, chain=False)) for each in causes(error))
+            file.write("\nwhich was raised because of:\n\n".join(parts) + "\n")
+        return f"; whole traceback: {path}"
+    return ""
 
 
 def innermost_cause(error: BaseException) -> str:

@@ -4,6 +4,7 @@ A run folder holds config.json, metrics.jsonl (a record an epoch), checkpoints/,
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -15,12 +16,13 @@ import torch
 
 from immunity_fast import cli, distributed
 from immunity_fast.adversarial import collapsed
-from immunity_fast.checkpoint import load_model, save_checkpoint
+from immunity_fast.checkpoint import load_model, save_checkpoint, write_atomically
 from immunity_fast.compilation import keep_caches
 from immunity_fast.config import PRESETS, TrainConfig, add_options, resolve_architecture
 from immunity_fast.data import ImageDataset, load
 from immunity_fast.evaluate import AFTER_TRAINING, chunk_of, evaluate_run
 from immunity_fast.experts import create, title
+from immunity_fast.failures import kept_traceback, one_line
 from immunity_fast.precision import set_float32
 from immunity_fast.profiling import profiled
 from immunity_fast.runs import Run
@@ -28,6 +30,15 @@ from immunity_fast.trainer import Trainer, training_means, validate
 
 # Settings that may differ when a run goes on: where, and by which of several exact ways.
 MOVABLE = ("data", "device", "compile", "batching", "double_backprop", "profile")
+# Those that may differ as well once the loss has diverged: without it, no run could ever go on from there.
+REMEDIES = ("lr", "clip_grad_norm")
+DIVERGED = "diverged.json"  # in a run folder: where that was
+CHECKS = {
+    "accuracy": "accuracy",
+    "pgd10": "accuracy under PGD-10",
+    "fgsm": "accuracy under FGSM",
+    "heatmaps": "the heatmaps",
+}
 
 
 def train(trainer: Trainer, run: Run) -> None:
@@ -71,7 +82,7 @@ def train(trainer: Trainer, run: Run) -> None:
             trainer.epoch += 1
             if main:
                 progress.update(task, status="checking on the validation split")
-                record = {
+                record: dict[str, Any] = {
                     "epoch": trainer.epoch,
                     "step": trainer.step,
                     "lr": trainer.lr,
@@ -82,19 +93,38 @@ def train(trainer: Trainer, run: Run) -> None:
                 }
                 run.append_metrics(record)
                 keep_best(trainer, run)
-                if board is not None:
-                    for name, value in record.items():
-                        board.add_scalar(name, value, trainer.epoch)
+                board = shown_on(board, record)
                 progress.update(task, status="")
                 progress.console.print(summary(record, config.epochs))
+                for name, reason in record.get("val_not_measured", {}).items():
+                    progress.console.print(
+                        f"epoch {trainer.epoch}: {CHECKS[name]} on validation images was not measured: {reason}; "
+                        "training goes on, but where this stays, try a smaller --lr"
+                    )
                 lost = collapsed(run.metrics(), min(config.check_images, len(trainer.dataset.validation)))
                 if lost is not None:
                     progress.console.print(collapse_line(record, lost, run))
             trainer.sums.zero_()
             if main:
                 save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
+                (run.folder / DIVERGED).unlink(missing_ok=True)  # what had diverged before has got past it
     if board is not None:
-        board.close()
+        with suppress(Exception):
+            board.close()
+
+
+def shown_on(board: Any, record: Mapping[str, Any]) -> Any:
+    """TensorBoard with an epoch's numbers; None, and a line, where it fails: it is the least of what a run writes."""
+    if board is None:
+        return None
+    try:
+        for name, value in record.items():
+            if isinstance(value, (int, float)):
+                board.add_scalar(name, value, record["epoch"])
+    except Exception as error:
+        cli.console.print(f"going on without TensorBoard: {one_line(error)}")
+        return None
+    return board
 
 
 def keep_best(trainer: Trainer, run: Run) -> None:
@@ -104,8 +134,8 @@ def keep_best(trainer: Trainer, run: Run) -> None:
     """
     if trainer.config.adversarial == "off" or not trainer.config.check_images:
         return
-    accuracies = [record["val_pgd10_accuracy_mean"] for record in run.metrics()]
-    if accuracies.index(max(accuracies)) == len(accuracies) - 1:
+    accuracies = [record.get("val_pgd10_accuracy_mean", -1) for record in run.metrics()]
+    if accuracies[-1] >= 0 and accuracies.index(max(accuracies)) == len(accuracies) - 1:
         tensors = trainer.average.tensors() if trainer.average else trainer.model.state_dict()
         info = trainer.info() | {"val_pgd10_accuracy_mean": accuracies[-1]}
         save_checkpoint(run.best_checkpoint, {f"model/{name}": value for name, value in tensors.items()}, info)
@@ -156,23 +186,34 @@ def steps_profiled(trainer: Trainer, run: Run) -> AbstractContextManager[Any]:
 
 def check_finite(trainer: Trainer, run: Run) -> None:
     """Stop a run whose loss or weights are no longer numbers, before its checkpoint is overwritten."""
+    if is_finite(trainer):
+        return
+    lr = trainer.config.lr
+    if distributed.rank() == 0:
+        where = {"epoch": trainer.epoch + 1, "step": trainer.step, "lr": lr}
+        write_atomically(run.folder / DIVERGED, json.dumps(where).encode())
+    raise cli.InputError(
+        f"the loss became infinite or NaN in epoch {trainer.epoch + 1}; {run.checkpoint} is from before. "
+        f"Try a smaller --lr or --clip-grad-norm: {run.resume_command} --lr {lr / 10:g}"
+    )
+
+
+def is_finite(trainer: Trainer) -> bool:
+    """Whether loss, weights and statistics are all numbers."""
     # The weights too: a gradient can be NaN where the loss, from before its step, is not.
-    watched = [trainer.sums, *trainer.model.parameters()]
-    if not all(bool(tensor.isfinite().all()) for tensor in watched):
-        raise cli.InputError(
-            f"the loss became infinite or NaN in epoch {trainer.epoch + 1}; {run.checkpoint} is from before. "
-            "Try a smaller --lr or --clip-grad-norm"
-        )
+    return all(bool(tensor.isfinite().all()) for tensor in (trainer.sums, *trainer.model.state_dict().values()))
 
 
 def summary(record: Mapping[str, float], epochs: int) -> str:
     """One line on an epoch."""
     attacked = record.get("val_pgd10_accuracy_mean")
     several = record["mutual_information_loss"] > 0  # a single network has none
+    validation = "not measured"
+    if "val_accuracy_mean" in record:
+        switching, mean = (100 * record[f"val_accuracy_{name}"] for name in ("switching", "mean"))
+        validation = f"{switching:.1f} % switching, {mean:.1f} % mean"
     return (
-        f"epoch {record['epoch']:>3}/{epochs}  loss {record['loss']:.3f}  "
-        f"validation {100 * record['val_accuracy_switching']:.1f} % switching, "
-        f"{100 * record['val_accuracy_mean']:.1f} % mean"
+        f"epoch {record['epoch']:>3}/{epochs}  loss {record['loss']:.3f}  validation {validation}"
         + ("" if attacked is None else f", {100 * attacked:.1f} % under PGD-10")
         + (f"  mutual information {record['mutual_information']:.2f} nats" if several else "")
         + f"  {record['images_per_second']:.0f} images/s"
@@ -180,12 +221,16 @@ def summary(record: Mapping[str, float], epochs: int) -> str:
 
 
 def tensorboard(run: Run) -> Any:
-    """TensorBoard's writer, or None where it is not installed."""
-    with suppress(ImportError):
+    """TensorBoard's writer, or None where it is not installed, or does not work."""
+    try:
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(run.tensorboard))
-    return None
+    except ImportError:
+        return None
+    except Exception as error:
+        cli.console.print(f"going on without TensorBoard: {one_line(error)}")
+        return None
 
 
 def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
@@ -213,9 +258,11 @@ def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
         out = out or Path("runs") / f"{config.dataset}-{title(config.arch)}-{datetime.now():%Y%m%d-%H%M%S}"
         Run.check_free(out)
         return out, False, config
-    config = Run.open(resume).config()
+    run = Run.open(resume)
+    config = run.config()
+    movable = MOVABLE + (REMEDIES if (run.folder / DIVERGED).is_file() else ())
     for name, value in given.items():
-        if name not in MOVABLE and value != getattr(config, name):
+        if name not in movable and value != getattr(config, name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} {value}: the run in {resume} was begun with {option} {getattr(config, name)}")
     return resume, True, dataclasses.replace(config, **given)
@@ -242,7 +289,23 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     run.metrics()
     if run.checkpoint.is_file():
         trainer.load(run.checkpoint)
+        if not is_finite(trainer):
+            raise ValueError(
+                f"{run.checkpoint}: holds weights that are NaN or infinite, from which nothing can go on; "
+                "begin a new run, with a smaller --lr"
+            )
+    take_remedies(run, config)
     return trainer, run
+
+
+def take_remedies(run: Run, config: TrainConfig) -> None:
+    """Write down with what a run goes on that has diverged, if that is not what it began with."""
+    begun = run.config()
+    changed = {name: getattr(config, name) for name in REMEDIES if getattr(config, name) != getattr(begun, name)}
+    if changed and distributed.rank() == 0:
+        now = dataclasses.replace(begun, **changed)
+        write_atomically(run.config_file, json.dumps(now.to_json(), indent=2).encode())
+        (run.folder / DIVERGED).unlink(missing_ok=True)
 
 
 def check_trainable(config: TrainConfig, dataset: ImageDataset) -> None:
@@ -295,6 +358,23 @@ def main(arguments: list[str] | None = None) -> None:
     if trained is None:
         return
     trainer, run = trained
+    try:
+        evaluate_trained(trainer, run)
+    except KeyboardInterrupt:
+        cli.console.print(f"interrupted; training has ended; go on with: {run.resume_command}")
+        raise
+    except Exception as error:
+        dead = " (where the network has died or diverged, only a new run with a smaller --lr helps)"
+        raise cli.InputError(
+            f"training has ended, and {run.folder} keeps it, but evaluating it failed: {one_line(error)}"
+            f"{kept_traceback(error, run.folder)}; try again with: {run.resume_command}"
+            + (dead if isinstance(error, ValueError) else "")
+        ) from error
+    cli.console.print(f"more attacks, more attackers: {run.evaluate_command}")
+
+
+def evaluate_trained(trainer: Trainer, run: Run) -> None:
+    """What a run ends with: attacks on test images, tables, figures and the report."""
     config = trainer.config
     model, _ = load_model(run.folder, trainer.device)  # the best one, or the average of the weights, if there is
     plan = dataclasses.replace(
@@ -303,7 +383,6 @@ def main(arguments: list[str] | None = None) -> None:
     if config.experts == 1:  # nothing about a gate to know
         plan = dataclasses.replace(plan, attackers=None)
     evaluate_run(run, model, trainer.dataset, config, plan, compile=config.compile)
-    cli.console.print(f"more attacks, more attackers: {run.evaluate_command}")
 
 
 if __name__ == "__main__":
