@@ -40,7 +40,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a × that a terminal cannot show must not end a run
+    from immunity_fast.compilation import keep_caches  # not at the top, where missing packages are asked for
+
     try:
+        keep_caches()  # before anything imports the compiler, which sets folders of its own
         main()
     except KeyboardInterrupt:
         sys.exit(130)

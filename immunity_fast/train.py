@@ -274,6 +274,7 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     Raises:
         ValueError, OSError, ModuleNotFoundError: one clear line.
     """
+    keep_caches()  # before anything imports the compiler, as torchvision does
     device = cli.pick_device(config.device)
     if config.dataset in ("npz", "folder") and config.data is None:
         raise ValueError(f"--data: missing; --dataset {config.dataset} needs the path of what it reads")
@@ -281,7 +282,6 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
         dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
     check_trainable(config, dataset)
     set_float32(config.float32)
-    keep_caches()
     trainer = Trainer(config, dataset, device, cli.console.print, Run(folder).tracebacks)
     if not resume:
         return trainer, Run.create(folder, config) if distributed.rank() == 0 else Run(folder)
