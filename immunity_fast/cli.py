@@ -4,7 +4,8 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -56,6 +57,20 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 class InputError(Exception):
     """Something the user gave is wrong; its text is one clear line."""
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Running out of memory in a `with` block or a decorated function, on any device, is one line: what to "try"."""
+    from immunity_fast.failures import out_of_memory  # not at the top, as above
+
+    try:
+        yield
+    except Exception as error:
+        tried = out_of_memory(error)
+        if tried is None or isinstance(error, InputError):
+            raise
+        raise InputError(f"{tried}: try {advice}") from error
 
 
 def pick_device(name: str) -> torch.device:

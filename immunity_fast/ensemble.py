@@ -70,6 +70,7 @@ def join(folders: Sequence[Path], out: Path) -> Run:
     return run
 
 
+@cli.enough_memory("fewer or smaller runs")
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = cli.Parser(prog="python -m immunity_fast.ensemble", description=(__doc__ or "").split("\n")[0])

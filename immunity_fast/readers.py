@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from immunity_fast.memory import check_fits
+
 Pair: TypeAlias = tuple[Tensor, Tensor]
 SPLIT_SEED = 18787  # of every split this package cuts: a fixed property of the data, not of a run
 TEST_SHARE = 0.2
@@ -253,7 +255,11 @@ def _test_cut(root: Path, files: dict[str, list[Path]]) -> tuple[dict[str, list[
 
 def _read_images(files: dict[str, list[Path]], image_size: int | None, first: Path) -> Pair:
     """Images and labels of all files; ValueError where an image has another size than the file `first`."""
+    count = sum(map(len, files.values()))
+    if image_size is not None:  # before a single one is made so large
+        _check_memory(count, image_size, image_size)
     expected = _read_image(first, image_size).shape
+    _check_memory(count, *expected[:2])
     images, labels = [], []
     for label, found in enumerate(files.values()):
         for file in found:
@@ -266,6 +272,11 @@ def _read_images(files: dict[str, list[Path]], image_size: int | None, first: Pa
             images.append(image)
             labels.append(label)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+def _check_memory(count: int, height: int, width: int) -> None:
+    what = f"{count:,} images of {width}×{height} pixels"
+    check_fits(3 * count * height * width, torch.device("cpu"), what, "a smaller --image-size, or fewer images")
 
 
 def _read_image(file: Path, image_size: int | None) -> NDArray[np.uint8]:

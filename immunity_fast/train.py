@@ -19,10 +19,11 @@ from immunity_fast.adversarial import collapsed
 from immunity_fast.checkpoint import load_model, save_checkpoint, write_atomically
 from immunity_fast.compilation import keep_caches
 from immunity_fast.config import PRESETS, TrainConfig, add_options, resolve_architecture
-from immunity_fast.data import ImageDataset, load
+from immunity_fast.data import load
 from immunity_fast.evaluate import AFTER_TRAINING, chunk_of, evaluate_run
 from immunity_fast.experts import create, title
 from immunity_fast.failures import kept_traceback, one_line
+from immunity_fast.memory import check_fits
 from immunity_fast.precision import set_float32
 from immunity_fast.profiling import profiled
 from immunity_fast.runs import Run
@@ -33,6 +34,7 @@ MOVABLE = ("data", "device", "compile", "batching", "double_backprop", "profile"
 # Those that may differ as well once the loss has diverged: without it, no run could ever go on from there.
 REMEDIES = ("lr", "clip_grad_norm")
 DIVERGED = "diverged.json"  # in a run folder: where that was
+MEMORY_ADVICE = "a smaller --batch-size, fewer --experts, a smaller --arch or smaller images"
 CHECKS = {
     "accuracy": "accuracy",
     "pgd10": "accuracy under PGD-10",
@@ -278,9 +280,11 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     device = cli.pick_device(config.device)
     if config.dataset in ("npz", "folder") and config.data is None:
         raise ValueError(f"--data: missing; --dataset {config.dataset} needs the path of what it reads")
+    if config.dataset == "folder" and config.image_size is not None:  # before all images are made so large
+        check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
     with distributed.first_of_all():  # a data set that is missing is downloaded once
         dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
-    check_trainable(config, dataset)
+    check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
     set_float32(config.float32)
     trainer = Trainer(config, dataset, device, cli.console.print, Run(folder).tracebacks)
     if not resume:
@@ -308,19 +312,46 @@ def take_remedies(run: Run, config: TrainConfig) -> None:
         (run.folder / DIVERGED).unlink(missing_ok=True)
 
 
-def check_trainable(config: TrainConfig, dataset: ImageDataset) -> None:
-    """ValueError where the images, or a batch of them, are too small for the architecture; nothing is computed."""
-    batch = min(config.batch_size, len(dataset.train))
-    height, width = dataset.image_size
+def check_trainable(
+    config: TrainConfig, image_size: tuple[int, int], num_classes: int, images: int, device: torch.device
+) -> None:
+    """ValueError where so many images of (H, W) pixels do not suit the settings; next to nothing is computed.
+
+    They are too small for the architecture or for its random crops, or a step cannot fit into the device's memory.
+    """
+    batch = min(config.batch_size, images)
+    height, width = image_size
+    if config.crop_padding >= min(height, width):
+        raise ValueError(
+            f"--crop-padding: expected less than {min(height, width)} for images of {height}×{width}, of which else "
+            f"nothing may be left, got {config.crop_padding}"
+        )
+    values = 0  # that one expert's layers put out for a batch
+
+    def count(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal values
+        values += output.numel() if isinstance(output, torch.Tensor) else 0
+
     try:
         with torch.device("meta"):
-            create(config.arch, dataset.num_classes).train()(torch.empty(batch, 3, height, width))
+            expert = create(config.arch, num_classes).train()
+            for module in expert.modules():
+                if not list(module.children()):
+                    module.register_forward_hook(count)
+            expert(torch.empty(batch, 3, height, width))
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"--arch {title(config.arch)}: cannot be trained on images of {height}×{width}, {batch} at a time ({error})"
         ) from error
+    # Weights, their gradients and momentum in float32; and half of what the layers put out, which is kept for the
+    # backward pass, in half precision at least.
+    weights = sum(parameter.numel() for parameter in expert.parameters())
+    size = config.experts * (12 * weights + values / distributed.count())
+    what = f"{config.experts} × {title(config.arch)}, {batch} images of {height}×{width} a step,"
+    check_fits(size, device, what, MEMORY_ADVICE)
 
 
+@cli.enough_memory(MEMORY_ADVICE)
 def fit(arguments: list[str] | None) -> tuple[Trainer, Run] | None:
     """Train what a command line says, to its end; without the evaluation. None in processes other than the first."""
     try:
@@ -352,6 +383,7 @@ def fit(arguments: list[str] | None) -> tuple[Trainer, Run] | None:
     return (trainer, run) if main_process else None
 
 
+@cli.enough_memory(MEMORY_ADVICE)
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     trained = fit(arguments)

@@ -16,6 +16,7 @@ import torch
 
 from immunity_fast import evaluate, train
 from immunity_fast import trainer as trainer_module
+from immunity_fast.augmentation import move
 from immunity_fast.checkpoint import load_checkpoint, load_model, save_checkpoint
 from immunity_fast.config import TrainConfig
 from immunity_fast.data import ImageDataset
@@ -612,6 +613,17 @@ def test_a_file_cut_off_is_named(data: Path, tmp_path: Path, capsys: pytest.Capt
         ({"batch_size": "0"}, "--batch-size"),
         ({"seed": "-1"}, "--seed"),
         ({"seed": str(2**64)}, "--seed"),
+        *(
+            ({name: "1" + 30 * "0"}, f"--{name.replace('_', '-')}")
+            for name in ("epochs", "experts", "batch_size", "check_images", "attack_images", "checkpoint_every")
+        ),
+        ({"attack_steps": str(2**63)}, "--attack-steps"),
+        ({"limit_train": str(2**63)}, "--limit-train"),
+        ({"image_size": str(2**63)}, "--image-size"),
+        ({"crop_padding": str(2**63)}, "--crop-padding"),
+        ({"crop_padding": "1000"}, "--crop-padding"),
+        ({"crop_padding": "12"}, "--crop-padding"),
+        ({"image_size": "0"}, "--image-size"),
         ({"device": "nonsense"}, "--device nonsense"),
         ({"device": "meta"}, "--device meta"),
         ({"stage": "layer9"}, "stage"),
@@ -658,6 +670,12 @@ def test_a_data_set_that_lies_somewhere_needs_a_path(
     assert "--data" in message
     assert name in message
     assert not (tmp_path / "run").exists()
+
+
+def test_random_crops_leave_something_of_every_image(data: Path, tmp_path: Path) -> None:
+    trainer, _ = trained([*options(data, crop_padding=11, rotation=0, epochs=1), "--out", str(tmp_path / "run")])
+    batch = next(iter(trainer.loader))
+    assert (move(batch.images, batch.motion).flatten(1).amax(1) > 0).all()
 
 
 def test_digits_are_not_mirrored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
