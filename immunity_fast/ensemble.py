@@ -7,6 +7,7 @@ is a run folder that has ended: `immunity_fast.evaluate` takes it as any other.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,16 @@ def join(folders: Sequence[Path], out: Path) -> Run:
         last_layer.bias.zero_()
     config = dataclasses.replace(first, experts=len(models))
     run = Run.create(out, config)
-    info = infos[0] | {"model": description, "epoch": config.epochs}
-    save_checkpoint(run.checkpoint, module_tensors("model", mixture), info)
+    try:
+        info = infos[0] | {"model": description, "epoch": config.epochs}
+        save_checkpoint(run.checkpoint, module_tensors("model", mixture), info)
+    except BaseException:  # without its checkpoint it would only be in the way
+        shutil.rmtree(run.folder, ignore_errors=True)
+        raise
     return run
 
 
+@cli.resumable("ensemble")
 @cli.enough_memory("fewer or smaller runs")
 def main(arguments: list[str] | None = None) -> None:
     """The command."""

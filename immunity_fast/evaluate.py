@@ -357,6 +357,7 @@ def _outputs(folder: Path, again: bool) -> Outputs:
     return outputs
 
 
+@cli.resumable("evaluate")
 @cli.enough_memory("another --device, fewer --draws, or smaller networks")
 def main(arguments: list[str] | None = None) -> None:
     """The command."""

@@ -354,6 +354,7 @@ def parse(arguments: list[str] | None) -> Request:
     return Request(products, out or Path(f"reproduction-{scale}"), device, data, done_only)
 
 
+@cli.resumable("reproduce")
 @cli.enough_memory("a smaller --batch-size, fewer --experts, or a smaller --arch")
 def main(arguments: list[str] | None = None) -> None:
     """The command."""

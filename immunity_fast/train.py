@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from immunity_fast import cli, distributed
+from immunity_fast import cli, distributed, interrupts
 from immunity_fast.adversarial import collapsed
 from immunity_fast.checkpoint import load_model, save_checkpoint, write_atomically
 from immunity_fast.compilation import keep_caches
@@ -46,19 +46,27 @@ CHECKS = {
 def train(trainer: Trainer, run: Run) -> None:
     """Train from where the trainer stands to the end; the first process writes records and checkpoints.
 
+    Ctrl-C and SIGTERM stop it behind a step, which is saved, or behind an epoch's checks; one process of several at
+    once.
+
     Raises:
         cli.InputError: the loss is no longer finite; the last checkpoint is from before.
+        KeyboardInterrupt: it was stopped.
     """
     config, loader = trainer.config, trainer.loader
     main = distributed.rank() == 0
     if main:
         if not run.checkpoint.is_file():
-            save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
+            keep(trainer, run)
         run.forget_metrics_after(trainer.epoch)
     board = tensorboard(run) if main else None  # after these: on a full disk its own thread would print a traceback
     begin = time.perf_counter()
     stepped = False
-    with cli.progress_bar(shown=main) as progress, steps_profiled(trainer, run) as profile:
+    with (
+        cli.progress_bar(shown=main) as progress,
+        steps_profiled(trainer, run) as profile,
+        interrupts.deferred(distributed.count() == 1) as asked,  # several would stop at different steps
+    ):
         task = progress.add_task("training", total=trainer.steps, completed=trainer.step, status=waiting_for(trainer))
         while trainer.epoch < config.epochs:
             started, images_seen = time.perf_counter(), 0
@@ -75,8 +83,9 @@ def train(trainer: Trainer, run: Run) -> None:
                 progress.advance(task)
                 if profile is not None:
                     profile.step()
-                if trainer.step % config.checkpoint_every == 0 and loader.position < len(loader):
+                if loader.position < len(loader) and (asked or trainer.step % config.checkpoint_every == 0):
                     save(trainer, run)
+                    interrupts.stop_if(asked)
             synchronize(trainer.device)
             seconds = time.perf_counter() - started
             trainer.synchronize()
@@ -108,8 +117,9 @@ def train(trainer: Trainer, run: Run) -> None:
                     progress.console.print(collapse_line(record, lost, run))
             trainer.sums.zero_()
             if main:
-                save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
+                keep(trainer, run)
                 (run.folder / DIVERGED).unlink(missing_ok=True)  # what had diverged before has got past it
+            interrupts.stop_if(asked)
     if board is not None:
         with suppress(Exception):
             board.close()
@@ -158,7 +168,13 @@ def save(trainer: Trainer, run: Run) -> None:
     trainer.synchronize()
     check_finite(trainer, run)
     if distributed.rank() == 0:
-        save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
+        keep(trainer, run)
+
+
+def keep(trainer: Trainer, run: Run) -> None:
+    """Write a checkpoint as it is."""
+    save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
+    trainer.kept = trainer.step
 
 
 def synchronize(device: torch.device) -> None:
@@ -293,6 +309,7 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     run.metrics()
     if run.checkpoint.is_file():
         trainer.load(run.checkpoint)
+        trainer.kept = trainer.step
         if not is_finite(trainer):
             raise ValueError(
                 f"{run.checkpoint}: holds weights that are NaN or infinite, from which nothing can go on; "
@@ -357,9 +374,18 @@ def fit(arguments: list[str] | None) -> tuple[Trainer, Run] | None:
     try:
         folder, resume, config = parse(arguments)
         device = cli.pick_device(config.device)
+        distributed.check_environment()
     except ValueError as error:
         raise cli.InputError(str(error)) from error
-    with distributed.processes(device):
+    trainer: Trainer | None = None
+
+    def left() -> str:
+        if not Run(folder).config_file.is_file():
+            return "interrupted, before anything was written"
+        kept = "" if trainer is None else f"its checkpoint is of step {trainer.kept} of {trainer.steps}; "
+        return f"interrupted; {kept}go on with: {Run(folder).resume_command}"
+
+    with interrupts.told(left, distributed.tell_once(cli.console.print)), distributed.processes(device):
         main_process = distributed.rank() == 0
         try:
             trainer, run = prepare(folder, resume, config)
@@ -374,12 +400,7 @@ def fit(arguments: list[str] | None) -> tuple[Trainer, Run] | None:
             )
             if trainer.epoch:
                 cli.console.print(f"going on after epoch {trainer.epoch}, step {trainer.step}")
-        try:
-            train(trainer, run)
-        except KeyboardInterrupt:
-            if main_process:
-                cli.console.print(f"interrupted; go on with: {run.resume_command}")
-            raise
+        train(trainer, run)
     return (trainer, run) if main_process else None
 
 
@@ -391,10 +412,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     trainer, run = trained
     try:
-        evaluate_trained(trainer, run)
-    except KeyboardInterrupt:
-        cli.console.print(f"interrupted; training has ended; go on with: {run.resume_command}")
-        raise
+        with interrupts.told(
+            lambda: f"interrupted; training has ended; go on with: {run.resume_command}", cli.console.print
+        ):
+            evaluate_trained(trainer, run)
     except Exception as error:
         dead = " (where the network has died or diverged, only a new run with a smaller --lr helps)"
         raise cli.InputError(

@@ -124,6 +124,7 @@ class Trainer:
         self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, announce, traceback_file)
         self.fingerprint = dataset.fingerprint()
         self.epoch = 0  # epochs finished
+        self.kept = 0  # optimiser steps that the run's checkpoint has
         self.sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)  # over the present epoch's steps
 
     @property
