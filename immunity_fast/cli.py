@@ -36,7 +36,10 @@ try:
         TimeRemainingColumn,
     )
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"error: this command needs {missing.name}: pip install 'immunity-fast[train]'") from None
+    raise SystemExit(
+        f"error: this command needs {missing.name}: pip install {missing.name}; or, in a checkout of immunity_fast, "
+        "pip install '.[train]', for what all commands need"
+    ) from None
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a folder's name may look like markup
 
@@ -97,6 +100,20 @@ class InputError(Exception):
     """Something the user gave is wrong; its text is one clear line."""
 
 
+def path(text: str) -> Path:
+    """A path of a command line, for argparse: ~ is the home, which shells leave in --out=~/runs.
+
+    It has to be UTF-8: checkpoints cannot be read from any other.
+    """
+    try:
+        os.fsencode(text).decode("utf-8")
+        return Path(text).expanduser()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{text}: expected a name in UTF-8") from None
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
 @contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
     """Running out of memory in a `with` block or a decorated function, on any device, is one line: what to "try"."""
@@ -119,7 +136,8 @@ def resumable(module: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
         @wraps(main)
         def wrapped(*given: P.args, **keywords: P.kwargs) -> None:
             arguments: Any = given[0] if given else keywords.get("arguments")
-            words = shlex.join(sys.argv[1:] if arguments is None else arguments)
+            given_words = sys.argv[1:] if arguments is None else arguments
+            words = shlex.join(word for word in given_words if word != "--again")  # that would forget what is kept
             with told(lambda: f"interrupted; go on with: python -m immunity_fast.{module} {words}", console.print):
                 main(*given, **keywords)
 

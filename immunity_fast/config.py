@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -197,7 +198,8 @@ def resolve_architecture(given: dict[str, Any]) -> None:
     """In the place of a genotype file's name, what it says; ValueError for an architecture that there is not."""
     if "arch" in given:
         try:
-            given["arch"] = resolve(given["arch"])
+            name = given["arch"]
+            given["arch"] = resolve(os.path.expanduser(name) if name.endswith(".json") else name)
         except ValueError as error:
             raise ValueError(f"--arch {given['arch']}: {error}") from error
 

@@ -195,7 +195,12 @@ class ExactMean(torch.nn.Module):
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command's options; ValueError for one out of its range."""
     parser = cli.Parser(prog="python -m immunity_fast.evaluate", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("run", metavar="RUN", help="a folder that immunity_fast.train wrote; or module.path:callable")
+    parser.add_argument(
+        "run",
+        type=lambda text: str(cli.path(text)),
+        metavar="RUN",
+        help="a folder that immunity_fast.train wrote; or module.path:callable",
+    )
     parser.add_argument(
         "--attacks",
         default="default",
@@ -214,7 +219,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--draws", type=int, metavar="INT", help="of the gate, or of a random model, for EOT; default: 20"
     )
     parser.add_argument(
-        "--transfer-from", type=Path, metavar="RUN", help="attack this run, too, and transfer its images"
+        "--transfer-from", type=cli.path, metavar="RUN", help="attack this run, too, and transfer its images"
     )
     parser.add_argument(
         "--drop-fooled", action="store_true", help="attack an image until it fools its attacker; faster"
@@ -226,7 +231,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, metavar="INT", help="default: the run's")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="default: the best, where there is one")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where results are written; default: the run's folder")
+    parser.add_argument(
+        "--out", type=cli.path, metavar="DIR", help="where results are written; default: the run's folder"
+    )
     parser.add_argument("--again", action="store_true", help="forget what is finished of an earlier evaluation there")
     parser.add_argument("--dataset", choices=DATASETS, help="for module.path:callable")
     parser.add_argument("--data", metavar="PATH", help="where the data set lies, or lies now")

@@ -1,4 +1,4 @@
-"""What to say of an exception in one line, and which of them mean that there was not enough memory."""
+"""What can be said in one line: an exception, that memory was not enough, a name that is no text."""
 
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ def in_units(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:,.1f} TiB"
+
+
+def readable(text: str) -> str:
+    """A text as UTF-8 can hold it: other bytes of a file's name, which Python keeps as lone surrogates, as \\xff."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # surrogates that are no file name's
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def kept_traceback(error: BaseException, folder: Path) -> str:

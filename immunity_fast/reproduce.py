@@ -325,7 +325,7 @@ def parse(arguments: list[str] | None) -> Request:
     )
     parser.add_argument("what", choices=(*PRODUCTS, "all"))
     parser.add_argument("--scale", choices=tuple(SCALES), default="smoke", help="how much is trained [smoke]")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder; default: reproduction-SCALE")
+    parser.add_argument("--out", type=cli.path, metavar="DIR", help="folder; default: reproduction-SCALE")
     parser.add_argument("--seeds", type=int, metavar="INT", help="how many, from --seed on; default: the scale's")
     parser.add_argument("--done-only", action="store_true", help="train nothing; write the tables of what is done")
     add_options(parser)
@@ -344,7 +344,7 @@ def parse(arguments: list[str] | None) -> Request:
     resolve_architecture(given)
     wanted = list(PRODUCTS) if what == "all" else [what]
     if "table2" in wanted and importlib.util.find_spec("torchattacks") is None:
-        raise ValueError("table2 needs torchattacks: pip install 'immunity-fast[attacks]'")
+        raise ValueError("table2 needs torchattacks: pip install torchattacks")
     experiments = Experiments(SCALES[scale], given, seeds, dataset)
     cli.pick_device(device)
     products = {name: PRODUCTS[name](experiments) for name in wanted}

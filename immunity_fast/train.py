@@ -263,8 +263,10 @@ def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
         epilog="In brackets: what the preset quickstart sets.",
     )
     folder = parser.add_mutually_exclusive_group()
-    folder.add_argument("--out", type=Path, metavar="DIR", help="folder of a new run; default: runs/DATASET-ARCH-TIME")
-    folder.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
+    folder.add_argument(
+        "--out", type=cli.path, metavar="DIR", help="folder of a new run; default: runs/DATASET-ARCH-TIME"
+    )
+    folder.add_argument("--resume", type=cli.path, metavar="DIR", help="go on with the run in this folder")
     add_options(parser)
     given = vars(parser.parse_args(arguments))
     out, resume = given.pop("out"), given.pop("resume")
