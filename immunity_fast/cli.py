@@ -153,7 +153,7 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's
+    if name == "cuda" and os.environ.get("LOCAL_RANK"):  # torchrun's
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)

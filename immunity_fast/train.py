@@ -108,10 +108,7 @@ def train(trainer: Trainer, run: Run) -> None:
                 progress.update(task, status="")
                 progress.console.print(summary(record, config.epochs))
                 for name, reason in record.get("val_not_measured", {}).items():
-                    progress.console.print(
-                        f"epoch {trainer.epoch}: {CHECKS[name]} on validation images was not measured: {reason}; "
-                        "training goes on, but where this stays, try a smaller --lr"
-                    )
+                    progress.console.print(not_measured_line(trainer.epoch, name, reason))
                 lost = collapsed(run.metrics(), min(config.check_images, len(trainer.dataset.validation)))
                 if lost is not None:
                     progress.console.print(collapse_line(record, lost, run))
@@ -220,6 +217,15 @@ def is_finite(trainer: Trainer) -> bool:
     """Whether loss, weights and statistics are all numbers."""
     # The weights too: a gradient can be NaN where the loss, from before its step, is not.
     return all(bool(tensor.isfinite().all()) for tensor in (trainer.sums, *trainer.model.state_dict().values()))
+
+
+def not_measured_line(epoch: int, name: str, reason: str) -> str:
+    """What to say of a check that could not be made."""
+    option = "--check-images" if reason.startswith("out of memory") else "--lr"
+    return (
+        f"epoch {epoch}: {CHECKS[name]} on validation images was not measured: {reason}; training goes on, but where "
+        f"this stays, try a smaller {option}"
+    )
 
 
 def summary(record: Mapping[str, float], epochs: int) -> str:
@@ -402,7 +408,10 @@ def fit(arguments: list[str] | None) -> tuple[Trainer, Run] | None:
             )
             if trainer.epoch:
                 cli.console.print(f"going on after epoch {trainer.epoch}, step {trainer.step}")
-        train(trainer, run)
+        try:
+            train(trainer, run)
+        except ValueError as error:
+            raise cli.InputError(f"training stopped: {one_line(error)}; go on with: {run.resume_command}") from error
     return (trainer, run) if main_process else None
 
 

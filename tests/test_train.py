@@ -725,3 +725,17 @@ def test_a_folder_below_a_file_is_refused(data: Path, tmp_path: Path, capsys: py
 def test_a_run_may_have_a_name_that_looks_like_markup(data: Path, tmp_path: Path) -> None:
     train.main([*options(data, epochs=1), "--out", str(tmp_path / "[b]" / "[/c]")])
     assert Run(tmp_path / "[b]" / "[/c]").report.is_file()
+
+
+def test_a_check_without_memory_is_not_blamed_on_the_learning_rate() -> None:
+    assert "smaller --check-images" in train.not_measured_line(3, "heatmaps", "out of memory")
+    assert "smaller --lr" in train.not_measured_line(3, "pgd10", "model: its output does not depend on the images")
+
+
+def test_a_training_that_refuses_its_input_is_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "append_metrics", _fails(ValueError("what is wrong")))
+    line = error_line(capsys, train.main, [*options(data), "--out", str(tmp_path / "run")])
+    assert "what is wrong" in line
+    assert Run(tmp_path / "run").resume_command in line
