@@ -51,7 +51,8 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose error is one line, without the long usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+        line = f"error: {message} (--help lists the options)"
+        self.exit(2, None if _left_to_torchrun(line) else f"{line}\n")
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

@@ -109,6 +109,8 @@ def train(trainer: Trainer, run: Run) -> None:
                 progress.console.print(summary(record, config.epochs))
                 for name, reason in record.get("val_not_measured", {}).items():
                     progress.console.print(not_measured_line(trainer.epoch, name, reason))
+                for name, doubt in record.get("val_doubts", {}).items():
+                    progress.console.print(f"epoch {trainer.epoch}: {CHECKS[name]} on validation images: {doubt}")
                 lost = collapsed(run.metrics(), min(config.check_images, len(trainer.dataset.validation)))
                 if lost is not None:
                     progress.console.print(collapse_line(record, lost, run))
@@ -399,7 +401,7 @@ def fit(arguments: list[str] | None) -> tuple[Trainer, Run] | None:
             trainer, run = prepare(folder, resume, config)
         except (ValueError, ModuleNotFoundError) as error:
             raise cli.InputError(str(error)) from error
-        dataset = trainer.dataset
+        folder, dataset = run.folder, trainer.dataset
         if main_process:
             where = f"{trainer.device}" + (f" × {distributed.count()}" if distributed.count() > 1 else "")
             cli.console.print(

@@ -1,6 +1,7 @@
 """A training run in memory: what it consists of, how all of it is saved, and what is measured after an epoch."""
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -227,7 +228,8 @@ def validate(trainer: Trainer) -> dict[str, Any]:
     """Accuracies and heatmap measures on the validation split; attacks are on the exact mean and judged on it.
 
     Of the averaged weights, where there are such. A check that cannot be made, of a network that has died, say, ends
-    no training: what it measures is left out, and `val_not_measured` names it and the reason.
+    no training: what it measures is left out, and `val_not_measured` names it and the reason. `val_doubts` has what was
+    warned of in one that can.
     """
     gate, epoch = trainer.model.gate, trainer.epoch
     drawn_from = gate.generator
@@ -244,17 +246,25 @@ def _validate(trainer: Trainer) -> dict[str, Any]:
     trainer.model.eval()
     measured: dict[str, Any] = {}
     missing: dict[str, str] = {}
+    doubts: dict[str, str] = {}
     for name, measure in _checks(trainer).items():
         try:
-            found = measure()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                found = measure()
             wrong = [key for key, value in found.items() if not math.isfinite(value)]
             if wrong:
                 raise ValueError(f"{', '.join(wrong)} came out NaN or infinite")
             measured |= found
+            # Of an attack that cannot move, which a person has to know of who reads how much withstands it.
+            said = [" ".join(str(each.message).split()) for each in caught if issubclass(each.category, UserWarning)]
+            if said:
+                doubts[name] = "; ".join(dict.fromkeys(said))
         except Exception as error:  # hours of training are worth more than any check
             missing[name] = one_line(error)
     trainer.model.train()
-    return measured | ({"val_not_measured": missing} if missing else {})
+    notes = {"val_not_measured": missing, "val_doubts": doubts}
+    return measured | {name: note for name, note in notes.items() if note}
 
 
 def _checks(trainer: Trainer) -> dict[str, Callable[[], dict[str, float]]]:

@@ -19,7 +19,7 @@ from immunity_fast import trainer as trainer_module
 from immunity_fast.augmentation import move
 from immunity_fast.checkpoint import load_checkpoint, load_model, save_checkpoint
 from immunity_fast.config import TrainConfig
-from immunity_fast.data import ImageDataset
+from immunity_fast.data import ImageDataset, Split
 from immunity_fast.experts.genotypes import reduced
 from immunity_fast.kernels import reference
 from immunity_fast.runs import Run
@@ -725,6 +725,30 @@ def test_a_folder_below_a_file_is_refused(data: Path, tmp_path: Path, capsys: py
 def test_a_run_may_have_a_name_that_looks_like_markup(data: Path, tmp_path: Path) -> None:
     train.main([*options(data, epochs=1), "--out", str(tmp_path / "[b]" / "[/c]")])
     assert Run(tmp_path / "[b]" / "[/c]").report.is_file()
+
+
+def test_what_an_attack_warns_of_is_in_the_record(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits so far apart that the softmax has no gradient, which pass for robust."""
+    trainer = Trainer(dataclasses.replace(CONFIG, experts=1, check_images=4), dataset(), CPU)
+    for name, parameter in trainer.model.named_parameters():
+        if "classifier" in name:
+            parameter.data.mul_(1e6)
+    with torch.no_grad():  # only of right answers is the gradient zero
+        answers = trainer.model.eval()(trainer.dataset.validation.images / 255).argmax(-1)
+    trainer.dataset = dataclasses.replace(trainer.dataset, validation=Split(trainer.dataset.validation.images, answers))
+    measured = validate(trainer)
+    assert measured["val_pgd10_accuracy_mean"] == 1
+    assert "the attack cannot move" in measured["val_doubts"]["pgd10"]
+    monkeypatch.setattr(
+        train, "validate", lambda _: {"val_accuracy_switching": 1.0, "val_accuracy_mean": 1.0} | measured
+    )
+    _, run = trained([*options(data, epochs=1), "--out", str(tmp_path / "run")])
+    assert f"epoch 1: accuracy under PGD-10 on validation images: {measured['val_doubts']['pgd10']}\n" in (
+        capsys.readouterr().out
+    )
+    assert run.metrics()[0]["val_doubts"] == measured["val_doubts"]
 
 
 def test_a_check_without_memory_is_not_blamed_on_the_learning_rate() -> None:
