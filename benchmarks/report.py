@@ -153,7 +153,7 @@ def main() -> None:
     except (ReportError, OSError) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None
     except ModuleNotFoundError as error:
-        raise SystemExit(f"error: the plots need {error.name}: pip install 'immunity-fast[train]'") from None
+        raise SystemExit(f"error: the plots need {error.name}: pip install {error.name}") from None
     print(text)
 
 

@@ -195,7 +195,7 @@ def collapsed(records: Sequence[Mapping[str, float]], images: int) -> float | No
         records: of the epochs so far, with `val_pgd10_accuracy_mean` and `val_fgsm_accuracy_mean`.
         images: how many were attacked.
     """
-    if not records or "val_fgsm_accuracy_mean" not in records[-1]:
+    if not records or not {"val_fgsm_accuracy_mean", "val_pgd10_accuracy_mean"} <= records[-1].keys():
         return None
     under_pgd = [record["val_pgd10_accuracy_mean"] for record in records if "val_pgd10_accuracy_mean" in record]
     best, last = max(under_pgd), under_pgd[-1]

@@ -377,9 +377,7 @@ def _torchattacks(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "torchattacks":
             raise
-        raise ModuleNotFoundError(
-            f"{name} needs torchattacks: pip install 'immunity-fast[attacks]'", name="torchattacks"
-        ) from None
+        raise ModuleNotFoundError(f"{name} needs torchattacks: pip install torchattacks", name="torchattacks") from None
     return torchattacks
 
 

@@ -2,16 +2,29 @@
 
 import argparse
 import io
+import json
 import os
+import shlex
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec
 
 import torch
 
 try:
     import jinja2  # noqa: F401  the reports' and the other two are asked for here so that one line says what is missing
-    import matplotlib  # noqa: F401
+
+    try:
+        import matplotlib
+    except ValueError:  # MPLBACKEND of a notebook, which a process that it starts need not have; nothing here is shown
+        os.environ["MPLBACKEND"] = "agg"
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+            del sys.modules[name]  # what of it was imported before it failed
+        import matplotlib  # noqa: F401
     import safetensors  # noqa: F401
     from rich.console import Console
     from rich.progress import (
@@ -23,36 +36,115 @@ try:
         TimeRemainingColumn,
     )
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"error: this command needs {missing.name}: pip install 'immunity-fast[train]'") from None
+    raise SystemExit(
+        f"error: this command needs {missing.name}: pip install {missing.name}; or, in a checkout of immunity_fast, "
+        "pip install '.[train]', for what all commands need"
+    ) from None
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a folder's name may look like markup
+
+
+P = ParamSpec("P")
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose error is one line, without the long usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+        line = f"error: {message} (--help lists the options)"
+        self.exit(2, None if _left_to_torchrun(line) else f"{line}\n")
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a command and exit: what the user can mend is one line on stderr and status 1, never a traceback."""
+    """Run a command and exit: what the user can mend is one line on stderr and status 1, never a traceback.
+
+    Interrupted by a signal, it ends with the status that shells give such a process, 130 or 143.
+    """
+    from immunity_fast.compilation import keep_caches  # not at the top, where missing packages are asked for
+    from immunity_fast.interrupts import raised, status_of
+
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a × that a terminal cannot show must not end a run
     try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+        keep_caches()  # before anything imports the compiler, which sets folders of its own
+        with raised():
+            main()
+    except KeyboardInterrupt as interrupt:
+        sys.exit(status_of(interrupt))
     except (InputError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
+        message = f"error: {' '.join(str(error).split())}"
+        if not _left_to_torchrun(message):
+            print(message, file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
 
 
+def _left_to_torchrun(message: str) -> bool:
+    """Write down for torchrun what its report is to say of this process; whether that is enough.
+
+    It is for all processes but the first: what is wrong is mostly wrong in each of them, and said once.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return False
+    # As `torch.distributed.elastic.multiprocessing.errors.ErrorHandler` does, but for the traceback.
+    said = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": f"{time.time():.0f}"}}
+    try:
+        Path(file).write_text(json.dumps({"message": said}), encoding="utf-8")
+    except OSError:
+        return False
+    return os.environ.get("RANK") != "0"
+
+
 class InputError(Exception):
     """Something the user gave is wrong; its text is one clear line."""
+
+
+def path(text: str) -> Path:
+    """A path of a command line, for argparse: ~ is the home, which shells leave in --out=~/runs.
+
+    It has to be UTF-8: checkpoints cannot be read from any other.
+    """
+    try:
+        os.fsencode(text).decode("utf-8")
+        return Path(text).expanduser()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{text}: expected a name in UTF-8") from None
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Running out of memory in a `with` block or a decorated function, on any device, is one line: what to "try"."""
+    from immunity_fast.failures import out_of_memory  # not at the top, as above
+
+    try:
+        yield
+    except Exception as error:
+        tried = out_of_memory(error)
+        if tried is None or isinstance(error, InputError):
+            raise
+        raise InputError(f"{tried}: try {advice}") from error
+
+
+def resumable(module: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Of a command's main, whose work is kept piece by piece: an interrupt is told with the command that goes on."""
+    from immunity_fast.interrupts import told
+
+    def wrap(main: Callable[P, None]) -> Callable[P, None]:
+        @wraps(main)
+        def wrapped(*given: P.args, **keywords: P.kwargs) -> None:
+            arguments: Any = given[0] if given else keywords.get("arguments")
+            given_words = sys.argv[1:] if arguments is None else arguments
+            words = shlex.join(word for word in given_words if word != "--again")  # that would forget what is kept
+            with told(lambda: f"interrupted; go on with: python -m immunity_fast.{module} {words}", console.print):
+                main(*given, **keywords)
+
+        return wrapped
+
+    return wrap
 
 
 def pick_device(name: str) -> torch.device:
@@ -62,7 +154,7 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's
+    if name == "cuda" and os.environ.get("LOCAL_RANK"):  # torchrun's
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -38,12 +40,49 @@ def resolve(choice: Compile, device: torch.device) -> Literal["off", "on", "max"
 
 
 def keep_caches() -> Path:
-    """Have compiled code kept from one run to the next; returns the folder.
+    """Have compiled code kept from one run to the next; returns the folder of Inductor's.
 
-    PyTorch's default is the folder of temporary files. TORCHINDUCTOR_CACHE_DIR, where it is set, is respected.
+    That is ~/.cache/immunity_fast (XDG_CACHE_HOME's), or else, where that cannot be written to or there is no home, a
+    folder among the temporary files. TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR, where they are set and can be made,
+    are respected: but not what PyTorch sets by itself when `torch._dynamo` is imported.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home / "immunity_fast" / "inductor")))
+    found = None
+    for name, part in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+        given = os.environ.get(name)
+        if not given or _is_torchs(given) or not _can_be_made(Path(given)):
+            found = found or _cache_folder()
+            os.environ[name] = str(found / part)
+    return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+
+def _cache_folder() -> Path:
+    """The first folder that can be written to, which then exists."""
+    with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "immunity_fast"
+        if _can_be_made(folder) and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    with suppress(OSError):
+        folder = Path(tempfile.gettempdir()) / f"immunity_fast-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        # Anyone can make a folder of that name, and fill it with code of theirs.
+        if folder.lstat().st_uid == os.getuid() and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return Path(tempfile.mkdtemp(prefix="immunity_fast-"))
+
+
+def _can_be_made(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+def _is_torchs(folder: str) -> bool:
+    """Whether it is PyTorch's choice, which it writes into the environment as if the user had made it."""
+    module = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
+    default = getattr(module, "default_cache_dir", None)
+    return default is not None and os.path.abspath(default()) == os.path.abspath(folder)
 
 
 def at_size(function: Compiled, images: Tensor, size: int) -> Tensor:
@@ -120,20 +159,20 @@ class Compiled:
         except Exception:
             self._compiled = compiled
             raise
-        self._announce(f"compiling failed, going on in eager mode: {innermost_cause(error)}{self._kept(error)}")
+        kept = "" if self._traceback_file is None else append_traceback(error, self._traceback_file)
+        self._announce(f"compiling failed, going on in eager mode: {innermost_cause(error)}{kept}")
         return result
 
-    def _kept(self, error: Exception) -> str:
-        """Where the whole traceback lies, as the end of a line."""
-        if self._traceback_file is None:
-            return ""
-        with suppress(OSError):  # a full disk must not stop what goes on without the file
-            with self._traceback_file.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                # Each by itself: printed as a chain, what was raised "from None" would hide its cause.
-                parts = ("".join(traceback.format_exception(each, chain=False)) for each in causes(error))
-                file.write("\nwhich was raised because of:\n\n".join(parts) + "\n")
-            return f"; whole traceback: {self._traceback_file}"
-        return ""
+
+def append_traceback(error: BaseException, path: Path) -> str:
+    """Append a whole traceback to a file; where it lies, as the end of a line, and nothing where that fails."""
+    with suppress(OSError):  # a full disk must not stop what goes on without the file
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            # Each by itself: printed as a chain, what was raised "from None" would hide its cause.
+            parts = ("".join(traceback.format_exception(each, chain=False)) for each in causes(error))
+            file.write("\nwhich was raised because of:\n\n".join(parts) + "\n")
+        return f"; whole traceback: {path}"
+    return ""
 
 
 def innermost_cause(error: BaseException) -> str:

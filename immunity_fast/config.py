@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -99,11 +100,14 @@ class TrainConfig:
         _check(self, "clip_grad_norm", self.clip_grad_norm is None or self.clip_grad_norm > 0, "a number above 0")
         for name in ("crop_padding", "check_images"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
-        _check(self, "seed", 0 <= self.seed < 2**63, "0 to 2⁶³ − 1")
+        _check(self, "seed", self.seed >= 0, "0 to 2⁶³ − 1")
+        _check(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1 pixel")
         _check(self, "rotation", 0 <= self.rotation <= 180, "0 to 180 degrees")
         for option in dataclasses.fields(self):
             choices = _choices(option)
             value = getattr(self, option.name)
+            if isinstance(value, int):  # more is no 64-bit integer, which tensors and generators take
+                _check(self, option.name, value < 2**63, "0 to 2⁶³ − 1" if option.name == "seed" else "less than 2⁶³")
             _check(self, option.name, not choices or value in choices, f"one of {', '.join(choices)}")
 
     def loss_fn(self, image_size: tuple[int, int], group_name: str = "") -> FusedImmunityLoss:
@@ -196,7 +200,8 @@ def resolve_architecture(given: dict[str, Any]) -> None:
     """In the place of a genotype file's name, what it says; ValueError for an architecture that there is not."""
     if "arch" in given:
         try:
-            given["arch"] = resolve(given["arch"])
+            name = given["arch"]
+            given["arch"] = resolve(os.path.expanduser(name) if name.endswith(".json") else name)
         except ValueError as error:
             raise ValueError(f"--arch {given['arch']}: {error}") from error
 

@@ -119,12 +119,19 @@ def _read(name: str, path: str | Path | None, image_size: int | None) -> Parts:
             raise ValueError(f"path was {str(path)!r}, expected None: 'digits' comes with scikit-learn")
         return read_digits()
     if name in ("cifar10", "cifar100"):
-        return read_cifar(name, Path("data" if path is None else path).expanduser())
+        return read_cifar(name, _expanded("data" if path is None else path))
     if path is None:
         raise ValueError(f"path was None, expected the {'file' if name == 'npz' else 'folder'} that {name!r} reads")
     if name == "npz":
-        return read_npz(Path(path).expanduser())
-    return read_folder(Path(path).expanduser(), image_size)
+        return read_npz(_expanded(path))
+    return read_folder(_expanded(path), image_size)
+
+
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~ where there is no home, ~name where there is no such user
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _validation_cut(n: int, *, needed: bool) -> tuple[Tensor, Tensor]:

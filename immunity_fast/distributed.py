@@ -6,30 +6,76 @@ Every function here is also right in a process that is alone, where it does next
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+# What Gloo and NCCL say in a process that is left behind.
+_LOST = re.compile(r"Connection (reset|closed|refused)|Broken pipe|remote (process|worker)|ncclRemoteError", re.I)
 TIMEOUT = timedelta(hours=2)  # others wait while one of them validates
+
+
+def check_environment() -> None:
+    """ValueError where the environment tells of several processes, but not as `torchrun` does."""
+    if _world_size() == 1:
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"the environment has WORLD_SIZE={os.environ['WORLD_SIZE']} but no {', '.join(missing)}: start the "
+            "processes with torchrun, or take WORLD_SIZE out of the environment"
+        )
+    for name, least, most in (("RANK", 0, _world_size() - 1), ("MASTER_PORT", 1, 65535)):
+        if not (os.environ[name].isdecimal() and least <= int(os.environ[name]) <= most):
+            raise ValueError(f"the environment has {name}={os.environ[name]}, expected {least} to {most}")
+
+
+def _world_size() -> int:
+    given = os.environ.get("WORLD_SIZE") or "1"
+    if not given.isdecimal() or int(given) < 1:
+        raise ValueError(f"the environment has WORLD_SIZE={given}, expected a number of processes")
+    return int(given)
 
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """The process group, for the length of a `with` block, if `torchrun` has started more than one process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    """The process group, for the length of a `with` block, if `torchrun` has started more than one process.
+
+    Raises:
+        ValueError: an environment that is not torchrun's.
+        ConnectionError: the processes do not find each other, or one of them has ended.
+    """
+    check_environment()
+    if _world_size() == 1 or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).strip().split("\n")[0]
+        raise ConnectionError(f"the processes cannot find each other at {place} ({reason})") from error
     try:
         yield
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        raise ConnectionError(f"process {rank()} has lost the others, one of which has ended") from error
     finally:
         dist.destroy_process_group()
+
+
+def tell_once(tell: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`tell` in the first process, nothing in the others; also after the process group has ended."""
+    return tell if (os.environ.get("RANK") or "0") == "0" else lambda _: None
 
 
 def group() -> dist.ProcessGroup | None:

@@ -7,6 +7,7 @@ is a run folder that has ended: `immunity_fast.evaluate` takes it as any other.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from immunity_fast import cli
 from immunity_fast.checkpoint import load_model, module_tensors, save_checkpoint
+from immunity_fast.experts import title
 from immunity_fast.model import ImmunityMoE
 from immunity_fast.runs import Run
 
@@ -47,8 +49,11 @@ def join(folders: Sequence[Path], out: Path) -> Run:
             raise ValueError(
                 f"{folder}: stopped after {trained} of {config.epochs} epochs; go on with: {run.resume_command}"
             )
-        if (info["model"], info.get("data")) != (infos[0]["model"], infos[0]["data"]) if infos else False:
-            raise ValueError(f"{folder}: of another architecture, or trained on other data, than {folders[0]}")
+        if infos:
+            _check_alike(folder, info, folders[0], infos[0])
+        for earlier, other in zip(folders, models, strict=False):
+            if _same(model, other):
+                raise ValueError(f"{folder}: the same network as {earlier}; a mixture of one network twice is no other")
         models.append(model)
         infos.append(info)
     description = infos[0]["model"] | {"num_experts": len(models)}
@@ -65,16 +70,44 @@ def join(folders: Sequence[Path], out: Path) -> Run:
         last_layer.bias.zero_()
     config = dataclasses.replace(first, experts=len(models))
     run = Run.create(out, config)
-    info = infos[0] | {"model": description, "epoch": config.epochs}
-    save_checkpoint(run.checkpoint, module_tensors("model", mixture), info)
+    try:
+        info = infos[0] | {"model": description, "epoch": config.epochs}
+        save_checkpoint(run.checkpoint, module_tensors("model", mixture), info)
+    except BaseException:  # without its checkpoint it would only be in the way
+        shutil.rmtree(run.folder, ignore_errors=True)
+        raise
     return run
 
 
+def _check_alike(folder: Path, info: dict[str, Any], first: Path, wanted: dict[str, Any]) -> None:
+    """ValueError, by what differs, where two networks cannot be experts of one mixture."""
+    for name, words in (
+        ("arch", "architecture"),
+        ("num_classes", "number of classes"),
+        ("image_size", "image size"),
+        ("stage", "--stage"),
+    ):
+        if info["model"][name] != wanted["model"][name]:
+            had, expected = (title(str(each["model"][name])) for each in (info, wanted))
+            raise ValueError(f"{folder}: of another {words} than {first}: {had}, expected {expected}")
+    if info.get("classes") != wanted.get("classes"):
+        raise ValueError(f"{folder}: trained on other classes than {first}")
+    if info.get("data") != wanted.get("data"):
+        raise ValueError(f"{folder}: trained on other data than {first}")
+
+
+def _same(one: ImmunityMoE, other: ImmunityMoE) -> bool:
+    state = other.state_dict()
+    return all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+
+
+@cli.resumable("ensemble")
+@cli.enough_memory("fewer or smaller runs")
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = cli.Parser(prog="python -m immunity_fast.ensemble", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run of one network (--experts 1)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("runs", type=cli.path, nargs="+", metavar="RUN", help="a run of one network (--experts 1)")
+    parser.add_argument("--out", type=cli.path, required=True, metavar="DIR", help="folder to write")
     options = parser.parse_args(arguments)
     try:
         run = join(options.runs, options.out)

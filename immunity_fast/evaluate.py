@@ -7,16 +7,13 @@ the same command started twice shares the work.
 import argparse
 import math
 import re
-import shlex
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -235,7 +232,12 @@ class ExactMean(torch.nn.Module):
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command's options; ValueError for one out of its range."""
     parser = cli.Parser(prog="python -m immunity_fast.evaluate", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("run", metavar="RUN", help="a folder that immunity_fast.train wrote; or module.path:callable")
+    parser.add_argument(
+        "run",
+        type=lambda text: str(cli.path(text)),
+        metavar="RUN",
+        help="a folder that immunity_fast.train wrote; or module.path:callable",
+    )
     parser.add_argument(
         "--attacks",
         default="default",
@@ -256,7 +258,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--draws", type=int, metavar="INT", help="of the gate, or of a random model, for EOT; default: 20"
     )
     parser.add_argument(
-        "--transfer-from", type=Path, metavar="RUN", help="attack this run, too, and transfer its images"
+        "--transfer-from", type=cli.path, metavar="RUN", help="attack this run, too, and transfer its images"
     )
     parser.add_argument(
         "--drop-fooled", action="store_true", help="attack an image until it fools what its attacker attacks; faster"
@@ -268,7 +270,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, metavar="INT", help="default: the run's")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="default: the best, where there is one")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where results are written; default: the run's folder")
+    parser.add_argument(
+        "--out", type=cli.path, metavar="DIR", help="where results are written; default: the run's folder"
+    )
     parser.add_argument("--again", action="store_true", help="forget what is finished of an earlier evaluation there")
     parser.add_argument("--dataset", choices=DATASETS, help="for module.path:callable")
     parser.add_argument("--data", metavar="PATH", help="where the data set lies, or lies now")
@@ -479,47 +483,22 @@ def _outputs(folder: Path, again: bool) -> Outputs:
     return outputs
 
 
-class Terminated(SystemExit):
-    """SIGTERM was sent."""
-
-
-@contextmanager
-def _stoppable(arguments: Sequence[str]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the command with a line that says how to go on; what is finished has been written down."""
-
-    def terminate(_signal: int, _frame: Any) -> NoReturn:
-        raise Terminated(128 + signal.SIGTERM)
-
-    in_main = threading.current_thread() is threading.main_thread()  # nobody else may take signals
-    before = signal.signal(signal.SIGTERM, terminate) if in_main else None
-    try:
-        yield
-    except (KeyboardInterrupt, Terminated):
-        kept = [argument for argument in arguments if argument != "--again"]  # which would forget what is finished
-        command = shlex.join(["python", "-m", "immunity_fast.evaluate", *kept])
-        print(f"stopped; what is finished is kept; go on with: {command}", file=sys.stderr, flush=True)
-        raise
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
-
-
 def names_callable(text: str) -> bool:
     """Whether it is module.path:callable, and not a folder, be it one that is missing: `C:\\runs`, `runs/a:b`."""
     return re.fullmatch(r"[\w.]*:[\w.]*", text) is not None and not Path(text).exists()
 
 
+@cli.resumable("evaluate")
+@cli.enough_memory("another --device, fewer --draws, or smaller networks")
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         options = parse(arguments)
-        with _stoppable(arguments):
-            device = cli.pick_device(options.device)
-            if names_callable(options.run):
-                evaluate_callable(options, device)
-            else:
-                evaluate_folder(options, device)
+        device = cli.pick_device(options.device)
+        if names_callable(options.run):
+            evaluate_callable(options, device)
+        else:
+            evaluate_folder(options, device)
     except (ValueError, ModuleNotFoundError) as error:
         raise cli.InputError(str(error)) from error
 

@@ -4,6 +4,7 @@ error. Each reader imports the packages it needs by itself, so that the others w
 from __future__ import annotations
 
 import importlib
+import os
 from http.client import HTTPException
 from pathlib import Path
 from textwrap import shorten
@@ -16,10 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from immunity_fast.failures import readable
+from immunity_fast.memory import check_fits
+
 Pair: TypeAlias = tuple[Tensor, Tensor]
 SPLIT_SEED = 18787  # of every split this package cuts: a fixed property of the data, not of a run
 TEST_SHARE = 0.2
 NPZ_REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
+VALIDATION = ("val", "valid", "validation")  # what that split is called
 NPZ_VALIDATION = ("val_images", "val_labels")
 IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -70,7 +75,8 @@ def read_npz(file: Path) -> Parts:
     """An .npz file in MedMNIST's layout.
 
     {train,test}_images: uint8 (n, H, W, 3), or grey (n, H, W) or (n, H, W, 1), which is repeated to 3 channels.
-    {train,test}_labels: any integer dtype, (n,) or (n, 1), from 0. val_images and val_labels may be missing.
+    {train,test}_labels: any integer dtype, (n,) or (n, 1), from 0. val_images and val_labels, which may be called
+    valid_… or validation_…, too, may be missing.
     classes: names, a string array (K,); without it K is the highest training label + 1.
 
     Raises FileNotFoundError, or ValueError with the file, the array, what it had and what was expected.
@@ -112,12 +118,19 @@ def _npz_arrays(file: Path) -> dict[str, NDArray[Any]]:
             stream.seek(0)
             archive = np.load(stream, allow_pickle=False)
             names = sorted(archive.files)
+            called = [name for name in VALIDATION if any(f"{name}_{kind}" in names for kind in ("images", "labels"))]
+            if len(called) > 1:
+                raise ValueError(f"it has {' and '.join(f'{name}_…' for name in called)}, and one is enough")
             for key in NPZ_REQUIRED + NPZ_VALIDATION + ("classes",):
-                if key in names:
-                    arrays[key] = np.asarray(archive[key])
+                stored = key.replace("val_", f"{called[0]}_") if called else key
+                if stored in names:
+                    arrays[key] = np.asarray(archive[stored])
     except Exception as error:  # np.load reads lazily, and a damaged archive can raise nearly anything at any point
+        # NumPy advises to allow pickles: to run whatever code the file has.
+        pickled = "allow_pickle" in str(error)
+        reason = "it is an array of Python objects, not of numbers" if pickled else _reason(error)
         raise ValueError(
-            f"{file}: {key} could not be read ({_reason(error)}), expected a whole .npz file without pickled objects"
+            f"{file}: {key} could not be read ({reason}), expected a whole .npz file without pickled objects"
         ) from error
     wanted = NPZ_REQUIRED + (NPZ_VALIDATION if any(key in arrays for key in NPZ_VALIDATION) else ())
     missing = [key for key in wanted if key not in arrays]
@@ -134,8 +147,10 @@ def _npz_images(file: Path, key: str, array: NDArray[Any]) -> Tensor:
         raise ValueError(f"{file}: {key} had dtype {array.dtype}, expected uint8")
     pixels = array[..., None] if array.ndim == 3 else array
     if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
+        first = pixels.ndim == 4 and pixels.shape[1] in (1, 3)
         raise ValueError(
             f"{file}: {key} had shape {array.shape}, expected 2-D images as (n, H, W), (n, H, W, 1) or (n, H, W, 3)"
+            + ("; its channels come first: images.transpose(0, 2, 3, 1) puts them last" if first else "")
         )
     if 0 in pixels.shape:
         raise ValueError(f"{file}: {key} had shape {array.shape}, expected at least one image of at least one pixel")
@@ -158,7 +173,7 @@ def _npz_classes(file: Path, names: NDArray[Any] | None, train_labels: NDArray[A
     if names is not None:
         if names.ndim != 1 or names.dtype.kind != "U":
             raise ValueError(f"{file}: classes had shape {names.shape}, dtype {names.dtype}, expected strings (K,)")
-        classes = tuple(str(name) for name in names)
+        classes = tuple(readable(str(name)) for name in names)
     else:
         count = int(train_labels.max()) + 1
         # One label gone wrong, an identifier for instance, must not make a network of a billion classes.
@@ -174,8 +189,9 @@ def _npz_classes(file: Path, names: NDArray[Any] | None, train_labels: NDArray[A
 
 
 def read_folder(root: Path, image_size: int | None) -> Parts:
-    """A folder of images, one folder a class: root/train/<class>/* and root/test/<class>/*, with root/validation or
-    root/val if there is one; or only root/<class>/*, of which 20 % of each class is then cut off as the test.
+    """A folder of images, one folder a class: root/train/<class>/* and root/test/<class>/*, with root/validation,
+    root/valid or root/val of the same classes if there is one; or only root/<class>/*, of which 20 % of each class is
+    then cut off as the test.
 
     Classes are sorted by name. Hidden files and files without an image's extension are passed over. All images must
     have one size, unless `image_size` (pixels) has each one's short side scaled to it and the centre square cropped.
@@ -189,11 +205,14 @@ def read_folder(root: Path, image_size: int | None) -> Parts:
     validation = None
     if (root / "train").is_dir() and _subfolders(root / "train"):
         train, test = _class_files(root / "train"), _class_files(root / "test")
-        for other in (root / "validation", root / "val"):
-            if other.is_dir():
-                validation = _class_files(other)
-                _check_classes(other, validation, train)
-                break
+        others = [folder for folder in _subfolders(root) if folder.name.lower() in VALIDATION]
+        if len(others) > 1:
+            raise ValueError(
+                f"{root}: had {' and '.join(other.name for other in others)}, expected one validation split"
+            )
+        for other in others:
+            validation = _class_files(other)
+            _check_classes(other, validation, train)
         _check_classes(root / "test", test, train)
     else:
         train, test = _test_cut(root, _class_files(root))
@@ -202,26 +221,31 @@ def read_folder(root: Path, image_size: int | None) -> Parts:
     first = next(iter(train.values()))[0]
     return Parts(
         _read_images(train, image_size, first),
-        _read_images(validation, image_size, first) if validation else None,
+        None if validation is None else _read_images(validation, image_size, first),
         _read_images(test, image_size, first),
-        tuple(train),
+        tuple(map(readable, train)),
         flip=False,
     )
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(
+        (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")), key=os.fsencode
+    )
 
 
 def _class_files(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class, both sorted by name."""
+    """The image files of each class, both sorted by the bytes of their names, which no locale changes."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder, expected one folder of images for each class")
     files = {
         path.name: sorted(
-            file
-            for file in path.iterdir()
-            if file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file() and not file.name.startswith(".")
+            (
+                file
+                for file in path.iterdir()
+                if file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file() and not file.name.startswith(".")
+            ),
+            key=os.fsencode,
         )
         for path in _subfolders(folder)
     }
@@ -253,7 +277,11 @@ def _test_cut(root: Path, files: dict[str, list[Path]]) -> tuple[dict[str, list[
 
 def _read_images(files: dict[str, list[Path]], image_size: int | None, first: Path) -> Pair:
     """Images and labels of all files; ValueError where an image has another size than the file `first`."""
+    count = sum(map(len, files.values()))
+    if image_size is not None:  # before a single one is made so large
+        _check_memory(count, image_size, image_size)
     expected = _read_image(first, image_size).shape
+    _check_memory(count, *expected[:2])
     images, labels = [], []
     for label, found in enumerate(files.values()):
         for file in found:
@@ -266,6 +294,11 @@ def _read_images(files: dict[str, list[Path]], image_size: int | None, first: Pa
             images.append(image)
             labels.append(label)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+def _check_memory(count: int, height: int, width: int) -> None:
+    what = f"{count:,} images of {width}×{height} pixels"
+    check_fits(3 * count * height * width, torch.device("cpu"), what, "a smaller --image-size, or fewer images")
 
 
 def _read_image(file: Path, image_size: int | None) -> NDArray[np.uint8]:
@@ -288,9 +321,7 @@ def _need(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ModuleNotFoundError(
-            f"this data set needs {package}: pip install 'immunity-fast[train]' ({_reason(error)})"
-        ) from error
+        raise ModuleNotFoundError(f"this data set needs {package}: pip install {package} ({_reason(error)})") from error
 
 
 def _reason(error: Exception) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jinja2
 
+from immunity_fast.failures import readable
 from immunity_fast.files import write_atomically
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -91,7 +92,12 @@ def write_report(
         OSError: if a figure cannot be read or the report not be written.
     """
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # A path may be anything but text, and is found out to be only when hours of work are to be written.
+        finalize=lambda value: readable(value) if type(value) is str else value,
     )
     source = resources.files("immunity_fast").joinpath("report.html.jinja").read_text(encoding="utf-8")
     html = environment.from_string(source).render(

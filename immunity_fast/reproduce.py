@@ -167,6 +167,8 @@ def figure2(experiments: Experiments) -> Product:
     return Product("Figure 2", lead, entries, tables, draw, page=False)
 
 
+MOST_SEEDS = 1000  # more are a mistyped number
+
 PRODUCTS: dict[str, Callable[[Experiments], Product]] = {
     "table1": table1,
     "table2": table2,
@@ -324,7 +326,7 @@ def parse(arguments: list[str] | None) -> Request:
     )
     parser.add_argument("what", choices=(*PRODUCTS, "all"))
     parser.add_argument("--scale", choices=tuple(SCALES), default="smoke", help="how much is trained [smoke]")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder; default: reproduction-SCALE")
+    parser.add_argument("--out", type=cli.path, metavar="DIR", help="folder; default: reproduction-SCALE")
     parser.add_argument("--seeds", type=int, metavar="INT", help="how many, from --seed on; default: the scale's")
     parser.add_argument("--done-only", action="store_true", help="train nothing; write the tables of what is done")
     add_options(parser)
@@ -335,20 +337,26 @@ def parse(arguments: list[str] | None) -> Request:
         raise ValueError("--preset: --scale takes its place")
     if given.get("experts", 2) < 2:
         raise ValueError(f"--experts: expected at least 2, got {given['experts']}")
-    if seeds is not None and seeds < 1:
-        raise ValueError(f"--seeds: expected at least 1, got {seeds}")
+    if seeds is not None and not 1 <= seeds <= MOST_SEEDS:
+        limit = "at least 1" if seeds < 1 else f"at most {MOST_SEEDS}"
+        raise ValueError(f"--seeds: expected {limit}, got {seeds}")
     if dataset in ("npz", "folder") and data is None:
         raise ValueError(f"--data: missing; --dataset {dataset} needs the path of what it reads")
     resolve_architecture(given)
     wanted = list(PRODUCTS) if what == "all" else [what]
     if "table2" in wanted and importlib.util.find_spec("torchattacks") is None:
-        raise ValueError("table2 needs torchattacks: pip install 'immunity-fast[attacks]'")
+        raise ValueError("table2 needs torchattacks: pip install torchattacks")
     experiments = Experiments(SCALES[scale], given, seeds, dataset)
     cli.pick_device(device)
     products = {name: PRODUCTS[name](experiments) for name in wanted}
+    for product in products.values():
+        for job in jobs_of(product.entries):
+            job.alone()  # whose seeds can be too large where the job's own is not
     return Request(products, out or Path(f"reproduction-{scale}"), device, data, done_only)
 
 
+@cli.resumable("reproduce")
+@cli.enough_memory("a smaller --batch-size, fewer --experts, or a smaller --arch")
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     try:

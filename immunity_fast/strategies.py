@@ -31,7 +31,6 @@ class Strategy(NamedTuple):
 UNMEASURED = {"cpu": Strategy("loop", "reverse"), "other": Strategy("vmap", "reverse")}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def fastest(device_type: str, arch: str = "", compiled_steps: int | None = None) -> Strategy:
     """The measured strategy for an architecture ("" where it has no name) on this machine's device of a type.
 
@@ -49,6 +48,11 @@ def fastest(device_type: str, arch: str = "", compiled_steps: int | None = None)
     for record in same:
         return Strategy(record["batching"], "reverse")  # which can differentiate any head
     return UNMEASURED.get(device_type, UNMEASURED["other"])
+
+
+# What `torch.compiler.assume_constant_result` does, which imports the compiler first: a second for whoever only wants a
+# loss, and a folder that must be writable.
+fastest._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(batching: Batching, device: torch.device, arch: str = "") -> Literal["loop", "vmap"]:

@@ -4,6 +4,7 @@ A run folder holds config.json, metrics.jsonl (a record an epoch), checkpoints/,
 """
 
 import dataclasses
+import json
 import re
 import time
 from collections.abc import Mapping
@@ -14,14 +15,17 @@ from typing import Any
 
 import torch
 
-from immunity_fast import cli, distributed
+from immunity_fast import cli, distributed, interrupts
 from immunity_fast.adversarial import collapsed
 from immunity_fast.checkpoint import load_model, save_checkpoint
 from immunity_fast.compilation import keep_caches
 from immunity_fast.config import PRESETS, TrainConfig, add_options, resolve_architecture
-from immunity_fast.data import ImageDataset, load
+from immunity_fast.data import load
 from immunity_fast.evaluate import AFTER_TRAINING, chunk_of, evaluate_run
 from immunity_fast.experts import create, title
+from immunity_fast.failures import kept_traceback, one_line
+from immunity_fast.files import write_atomically
+from immunity_fast.memory import check_fits
 from immunity_fast.precision import set_float32
 from immunity_fast.profiling import profiled
 from immunity_fast.runs import Run
@@ -29,25 +33,43 @@ from immunity_fast.trainer import Trainer, training_means, validate
 
 # Settings that may differ when a run goes on: where, and by which of several exact ways.
 MOVABLE = ("data", "device", "compile", "batching", "double_backprop", "profile")
+# Those that may differ as well once the loss has diverged: without it, no run could ever go on from there.
+REMEDIES = ("lr", "clip_grad_norm")
+DIVERGED = "diverged.json"  # in a run folder: where that was
+MEMORY_ADVICE = "a smaller --batch-size, fewer --experts, a smaller --arch or smaller images"
+CHECKS = {
+    "accuracy": "accuracy",
+    "pgd10": "accuracy under PGD-10",
+    "fgsm": "accuracy under FGSM",
+    "heatmaps": "the heatmaps",
+}
 
 
 def train(trainer: Trainer, run: Run) -> None:
     """Train from where the trainer stands to the end; the first process writes records and checkpoints.
 
+    Ctrl-C and SIGTERM stop it behind a step, which is saved, or behind an epoch's checks; one process of several at
+    once.
+
     Raises:
         cli.InputError: the loss is no longer finite; the last checkpoint is from before.
+        KeyboardInterrupt: it was stopped.
     """
     config, loader = trainer.config, trainer.loader
     main = distributed.rank() == 0
     if main:
         if not run.checkpoint.is_file():
-            save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
+            keep(trainer, run)
         run.forget_metrics_after(trainer.epoch)
     # After these: on a full disk its own thread would print a traceback.
     board = tensorboard(run, trainer.epoch) if main else None
     begin = time.perf_counter()
     stepped = False
-    with cli.progress_bar(shown=main) as progress, steps_profiled(trainer, run) as profile:
+    with (
+        cli.progress_bar(shown=main) as progress,
+        steps_profiled(trainer, run) as profile,
+        interrupts.deferred(distributed.count() == 1) as asked,  # several would stop at different steps
+    ):
         task = progress.add_task("training", total=trainer.steps, completed=trainer.step, status=waiting_for(trainer))
         while trainer.epoch < config.epochs:
             started, images_seen = time.perf_counter(), 0
@@ -64,8 +86,9 @@ def train(trainer: Trainer, run: Run) -> None:
                 progress.advance(task)
                 if profile is not None:
                     profile.step()
-                if trainer.step % config.checkpoint_every == 0 and loader.position < len(loader):
+                if loader.position < len(loader) and (asked or trainer.step % config.checkpoint_every == 0):
                     save(trainer, run)
+                    interrupts.stop_if(asked)
             synchronize(trainer.device)
             seconds = time.perf_counter() - started
             trainer.synchronize()
@@ -73,7 +96,7 @@ def train(trainer: Trainer, run: Run) -> None:
             trainer.epoch += 1
             if main:
                 progress.update(task, status="checking on the validation split")
-                record = {
+                record: dict[str, Any] = {
                     "epoch": trainer.epoch,
                     "step": trainer.step,
                     "lr": trainer.lr,
@@ -84,19 +107,38 @@ def train(trainer: Trainer, run: Run) -> None:
                 }
                 run.append_metrics(record)
                 keep_best(trainer, run)
-                if board is not None:
-                    for name, value in record.items():
-                        board.add_scalar(name, value, trainer.epoch)
+                board = shown_on(board, record)
                 progress.update(task, status="")
                 progress.console.print(summary(record, config.epochs))
+                for name, reason in record.get("val_not_measured", {}).items():
+                    progress.console.print(not_measured_line(trainer.epoch, name, reason))
+                for name, doubt in record.get("val_doubts", {}).items():
+                    progress.console.print(f"epoch {trainer.epoch}: {CHECKS[name]} on validation images: {doubt}")
                 lost = collapsed(run.metrics(), min(config.check_images, len(trainer.dataset.validation)))
                 if lost is not None:
                     progress.console.print(collapse_line(record, lost, run))
             trainer.sums.zero_()
             if main:
-                save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
+                keep(trainer, run)
+                (run.folder / DIVERGED).unlink(missing_ok=True)  # what had diverged before has got past it
+            interrupts.stop_if(asked)
     if board is not None:
-        board.close()
+        with suppress(Exception):
+            board.close()
+
+
+def shown_on(board: Any, record: Mapping[str, Any]) -> Any:
+    """TensorBoard with an epoch's numbers; None, and a line, where it fails: it is the least of what a run writes."""
+    if board is None:
+        return None
+    try:
+        for name, value in record.items():
+            if isinstance(value, (int, float)):
+                board.add_scalar(name, value, record["epoch"])
+    except Exception as error:
+        cli.console.print(f"going on without TensorBoard: {one_line(error)}")
+        return None
+    return board
 
 
 def keep_best(trainer: Trainer, run: Run) -> None:
@@ -106,8 +148,8 @@ def keep_best(trainer: Trainer, run: Run) -> None:
     """
     if trainer.config.adversarial == "off" or not trainer.config.check_images:
         return
-    accuracies = [record["val_pgd10_accuracy_mean"] for record in run.metrics()]
-    if accuracies.index(max(accuracies)) == len(accuracies) - 1:
+    accuracies = [record.get("val_pgd10_accuracy_mean", -1) for record in run.metrics()]
+    if accuracies[-1] >= 0 and accuracies.index(max(accuracies)) == len(accuracies) - 1:
         tensors = trainer.average.tensors() if trainer.average else trainer.model.state_dict()
         info = trainer.info() | {"val_pgd10_accuracy_mean": accuracies[-1]}
         save_checkpoint(run.best_checkpoint, {f"model/{name}": value for name, value in tensors.items()}, info)
@@ -128,7 +170,13 @@ def save(trainer: Trainer, run: Run) -> None:
     trainer.synchronize()
     check_finite(trainer, run)
     if distributed.rank() == 0:
-        save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
+        keep(trainer, run)
+
+
+def keep(trainer: Trainer, run: Run) -> None:
+    """Write a checkpoint as it is."""
+    save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
+    trainer.kept = trainer.step
 
 
 def synchronize(device: torch.device) -> None:
@@ -158,23 +206,43 @@ def steps_profiled(trainer: Trainer, run: Run) -> AbstractContextManager[Any]:
 
 def check_finite(trainer: Trainer, run: Run) -> None:
     """Stop a run whose loss or weights are no longer numbers, before its checkpoint is overwritten."""
+    if is_finite(trainer):
+        return
+    lr = trainer.config.lr
+    if distributed.rank() == 0:
+        where = {"epoch": trainer.epoch + 1, "step": trainer.step, "lr": lr}
+        write_atomically(run.folder / DIVERGED, json.dumps(where).encode())
+    raise cli.InputError(
+        f"the loss became infinite or NaN in epoch {trainer.epoch + 1}; {run.checkpoint} is from before. "
+        f"Try a smaller --lr or --clip-grad-norm: {run.resume_command} --lr {lr / 10:g}"
+    )
+
+
+def is_finite(trainer: Trainer) -> bool:
+    """Whether loss, weights and statistics are all numbers."""
     # The weights too: a gradient can be NaN where the loss, from before its step, is not.
-    watched = [trainer.sums, *trainer.model.parameters()]
-    if not all(bool(tensor.isfinite().all()) for tensor in watched):
-        raise cli.InputError(
-            f"the loss became infinite or NaN in epoch {trainer.epoch + 1}; {run.checkpoint} is from before. "
-            "Try a smaller --lr or --clip-grad-norm"
-        )
+    return all(bool(tensor.isfinite().all()) for tensor in (trainer.sums, *trainer.model.state_dict().values()))
+
+
+def not_measured_line(epoch: int, name: str, reason: str) -> str:
+    """What to say of a check that could not be made."""
+    option = "--check-images" if reason.startswith("out of memory") else "--lr"
+    return (
+        f"epoch {epoch}: {CHECKS[name]} on validation images was not measured: {reason}; training goes on, but where "
+        f"this stays, try a smaller {option}"
+    )
 
 
 def summary(record: Mapping[str, float], epochs: int) -> str:
     """One line on an epoch."""
     attacked = record.get("val_pgd10_accuracy_mean")
     several = record["mutual_information_loss"] > 0  # a single network has none
+    validation = "not measured"
+    if "val_accuracy_mean" in record:
+        switching, mean = (100 * record[f"val_accuracy_{name}"] for name in ("switching", "mean"))
+        validation = f"{switching:.1f} % switching, {mean:.1f} % mean"
     return (
-        f"epoch {record['epoch']:>3}/{epochs}  loss {record['loss']:.3f}  "
-        f"validation {100 * record['val_accuracy_switching']:.1f} % switching, "
-        f"{100 * record['val_accuracy_mean']:.1f} % mean"
+        f"epoch {record['epoch']:>3}/{epochs}  loss {record['loss']:.3f}  validation {validation}"
         + ("" if attacked is None else f", {100 * attacked:.1f} % under PGD-10")
         + (f"  mutual information {record['mutual_information']:.2f} nats" if several else "")
         + f"  {record['images_per_second']:.0f} images/s"
@@ -182,15 +250,19 @@ def summary(record: Mapping[str, float], epochs: int) -> str:
 
 
 def tensorboard(run: Run, epoch: int) -> Any:
-    """TensorBoard's writer, or None where it is not installed.
+    """TensorBoard's writer, or None where it is not installed, or does not work.
 
     It tells readers to drop what a killed process has written of epochs after `epoch`, which are trained again.
     """
-    with suppress(ImportError):
+    try:
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(run.tensorboard), purge_step=epoch + 1)
-    return None
+    except ImportError:
+        return None
+    except Exception as error:
+        cli.console.print(f"going on without TensorBoard: {one_line(error)}")
+        return None
 
 
 def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
@@ -205,8 +277,10 @@ def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
         epilog="In brackets: what the preset quickstart sets.",
     )
     folder = parser.add_mutually_exclusive_group()
-    folder.add_argument("--out", type=Path, metavar="DIR", help="folder of a new run; default: runs/DATASET-ARCH-TIME")
-    folder.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in this folder")
+    folder.add_argument(
+        "--out", type=cli.path, metavar="DIR", help="folder of a new run; default: runs/DATASET-ARCH-TIME"
+    )
+    folder.add_argument("--resume", type=cli.path, metavar="DIR", help="go on with the run in this folder")
     add_options(parser)
     given = vars(parser.parse_args(arguments))
     out, resume = given.pop("out"), given.pop("resume")
@@ -219,9 +293,11 @@ def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
             return Run.free_name(Path("runs") / f"{default_name(config)}{datetime.now():%Y%m%d-%H%M%S}"), False, config
         Run.check_free(out)
         return out, False, config
-    config = Run.open(resume).config()
+    run = Run.open(resume)
+    config = run.config()
+    movable = MOVABLE + (REMEDIES if (run.folder / DIVERGED).is_file() else ())
     for name, value in given.items():
-        if name not in MOVABLE and value != getattr(config, name):
+        if name not in movable and value != getattr(config, name):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} {value}: the run in {resume} was begun with {option} {getattr(config, name)}")
     return resume, True, dataclasses.replace(config, **given)
@@ -245,14 +321,16 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     Raises:
         ValueError, OSError, ModuleNotFoundError: one clear line.
     """
+    keep_caches()  # before anything imports the compiler, as torchvision does
     device = cli.pick_device(config.device)
     if config.dataset in ("npz", "folder") and config.data is None:
         raise ValueError(f"--data: missing; --dataset {config.dataset} needs the path of what it reads")
+    if config.dataset == "folder" and config.image_size is not None:  # before all images are made so large
+        check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
     with distributed.first_of_all():  # a data set that is missing is downloaded once
         dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
-    check_trainable(config, dataset)
+    check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
     set_float32(config.float32)
-    keep_caches()
     trainer = Trainer(config, dataset, device, cli.console.print, Run(folder).tracebacks)
     if not resume:
         if distributed.rank():
@@ -261,31 +339,88 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     run = Run.open(folder)
     if run.checkpoint.is_file():
         trainer.load(run.checkpoint)
+        trainer.kept = trainer.step
+        if not is_finite(trainer):
+            raise ValueError(
+                f"{run.checkpoint}: holds weights that are NaN or infinite, from which nothing can go on; "
+                "begin a new run, with a smaller --lr"
+            )
     run.check_goes_on(trainer.epoch)
+    take_remedies(run, config)
     return trainer, run
 
 
-def check_trainable(config: TrainConfig, dataset: ImageDataset) -> None:
-    """ValueError where the images, or a batch of them, are too small for the architecture; nothing is computed."""
-    batch = min(config.batch_size, len(dataset.train))
-    height, width = dataset.image_size
+def take_remedies(run: Run, config: TrainConfig) -> None:
+    """Write down with what a run goes on that has diverged, if that is not what it began with."""
+    begun = run.config()
+    changed = {name: getattr(config, name) for name in REMEDIES if getattr(config, name) != getattr(begun, name)}
+    if changed and distributed.rank() == 0:
+        now = dataclasses.replace(begun, **changed)
+        write_atomically(run.config_file, json.dumps(now.to_json(), indent=2).encode())
+        (run.folder / DIVERGED).unlink(missing_ok=True)
+
+
+def check_trainable(
+    config: TrainConfig, image_size: tuple[int, int], num_classes: int, images: int, device: torch.device
+) -> None:
+    """ValueError where so many images of (H, W) pixels do not suit the settings; next to nothing is computed.
+
+    They are too small for the architecture or for its random crops, or a step cannot fit into the device's memory.
+    """
+    batch = min(config.batch_size, images)
+    height, width = image_size
+    if config.crop_padding >= min(height, width):
+        raise ValueError(
+            f"--crop-padding: expected less than {min(height, width)} for images of {height}×{width}, of which else "
+            f"nothing may be left, got {config.crop_padding}"
+        )
+    values = 0  # that one expert's layers put out for a batch
+
+    def count(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal values
+        values += output.numel() if isinstance(output, torch.Tensor) else 0
+
     try:
         with torch.device("meta"):
-            create(config.arch, dataset.num_classes).train()(torch.empty(batch, 3, height, width))
+            expert = create(config.arch, num_classes).train()
+            for module in expert.modules():
+                if not list(module.children()):
+                    module.register_forward_hook(count)
+            expert(torch.empty(batch, 3, height, width))
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"--arch {title(config.arch)}: cannot be trained on images of {height}×{width}, {batch} at a time ({error})"
         ) from error
+    # Weights, their gradients and momentum in float32; and half of what the layers put out, which is kept for the
+    # backward pass, in half precision at least.
+    weights = sum(parameter.numel() for parameter in expert.parameters())
+    size = config.experts * (12 * weights + values / distributed.count())
+    what = f"{config.experts} × {title(config.arch)}, {batch} images of {height}×{width} a step,"
+    check_fits(size, device, what, MEMORY_ADVICE)
 
 
+@cli.enough_memory(MEMORY_ADVICE)
 def fit(arguments: list[str] | None) -> tuple[Trainer, Run] | None:
     """Train what a command line says, to its end; without the evaluation. None in processes other than the first."""
     try:
         folder, resume, config = parse(arguments)
         device = cli.pick_device(config.device)
+        distributed.check_environment()
     except ValueError as error:
         raise cli.InputError(str(error)) from error
-    with distributed.processes(device), ExitStack() as held:
+    trainer: Trainer | None = None
+
+    def left() -> str:
+        if not Run(folder).config_file.is_file():
+            return "interrupted, before anything was written"
+        kept = "" if trainer is None else f"its checkpoint is of step {trainer.kept} of {trainer.steps}; "
+        return f"interrupted; {kept}go on with: {Run(folder).resume_command}"
+
+    with (
+        interrupts.told(left, distributed.tell_once(cli.console.print)),
+        distributed.processes(device),
+        ExitStack() as held,
+    ):
         main_process = distributed.rank() == 0
         if resume and main_process:
             held.enter_context(Run(folder).locked())
@@ -295,7 +430,7 @@ def fit(arguments: list[str] | None) -> tuple[Trainer, Run] | None:
             raise cli.InputError(str(error)) from error
         if not resume and main_process:
             held.enter_context(run.locked())
-        dataset = trainer.dataset
+        folder, dataset = run.folder, trainer.dataset
         if main_process:
             where = f"{trainer.device}" + (f" × {distributed.count()}" if distributed.count() > 1 else "")
             cli.console.print(
@@ -306,19 +441,35 @@ def fit(arguments: list[str] | None) -> tuple[Trainer, Run] | None:
                 cli.console.print(f"going on after epoch {trainer.epoch}, step {trainer.step}")
         try:
             train(trainer, run)
-        except KeyboardInterrupt:
-            if main_process:
-                cli.console.print(f"interrupted; go on with: {run.resume_command}")
-            raise
+        except ValueError as error:
+            raise cli.InputError(f"training stopped: {one_line(error)}; go on with: {run.resume_command}") from error
     return (trainer, run) if main_process else None
 
 
+@cli.enough_memory(MEMORY_ADVICE)
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     trained = fit(arguments)
     if trained is None:
         return
     trainer, run = trained
+    try:
+        with interrupts.told(
+            lambda: f"interrupted; training has ended; go on with: {run.resume_command}", cli.console.print
+        ):
+            evaluate_trained(trainer, run)
+    except Exception as error:
+        dead = " (where the network has died or diverged, only a new run with a smaller --lr helps)"
+        raise cli.InputError(
+            f"training has ended, and {run.folder} keeps it, but evaluating it failed: {one_line(error)}"
+            f"{kept_traceback(error, run.folder)}; try again with: {run.resume_command}"
+            + (dead if isinstance(error, ValueError) else "")
+        ) from error
+    cli.console.print(f"more attacks, more attackers: {run.evaluate_command}")
+
+
+def evaluate_trained(trainer: Trainer, run: Run) -> None:
+    """What a run ends with: attacks on test images, tables, figures and the report."""
     config = trainer.config
     model, _ = load_model(run.folder, trainer.device)  # the best one, or the average of the weights, if there is
     plan = dataclasses.replace(
@@ -327,7 +478,6 @@ def main(arguments: list[str] | None = None) -> None:
     if config.experts == 1:  # nothing about a gate to know
         plan = dataclasses.replace(plan, attackers=None)
     evaluate_run(run, model, trainer.dataset, config, plan, compile=config.compile)
-    cli.console.print(f"more attacks, more attackers: {run.evaluate_command}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """A training run in memory: what it consists of, how all of it is saved, and what is measured after an epoch."""
 
 import math
+import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from immunity_fast import distributed
 from immunity_fast.adversarial import InnerAttack, frozen
-from immunity_fast.attacks import Attack
+from immunity_fast.attacks import Attack, NotFiniteError
 from immunity_fast.averaging import WeightAverage
 from immunity_fast.checkpoint import (
     check_tensors,
@@ -24,7 +27,8 @@ from immunity_fast.checkpoint import (
 )
 from immunity_fast.compilation import Announce, Compiled, at_size, resolve
 from immunity_fast.config import TrainConfig
-from immunity_fast.data import ImageDataset
+from immunity_fast.data import ImageDataset, Split
+from immunity_fast.failures import one_line
 from immunity_fast.files import shown
 from immunity_fast.functional import mixture_log_probabilities
 from immunity_fast.loader import Batch, TrainLoader
@@ -126,6 +130,7 @@ class Trainer:
         self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, announce, traceback_file)
         self.fingerprint = dataset.fingerprint()
         self.epoch = 0  # epochs finished
+        self.kept = 0  # optimiser steps that the run's checkpoint has
         self.sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)  # over the present epoch's steps
 
     @property
@@ -276,10 +281,12 @@ def training_means(trainer: Trainer) -> dict[str, float]:
     return means | {"mutual_information": math.log(experts) - means["mutual_information_loss"] / experts}
 
 
-def validate(trainer: Trainer) -> dict[str, float]:
+def validate(trainer: Trainer) -> dict[str, Any]:
     """Accuracies and heatmap measures on the validation split; attacks are on the exact mean and judged on it.
 
-    Of the averaged weights, where there are such.
+    Of the averaged weights, where there are such. A check that cannot be made, of a network that has died, say, ends
+    no training: what it measures is left out, and `val_not_measured` names it and the reason. `val_doubts` has what was
+    warned of in one that can.
     """
     gate, epoch = trainer.model.gate, trainer.epoch
     drawn_from = gate.generator
@@ -292,35 +299,83 @@ def validate(trainer: Trainer) -> dict[str, float]:
         gate.generator = drawn_from
 
 
-def _validate(trainer: Trainer) -> dict[str, float]:
-    model, validation, config = trainer.model.eval(), trainer.dataset.validation, trainer.config
-    right = [
-        correct(model, images, labels, trainer.expert_logits)
-        for images, labels in batches(validation, EVALUATION_BATCH)
-    ]
-    measured = {
-        "val_accuracy_switching": sum(count["sample"] for count in right) / len(validation),
-        "val_accuracy_mean": sum(count["mean"] for count in right) / len(validation),
-    }
+def _validate(trainer: Trainer) -> dict[str, Any]:
+    trainer.model.eval()
+    measured: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    doubts: dict[str, str] = {}
+    for name, measure in _checks(trainer).items():
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                found = measure()
+            wrong = [key for key, value in found.items() if not math.isfinite(value)]
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)} came out NaN or infinite")
+            measured |= found
+            # Of an attack that cannot move, which a person has to know of who reads how much withstands it.
+            said = [" ".join(str(each.message).split()) for each in caught if issubclass(each.category, UserWarning)]
+            if said:
+                doubts[name] = "; ".join(dict.fromkeys(said))
+        except Exception as error:  # hours of training are worth more than any check
+            missing[name] = one_line(error)
+    trainer.model.train()
+    notes = {"val_not_measured": missing, "val_doubts": doubts}
+    return measured | {name: note for name, note in notes.items() if note}
 
-    def mean_of_gate(images: Tensor) -> Tensor:
-        return mixture_log_probabilities(trainer.expert_logits(images))
 
-    checked = sample(validation, config.check_images)
+def _checks(trainer: Trainer) -> dict[str, Callable[[], dict[str, float]]]:
+    """What is measured after an epoch, in order, each independent of whether the others can be."""
+    config = trainer.config
+    checked = sample(trainer.dataset.validation, config.check_images)
+    checks: dict[str, Callable[[], dict[str, float]]] = {"accuracy": lambda: _accuracies(trainer)}
     if len(checked):
         starts = torch.Generator().manual_seed(config.seed)
         attacks = {"pgd10": Attack(config.eps, config.eps / 4, steps=10, random_start=True)}
         if config.adversarial != "off":  # against both, the collapse of single-step training shows
             attacks["fgsm"] = Attack(config.eps, config.eps, steps=1)
         for name, attack in attacks.items():
-            survived = 0
-            for images, labels in batches(checked, EVALUATION_BATCH):
-                with frozen(model):
-                    attacked = attack(mean_of_gate, images, labels, generator=starts)
-                survived += correct(model, attacked, labels, trainer.expert_logits)["mean"]
-            measured[f"val_{name}_accuracy_mean"] = survived / len(checked)
-        if model.num_experts > 1:
-            heatmaps = heatmap_metrics(model, trainer.loss_fn, checked, EVALUATION_BATCH)
-            measured |= {f"val_{name}": value for name, value in heatmaps.items()}
-    model.train()
-    return measured
+            checks[name] = partial(_attacked_accuracy, trainer, name, attack, checked, starts)
+        if trainer.model.num_experts > 1:
+            checks["heatmaps"] = lambda: _heatmaps(trainer, checked)
+    return checks
+
+
+def _accuracies(trainer: Trainer) -> dict[str, float]:
+    validation = trainer.dataset.validation
+
+    def expert_logits(images: Tensor) -> Tensor:
+        logits = trainer.expert_logits(images)
+        broken = (logits.isnan() | (logits == math.inf)).any(-1).any(0)
+        if bool(broken.any()):  # the largest of such numbers would pass for an answer
+            raise NotFiniteError(int(broken.nonzero()[0, 0]))
+        return logits
+
+    right = [
+        correct(trainer.model, images, labels, expert_logits)
+        for images, labels in batches(validation, EVALUATION_BATCH)
+    ]
+    return {
+        "val_accuracy_switching": sum(count["sample"] for count in right) / len(validation),
+        "val_accuracy_mean": sum(count["mean"] for count in right) / len(validation),
+    }
+
+
+def _attacked_accuracy(
+    trainer: Trainer, name: str, attack: Attack, checked: Split, starts: torch.Generator
+) -> dict[str, float]:
+    model, survived = trainer.model, 0
+
+    def mean_of_gate(images: Tensor) -> Tensor:
+        return mixture_log_probabilities(trainer.expert_logits(images))
+
+    for images, labels in batches(checked, EVALUATION_BATCH):
+        with frozen(model):
+            attacked = attack(mean_of_gate, images, labels, generator=starts)
+        survived += correct(model, attacked, labels, trainer.expert_logits)["mean"]
+    return {f"val_{name}_accuracy_mean": survived / len(checked)}
+
+
+def _heatmaps(trainer: Trainer, checked: Split) -> dict[str, float]:
+    heatmaps = heatmap_metrics(trainer.model, trainer.loss_fn, checked, EVALUATION_BATCH)
+    return {f"val_{name}": value for name, value in heatmaps.items()}

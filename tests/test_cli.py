@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from immunity_fast import cli, evaluate, train
-from tests.small_runs import error_line
+from immunity_fast import cli, ensemble, evaluate, reproduce, train
+from immunity_fast.experts.genotypes import reduced
+from tests.small_runs import error_line, options, trained, write_data
 
 ROOT = Path(__file__).parents[1]
 
@@ -124,3 +128,75 @@ def test_a_missing_package_is_one_line(missing: str, tmp_path: Path) -> None:
     assert ended.stderr.count("\n") == 1
     assert missing in ended.stderr
     assert "pip install" in ended.stderr
+    assert "immunity-fast[" not in ended.stderr, "no index has it"
+
+
+# Paths
+
+
+@pytest.mark.parametrize("given", ["~/x", "~"])
+def test_a_path_may_begin_at_home(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.path(given) == tmp_path / given.removeprefix("~").removeprefix("/")
+
+
+def test_every_option_of_a_path_may_begin_at_home(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    data = write_data(tmp_path / "data.npz")
+    for seed in "12":
+        arguments = [*options(data, experts=1, epochs=1, seed=seed), "--data", "~/data.npz", "--out", f"~/runs/{seed}"]
+        trained(arguments)
+    assert (tmp_path / "runs" / "1" / "config.json").is_file()
+    train.main(["--resume", "~/runs/1"])
+    ensemble.main(["~/runs/1", "~/runs/2", "--out", "~/joined"])
+    arguments = ["--attacks", "fgsm", "--limit", "2", "--masking-images", "0", "--out", "~/found"]
+    evaluate.main(["~/joined", "--transfer-from", "~/runs/1", *arguments])
+    assert (tmp_path / "found" / "report.html").is_file()
+    (tmp_path / "cell.json").write_text(reduced("pdarts", 5, 2), encoding="utf-8")
+    assert train.parse(["--arch", "~/cell.json"])[2].arch == reduced("pdarts", 5, 2)
+    assert reproduce.parse(["table1", "--out", "~/tables"]).folder == tmp_path / "tables"
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("main", [train.main, evaluate.main, ensemble.main, reproduce.main], ids=str)
+@pytest.mark.parametrize("name", [os.fsdecode(b"r\xff"), "~nobody-of-that-name/x"], ids=ascii)
+def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_done(
+    name: str, main: Callable[[list[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    what = {train.main: [], evaluate.main: ["run"], ensemble.main: ["a", "b"], reproduce.main: ["table1"]}[main]
+    assert "--out" in error_line(capsys, main, [*what, "--out", name], code=2)
+    if main is not reproduce.main:
+        option = ["--resume"] if main is train.main else []
+        error_line(capsys, main, [*option, name, *what[1:], *(["--out", "x"] if main is ensemble.main else [])], code=2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere take UTF-8 alone")
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_data_whose_names_are_no_text_are_trained_on_and_reported(encoding: str, tmp_path: Path) -> None:
+    """Class folders, their files, and the folder of all."""
+    root = os.fsdecode(os.fsencode(tmp_path) + b"/da\xffta")
+    for index, name in enumerate((b"d\xffg", "żółw".encode(), b"<$x^$>")):
+        folder = Path(root, os.fsdecode(name))
+        folder.mkdir(parents=True)
+        for number in range(8):
+            Image.fromarray(np.full((12, 12, 3), 80 * index + number, np.uint8)).save(folder / f"{number}.png")
+    settings = ["--dataset", "folder", "--data", root, "--experts", "2", "--epochs", "1", "--batch-size", "8"]
+    command = [*settings, "--check-images", "2", "--attack-images", "2", "--device", "cpu", "--out", "run"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for words in (["train", *command], ["evaluate", "run", "--attacks", "fgsm", "--limit", "2"]):
+        ended = subprocess.run(
+            [sys.executable, "-m", f"immunity_fast.{words[0]}", *words[1:]],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            check=False,
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert b"report: run/report.html" in ended.stdout
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "da\\xffta" in report
+    assert json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["data"] == root
+    assert (tmp_path / "run" / "figures" / "heatmaps.png").is_file()

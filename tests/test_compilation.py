@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.runtime import cache_dir_utils
 from torch.optim import SGD
 
-from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
+from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate, strategies
 from immunity_fast.augmentation import draw
 from immunity_fast.compilation import Compiled, innermost_cause, keep_caches, resolve
 from immunity_fast.experts.staged import GlobalAveragePool
@@ -22,6 +28,7 @@ from immunity_fast.trainer import Trainer
 from tests.small_runs import TIMINGS, options, saved, trained, write_data
 from tests.test_resume import interrupted
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 LOSS = FusedImmunityLoss(0.5, 0.7, 1e-3, size=(8, 9))
 
@@ -334,13 +341,112 @@ def test_auto_compiles_on_a_gpu_only(choice: Any, device: str, expected: str) ->
     assert resolve(choice, torch.device(device)) == expected
 
 
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+
+
+@pytest.fixture
+def no_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None are named, and what a test has named is forgotten."""
+    for name in CACHES:
+        monkeypatch.setenv(name, "")  # so that the end of the test takes back what `keep_caches` sets
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_caches")
 def test_caches_are_kept_where_the_user_wants_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "mine too"))
     assert keep_caches() == tmp_path / "mine"
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "mine too")
+
+
+@pytest.mark.usefixtures("no_caches")
+@pytest.mark.parametrize("first", ["", "torch._dynamo"])
+def test_caches_are_kept_where_the_readme_says(first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where PyTorch's compiler, imported first, has named its own folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if first:
+        importlib.import_module(first)
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache_dir_utils.default_cache_dir())
     assert keep_caches() == tmp_path / "immunity_fast" / "inductor"
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "immunity_fast" / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "immunity_fast" / "triton")
+    assert keep_caches() == tmp_path / "immunity_fast" / "inductor"
+
+
+@pytest.mark.usefixtures("no_caches")
+@pytest.mark.parametrize("given", [None, "none/of/mine"])
+def test_where_no_cache_can_be_written_to_temporary_files_are(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "none").write_text("a file, below which there is no folder, for any user")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if given is not None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / given))
+    folder = keep_caches()
+    assert folder == tmp_path / f"immunity_fast-{os.getuid()}" / "inductor"
+    assert folder.parent.stat().st_mode & 0o077 == 0
+
+
+# The user is nobody's account, without a home, and may read everything, as a container's user may; write only here.
+NOBODY = """
+import ctypes, os, runpy, sys
+libc = ctypes.CDLL(None)
+libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS: the interpreter itself may lie where only its owner looks
+os.setgroups([])
+os.setgid(12345)
+os.setuid(12345)
+libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(4, 4))  # CAP_DAC_READ_SEARCH
+for name in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "TORCHINDUCTOR_CACHE_DIR",
+             "TRITON_CACHE_DIR"):
+    os.environ.pop(name, None)
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="another user can be had by root alone")
+def test_a_user_without_home_and_account_trains_and_evaluates(tmp_path: Path) -> None:
+    data, folder = write_data(tmp_path / "data.npz"), tmp_path / "mine"
+    folder.mkdir()
+    os.chown(folder, 12345, 12345)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-c", NOBODY, *command]
+        return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+    if run("platform").returncode:
+        pytest.skip("another user cannot read the interpreter")
+    for command in (
+        ["immunity_fast.train", *options(data, epochs=1, check_images=4), "--out", "run", "--compile", "off"],
+        ["immunity_fast.evaluate", "run", "--attacks", "fgsm", "--limit", "2"],
+    ):
+        ended = run(*command)
+        assert ended.returncode == 0, ended.stderr
+        assert "report: run/report.html" in ended.stdout
+    assert (folder / "run" / "report.html").stat().st_uid == 12345
+
+
+def test_the_package_s_import_is_light() -> None:
+    program = (
+        "import os, sys\nimport torch\nbefore = dict(os.environ)\nimport immunity_fast\n"
+        "heavy = ('torch._dynamo', 'torch._inductor', 'numpy.testing', 'matplotlib', 'rich', 'safetensors', 'sympy')\n"
+        "print([name for name in heavy if name in sys.modules], dict(os.environ) == before)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert ended.stdout == "[] True\n", ended.stderr
+
+
+def test_the_choice_of_a_strategy_is_a_constant_to_the_compiler() -> None:
+    def marked() -> None: ...
+
+    torch.compiler.assume_constant_result(marked)
+    assert vars(marked).items() <= vars(strategies.fastest).items()
+    assert vars(marked)
 
 
 def test_deep_copies_of_a_model_are_no_part_of_its_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -199,9 +200,7 @@ def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: 
         monkeypatch.setitem(sys.modules, loaded, None)
     monkeypatch.setitem(sys.modules, module, None)
     path = None if name == "digits" else tmp_path
-    check_error(
-        ModuleNotFoundError, [f"needs {package}", "pip install 'immunity-fast[train]'"], lambda: load(name, path)
-    )
+    check_error(ModuleNotFoundError, [f"needs {package}", f"pip install {package} "], lambda: load(name, path))
 
 
 # digits and CIFAR
@@ -377,6 +376,35 @@ def test_npz_wrong_content(tmp_path: Path, change: Callable[[Arrays], None], fra
     check_error(ValueError, [str(file), *fragments], lambda: load("npz", file))
 
 
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_npz_validation_part_by_another_name(name: str, tmp_path: Path) -> None:
+    content = arrays(val=5)
+    expected = content["val_labels"][:, 0].tolist()
+    renamed = {key.replace("val_", f"{name}_"): value for key, value in content.items()}
+    dataset = load("npz", write_npz(tmp_path, renamed))
+    assert dataset.validation.labels.tolist() == expected
+    assert len(dataset.train) == 40
+    check_error(
+        ValueError, ["val_…", f"{name}_…", "one is enough"], lambda: load("npz", write_npz(tmp_path, content | renamed))
+    )
+    del renamed[f"{name}_labels"]
+    check_error(ValueError, ["lacks val_labels"], lambda: load("npz", write_npz(tmp_path, renamed)))
+
+
+@pytest.mark.parametrize("key", ["train_images", "test_labels", "classes"])
+def test_npz_objects_are_refused_without_the_advice_to_unpickle_them(key: str, tmp_path: Path) -> None:
+    file = write_npz(tmp_path, arrays() | {key: np.array([{}], dtype=object)})
+    with pytest.raises(ValueError, match=rf"{key} could not be read \(it is an array of Python objects") as raised:
+        load("npz", file)
+    assert "allow_pickle" not in str(raised.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_npz_channels_that_come_first_are_said_to(channels: int, tmp_path: Path) -> None:
+    file = write_npz(tmp_path, arrays() | {"train_images": zeros(40, channels, 6, 5)})
+    check_error(ValueError, [f"(40, {channels}, 6, 5)", "transpose(0, 2, 3, 1)"], lambda: load("npz", file))
+
+
 def test_npz_wrong_validation_part(tmp_path: Path) -> None:
     content = {**arrays(val=5), "val_images": zeros(5, 7, 5, 3)}
     file = write_npz(tmp_path, content)
@@ -479,7 +507,7 @@ def test_folder_of_classes(tmp_path: Path) -> None:
     assert first_channel(load("folder", tmp_path).test) == everything[2]
 
 
-@pytest.mark.parametrize("validation", [None, "val", "validation"])
+@pytest.mark.parametrize("validation", [None, "val", "valid", "validation", "Valid"])
 def test_folder_of_parts(tmp_path: Path, validation: str | None) -> None:
     write_images(tmp_path / "train")
     write_images(tmp_path / "test", count=3)
@@ -489,6 +517,70 @@ def test_folder_of_parts(tmp_path: Path, validation: str | None) -> None:
     check_dataset(dataset)
     assert first_channel(dataset.test) == [0, 1, 2, 100, 101, 102]
     assert (len(dataset.train), len(dataset.validation)) == ((20, 8) if validation else (18, 2))
+
+
+def test_folder_validation_is_the_one_that_is_there(tmp_path: Path) -> None:
+    """In the order in which it is stored, and never a part of the training images."""
+    for part, count in (("train", 10), ("test", 3), ("valid", 4)):
+        write_images(tmp_path / part, count=count)
+    dataset = load("folder", tmp_path)
+    assert first_channel(dataset.validation) == [0, 1, 2, 3, 100, 101, 102, 103]
+    assert dataset.validation.labels.tolist() == [0] * 4 + [1] * 4
+    assert sorted(first_channel(dataset.train)) == [*range(10), *range(100, 110)]
+    write_images(tmp_path / "valid", "c")
+    check_error(
+        ValueError, [str(tmp_path / "valid"), "had the class 'c'", "2 classes"], lambda: load("folder", tmp_path)
+    )
+    write_images(tmp_path / "val", count=1)
+    check_error(ValueError, [str(tmp_path), "had val and valid"], lambda: load("folder", tmp_path))
+
+
+NOT_UTF8 = pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere take UTF-8 alone")
+
+
+@NOT_UTF8
+def test_folder_names_that_are_no_text_are_shown_and_told_apart(tmp_path: Path) -> None:
+    for index, name in enumerate((b"a\xff", b"a\xfe", "ż".encode(), b"b")):
+        write_image(tmp_path / os.fsdecode(name) / os.fsdecode(b"0\xff.png"), value=10 * index)
+        write_image(tmp_path / os.fsdecode(name) / "1.png", value=10 * index)
+    dataset = load("folder", tmp_path)
+    assert dataset.classes == ("a\\xfe", "a\\xff", "b", "ż"), "by their bytes"
+    assert sorted(first_channel(dataset.test)) == [0, 10, 20, 30]
+    by_class = dict(zip(dataset.test.labels.tolist(), first_channel(dataset.test), strict=True))
+    assert by_class == {0: 10, 1: 0, 2: 30, 3: 20}
+
+
+@NOT_UTF8
+def test_folder_is_read_alike_in_any_locale(tmp_path: Path) -> None:
+    for index, name in enumerate((b"b", "ż".encode(), "日本".encode(), b"\xff", "é".encode())):
+        for number in range(4):
+            write_image(tmp_path / os.fsdecode(name) / f"{number}.png", value=40 * index + number)
+    program = (
+        "import sys; from immunity_fast.data import load; found = load('folder', sys.argv[1])\n"
+        "print(ascii(found.classes), found.fingerprint())"
+    )
+    for locale in ({"PYTHONUTF8": "1"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        ended = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)],
+            env=os.environ | locale,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found = load("folder", tmp_path)
+        assert ended.stdout == f"{found.classes!a} {found.fingerprint()}\n"
+
+
+def test_npz_class_names_that_are_no_text_are_shown(tmp_path: Path) -> None:
+    content = {**arrays(), "classes": np.array(["\udcff", "\ud800", "plain"])}
+    classes = load("npz", write_npz(tmp_path, content)).classes
+    assert classes == ("\\xff", "\\ud800", "plain")
+    "".join(classes).encode()
+
+
+@pytest.mark.parametrize("name", ["npz", "folder", "cifar10"])
+def test_a_home_that_there_is_not_is_one_line(name: str) -> None:
+    check_error(ValueError, ["~nobody-of-that-name/x"], lambda: load(name, "~nobody-of-that-name/x"))
 
 
 def test_folder_passes_over_what_is_no_image(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from immunity_fast.augmentation import to_float
 from immunity_fast.checkpoint import load_model
 from immunity_fast.gate import Switch
 from immunity_fast.runs import Run
-from tests.small_runs import change_config, error_line, options, split, trained, write_data
+from tests.small_runs import arrays, change_config, error_line, options, split, trained, write_data
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,47 @@ def test_runs_that_do_not_go_together_are_refused(
     assert "at least 2" in error_line(capsys, ensemble.main, [str(alone[0]), "--out", str(tmp_path / "joined")])
     line = error_line(capsys, ensemble.main, [*map(str, alone), "--out", str(alone[0])])
     assert "exists already" in line
+
+
+def test_a_network_is_not_joined_with_itself(
+    alone: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, link = tmp_path / "copy", tmp_path / "link"
+    shutil.copytree(alone[0], copy)
+    link.symlink_to(alone[0])
+    for twice in (alone[0], copy, link):
+        arguments = [str(alone[0]), str(alone[1]), str(twice), "--out", str(tmp_path / "joined")]
+        line = error_line(capsys, ensemble.main, arguments)
+        assert f"{twice}: the same network as {alone[0]}" in line
+        assert not (tmp_path / "joined").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"arch": "resnet18"}, "of another architecture than {first}: resnet18, expected resnet8"),
+        ({"stage": "layer2"}, "of another --stage than {first}: layer2, expected None"),
+        ({"size": 14}, "of another image size than {first}: [14, 14], expected [12, 12]"),
+        ({"classes": 4}, "of another number of classes than {first}: 4, expected 3"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_keeps_two_networks_from_being_joined_is_named(
+    changes: dict[str, Any],
+    expected: str,
+    alone: list[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = arrays(size=changes.pop("size", 12))
+    if changes.pop("classes", 3) == 4:
+        made["train_labels"][0] = 3
+    np.savez(tmp_path / "data.npz", **made)
+    arguments = options(tmp_path / "data.npz", experts=1, epochs=1, **changes)
+    _, other = trained([*arguments, "--out", str(tmp_path / "other")])
+    arguments = [str(alone[0]), str(other.folder), "--out", str(tmp_path / "joined")]
+    line = error_line(capsys, ensemble.main, arguments)
+    assert f"{other.folder}: {expected.format(first=alone[0])}" in line
 
 
 def _images(data: Path) -> Any:

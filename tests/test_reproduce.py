@@ -187,6 +187,10 @@ def test_options_change_every_run_but_not_what_is_compared() -> None:
     [
         (["table3", "--preset", "fast"], "--preset"),
         (["table3", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["table3", "--seeds", str(10**30)], "--seeds: expected at most 1000, got 1"),
+        (["table2", "--seed", str(2**63 - 1), "--seeds", "2"], "--seed: expected 0 to 2⁶³ − 1"),
+        (["figure2", "--seed", str(2**63 - 1)], "--seed: expected 0 to 2⁶³ − 1"),
+        (["table3", "--epochs", str(2**63)], "--epochs: expected less than 2⁶³"),
         (["table3", "--experts", "1"], "--experts: expected at least 2, got 1"),
         (["table3", "--epochs", "0"], "--epochs: expected at least 1, got 0"),
         (["table1", "--dataset", "npz"], "--data: missing"),

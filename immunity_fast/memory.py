@@ -1,0 +1,47 @@
+"""How much memory a device has: what cannot fit is better said than tried."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from immunity_fast.failures import in_units
+
+_CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def total(device: torch.device) -> int | None:
+    """Bytes that a device has; of a CPU what this process may have of them. None where that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    limits = []
+    with suppress(ValueError, OSError, AttributeError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for file in _CGROUPS:  # a container's
+        with suppress(ValueError, OSError):
+            limits.append(int(file.read_text()))  # "max" is no number
+    with suppress(ImportError, OSError):
+        import resource
+
+        limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])
+    return min((limit for limit in limits if limit > 0), default=None)
+
+
+def check_fits(size: float, device: torch.device, what: str, instead: str) -> None:
+    """ValueError, one line, where something of so many bytes cannot fit, whatever else there is.
+
+    Args:
+        size: an estimate from below.
+        device: where it is to be.
+        what: that it "would take" so much.
+        instead: what to "try".
+    """
+    available = total(device)
+    if available is not None and size > available:
+        raise ValueError(
+            f"{what} would take at least {in_units(size)} of memory, and there are {in_units(available)} ({device}): "
+            f"try {instead}"
+        )
