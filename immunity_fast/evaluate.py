@@ -231,6 +231,14 @@ class ExactMean(torch.nn.Module):
         return outputs
 
 
+def folder(text: str) -> Path:
+    """A path of a command line; "~" is the home folder also where no shell has said so, as in `--out=~/results`."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # nobody's home
+        return Path(text)
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command's options; ValueError for one out of its range."""
     parser = cli.Parser(prog="python -m immunity_fast.evaluate", description=(__doc__ or "").split("\n")[0])
@@ -255,7 +263,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--draws", type=int, metavar="INT", help="of the gate, or of a random model, for EOT; default: 20"
     )
     parser.add_argument(
-        "--transfer-from", type=Path, metavar="RUN", help="attack this run, too, and transfer its images"
+        "--transfer-from", type=folder, metavar="RUN", help="attack this run, too, and transfer its images"
     )
     parser.add_argument(
         "--drop-fooled", action="store_true", help="attack an image until it fools what its attacker attacks; faster"
@@ -267,7 +275,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, metavar="INT", help="default: the run's")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="default: the best, where there is one")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where results are written; default: the run's folder")
+    parser.add_argument(
+        "--out", type=folder, metavar="DIR", help="where results are written; default: the run's folder"
+    )
     parser.add_argument("--again", action="store_true", help="forget what is finished of an earlier evaluation there")
     parser.add_argument("--dataset", choices=DATASETS, help="for module.path:callable")
     parser.add_argument("--data", metavar="PATH", help="where the data set lies, or lies now")
@@ -379,7 +389,8 @@ def another(
     classes = info["model"]["num_classes"]
     if classes != dataset.num_classes:
         raise ValueError(f"{place}: it was trained on {classes} classes, and these data have {dataset.num_classes}")
-    same_folder = path.is_dir() and Path(options.run).is_dir() and path.samefile(options.run)
+    own = folder(options.run)
+    same_folder = path.is_dir() and own.is_dir() and path.samefile(own)
     if same_folder or (isinstance(model, torch.nn.Module) and _same(model, other)):
         raise ValueError(f"{place}: that is the run that is evaluated; name one that was trained independently")
     return other
@@ -431,7 +442,7 @@ def evaluate_folder(options: argparse.Namespace, device: torch.device) -> None:
         raise ValueError(f"--dataset {options.dataset}: the run in {options.run} has its own")
     if options.image_size is not None:
         raise ValueError(f"--image-size {options.image_size}: the run in {options.run} has its own")
-    run = Run.open(Path(options.run))
+    run = Run.open(folder(options.run))
     config = run.config()
     dataset = load(
         config.dataset, options.data or config.data, limit_train=config.limit_train, image_size=config.image_size
