@@ -384,7 +384,10 @@ def another(
     classes = info["model"]["num_classes"]
     if classes != dataset.num_classes:
         raise ValueError(f"{place}: it was trained on {classes} classes, and these data have {dataset.num_classes}")
-    same_folder = path.is_dir() and Path(options.run).is_dir() and path.samefile(options.run)
+    if "classes" in info and info["classes"] != list(dataset.classes):
+        raise ValueError(f"{place}: it was trained on other classes than these data have")
+    own = Path(options.run)
+    same_folder = path.is_dir() and own.is_dir() and path.samefile(own)
     if same_folder or (isinstance(model, torch.nn.Module) and _same(model, other)):
         raise ValueError(f"{place}: that is the run that is evaluated; name one that was trained independently")
     return other

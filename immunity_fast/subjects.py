@@ -235,6 +235,8 @@ def _answers(models: Sequence[tuple[str, Model | None]], images: Tensor) -> str:
             with torch.no_grad(), seeded(0), adversaries.exact_means():
                 outputs = model(images)
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise  # which is no matter of what the images are
             reason = " ".join(str(error).split())
             shape = f"(B, {', '.join(map(str, images.shape[1:]))})"
             raise ValueError(

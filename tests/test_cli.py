@@ -161,7 +161,9 @@ def test_every_option_of_a_path_may_begin_at_home(
     assert not (tmp_path / "~").exists()
 
 
-@pytest.mark.parametrize("main", [train.main, evaluate.main, ensemble.main, reproduce.main], ids=str)
+@pytest.mark.parametrize(
+    "main", [train.main, evaluate.main, ensemble.main, reproduce.main], ids=lambda main: main.__module__
+)
 @pytest.mark.parametrize("name", [os.fsdecode(b"r\xff"), "~nobody-of-that-name/x"], ids=ascii)
 def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_done(
     name: str, main: Callable[[list[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]

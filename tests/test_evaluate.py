@@ -982,9 +982,7 @@ def test_a_wrong_command_line_is_refused(arguments: list[str], capsys: pytest.Ca
     error_line(capsys, evaluate.main, arguments, code=2)
 
 
-@pytest.mark.parametrize(
-    "name", ["runs/a:b", "C:\\\\runs\\\\first", "C:/runs", "~/runs:1", "a b:c", "2026-01-01T12:30:00"]
-)
+@pytest.mark.parametrize("name", ["runs/a:b", "C:\\\\runs\\\\first", "C:/runs", "a b:c", "2026-01-01T12:30:00"])
 def test_a_folder_that_is_missing_is_no_network_for_a_colon(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = error_line(capsys, evaluate.main, [name])
     assert f"{name}: there is no run (no config.json) in this folder" in message
@@ -1113,6 +1111,20 @@ def test_a_run_whose_images_say_nothing_is_not_transferred_from(
         assert message.startswith(f"error: --transfer-from {others[name]}: "), name
         assert text in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tilde_is_the_home_folder(
+    run: Run, networks: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Any]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    other = Path(shutil.copytree(run.folder, tmp_path / "other"))
+    _perturbed(run.checkpoint, Run(other).checkpoint, 0.05)
+    evaluate.main(["~/run", "--out=~/results", "--transfer-from=~/other"])
+    arguments = _network(networks, "instance", data, tmp_path)
+    arguments[arguments.index("--out") + 1] = "~/results"
+    evaluate.main(arguments)
+    assert [outputs.folder for _, _, outputs in asked] == [tmp_path / "results"] * 2
+    assert evaluate.folder("~no such user/x") == Path("~no such user/x")
 
 
 # Stopped by hand
