@@ -287,12 +287,14 @@ def _seeded(device: torch.device) -> Iterator[None]:
 
 
 def _noise(channels: int, height: int, width: int) -> Tensor:
-    return torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+    source = torch.Generator("cpu").manual_seed(0)
+    return torch.rand(2, channels, height, width, generator=source, device="cpu")
 
 
 def _moved(tensors: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     """The tensors, those of `names` moved by a tenth of their size; the same for equal ones."""
-    noise = torch.randn(2**16 + 1, generator=torch.Generator().manual_seed(1))  # a prime, as no tensor's sides are
+    source = torch.Generator("cpu").manual_seed(1)
+    noise = torch.randn(2**16 + 1, generator=source, device="cpu")  # a prime, as no tensor's sides are
     result = {}
     for name, tensor in tensors.items():
         value = tensor.detach()
