@@ -33,7 +33,9 @@ def stack_modules(experts: Sequence[nn.Module]) -> nn.Module:
     description = _describe(experts[0])
     for index, expert in enumerate(experts):
         if _describe(expert) != description:
-            raise ValueError(f"experts: number {index} differs from number 0 in its structure, shapes, dtypes or mode")
+            raise ValueError(
+                f"experts: number {index} differs from number 0 in structure, shapes, dtypes, device or mode"
+            )
     of_experts = [own_tensors(expert) for expert in experts]
     tensors: dict[str, Tensor] = {}
     for name, first in of_experts[0].items():
@@ -116,7 +118,8 @@ def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
         return functional_call(module, by_place, (x,), tie_weights=False)
     except RuntimeError as error:
         dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
-        if not dtypes or x.dtype in dtypes or torch.is_autocast_enabled(x.device.type):
+        explains = "type" in str(error) and not torch.is_autocast_enabled(x.device.type)
+        if not dtypes or x.dtype in dtypes or not explains:
             raise
         own = " and ".join(sorted(map(str, dtypes)))
         raise TypeError(
@@ -221,6 +224,8 @@ def _replace(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
 
 
 def _describe(module: nn.Module) -> tuple[object, ...]:
-    tensors = [(name, value.shape, value.dtype, value.requires_grad) for name, value in module.named_parameters()]
-    buffers = [(name, value.shape, value.dtype) for name, value in module.named_buffers()]
-    return (type(module), repr(module), tensors, buffers, [part.training for part in module.modules()])
+    tensors = [
+        (name, value.shape, value.dtype, value.device, isinstance(value, nn.Parameter), value.requires_grad)
+        for name, value in own_tensors(module).items()
+    ]
+    return (type(module), repr(module), tensors, [part.training for part in module.modules()])

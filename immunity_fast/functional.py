@@ -204,13 +204,13 @@ def mixture_log_probabilities(logits: Experts, gate: Tensor | None = None) -> Te
         ValueError, TypeError: an argument of the wrong shape or type.
     """
     logits = stack_experts("logits", logits, 3, "(N, B, K)")
-    gate = _check_gate(gate, logits)
-    return log_mixture(logits, gate)
+    return log_mixture(logits, _check_gate(gate, logits, values=True))
 
 
 def log_mixture(logits: Tensor, gate: Tensor) -> Tensor:
-    """`mixture_log_probabilities` of a network's own logits (N, B, K) and gate (B, N), which are taken as they are."""
-    return reference.log_mixture(_at_least_float32(logits).log_softmax(-1), _at_least_float32(gate).T[..., None])
+    """`mixture_log_probabilities` of a model's own logits (N, B, K) and gate, whose values nobody needs to look at."""
+    gate = _at_least_float32(_check_gate(gate, logits, values=False))
+    return reference.log_mixture(_at_least_float32(logits).log_softmax(-1), gate.T[..., None])
 
 
 def mixture_cross_entropy(
@@ -234,7 +234,7 @@ def mixture_cross_entropy(
     logits = join_experts("logits", logits, 3, "(N, B, K)")
     check_weight("alpha", alpha)
     check_choice("backend", backend, Backend)
-    gate = _check_gate(gate, logits)
+    gate = _check_gate(gate, logits, values=True)
     targets = check_targets(targets, logits.shape[1], logits.shape[2])
     _check_device("gate", logits, [gate])
     _check_device("targets", logits, [targets])
@@ -445,7 +445,8 @@ def _check_device(name: str, tensor: Tensor, others: Sequence[Tensor]) -> None:
             raise ValueError(f"{name}: expected a tensor on {tensor.device}, got one on {other.device}")
 
 
-def _check_gate(gate: Tensor | None, logits: Tensor) -> Tensor:
+def _check_gate(gate: Tensor | None, logits: Tensor, *, values: bool) -> Tensor:
+    """Weights (B, N) for logits (N, B, K)."""
     experts, samples = logits.shape[:2]
     if gate is None:
         return torch.full((samples, experts), 1 / experts, dtype=_at_least_float32(logits).dtype, device=logits.device)
@@ -455,7 +456,8 @@ def _check_gate(gate: Tensor | None, logits: Tensor) -> Tensor:
         raise ValueError(
             f"gate: expected (B, N) = ({samples}, {experts}) or (N,) = ({experts},), got shape {tuple(gate.shape)}"
         )
-    _check_weights(gate, logits)
+    if values:
+        _check_weights(gate, logits)
     return gate.expand(samples, experts)
 
 

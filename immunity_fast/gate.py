@@ -31,7 +31,7 @@ class RandomSwitchGate(nn.Module):
         generator: where the permutations come from, on any device; None is PyTorch's default generator.
 
     Raises:
-        ValueError: an unknown switch, fewer than one expert.
+        ValueError: an unknown switch, fewer than one expert; when it runs, a network with another number of outputs.
     """
 
     def __init__(
@@ -98,6 +98,9 @@ class RandomSwitchGate(nn.Module):
             dtype = torch.promote_types(images.dtype, torch.float32)
             return images.new_full((images.shape[0], self.num_experts), 1 / self.num_experts, dtype=dtype)
         scores: Tensor = self.network(images)
+        if scores.shape != (images.shape[0], self.num_experts):
+            expected = (images.shape[0], self.num_experts)
+            raise ValueError(f"network: expected logits (B, N) = {expected} of the gate, got {tuple(scores.shape)}")
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         if self.training or self.switch == "off":
             return weights

@@ -287,12 +287,14 @@ def _seeded(device: torch.device) -> Iterator[None]:
 
 
 def _noise(channels: int, height: int, width: int) -> Tensor:
-    return torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+    source = torch.Generator("cpu").manual_seed(0)
+    return torch.rand(2, channels, height, width, generator=source, device="cpu")
 
 
 def _moved(tensors: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     """The tensors, those of `names` moved by a tenth of their size; the same for equal ones."""
-    noise = torch.randn(2**16 + 1, generator=torch.Generator().manual_seed(1))  # a prime, as no tensor's sides are
+    source = torch.Generator("cpu").manual_seed(1)
+    noise = torch.randn(2**16 + 1, generator=source, device="cpu")  # a prime, as no tensor's sides are
     result = {}
     for name, tensor in tensors.items():
         value = tensor.detach()
@@ -328,7 +330,10 @@ def _reason(first: nn.Module, expert: nn.Module) -> str:
     """In what two experts differ that a stack does not hold, as far as it can be told."""
     if expert is first:
         return "a function or hook of it reaches modules of the network that it was made for; a copy has its own"
-    found = list(_differences(first, expert))[:3]
+    try:
+        found = list(_differences(first, expert))[:3]
+    except Exception:  # attributes may be anything, and compare in any way
+        found = []
     if found:
         return f"it differs from number 0 in {' and '.join(found)}: make that a parameter or buffer, or equal"
     return "it differs from number 0 in what is no parameter or buffer, such as an attribute, a function or a hook"
@@ -373,7 +378,9 @@ def _are_equal(one: Any, other: Any) -> bool:
         return _are_equal(own_tensors(one), own_tensors(other)) and not any(_differences(one, other))
     if isinstance(one, (int, float, complex, str, bytes, torch.dtype, torch.device)):
         return bool(one == other)
-    return not isinstance(one, types.BuiltinFunctionType)
+    if isinstance(one, types.BuiltinFunctionType):
+        return False
+    return _are_equal(vars(one), vars(other)) if hasattr(one, "__dict__") else True
 
 
 def _line(error: Exception | None) -> str:

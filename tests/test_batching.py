@@ -198,6 +198,7 @@ OTHERS: dict[str, Any] = {
     "type": lambda: nn.Linear(3, 4),
     "bias": lambda: nn.Sequential(nn.Linear(3, 4, bias=False)),
     "mode": lambda: nn.Sequential(nn.Linear(3, 4)).eval(),
+    "device": lambda: nn.Sequential(nn.Linear(3, 4)).to("meta"),
     "frozen": lambda: nn.Sequential(nn.Linear(3, 4)).requires_grad_(False),
 }
 

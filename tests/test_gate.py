@@ -195,3 +195,11 @@ def test_an_unknown_switch_is_named(switch: Any) -> None:
 def test_a_gate_of_no_experts_is_an_error(experts: int) -> None:
     with pytest.raises(ValueError, match=f"num_experts: .*{experts}"):
         RandomSwitchGate(experts)
+
+
+@pytest.mark.parametrize("switch", ["call", "off"])
+@pytest.mark.parametrize("outputs", [1, 2, 4])
+def test_a_network_with_another_number_of_outputs_is_named(outputs: int, switch: Switch) -> None:
+    gate = RandomSwitchGate(3, RandomSwitchGate(outputs).network, switch=switch).eval()
+    with pytest.raises(ValueError, match=rf"network: .*\(6, 3\).*\(6, {outputs}\)"):
+        gate(_images())

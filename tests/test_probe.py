@@ -45,6 +45,16 @@ class Net(nn.Module):
         return out
 
 
+class Scale:
+    """A function that is an object."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x * self.factor).relu()
+
+
 class Attention(nn.Module):
     """Equal tensors, another number of heads."""
 
@@ -98,6 +108,7 @@ UNLIKE: dict[str, tuple[Callable[[float], nn.Module], float, str]] = {
     "a function": (lambda x: Net(act=torch.relu if x == 1 else torch.tanh), 0.4, "act"),
     "a bound": (lambda x: Net(act=functools.partial(torch.clamp, min=0, max=2 + x)), 2.0, "act"),
     "a partial": (lambda x: Net(act=functools.partial(F.leaky_relu, negative_slope=x / 2)), 0.4, "act"),
+    "an object": (lambda x: Net(act=Scale(x)), 0.4, "act"),
     "a lambda": (lambda x: Net(prepare=lambda images: images * x), 0.4, "prepare"),
     "a hook": (lambda x: _hooked(x, "hook"), 0.4, "norm._forward_hooks"),
     "a pre-hook": (lambda x: _hooked(x, "pre-hook"), 0.4, "conv._forward_pre_hooks"),
@@ -149,6 +160,14 @@ def test_what_a_pass_leaves_in_a_plain_attribute_is_not_shared() -> None:
 
     with pytest.raises(ValueError, match="experts: number 1 has other"):
         ImmunityMoE.from_experts([Remembering(), Remembering()], stage="conv", image_size=12)
+
+
+def test_attributes_that_hold_each_other_are_no_obstacle() -> None:
+    experts = [Net(mean=0.0), Net(mean=0.4)]
+    for expert in experts:
+        expert.mirror = [expert]
+    with pytest.raises(ValueError, match=r"experts: number 1 has other"):
+        ImmunityMoE.from_experts(experts, stage="conv", image_size=12)
 
 
 def test_names_and_counters_may_differ() -> None:
@@ -245,11 +264,10 @@ def test_inference_mode_does_not_matter() -> None:
 
 
 def test_networks_on_images_of_one_channel() -> None:
-    def net() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    def net(outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, outputs, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-    gate = RandomSwitchGate(2, net())
-    model = ImmunityMoE.from_experts([net(), net()], stage="0", gate=gate)
+    model = ImmunityMoE.from_experts([net(4), net(4)], stage="0", gate=RandomSwitchGate(2, net(2)))
     assert model.expert_outputs(torch.rand(2, 1, 12, 12))[0].shape == (2, 2, 4)
 
 
