@@ -7,7 +7,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,19 @@ class Run:
         self.report = folder / "report.html"
         self.tensorboard = folder / "tensorboard"
         self.profile = folder / "profile"
+        self.diverged = folder / "diverged.json"  # where a run's loss is no number, which then is no record's
         self.tracebacks = folder / TRACEBACKS
 
     @property
     def resume_command(self) -> str:
         """What goes on with this run, for a shell."""
-        return f"python -m immunity_fast.train --resume {shlex.quote(str(self.folder))}"
+        return f"python -m immunity_fast.train --resume {shlex.quote(str(self.folder))}{self._remedy()}"
+
+    def _remedy(self) -> str:
+        """The option without which a run that has diverged would do so again."""
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            return f" --lr {float(json.loads(self.diverged.read_text(encoding='utf-8'))['lr']) / 10:g}"
+        return ""
 
     @property
     def evaluate_command(self) -> str:

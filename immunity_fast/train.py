@@ -35,7 +35,6 @@ from immunity_fast.trainer import Trainer, training_means, validate
 MOVABLE = ("data", "device", "compile", "batching", "double_backprop", "profile")
 # Those that may differ as well once the loss has diverged: without it, no run could ever go on from there.
 REMEDIES = ("lr", "clip_grad_norm")
-DIVERGED = "diverged.json"  # in a run folder: where that was
 MEMORY_ADVICE = "a smaller --batch-size, fewer --experts, a smaller --arch or smaller images"
 CHECKS = {
     "accuracy": "accuracy",
@@ -105,6 +104,7 @@ def train(trainer: Trainer, run: Run) -> None:
                     "images_per_second": images_seen / seconds,
                     "seconds": seconds,
                 }
+                doubts: dict[str, str] = record.pop("val_doubts", {})
                 run.append_metrics(record)
                 keep_best(trainer, run)
                 board = shown_on(board, record)
@@ -112,7 +112,7 @@ def train(trainer: Trainer, run: Run) -> None:
                 progress.console.print(summary(record, config.epochs))
                 for name, reason in record.get("val_not_measured", {}).items():
                     progress.console.print(not_measured_line(trainer.epoch, name, reason))
-                for name, doubt in record.get("val_doubts", {}).items():
+                for name, doubt in doubts.items():
                     progress.console.print(f"epoch {trainer.epoch}: {CHECKS[name]} on validation images: {doubt}")
                 lost = collapsed(run.metrics(), min(config.check_images, len(trainer.dataset.validation)))
                 if lost is not None:
@@ -120,7 +120,7 @@ def train(trainer: Trainer, run: Run) -> None:
             trainer.sums.zero_()
             if main:
                 keep(trainer, run)
-                (run.folder / DIVERGED).unlink(missing_ok=True)  # what had diverged before has got past it
+                run.diverged.unlink(missing_ok=True)  # what had diverged before has got past it
             interrupts.stop_if(asked)
     if board is not None:
         with suppress(Exception):
@@ -211,10 +211,10 @@ def check_finite(trainer: Trainer, run: Run) -> None:
     lr = trainer.config.lr
     if distributed.rank() == 0:
         where = {"epoch": trainer.epoch + 1, "step": trainer.step, "lr": lr}
-        write_atomically(run.folder / DIVERGED, json.dumps(where).encode())
+        write_atomically(run.diverged, json.dumps(where).encode())
     raise cli.InputError(
         f"the loss became infinite or NaN in epoch {trainer.epoch + 1}; {run.checkpoint} is from before. "
-        f"Try a smaller --lr or --clip-grad-norm: {run.resume_command} --lr {lr / 10:g}"
+        f"Try a smaller --lr or --clip-grad-norm: {run.resume_command}"
     )
 
 
@@ -295,7 +295,7 @@ def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
         return out, False, config
     run = Run.open(resume)
     config = run.config()
-    movable = MOVABLE + (REMEDIES if (run.folder / DIVERGED).is_file() else ())
+    movable = MOVABLE + (REMEDIES if run.diverged.is_file() else ())
     for name, value in given.items():
         if name not in movable and value != getattr(config, name):
             option = f"--{name.replace('_', '-')}"
@@ -357,7 +357,7 @@ def take_remedies(run: Run, config: TrainConfig) -> None:
     if changed and distributed.rank() == 0:
         now = dataclasses.replace(begun, **changed)
         write_atomically(run.config_file, json.dumps(now.to_json(), indent=2).encode())
-        (run.folder / DIVERGED).unlink(missing_ok=True)
+        run.diverged.unlink(missing_ok=True)
 
 
 def check_trainable(

@@ -477,13 +477,19 @@ def test_a_diverged_run_goes_on_with_a_smaller_learning_rate(
     with monkeypatch.context() as patch:
         _after_each_step(patch, diverge)
         line = error_line(capsys, train.main, [*options(data, lr=0.3), "--out", str(run.folder)])
-        assert line.endswith(f"{run.resume_command} --lr 0.03\n")
+        assert line.endswith(f": python -m immunity_fast.train --resume {run.folder} --lr 0.03\n")
         again = error_line(capsys, train.main, ["--resume", str(run.folder)])
         assert again == line, "where nothing is changed it ends there again"
+        assert f"{run.resume_command}\n" in error_line(capsys, evaluate.main, [str(run.folder)])
+        assert run.resume_command.endswith(" --lr 0.03")
         assert "--seed" in error_line(capsys, train.main, ["--resume", str(run.folder), "--seed", "3"])
         _, run = trained(["--resume", str(run.folder), "--lr", "0.01"])
     assert [record["epoch"] for record in run.metrics()] == [1, 2]
     assert run.metrics()[0]["lr"] < 0.01
+    assert not run.diverged.exists()
+    run.diverged.write_text("[]")
+    assert not run.resume_command.endswith(" --lr 0.03"), "what is no such file changes nothing"
+    run.diverged.unlink()
     assert run.config() == dataclasses.replace(run.config(), lr=0.01, experts=2, beta=0.5)
     train.main(["--resume", str(run.folder)])
     assert run.report.is_file()
@@ -727,7 +733,7 @@ def test_a_run_may_have_a_name_that_looks_like_markup(data: Path, tmp_path: Path
     assert Run(tmp_path / "[b]" / "[/c]").report.is_file()
 
 
-def test_what_an_attack_warns_of_is_in_the_record(
+def test_what_an_attack_warns_of_is_a_line(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits so far apart that the softmax has no gradient, which pass for robust."""
@@ -748,7 +754,7 @@ def test_what_an_attack_warns_of_is_in_the_record(
     assert f"epoch 1: accuracy under PGD-10 on validation images: {measured['val_doubts']['pgd10']}\n" in (
         capsys.readouterr().out
     )
-    assert run.metrics()[0]["val_doubts"] == measured["val_doubts"]
+    assert "val_doubts" not in run.metrics()[0], "a record has numbers, and reasons for those that it has not"
 
 
 def test_a_check_without_memory_is_not_blamed_on_the_learning_rate() -> None:
