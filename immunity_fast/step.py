@@ -84,7 +84,6 @@ class TrainStep:
         if group is not None:
             self._forward = _distributed(self.objective, group)
         self._proven = False
-        self._begun = not self.scaler.is_enabled()
         optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._optimises_all = optimised == {id(parameter) for parameter in model.parameters()}
         self._one: Tensor | None = None
@@ -118,9 +117,8 @@ class TrainStep:
 
     def update(self) -> None:
         """Clip the gradients that a backward pass has left, and take the optimiser's step."""
-        if not self._begun:
+        if self.scaler.is_enabled():  # in each step: a weight's first gradient may come late, and that step be skipped
             begin_momentum(self.optimizer)
-            self._begun = True
         if self.clip_grad_norm is None:
             self.scaler.step(self.optimizer)
         elif isinstance(self.optimizer, FusedSGD) and self._optimises_all and self.optimizer.clips:

@@ -317,3 +317,25 @@ def test_momentum_is_nothing_after_a_first_step_that_is_skipped(
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
     assert not torch.equal(weights[0], _weights(_model()))
+
+
+@pytest.mark.parametrize("kind", ["SGD, fused", "FusedSGD", "FusedSGD, kernels"])
+def test_momentum_is_nothing_where_a_weight_s_first_step_is_a_later_one_that_is_skipped(kind: str) -> None:
+    """The gate is not trained in the first step, and the second, its first one, overflows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        weights = []
+        for made in (kind, "SGD"):
+            model = _model()
+            optimizer = OPTIMISERS[made](model.parameters(), lr=0.05, momentum=0.9)
+            step = TrainStep(model, LOSS, optimizer, amp="fp16")
+            for trained, scale in ((False, 2.0**10), (True, 2.0**120), (True, 2.0**10), (True, 2.0**10)):
+                model.gate.requires_grad_(trained)
+                step.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+                step(*_batch())
+            weights.append(_weights(model))
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
