@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from immunity_fast.functional import mixture_log_probabilities
+from immunity_fast.functional import log_mixture
 from immunity_fast.gate import RandomSwitchGate, without_waiting
 from immunity_fast.model import ImmunityMoE
 
@@ -86,17 +86,17 @@ def attacker(
     if knowledge not in KNOWLEDGE:
         raise ValueError(f"knowledge: expected an expert's number or one of {', '.join(KNOWLEDGE)}, got {knowledge!r}")
     if knowledge == "mean":
-        return lambda images, labels: mixture_log_probabilities(logits_of(images))
+        return lambda images, labels: log_mixture(logits_of(images))
 
     def outputs(images: Tensor, labels: Tensor) -> Tensor:
         logits, gate = logits_of(images), trained_gate(model, images)
         if knowledge == "fixed":
-            return mixture_log_probabilities(logits, gate)
+            return log_mixture(logits, gate)
         if knowledge == "worst":
-            return mixture_log_probabilities(logits, worst_weights(logits, gate, labels))
+            return log_mixture(logits, worst_weights(logits, gate, labels))
         if knowledge == "single":
-            return mixture_log_probabilities(logits, permuted(gate, generator))
-        mixtures = [mixture_log_probabilities(logits, permuted(gate, generator)) for _ in range(draws)]
+            return log_mixture(logits, permuted(gate, generator))
+        mixtures = [log_mixture(logits, permuted(gate, generator)) for _ in range(draws)]
         return torch.stack(mixtures)
 
     if knowledge in ("single", "eot"):
@@ -109,7 +109,7 @@ def drawn(model: ImmunityMoE, draws: int) -> Model:
 
     def outputs(images: Tensor) -> Tensor:
         logits = model.expert_logits(images)
-        return torch.stack([mixture_log_probabilities(logits, model.gate_weights(images)) for _ in range(draws)])
+        return torch.stack([log_mixture(logits, model.gate_weights(images)) for _ in range(draws)])
 
     return outputs
 
@@ -137,9 +137,7 @@ def judge(logits: Tensor, gate: Tensor, labels: Tensor, generator: torch.Generat
         generator: of the permutations.
     """
     mixtures = {"switching": permuted(gate, generator), "mean": None, "fixed": gate}
-    right = {
-        name: mixture_log_probabilities(logits, weights).argmax(-1) == labels for name, weights in mixtures.items()
-    }
+    right = {name: log_mixture(logits, weights).argmax(-1) == labels for name, weights in mixtures.items()}
     right["worst"] = worst_margins(logits, gate, labels).amax(-1) < 0
     return right | {f"expert {i + 1}": own.argmax(-1) == labels for i, own in enumerate(logits)}
 
@@ -154,7 +152,7 @@ def exact_judge(model: ImmunityMoE, expert_logits: Callable[[Tensor], Tensor] | 
 
     def judge(images: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
         logits, gate = (expert_logits or model.expert_logits)(images), trained_gate(model, images)
-        return mixture_log_probabilities(logits), always_fooled(logits, gate, labels, targets)
+        return log_mixture(logits), always_fooled(logits, gate, labels, targets)
 
     return judge
 

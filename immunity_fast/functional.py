@@ -207,7 +207,7 @@ def mixture_log_probabilities(logits: Experts, gate: Tensor | None = None) -> Te
     return log_mixture(logits, _check_gate(gate, logits, values=True))
 
 
-def log_mixture(logits: Tensor, gate: Tensor) -> Tensor:
+def log_mixture(logits: Tensor, gate: Tensor | None = None) -> Tensor:
     """`mixture_log_probabilities` of a model's own logits (N, B, K) and gate, whose values nobody needs to look at."""
     gate = _at_least_float32(_check_gate(gate, logits, values=False))
     return reference.log_mixture(_at_least_float32(logits).log_softmax(-1), gate.T[..., None])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from immunity_fast.augmentation import to_float
 from immunity_fast.data import Split
-from immunity_fast.functional import label_scores, mixture_log_probabilities, stack_experts
+from immunity_fast.functional import label_scores, log_mixture, stack_experts
 from immunity_fast.gate import Switch
 from immunity_fast.kernels import reference
 from immunity_fast.losses import FusedImmunityLoss
@@ -54,10 +54,7 @@ def correct(
         logits = (expert_logits or model.expert_logits)(images)
         gate = model.gate_weights(images)
     mixtures: dict[Switch, Tensor | None] = {"sample": gate, "mean": None}
-    return {
-        name: int((mixture_log_probabilities(logits, weights).argmax(-1) == labels).sum())
-        for name, weights in mixtures.items()
-    }
+    return {name: int((log_mixture(logits, weights).argmax(-1) == labels).sum()) for name, weights in mixtures.items()}
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

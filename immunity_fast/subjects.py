@@ -17,7 +17,7 @@ from immunity_fast import adversaries
 from immunity_fast.adversaries import Judge
 from immunity_fast.attacks import LabelledModel, Model, NotFiniteError
 from immunity_fast.autoattack import seeded
-from immunity_fast.functional import mixture_log_probabilities
+from immunity_fast.functional import log_mixture
 from immunity_fast.model import ImmunityMoE
 
 
@@ -107,7 +107,7 @@ class Mixture:
             logits = self.expert_logits(images)
             gate = adversaries.trained_gate(self.model, images)
             _check_outputs(logits, self.num_classes)
-            loss = F.nll_loss(mixture_log_probabilities(logits), labels, reduction="none")
+            loss = F.nll_loss(log_mixture(logits), labels, reduction="none")
             return adversaries.judge(logits, gate, labels, generator), loss
 
     def best_by(self, name: str) -> Judge | Literal["outputs"] | None:

@@ -30,7 +30,7 @@ from immunity_fast.config import TrainConfig
 from immunity_fast.data import ImageDataset, Split
 from immunity_fast.failures import one_line
 from immunity_fast.files import shown
-from immunity_fast.functional import mixture_log_probabilities
+from immunity_fast.functional import log_mixture
 from immunity_fast.loader import Batch, TrainLoader
 from immunity_fast.metrics import EVALUATION_BATCH, batches, correct, heatmap_metrics, sample
 from immunity_fast.model import ImmunityMoE, SingleNetwork
@@ -367,7 +367,7 @@ def _attacked_accuracy(
     model, survived = trainer.model, 0
 
     def mean_of_gate(images: Tensor) -> Tensor:
-        return mixture_log_probabilities(trainer.expert_logits(images))
+        return log_mixture(trainer.expert_logits(images))
 
     for images, labels in batches(checked, EVALUATION_BATCH):
         with frozen(model):

@@ -28,6 +28,7 @@ from immunity_fast.adversaries import (
 )
 from immunity_fast.attacks import Attack, BoundAttack, pgd
 from immunity_fast.experts.staged import GlobalAveragePool
+from immunity_fast.functional import mixture_log_probabilities
 from tests import oracle
 
 CLASSES = 4
@@ -513,9 +514,9 @@ def _answers(model: ImmunityMoE, images: Tensor, labels: Tensor) -> dict[str, fl
         logits, gate = model.expert_logits(images), trained_gate(model, images)
     right = []
     for order in itertools.permutations(range(gate.shape[1])):
-        mixture = adversaries.mixture_log_probabilities(logits, gate[:, list(order)])
+        mixture = mixture_log_probabilities(logits, gate[:, list(order)])
         right.append((mixture.argmax(-1) == labels).double().mean())
-    mean = (adversaries.mixture_log_probabilities(logits).argmax(-1) == labels).double().mean()
+    mean = (mixture_log_probabilities(logits).argmax(-1) == labels).double().mean()
     return {"switching": float(torch.stack(right).mean()), "mean": float(mean)}
 
 
