@@ -21,7 +21,8 @@ from immunity_fast.batching import call, in_use, own_tensors
 from immunity_fast.experts.staged import map_layout
 from immunity_fast.functional import Layout
 
-USUAL_SIDES = (224, 28, 64, 96, 128, 256, 299, 16, 12, 8)  # of images that networks are built for
+# Of images that networks are built for, the usual ones first; those who take one size alone seldom say which.
+SIDES = (32, 224, 28, 64, 96, 128, 256, 299, 384, *range(4, 64))
 # Of the largest magnitude. The same operations on the same numbers: what differs is rounding, if anything.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _TOLERANCE_CUDA = {torch.float64: 1e-8, torch.float32: 3e-3}  # products in TF32
@@ -57,7 +58,7 @@ class _Reached(Exception):
 def find_images(network: nn.Module, image_size: tuple[int, int], channels: int | None) -> Tensor:
     """Two images in [0, 1], (2, C, H, W), on the network's device, which it accepts in evaluation mode.
 
-    Their sides are `image_size`; where that is 32×32, which nobody may have meant, other usual ones are tried, too.
+    Their sides are `image_size`; where that is 32×32, which nobody may have meant, other squares are tried, too.
 
     Raises:
         ValueError: it accepts none.
@@ -67,7 +68,7 @@ def find_images(network: nn.Module, image_size: tuple[int, int], channels: int |
     dtype = next((tensor.dtype for tensor in own if tensor.is_floating_point()), torch.float32)
     convolution = next((part for part in network.modules() if isinstance(part, nn.Conv2d)), None)
     depths = [channels] if channels else [3] if convolution is None else [3, convolution.in_channels]
-    sides = [image_size, *((side, side) for side in USUAL_SIDES if image_size == (32, 32))]
+    sides = [(side, side) for side in dict.fromkeys(SIDES)] if image_size == (32, 32) else [image_size]
     failed: Exception | None = None
     for height, width in sides:
         for depth in dict.fromkeys(depths):
