@@ -356,7 +356,8 @@ class Evaluation:
         return (
             isinstance(right, dict)
             and right.keys() == set(self.subject.judges)
-            and all(isinstance(b, str) and len(b) == images and set(b) <= {"0", "1"} for b in right.values())
+            and all(_are_bits(value, images) for value in right.values())
+            and _are_bits(found.get("unmoved", "0" * images), images)
             and is_number(found.get("loss"))
         )
 
@@ -395,6 +396,10 @@ def _written(each: Tensor) -> str:
 
 def _chunks(size: int, chunk: int) -> list[tuple[int, int]]:
     return [(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+
+
+def _are_bits(value: Any, images: int) -> bool:
+    return isinstance(value, str) and len(value) == images and set(value) <= {"0", "1"}
 
 
 def _curve_radius(plan: Plan, factor: float) -> float:
