@@ -419,7 +419,7 @@ def _check_number(experts: int) -> None:
 def _check_stage(network: nn.Module, stage: str) -> None:
     if _is_chain(network):
         split(network, stage)
-    elif stage not in dict(network.named_modules()):
+    elif stage not in dict(network.named_modules(remove_duplicate=False)):  # by any of a module's names
         raise ValueError(f"stage: the experts have no submodule {stage!r}")
 
 
