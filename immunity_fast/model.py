@@ -265,6 +265,18 @@ class ImmunityMoE(nn.Module):
         with in_use():
             return super().state_dict(*args, **kwargs)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `named_parameters`."""
+        with in_use():
+            return super().load_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ImmunityMoE":
+        """As `named_parameters`."""
+        with in_use():
+            memo[id(self)] = twin = type(self).__new__(type(self))
+            twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[no-untyped-call]
+        return twin
+
     def unstack(self) -> list[nn.Module]:
         """N ordinary modules from images in [0, 1] to logits, with tensors of their own.
 
@@ -328,10 +340,11 @@ class ImmunityMoE(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ImmunityMoE":
         """`nn.Module`'s, which `to` and its like call: of stacked tensors each expert's own is converted."""
-        if recurse:
-            for child in self.children():
-                child._apply(expert_by_expert(fn) if child is self.experts else fn)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
+        with in_use():
+            if recurse:
+                for child in self.children():
+                    child._apply(expert_by_expert(fn) if child is self.experts else fn)  # type: ignore[no-untyped-call]
+            super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
 
