@@ -94,9 +94,10 @@ class ImmunityMoE(nn.Module):
     ) -> "ImmunityMoE":
         """A mixture of the user's own networks, which are copied.
 
-        They run on two images, some 6·N passes in all, and are refused unless each computes in the mixture what it
-        computes alone: of what is no parameter and no buffer (plain attributes, functions, hooks) the mixture has
-        number 0's. Weights, statistics, modes and PyTorch's random state stay as they are; hooks are called.
+        They run on two images, some 8·N passes and 2·N backward, and are refused unless each computes in the mixture
+        what it computes alone, gradients included: of what is no parameter and no buffer (plain attributes, functions,
+        hooks) the mixture has number 0's. Weights, statistics, modes and PyTorch's random state stay as they are; hooks
+        are called.
         Where an in-place operation follows on `stage`, it gets a copy of the activations.
 
         Args:

@@ -193,6 +193,8 @@ def _compare(
     try:
         together = _run(stacked, _weights(expert, slices, way), images, stage, way.mode, way.backward, restore=False)
     except Exception as error:
+        if way.backward:  # as with a checkpoint's second pass; in training it is an error, and not everyone trains
+            return
         reason = _reason(experts[0], expert)
         raise ValueError(
             f"experts: number {index} runs alone, but not in the mixture ({_line(error)}); {reason}"
@@ -242,7 +244,7 @@ def _run(
             raise _Reached
         is_tensor = isinstance(output, Tensor)
         kept = output.detach().clone() if is_tensor else output
-        caught.append((output, kept, output._version if is_tensor else 0))
+        caught.append((output, kept, _version(output) if is_tensor else 0))
 
     output, gradients = None, []
     with (
@@ -272,9 +274,14 @@ def _run(
         finally:
             if hook is not None:
                 hook.remove()
-    changed = any(isinstance(seen, Tensor) and seen._version != version for seen, _, version in caught)
+    changed = any(isinstance(seen, Tensor) and _version(seen) != version for seen, _, version in caught)
     maps, buffers = [kept for _, kept, _ in caught], {name: own[name] for name in sorted(changing)}
     return Pass(output, maps, buffers, changed and not stop, images._version != version, gradients)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, where that is counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _weighed(network: nn.Module) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
 from immunity_fast.batching import Batching
@@ -163,6 +164,33 @@ def test_a_function_that_reaches_the_original_is_refused_though_all_are_equal() 
     experts.append(copy.deepcopy(experts[0]))
     with pytest.raises(ValueError, match=r"experts: number 0 .*reaches"):
         ImmunityMoE.from_experts(experts, stage="conv", image_size=12)
+
+
+class Frozen(Net):
+    """Its stage is in no graph, and no version of its maps is counted."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            maps = self.conv(images)
+        out: Tensor = self.fc(maps.clone().mean((-2, -1)))
+        return out
+
+
+class Checkpointed(Net):
+    """Its second pass, in the backward pass, is after the mixture has put its own tensors back."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = checkpoint(lambda maps: self.fc(maps.mean((-2, -1))), self.conv(images), use_reentrant=False)
+        return out
+
+
+@pytest.mark.parametrize("kind", [Frozen, Checkpointed])
+def test_networks_whose_gradients_cannot_be_compared_answer_nevertheless(kind: type[Net]) -> None:
+    experts = [kind().double().eval() for _ in range(2)]
+    model = ImmunityMoE.from_experts(experts, stage="conv", image_size=12, batching="loop")
+    with torch.no_grad():
+        expected = torch.stack([expert(_images()) for expert in experts])
+        torch.testing.assert_close(model.expert_logits(_images()), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_hook_of_a_parameter_is_not_dropped_in_silence() -> None:
