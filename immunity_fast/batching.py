@@ -53,7 +53,7 @@ def unstack_modules(stacked: nn.Module, num_experts: int) -> list[nn.Module]:
             tensors[name] = nn.Parameter(parameter.detach()[index].clone(), parameter.requires_grad)
         for name, buffer in stacked.named_buffers():
             tensors[name] = buffer[index].clone()
-        return count_on_host(_replace(stacked, tensors))
+        return count_on_host(_replace(stacked, tensors, used=True))
 
     return [expert(index) for index in range(num_experts)]
 
@@ -217,10 +217,10 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def _replace(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
-    """A deep copy of `module` with other tensors under its names, whatever their shapes."""
+def _replace(module: nn.Module, tensors: dict[str, Tensor], *, used: bool = False) -> nn.Module:
+    """A deep copy of `module` with other tensors under its names, whatever their shapes; `used`: see `copied`."""
     memo = {id(old): tensors[name] for name, old in own_tensors(module).items()}
-    return copied(module, memo)
+    return copied(module, memo, used=used)
 
 
 def _describe(module: nn.Module) -> tuple[object, ...]:

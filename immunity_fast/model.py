@@ -94,9 +94,10 @@ class ImmunityMoE(nn.Module):
     ) -> "ImmunityMoE":
         """A mixture of the user's own networks, which are copied.
 
-        They run on two images, some 6·N passes in all, and are refused unless each computes in the mixture what it
-        computes alone: of what is no parameter and no buffer (plain attributes, functions, hooks) the mixture has
-        number 0's. Weights, statistics, modes and PyTorch's random state stay as they are; hooks are called.
+        They run on two images, some 8·N passes and 2·N backward, and are refused unless each computes in the mixture
+        what it computes alone, gradients included: of what is no parameter and no buffer (plain attributes, functions,
+        hooks) the mixture has number 0's. Weights, statistics, modes and PyTorch's random state stay as they are; hooks
+        are called.
         Where an in-place operation follows on `stage`, it gets a copy of the activations.
 
         Args:
@@ -265,6 +266,18 @@ class ImmunityMoE(nn.Module):
         with in_use():
             return super().state_dict(*args, **kwargs)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `named_parameters`."""
+        with in_use():
+            return super().load_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ImmunityMoE":
+        """As `named_parameters`."""
+        with in_use():
+            memo[id(self)] = twin = type(self).__new__(type(self))
+            twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[no-untyped-call]
+        return twin
+
     def unstack(self) -> list[nn.Module]:
         """N ordinary modules from images in [0, 1] to logits, with tensors of their own.
 
@@ -328,10 +341,11 @@ class ImmunityMoE(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ImmunityMoE":
         """`nn.Module`'s, which `to` and its like call: of stacked tensors each expert's own is converted."""
-        if recurse:
-            for child in self.children():
-                child._apply(expert_by_expert(fn) if child is self.experts else fn)  # type: ignore[no-untyped-call]
-        super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
+        with in_use():
+            if recurse:
+                for child in self.children():
+                    child._apply(expert_by_expert(fn) if child is self.experts else fn)  # type: ignore[no-untyped-call]
+            super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -419,7 +433,7 @@ def _check_number(experts: int) -> None:
 def _check_stage(network: nn.Module, stage: str) -> None:
     if _is_chain(network):
         split(network, stage)
-    elif stage not in dict(network.named_modules()):
+    elif stage not in dict(network.named_modules(remove_duplicate=False)):  # by any of a module's names
         raise ValueError(f"stage: the experts have no submodule {stage!r}")
 
 

@@ -37,6 +37,7 @@ class Pass(NamedTuple):
     buffers: dict[str, Tensor]
     overwritten: bool  # whether something behind the stage changed its output in place
     input_changed: bool  # whether something changed the images in place
+    gradients: list[Tensor]  # of the images, and of all parameters in one tensor; empty where they are not asked for
 
 
 class _Way(NamedTuple):
@@ -45,10 +46,16 @@ class _Way(NamedTuple):
     mode: str
     moved: bool = False  # with other weights: those of a fresh network can hide much, being zero here and there
     loud: bool = False  # on images far beyond [0, 1]: bounds that nothing reaches look alike
+    backward: bool = False  # by gradients, too: hooks and functions may change these alone
 
 
 # Every network has to run in the first of them. One that does not in another is not compared there.
-_WAYS = (_Way("evaluation"), _Way("training", moved=True), _Way("evaluation", loud=True))
+_WAYS = (
+    _Way("evaluation"),
+    _Way("training", moved=True),
+    _Way("evaluation", loud=True),
+    _Way("evaluation", moved=True, backward=True),
+)
 
 
 class _Reached(Exception):
@@ -128,6 +135,8 @@ def check_alike(experts: Sequence[nn.Module], stacked: nn.Module, stage: str, im
     Raises:
         ValueError: an expert that does not, by its number.
     """
+    for index, expert in enumerate(experts):
+        _check_parameters(index, expert)
     overwritten = False
     for way in _WAYS:
         # What a pass leaves in plain attributes the next expert's meets there, as it would later.
@@ -141,10 +150,22 @@ def check_alike(experts: Sequence[nn.Module], stacked: nn.Module, stage: str, im
     return overwritten
 
 
+def _check_parameters(index: int, expert: nn.Module) -> None:
+    """Hooks of parameters are the parameters' own, which in the mixture are others."""
+    for name, value in expert.named_parameters():
+        if value._backward_hooks or getattr(value, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"experts: number {index} has a hook on the gradient of {name}, which the mixture's parameter would "
+                "not have: remove it, and give the mixture's its own"
+            )
+
+
 def _alone(index: int, expert: nn.Module, stage: str, images: Tensor, way: _Way) -> Pass | None:
     """An expert's own pass; None where it has none to compare with."""
     try:
-        found = _run(expert, _weights(expert, own_tensors(expert), way), _as_loud(images, way), stage, way.mode)
+        found = _run(
+            expert, _weights(expert, own_tensors(expert), way), _as_loud(images, way), stage, way.mode, way.backward
+        )
     except Exception as error:  # whatever a network may raise
         if way is not _WAYS[0]:
             return None
@@ -170,20 +191,22 @@ def _compare(
     images = _as_loud(images, way)
     slices = {name: tensor.detach()[index] for name, tensor in own_tensors(stacked).items()}
     try:
-        together = _run(stacked, _weights(expert, slices, way), images, stage, way.mode, restore=False)
+        together = _run(stacked, _weights(expert, slices, way), images, stage, way.mode, way.backward, restore=False)
     except Exception as error:
+        if way.backward:  # as with a checkpoint's second pass; in training it is an error, and not everyone trains
+            return
         reason = _reason(experts[0], expert)
         raise ValueError(
             f"experts: number {index} runs alone, but not in the mixture ({_line(error)}); {reason}"
         ) from error
-    for name in ("output", "maps", "buffers"):
+    for name in ("output", "maps", "buffers", "gradients"):
         gap = _gap(getattr(alone, name), getattr(together, name))
         if gap is None:
             continue
-        again = _run(expert, _weights(expert, own_tensors(expert), way), images, stage, way.mode)
+        again = _run(expert, _weights(expert, own_tensors(expert), way), images, stage, way.mode, way.backward)
         if gap <= 10 * (_gap(getattr(alone, name), getattr(again, name), exactly=True) or 0.0):
             continue  # by chance: it differs from itself
-        what = {"output": "outputs", "maps": f"maps at {stage!r}", "buffers": "buffers"}[name]
+        what = {"output": "outputs", "maps": f"maps at {stage!r}", "buffers": "buffers", "gradients": "gradients"}[name]
         raise ValueError(
             f"experts: number {index} has other {what} in the mixture than alone, by up to {gap:.2g} on a probe image "
             f"in {way.mode} mode; {_reason(experts[0], expert)}"
@@ -193,7 +216,7 @@ def _compare(
 def _weights(expert: nn.Module, tensors: Mapping[str, Tensor], way: _Way) -> dict[str, Tensor]:
     if not way.moved:
         return dict(tensors)
-    return _moved(tensors, {name for name, value in expert.named_parameters() if value.is_floating_point()})
+    return _moved(tensors, set(_weighed(expert)))
 
 
 def _as_loud(images: Tensor, way: _Way) -> Tensor:
@@ -206,6 +229,7 @@ def _run(
     images: Tensor,
     stage: str | None = None,
     mode: str = "evaluation",
+    backward: bool = False,
     *,
     restore: bool = True,
     stop: bool = False,
@@ -219,11 +243,22 @@ def _run(
             caught.append((output, output, 0))
             raise _Reached
         is_tensor = isinstance(output, Tensor)
-        caught.append((output, output.clone() if is_tensor else output, output._version if is_tensor else 0))
+        kept = output.detach().clone() if is_tensor else output
+        caught.append((output, kept, _version(output) if is_tensor else 0))
 
-    output = None
-    with in_use(), _undisturbed(network, restore), _seeded(images.device), torch.inference_mode(False), torch.no_grad():
+    output, gradients = None, []
+    with (
+        in_use(),
+        _undisturbed(network, restore),
+        _seeded(images.device),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(backward),
+    ):
         own = {name: t.detach().clone() if name in changing else t.detach() for name, t in tensors.items()}
+        leaves = []
+        if backward:
+            own |= {name: own[name].clone().requires_grad_() for name in _weighed(network)}
+            leaves = [images := images.clone().requires_grad_(), *(own[name] for name in _weighed(network))]
         images = images.clone()
         version = images._version
         for part in network.modules():
@@ -232,14 +267,38 @@ def _run(
         try:
             with nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False):
                 output = call(network, own, images)
+                if backward and isinstance(output, Tensor):
+                    gradients, output = _gradients(output, leaves), output.detach()
         except _Reached:
             pass
         finally:
             if hook is not None:
                 hook.remove()
-    changed = any(isinstance(seen, Tensor) and seen._version != version for seen, _, version in caught)
+    changed = any(isinstance(seen, Tensor) and _version(seen) != version for seen, _, version in caught)
     maps, buffers = [kept for _, kept, _ in caught], {name: own[name] for name in sorted(changing)}
-    return Pass(output, maps, buffers, changed and not stop, images._version != version)
+    return Pass(output, maps, buffers, changed and not stop, images._version != version, gradients)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, where that is counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _weighed(network: nn.Module) -> list[str]:
+    """The parameters that a gradient may be taken of."""
+    return [name for name, value in network.named_parameters() if value.is_floating_point()]
+
+
+def _gradients(output: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Of a sum of the outputs, no two counting alike, by the first leaf, and by all others in one tensor.
+
+    In one, because rounding is measured by the largest: the gradient of a bias before a softmax is nothing else.
+    """
+    if not output.requires_grad:
+        return []
+    weights = torch.linspace(1, 2, output.numel(), device=output.device, dtype=output.dtype).view_as(output)
+    found = torch.autograd.grad((weights * output).sum(), leaves, allow_unused=True, materialize_grads=True)
+    return [found[0], torch.cat([part.flatten().to(found[0].dtype) for part in found[1:]] or [found[0].new_zeros(0)])]
 
 
 def _shape_at(network: nn.Module, stage: str, like: Tensor, height: int, width: int) -> tuple[int, ...] | None:
@@ -345,7 +404,7 @@ def _differences(first: nn.Module, other: nn.Module) -> Iterator[str]:
     own = vars(nn.Module())
     for (prefix, mine), (_, theirs) in zip(first.named_modules(), other.named_modules(), strict=False):
         for name, value in vars(mine).items():
-            if name in own and "forward" not in name:
+            if name in own and "forward" not in name and "backward" not in name:
                 continue
             another = vars(theirs).get(name)
             if "hooks" in name:  # by a number that is each hook's own

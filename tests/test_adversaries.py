@@ -555,8 +555,8 @@ def test_on_a_random_gate_the_best_that_is_kept_is_never_a_lucky_one(switch: Any
             assert share <= answers[0][name] + 0.01, (options, name)
 
 
-@pytest.mark.parametrize("knowledge", ["single", "eot"])
-def test_a_random_attacker_keeps_what_is_worst_for_the_mean(knowledge: Any) -> None:
+@pytest.mark.parametrize("knowledge", ["single", "eot", "mean"])
+def test_an_attacker_of_a_random_gate_keeps_what_is_worst_for_the_mean(knowledge: Any) -> None:
     model, images, labels = _divided()
     answers = []
     for options in ({}, *OPTIONS[:3]):

@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
 from immunity_fast.batching import Batching
@@ -74,6 +76,10 @@ def _hooked(factor: float, kind: str) -> nn.Module:
     net = Net()
     if kind == "hook":
         net.norm.register_forward_hook(lambda _module, _inputs, output: output * factor)
+    elif kind == "backward":
+        net.norm.register_full_backward_hook(lambda _module, gradients, _outputs: (gradients[0] * factor,))
+    elif kind == "backward pre":
+        net.norm.register_full_backward_pre_hook(lambda _module, gradients: (gradients[0] * factor,))
     else:
         net.conv.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * factor,))
     return net
@@ -100,6 +106,12 @@ def _silent(temperature: float) -> nn.Module:
     return net
 
 
+def _leaky_behind(slope: float, x: Tensor) -> Tensor:
+    """ReLU, whose gradient below zero is not 0, but `slope`."""
+    leaky = F.leaky_relu(x, slope)
+    return leaky + (x.relu() - leaky).detach()
+
+
 # What number 1 is made of, where number 0 is made of 1.0, and what the error says of it.
 UNLIKE: dict[str, tuple[Callable[[float], nn.Module], float, str]] = {
     "a float": (lambda x: Net(mean=x), 0.4, r"mean \(1.0 and 0.4\)"),
@@ -112,6 +124,9 @@ UNLIKE: dict[str, tuple[Callable[[float], nn.Module], float, str]] = {
     "a lambda": (lambda x: Net(prepare=lambda images: images * x), 0.4, "prepare"),
     "a hook": (lambda x: _hooked(x, "hook"), 0.4, "norm._forward_hooks"),
     "a pre-hook": (lambda x: _hooked(x, "pre-hook"), 0.4, "conv._forward_pre_hooks"),
+    "a backward hook": (lambda x: _hooked(x, "backward"), 0.4, "gradients .*norm._backward_hooks"),
+    "a backward pre-hook": (lambda x: _hooked(x, "backward pre"), 0.4, "gradients .*norm._backward_pre_hooks"),
+    "a gradient of its own": (lambda x: Net(act=functools.partial(_leaky_behind, x)), 0.4, "gradients .*act"),
     "a pre-hook of a chain": (_chain_hooked, 0.4, "_forward_pre_hooks"),
     "heads": (lambda x: Attention(2 if x == 1 else 4), 0.4, r"attention.num_heads \(2 and 4\)"),
     "a hidden temperature": (_silent, 2.0, r"temperature \(1.0 and 2.0\)"),
@@ -149,6 +164,82 @@ def test_a_function_that_reaches_the_original_is_refused_though_all_are_equal() 
     experts.append(copy.deepcopy(experts[0]))
     with pytest.raises(ValueError, match=r"experts: number 0 .*reaches"):
         ImmunityMoE.from_experts(experts, stage="conv", image_size=12)
+
+
+class Frozen(Net):
+    """Its stage is in no graph, and no version of its maps is counted."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            maps = self.conv(images)
+        out: Tensor = self.fc(maps.clone().mean((-2, -1)))
+        return out
+
+
+class Checkpointed(Net):
+    """Its second pass, in the backward pass, is after the mixture has put its own tensors back."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = checkpoint(lambda maps: self.fc(maps.mean((-2, -1))), self.conv(images), use_reentrant=False)
+        return out
+
+
+@pytest.mark.parametrize("kind", [Frozen, Checkpointed])
+def test_networks_whose_gradients_cannot_be_compared_answer_nevertheless(kind: type[Net]) -> None:
+    experts = [kind().double().eval() for _ in range(2)]
+    model = ImmunityMoE.from_experts(experts, stage="conv", image_size=12, batching="loop")
+    with torch.no_grad():
+        expected = torch.stack([expert(_images()) for expert in experts])
+        torch.testing.assert_close(model.expert_logits(_images()), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_hook_of_a_parameter_is_not_dropped_in_silence() -> None:
+    experts = [Net(), Net()]
+    experts[1].fc.weight.register_hook(lambda gradient: gradient * 0)
+    with pytest.raises(ValueError, match=r"experts: number 1 has a hook on the gradient of fc\.weight"):
+        ImmunityMoE.from_experts(experts, stage="conv", image_size=12)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("way", ["weight_norm", "prune"])
+@pytest.mark.parametrize("batching", BOTH)
+def test_weights_that_each_pass_makes_anew_are_trained(way: str, batching: Batching) -> None:
+    """They are tensors of a graph in plain attributes, which PyTorch does not copy."""
+    torch.manual_seed(0)
+    experts = [Net().double().eval() for _ in range(2)]
+    for expert in experts:
+        if way == "prune":
+            prune.random_unstructured(expert.conv, "weight", 0.5)  # type: ignore[no-untyped-call]
+        else:
+            nn.utils.weight_norm(expert.conv)
+        expert(_images())
+    model = ImmunityMoE.from_experts(experts, stage="conv", image_size=12, batching=batching)
+    expected = torch.stack([expert(_images()) for expert in experts])
+    expected.square().sum().backward()
+    for _ in range(2):
+        model.zero_grad()
+        logits = model.expert_logits(_images())
+        logits.square().sum().backward()
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    for name, value in model.experts.named_parameters():
+        own = torch.stack([expert.get_parameter(name).grad for expert in experts])
+        torch.testing.assert_close(value.grad, own, rtol=1e-9, atol=1e-9)
+    for mine, logits in zip(model.unstack(), expected, strict=True):
+        torch.testing.assert_close(mine(_images()), logits, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("batching", BOTH)
+def test_activations_that_a_pass_leaves_do_not_keep_a_mixture_from_being_taken_apart(batching: Batching) -> None:
+    class Keeping(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            self.features = images * self.fc.weight.mean()
+            return super().forward(self.features)
+
+    experts = [Keeping().double().eval() for _ in range(2)]
+    model = ImmunityMoE.from_experts(experts, stage="conv", image_size=12, batching=batching)
+    logits = model.expert_logits(_images())
+    for mine, expected in zip(model.unstack(), logits, strict=True):
+        torch.testing.assert_close(mine(_images()), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_what_a_pass_leaves_in_a_plain_attribute_is_not_shared() -> None:
@@ -402,6 +493,14 @@ def test_a_layer_on_both_sides_of_the_cut_is_trained_as_in_each_expert_alone(way
             torch.testing.assert_close(mine[index], theirs, rtol=1e-9, atol=1e-12)
         for buffer, theirs in zip(model.experts.buffers(), expert.buffers(), strict=True):
             torch.testing.assert_close(buffer[index], theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_stage_may_go_by_any_of_its_names() -> None:
+    experts = [Listed().double(), Listed().double()]
+    models = [ImmunityMoE.from_experts(experts, stage=stage, image_size=12) for stage in ("norm", "layers.1")]
+    one, other = (model.double().eval().expert_outputs(_images())[1] for model in models)
+    for mine, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("batching", BOTH)

@@ -176,3 +176,24 @@ def test_each_thread_has_its_own_outputs(chain: bool, batching: Batching) -> Non
     _together(work)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("batching", ["loop", "vmap"])
+def test_copying_loading_and_converting_wait_for_a_pass(batching: Batching) -> None:
+    model, images = _model(batching), _images()
+    expected, state = model.expert_logits(images), copy.deepcopy(model.state_dict())
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            if number == 0:
+                torch.testing.assert_close(copy.deepcopy(model).expert_logits(images), expected)
+            elif number == 1:
+                model.load_state_dict(state)
+                model.to(torch.float64)
+            else:
+                torch.testing.assert_close(model.expert_logits(images), expected)
+
+    _together(work)
+    assert {name: value.shape for name, value in model.state_dict().items()} == {
+        name: value.shape for name, value in state.items()
+    }

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from immunity_fast.functional import Layout
 
@@ -89,15 +90,31 @@ def default_stage(
     raise ValueError(f"no stage's map exceeds 8×8 for images of {height}×{width} ({found_text}): name a stage")
 
 
-def copied(network: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def copied(network: nn.Module, memo: dict[int, Any] | None = None, *, used: bool = False) -> nn.Module:
     """A deep copy; what is in ``memo``, by the identity of the old, takes the old's place.
 
-    Raises ``ValueError`` if the network holds what cannot be copied, such as a tensor of a graph.
+    PyTorch copies no tensor of a graph. A weight that each pass makes anew, of ``nn.utils.weight_norm`` and its like,
+    is copied without its graph; ``used``: so is all that a pass may have left in plain attributes. Raises
+    ``ValueError`` if something else cannot be copied.
     """
     try:
-        return copy.deepcopy(network, memo)
+        left = [
+            value
+            for part in network.modules()
+            for name, value in vars(part).items()
+            if isinstance(value, Tensor) and (used or any(own.startswith(f"{name}_") for own in part._parameters))
+        ]
+        made = [value for value in left if not value.is_leaf or is_functorch_wrapped_tensor(value)]
+        return copy.deepcopy(network, {id(value): _without_graph(value) for value in made} | (memo or {}))
     except Exception as error:
         raise ValueError(f"experts: a network holds what cannot be copied ({type(error).__name__}: {error})") from error
+
+
+def _without_graph(value: Tensor) -> Tensor:
+    """A copy; of what a ``torch.vmap`` that has ended left, of all its rows."""
+    while is_functorch_wrapped_tensor(value):
+        value = get_unwrapped(value)
+    return value.detach().clone()
 
 
 def map_layout(
