@@ -5,7 +5,7 @@ dtype before anything is made of it.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,12 @@ def has_info(path: Path, info: dict[str, Any], *names: str) -> dict[str, Any]:
     return info
 
 
+def check_classes(path: Path, info: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """ValueError, by file, where a checkpoint names other classes than the data it was trained on have."""
+    if "classes" in info and info["classes"] != list(classes):
+        raise ValueError(f"{path}: names other classes than the data: {shown(info['classes'])}, {shown(list(classes))}")
+
+
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str = "") -> None:
     """ValueError, by file and entry, unless both have the same names, each with the same shape and dtype."""
     for name in sorted(expected.keys() | tensors.keys()):
@@ -128,6 +134,11 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
         types = [str(t[name].dtype).removeprefix("torch.") for t in (tensors, expected)]
         if types[0] != types[1]:
             raise ValueError(f"{path}: {prefix}{name} has dtype {types[0]}, expected {types[1]}")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first of the tensors that holds NaN or an infinite number, if one does."""
+    return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor], separator: str = "/") -> dict[str, Tensor]:
@@ -184,7 +195,7 @@ def load_module(path: Path, module: nn.Module, tensors: dict[str, Tensor], prefi
 def model_file(path: str | Path) -> Path:
     """What `load_model` takes: a file itself; of a run folder the best checkpoint, where there is one, or the last."""
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and path.name not in (BEST.name, LAST.name):  # which are no run folders
         path = path / (BEST if (path / BEST).is_file() else LAST)
     return path
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from immunity_fast import cli
 from immunity_fast.adversarial import frozen
 from immunity_fast.attacks import Model
-from immunity_fast.checkpoint import load_info, load_model, model_file
+from immunity_fast.checkpoint import check_classes, load_info, load_model, model_file, not_finite
 from immunity_fast.compilation import Compile, Compiled, at_size, keep_caches
 from immunity_fast.config import TrainConfig, number
 from immunity_fast.data import NAMES as DATASETS
@@ -454,6 +454,7 @@ def evaluate_folder(options: argparse.Namespace, device: torch.device) -> None:
         if info.get("data") != load_info(run.checkpoint)["data"]:
             raise ValueError(f"{file}: of another run, which was trained on other data")
         raise ValueError(f"the data are not those that {options.run} was trained on")
+    check_classes(file, info, dataset.classes)
     if trained < config.epochs:
         raise ValueError(
             f"{options.run}: stopped after {trained} of {config.epochs} epochs; go on with: {run.resume_command}"
@@ -466,17 +467,25 @@ def evaluate_folder(options: argparse.Namespace, device: torch.device) -> None:
     plan = with_attackers(plan, attackers, options.attackers)
     check_radius(plan, dataset)
     keep_caches()
-    evaluate_run(
-        run,
-        model,
-        dataset,
-        config,
-        plan,
-        _outputs(options.out or run.folder, options.again),
-        draws=options.draws or 20,
-        transfer=transfer,
-        compile=options.compile,
-    )
+    try:
+        evaluate_run(
+            run,
+            model,
+            dataset,
+            config,
+            plan,
+            _outputs(options.out or run.folder, options.again),
+            draws=options.draws or 20,
+            transfer=transfer,
+            compile=options.compile,
+        )
+    except ValueError as error:
+        wrong = not_finite(model.state_dict())
+        if wrong is None:
+            raise
+        raise ValueError(
+            f"{error}; {file} holds weights that are NaN or infinite ({wrong}): begin a new run, with a smaller --lr"
+        ) from error
 
 
 def _outputs(folder: Path, again: bool) -> Outputs:

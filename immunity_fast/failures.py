@@ -11,7 +11,9 @@ from immunity_fast.compilation import append_traceback, shortened
 
 # What PyTorch's allocators and libraries say where they raise a plain RuntimeError.
 _NO_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|not enough memory|cannot allocate memory|bad_alloc|_ALLOC_FAILED", re.I
+    r"out of memory|can't allocate memory|not enough memory|cannot allocate memory|bad_alloc|_ALLOC_FAILED"
+    r"|could not create a (primitive|memory)",  # oneDNN's
+    re.I,
 )
 _TRIED = re.compile(r"(?:tried to allocate|unable to allocate) (?P<size>[\d.]+) ?(?P<unit>[KMGT]?i?B|bytes)\b", re.I)
 

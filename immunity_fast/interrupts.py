@@ -35,14 +35,13 @@ def status_of(interrupt: KeyboardInterrupt) -> int:
 
 
 def end_quietly_while_importing() -> None:
-    """Imports take seconds, and Ctrl-C in them is nobody's error: a line instead of the traceback."""
+    """Imports take seconds, and a signal in them is nobody's error: a line and its status, no traceback."""
 
     def end(number: int, _frame: FrameType | None) -> NoReturn:
         os.write(2, b"interrupted\n")
         os._exit(128 + number)
 
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, end)
+    _handle(end)
 
 
 @contextmanager
@@ -102,7 +101,7 @@ def _raise(number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
 
-def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+def _handle(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any]:
     """Have the signals handled, which only the main thread can; the handlers from before."""
     if threading.current_thread() is not threading.main_thread():
         return {}

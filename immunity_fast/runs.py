@@ -44,7 +44,8 @@ class Run:
     def _remedy(self) -> str:
         """The option without which a run that has diverged would do so again."""
         with suppress(OSError, ValueError, TypeError, KeyError):
-            return f" --lr {float(json.loads(self.diverged.read_text(encoding='utf-8'))['lr']) / 10:g}"
+            diverged = float(json.loads(self.diverged.read_text(encoding="utf-8"))["lr"])
+            return f" --lr {min(diverged / 10, TrainConfig().lr):g}"  # far off, a tenth would diverge as well
         return ""
 
     @property
@@ -166,8 +167,10 @@ class Run:
         Without a last checkpoint it would begin anew, and what was trained would be lost.
         """
         records = len(self.metrics())
-        if not self.checkpoint.is_file() and (records or self.best_checkpoint.exists()):
-            left = self.metrics_file if records else self.best_checkpoint
+        trained = [self.metrics_file] * bool(records)
+        trained += [file for file in (self.best_checkpoint, self.results_file, self.report) if file.exists()]
+        if not self.checkpoint.is_file() and trained:
+            left = trained[0]
             raise ValueError(
                 f"{self.checkpoint}: there is no such checkpoint, although {left} shows that the run was trained; "
                 "put it back, or begin a new run with --out"

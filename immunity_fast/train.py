@@ -17,7 +17,7 @@ import torch
 
 from immunity_fast import cli, distributed, interrupts
 from immunity_fast.adversarial import collapsed
-from immunity_fast.checkpoint import load_model, save_checkpoint
+from immunity_fast.checkpoint import load_model, not_finite, save_checkpoint
 from immunity_fast.compilation import keep_caches
 from immunity_fast.config import PRESETS, TrainConfig, add_options, resolve_architecture
 from immunity_fast.data import load
@@ -340,10 +340,11 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     if run.checkpoint.is_file():
         trainer.load(run.checkpoint)
         trainer.kept = trainer.step
-        if not is_finite(trainer):
+        wrong = not_finite(trainer.tensors())
+        if wrong is not None:  # momentum and averages too: from these the next step would make the same of the weights
             raise ValueError(
-                f"{run.checkpoint}: holds weights that are NaN or infinite, from which nothing can go on; "
-                "begin a new run, with a smaller --lr"
+                f"{run.checkpoint}: holds weights that are NaN or infinite, from which nothing can go on "
+                f"({wrong}); begin a new run, with a smaller --lr"
             )
     run.check_goes_on(trainer.epoch)
     take_remedies(run, config)
@@ -402,25 +403,25 @@ def check_trainable(
 @cli.enough_memory(MEMORY_ADVICE)
 def fit(arguments: list[str] | None) -> tuple[Trainer, Run] | None:
     """Train what a command line says, to its end; without the evaluation. None in processes other than the first."""
-    try:
-        folder, resume, config = parse(arguments)
-        device = cli.pick_device(config.device)
-        distributed.check_environment()
-    except ValueError as error:
-        raise cli.InputError(str(error)) from error
+    folder: Path | None = None
     trainer: Trainer | None = None
 
     def left() -> str:
+        if folder is None:
+            return "interrupted, before anything was done; go on with the same command"
         if not Run(folder).config_file.is_file():
             return "interrupted, before anything was written"
         kept = "" if trainer is None else f"its checkpoint is of step {trainer.kept} of {trainer.steps}; "
         return f"interrupted; {kept}go on with: {Run(folder).resume_command}"
 
-    with (
-        interrupts.told(left, distributed.tell_once(cli.console.print)),
-        distributed.processes(device),
-        ExitStack() as held,
-    ):
+    with interrupts.told(left, distributed.tell_once(cli.console.print)), ExitStack() as held:
+        try:
+            folder, resume, config = parse(arguments)
+            device = cli.pick_device(config.device)
+            distributed.check_environment()
+        except ValueError as error:
+            raise cli.InputError(str(error)) from error
+        held.enter_context(distributed.processes(device))
         main_process = distributed.rank() == 0
         if resume and main_process:
             held.enter_context(Run(folder).locked())

@@ -16,6 +16,7 @@ from immunity_fast.adversarial import InnerAttack, frozen
 from immunity_fast.attacks import Attack, NotFiniteError
 from immunity_fast.averaging import WeightAverage
 from immunity_fast.checkpoint import (
+    check_classes,
     check_tensors,
     has_info,
     load_checkpoint,
@@ -202,6 +203,7 @@ class Trainer:
             raise ValueError(f"{path}: of another model: {info['model']}, expected {self.description}")
         if info["data"] != self.fingerprint:
             raise ValueError(f"{path}: trained on other data than {self.config.dataset} as it is now")
+        check_classes(path, info, self.dataset.classes)
         if "sums" not in tensors:
             raise ValueError(f"{path}: a model alone, such as of joined networks: there is no training to go on with")
         self._check(path, tensors, info)

@@ -49,6 +49,7 @@ def _raised(function: Callable[[], Any]) -> Exception:
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), "out of memory"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
         (RuntimeError("std::bad_alloc"), "out of memory"),
+        (RuntimeError("could not create a primitive"), "out of memory"),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "out of memory"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (ValueError("out of memory is what this is not"), None),

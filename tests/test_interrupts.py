@@ -102,6 +102,20 @@ def test_before_there_is_a_run_nothing_can_go_on(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("where", "name"), [(train, "parse"), (train.cli, "pick_device")], ids=["parse", "device"])
+def test_before_anything_is_known_an_interrupt_is_a_line(
+    where: Any,
+    name: str,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(where, name, _signalling(signal.SIGTERM, 1, getattr(where, name)))
+    assert _status(train.main, [*options(data), "--out", str(tmp_path / "run")]) == 143
+    assert capsys.readouterr().out.startswith("interrupted, before anything was ")
+
+
 def test_after_training_evaluating_goes_on(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,9 +172,10 @@ def test_handlers_are_given_back() -> None:
     assert [signal.getsignal(number) for number in interrupts.SIGNALS] == before
 
 
-def test_an_interrupt_while_importing_is_a_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
+def test_an_interrupt_while_importing_is_a_line(number: signal.Signals, tmp_path: Path) -> None:
     """Torch's import takes most of it: here a stand-in, in whose import Ctrl-C is pressed."""
-    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    (tmp_path / "torch.py").write_text(f"import os, time\nos.kill(os.getpid(), {number:d})\ntime.sleep(60)\n")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     for module in ("train", "evaluate", "reproduce", "ensemble"):
         ended = subprocess.run(
@@ -171,7 +186,7 @@ def test_an_interrupt_while_importing_is_a_line(tmp_path: Path) -> None:
             text=True,
             check=False,
         )
-        assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+        assert (ended.returncode, ended.stdout, ended.stderr) == (STATUS[number], "", "interrupted\n")
 
 
 def test_a_package_that_is_imported_changes_no_handler() -> None:

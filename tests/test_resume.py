@@ -227,20 +227,24 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
     assert saved(folder) == whole
 
 
-@pytest.mark.parametrize("left", ["records", "best", "both"])
+@pytest.mark.parametrize("left", ["records", "best", "both", "results.json", "report.html"])
 def test_a_trained_run_without_its_last_checkpoint_is_refused_and_left_as_it_is(
     left: str, half: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run(half)
-    if left != "records":
+    files = {"records": run.metrics_file, "both": run.metrics_file, "best": run.best_checkpoint}
+    named = files.get(left, run.folder / left)
+    if left in ("best", "both"):
         shutil.copy(run.checkpoint, run.best_checkpoint)
-    if left == "best":
+    if left not in ("records", "both"):
         run.metrics_file.write_bytes(b"")
+    if named.parent == run.folder and named != run.metrics_file:
+        named.write_bytes(b"{}")
     run.checkpoint.unlink()
     before = contents(half)
     message = error_line(capsys, train.main, ["--resume", str(half)])
     assert f"{run.checkpoint}: there is no such checkpoint" in message
-    assert str(run.best_checkpoint if left == "best" else run.metrics_file) in message
+    assert str(named) in message
     assert "--out" in message
     assert contents(half) == before
 
