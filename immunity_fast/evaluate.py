@@ -37,6 +37,7 @@ from immunity_fast.robustness import ATTACKS, CLEAN_CHUNK, SETS, Evaluation, Pla
 from immunity_fast.runs import Run
 from immunity_fast.subjects import Mixture, Network, Subject, load_callable
 
+MOST_DRAWS = 10_000  # for EOT
 CHUNK = {"cpu": 50, "cuda": 250}  # images at once
 TELL = 60.0  # seconds between two lines in a log that is no terminal
 LARGEST = 2**63 - 1  # of whole numbers
@@ -297,6 +298,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             raise ValueError(f"{option}: expected at least {least}, got {value}")
         if value is not None and value > LARGEST:
             raise ValueError(f"{option}: expected at most 2⁶³ − 1, got a number of {len(str(value))} digits")
+    if options.draws is not None and options.draws > MOST_DRAWS:  # each is a mixture of its own in every step
+        raise ValueError(f"--draws: expected at most {MOST_DRAWS}, got {options.draws}")
     if options.eps is not None and not 0 <= options.eps < math.inf:
         raise ValueError(f"--eps: expected a finite number of at least 0, got {options.eps}")
     if options.eps is not None and options.norm == "Linf" and options.eps > 1:

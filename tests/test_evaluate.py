@@ -909,6 +909,7 @@ WRONG = [
     ("--limit", "0", "--limit: expected at least 1, got 0"),
     ("--limit", "-1", "--limit: expected at least 1, got -1"),
     ("--draws", "0", "--draws: expected at least 1, got 0"),
+    ("--draws", "10001", "--draws: expected at most 10000, got 10001"),
     ("--masking-images", "-1", "--masking-images: expected at least 0, got -1"),
     ("--queries", "0", "--queries: expected at least 1, got 0"),
     ("--autoattack-steps", "0", "--autoattack-steps: expected at least 1, got 0"),
