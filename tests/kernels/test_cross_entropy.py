@@ -42,6 +42,7 @@ class Mixture(NamedTuple):
         gate = normal(*([experts] if self.gate == "row" else [samples, experts]), seed=self.seed + 1).softmax(-1)
         if self.shut:
             gate[..., 0] = 0
+            gate = gate / gate.sum(-1, keepdim=True)
         return [logits, gate], labels
 
 
