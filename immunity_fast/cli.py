@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ except ModuleNotFoundError as missing:
         "pip install '.[train]', for what all commands need"
     ) from None
 
+TELL = 60.0  # seconds between two lines in a log that is no terminal
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a folder's name may look like markup
 
 
@@ -163,6 +165,27 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--device {name}: cannot be used here ({reason})") from error
     return device
+
+
+@contextmanager
+def telling(status: Callable[[], str], shown: bool = True) -> Iterator[None]:
+    """Where there is no terminal for a progress bar, a line now and then: an epoch or an attack may take an hour."""
+    if console.is_terminal or not shown:
+        yield
+        return
+    over = threading.Event()
+
+    def tell() -> None:
+        while not over.wait(TELL):
+            console.print(status())  # which flushes
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
 
 
 def progress_bar(shown: bool = True) -> Progress:

@@ -7,10 +7,8 @@ the same command started twice shares the work.
 import argparse
 import math
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +37,6 @@ from immunity_fast.subjects import Mixture, Network, Subject, load_callable
 
 MOST_DRAWS = 10_000  # for EOT
 CHUNK = {"cpu": 50, "cuda": 250}  # images at once
-TELL = 60.0  # seconds between two lines in a log that is no terminal
 LARGEST = 2**63 - 1  # of whole numbers
 
 # What a training run ends with: minutes on a CPU. The command finds out more.
@@ -113,7 +110,7 @@ def _run(evaluation: Evaluation) -> None:
         minutes = (time.perf_counter() - begin) / 60
         return f"evaluation: {done:,} of {total:,} images after {minutes:.0f} min" + (f"; {status}" if status else "")
 
-    with cli.progress_bar() as progress, _telling(told):
+    with cli.progress_bar() as progress, cli.telling(told):
         task = progress.add_task("evaluation", total=total, status="")
 
         def advance(row: Row, images: int, new: bool) -> None:
@@ -135,27 +132,6 @@ def _run(evaluation: Evaluation) -> None:
                 progress.console.print(f"{status}; these took {seconds:.0f} s")
 
         evaluation.run(advance)
-
-
-@contextmanager
-def _telling(status: Callable[[], str]) -> Iterator[None]:
-    """Where there is no terminal for a progress bar, a line now and then: one attack alone may take twenty minutes."""
-    if cli.console.is_terminal:
-        yield
-        return
-    over = threading.Event()
-
-    def tell() -> None:
-        while not over.wait(TELL):
-            cli.console.print(status())  # which flushes
-
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        over.set()
-        teller.join()
 
 
 def evaluate_run(

@@ -64,8 +64,15 @@ def train(trainer: Trainer, run: Run) -> None:
     board = tensorboard(run, trainer.epoch) if main else None
     begin = time.perf_counter()
     stepped = False
+
+    def told() -> str:
+        minutes = (time.perf_counter() - begin) / 60
+        epoch = min(trainer.epoch + 1, config.epochs)
+        return f"epoch {epoch}/{config.epochs}: step {trainer.step:,} of {trainer.steps:,} after {minutes:.0f} min"
+
     with (
         cli.progress_bar(shown=main) as progress,
+        cli.telling(told, shown=main),
         steps_profiled(trainer, run) as profile,
         interrupts.deferred(distributed.count() == 1) as asked,  # several would stop at different steps
     ):

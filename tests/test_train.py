@@ -6,6 +6,7 @@ import builtins
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from immunity_fast import evaluate, train
+from immunity_fast import cli, evaluate, train
 from immunity_fast import trainer as trainer_module
 from immunity_fast.augmentation import move
 from immunity_fast.checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -61,6 +62,23 @@ def test_the_global_random_state_before_a_run_plays_no_part(tmp_path: Path) -> N
     torch.manual_seed(2)
     np.random.default_rng(3)
     assert weights(_train(dataset(), tmp_path / "b")) == first
+
+
+def test_a_log_that_is_no_terminal_has_a_line_now_and_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also within an epoch, which may take an hour."""
+    advance, inside = Trainer.advance, list[str]()
+
+    def slow(self: Trainer, batch: Any) -> None:
+        advance(self, batch)
+        time.sleep(0.5)
+        inside.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(Trainer, "advance", slow)
+    monkeypatch.setattr(cli, "TELL", 0.1)
+    _train(dataset(), tmp_path / "run")
+    assert inside[0].count("epoch 1/1: step 1 of") >= 2
 
 
 def test_every_expert_begins_elsewhere() -> None:
