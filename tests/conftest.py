@@ -1,7 +1,9 @@
 """Before anything imports the kernels: on a machine without a GPU they run in Triton's interpreter."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -10,3 +12,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # As many processes as cores: threads besides would wait for each other in every parallel region.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
+@pytest.fixture(autouse=True)
+def caches_stay_where_they_are() -> Iterator[None]:
+    """A command says for its whole process where compiled code is kept, in some tests in a folder of the test."""
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

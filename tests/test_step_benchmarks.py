@@ -218,7 +218,9 @@ def test_a_way_that_costs_the_device_ends_the_process_and_another_one_goes_on(
 ) -> None:
     """Each way is in the record once, measured or failed."""
     case = StepCase("resnet8", None, 2, amp="off", experts=2, side=16)
-    order, gone, step = [(way.name, loss) for way, loss in case.order()], list[str](), StepCase.step
+    ways = case.order()[:3]
+    order, gone, step = [(way.name, loss) for way, loss in ways], list[str](), StepCase.step
+    monkeypatch.setattr(StepCase, "order", lambda _case: ways)
 
     def failing(self: StepCase, way: Any, loss: str) -> Any:
         if (way.name, loss) == order[1]:
@@ -249,7 +251,8 @@ def test_a_way_that_costs_the_device_ends_the_process_and_another_one_goes_on(
     assert [(one["way"], one["loss"]) for one in found["failures"]] == [order[1]]
     seen = [(one["way"], one["loss"]) for one in found["records"]]
     assert len(seen) == len(set(seen))
-    assert set(seen) == {*order, *((NAIVE, loss) for _, loss in order)} - {order[1]}
+    measured = [order[0], *order[2:]]
+    assert set(seen) == {*measured, *((NAIVE, loss) for _, loss in measured)}
 
 
 def test_a_rehearsal_takes_the_smallest_case() -> None:
