@@ -1,11 +1,14 @@
 """What the commands share: one-line errors, the choice of a device, progress bars."""
 
 import argparse
+import atexit
 import io
 import json
 import os
 import shlex
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +24,12 @@ try:
 
     try:
         import matplotlib
-    except ValueError:  # MPLBACKEND of a notebook, which a process that it starts need not have; nothing here is shown
+    except (ValueError, RuntimeError) as refused:
+        # MPLBACKEND of a notebook, which a process that it starts need not have; nothing here is shown.
         os.environ["MPLBACKEND"] = "agg"
+        if isinstance(refused, RuntimeError):  # matplotlib 3.8, for a user without a home
+            os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="matplotlib-")
+            atexit.register(shutil.rmtree, os.environ["MPLCONFIGDIR"], ignore_errors=True)
         for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
             del sys.modules[name]  # what of it was imported before it failed
         import matplotlib  # noqa: F401

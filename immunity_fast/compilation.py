@@ -82,7 +82,10 @@ def _is_torchs(folder: str) -> bool:
     """Whether it is PyTorch's choice, which it writes into the environment as if the user had made it."""
     module = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
     default = getattr(module, "default_cache_dir", None)
-    return default is not None and os.path.abspath(default()) == os.path.abspath(folder)
+    try:
+        return default is not None and os.path.abspath(default()) == os.path.abspath(folder)
+    except (KeyError, OSError):  # it is named after the user, who has no account
+        return False
 
 
 def at_size(function: Compiled, images: Tensor, size: int) -> Tensor:
