@@ -25,17 +25,18 @@ from benchmarks import machine, outcomes
 from benchmarks.cases import DEVICE, computes
 from benchmarks.outcomes import FAILED, NOT_FINISHED, NOT_JUDGED, NOT_RUN, PASSED
 from benchmarks.science import READY, RUNS
-from immunity_fast import adversaries, autoattack, cli
+from immunity_fast import adversaries, autoattack
 from immunity_fast.adversarial import frozen
 from immunity_fast.attacks import Attack, BoundAttack, LabelledModel
-from immunity_fast.compilation import Compiled, keep_caches
 from immunity_fast.config import TrainConfig
 from immunity_fast.data import ImageDataset, Split, load
 from immunity_fast.kernels import launch
 from immunity_fast.loader import Batch
 from immunity_fast.metrics import batches, sample, wilson_interval
-from immunity_fast.precision import set_float32
 from immunity_fast.runs import Run
+from immunity_fast.runtime import cli
+from immunity_fast.runtime.compilation import Compiled, keep_caches
+from immunity_fast.runtime.precision import set_float32
 from immunity_fast.train import check_finite, synchronize, train
 from immunity_fast.trainer import Trainer
 

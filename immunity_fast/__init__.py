@@ -1,6 +1,8 @@
 """Mixtures of experts made harder to attack, fast: arXiv 2402.18787 for PyTorch."""
 
-from immunity_fast import interrupts  # noqa: F401  before what takes seconds to import
+from immunity_fast.runtime import interrupts  # noqa: F401  before what takes seconds to import
+
+# isort: split
 from immunity_fast.gate import RandomSwitchGate
 from immunity_fast.losses import FusedImmunityLoss, ImmunityTerms
 from immunity_fast.model import ImmunityMoE

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from immunity_fast.attacks import Attack, BoundAttack
-from immunity_fast.compilation import Announce, Compile
 from immunity_fast.functional import mixture_cross_entropy, mixture_log_probabilities
 from immunity_fast.gate import Switch
 from immunity_fast.metrics import wilson_interval
 from immunity_fast.model import ImmunityMoE
-from immunity_fast.precision import Amp, autocast
+from immunity_fast.runtime.compilation import Announce, Compile
+from immunity_fast.runtime.precision import Amp, autocast
 
 Adversarial = Literal["off", "pgd", "trades", "fgsm-rs"]
 BatchNormMode = Literal["eval", "train"]

@@ -47,9 +47,9 @@ from torch import Tensor
 
 from immunity_fast.adversaries import Judge, asked_modules, exact_means, judge_of
 from immunity_fast.attack_losses import Loss, loss_of
-from immunity_fast.compilation import Announce, Compile, Compiled
-from immunity_fast.functional import check_choice
 from immunity_fast.projections import Norm, linf_bounds, project_l2, random_start, scaled, unit
+from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.compilation import Announce, Compile, Compiled
 
 Model = Callable[[Tensor], Tensor]
 LabelledModel = Callable[[Tensor, Tensor], Tensor]

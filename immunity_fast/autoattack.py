@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from immunity_fast.adversaries import asked_modules, drawn
 from immunity_fast.attack_losses import dlr
 from immunity_fast.attacks import Attack, Model, _check, _check_finite, _check_range
-from immunity_fast.functional import check_choice
 from immunity_fast.projections import Norm, largest_magnitude, linf_bounds, project_l2
+from immunity_fast.runtime.checks import check_choice
 
 Version = Literal["standard", "rand"]
 

@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunity_fast import cli
 from immunity_fast.adversarial import frozen
 from immunity_fast.attacks import Model
 from immunity_fast.checkpoint import check_classes, load_info, load_model, model_file, not_finite
-from immunity_fast.compilation import Compile, Compiled, at_size, keep_caches
 from immunity_fast.config import TrainConfig, number
 from immunity_fast.data import NAMES as DATASETS
 from immunity_fast.data import ImageDataset, fingerprint, load
@@ -30,9 +28,11 @@ from immunity_fast.findings import worst_case
 from immunity_fast.ledger import Ledger
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.model import ImmunityMoE
-from immunity_fast.precision import set_float32
 from immunity_fast.robustness import ATTACKS, CLEAN_CHUNK, SETS, Evaluation, Plan, Row
 from immunity_fast.runs import Run
+from immunity_fast.runtime import cli
+from immunity_fast.runtime.compilation import Compile, Compiled, at_size, keep_caches
+from immunity_fast.runtime.precision import set_float32
 from immunity_fast.subjects import Mixture, Network, Subject, load_callable
 
 MOST_DRAWS = 10_000  # for EOT

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast.experts.staged import GlobalAveragePool
-from immunity_fast.functional import check_choice
+from immunity_fast.runtime.checks import check_choice
 
 Switch = Literal["call", "sample", "off", "mean"]
 

@@ -23,9 +23,10 @@ from immunity_fast.batching import (
 )
 from immunity_fast.experts import create
 from immunity_fast.experts.staged import StagedNetwork, default_stage, split
-from immunity_fast.functional import Experts, Layout, channels_back, channels_first, check_choice, log_mixture
+from immunity_fast.functional import Experts, Layout, channels_back, channels_first, log_mixture
 from immunity_fast.gate import RandomSwitchGate, Switch
-from immunity_fast.strategies import Batching, choose
+from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.strategies import Batching, choose
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)

@@ -22,11 +22,11 @@ from immunity_fast import autoattack
 from immunity_fast.attacks import EPS, Attack, BoundAttack, LabelledModel, NotFiniteError, UnmovedWarning
 from immunity_fast.augmentation import to_float
 from immunity_fast.data import Split
-from immunity_fast.files import is_number
 from immunity_fast.ledger import Ledger, key_of
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.metrics import heatmap_sums, sample_order
 from immunity_fast.projections import Norm
+from immunity_fast.runtime.files import is_number
 from immunity_fast.subjects import Mixture, Subject
 
 VERSION = 2  # of what a piece is: a change makes earlier ones unknown

@@ -20,7 +20,7 @@ from immunity_fast.batching import (
     unstack_modules,
 )
 from immunity_fast.experts import create
-from immunity_fast.strategies import Batching, choose
+from immunity_fast.runtime.strategies import Batching, choose
 
 BOTH: list[Batching] = ["loop", "vmap"]
 

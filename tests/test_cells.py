@@ -25,7 +25,7 @@ from immunity_fast.experts.robnet import (
     robnet_network,
 )
 from immunity_fast.experts.staged import StagedNetwork, default_stage
-from immunity_fast.strategies import Batching
+from immunity_fast.runtime.strategies import Batching
 from tests.cell_reference import images, stir
 
 CHANNELS, CELLS, CLASSES = 4, 6, 3

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from immunity_fast import ensemble, evaluate, memory, reproduce, train
+from immunity_fast import ensemble, evaluate, reproduce, train
 from immunity_fast.config import TrainConfig
 from immunity_fast.experts import create
-from immunity_fast.failures import in_units, kept_traceback, one_line, out_of_memory
 from immunity_fast.robustness import Evaluation
+from immunity_fast.runtime import memory
+from immunity_fast.runtime.failures import in_units, kept_traceback, one_line, out_of_memory
 from immunity_fast.step import TrainStep
 from tests.small_runs import error_line, options, trained, write_data
 
@@ -106,7 +107,7 @@ def test_bytes_have_units(size: float, text: str) -> None:
 def test_a_process_has_the_memory_that_it_may_have() -> None:
     program = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (40 << 30, 40 << 30))\n"
-        "import torch\nfrom immunity_fast import memory\nprint(memory.total(torch.device('cpu')))"
+        "import torch\nfrom immunity_fast.runtime import memory\nprint(memory.total(torch.device('cpu')))"
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
