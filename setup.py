@@ -40,6 +40,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "immunity_fast",
+        "immunity_fast.data.datasets",
         "immunity_fast.experts",
         "immunity_fast.kernels",
         "immunity_fast.reproduction",

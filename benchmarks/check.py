@@ -27,7 +27,7 @@ from benchmarks.cases import DEVICE, computes
 from benchmarks.outcomes import FAILED, NOT_JUDGED, NOT_RUN, PASSED
 from benchmarks.stages import Job
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.augmentation import draw, move
+from immunity_fast.data.augmentation import draw, move
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.kernels import launch
 from immunity_fast.runtime.compilation import keep_caches

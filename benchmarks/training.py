@@ -29,10 +29,11 @@ from immunity_fast import adversaries, autoattack
 from immunity_fast.adversarial import frozen
 from immunity_fast.attacks import Attack, BoundAttack, LabelledModel
 from immunity_fast.config import TrainConfig
-from immunity_fast.data import ImageDataset, Split, load
+from immunity_fast.data.datasets import ImageDataset, Split, load
+from immunity_fast.data.loader import Batch
+from immunity_fast.data.sampling import batches, sample
 from immunity_fast.kernels import launch
-from immunity_fast.loader import Batch
-from immunity_fast.metrics import batches, sample, wilson_interval
+from immunity_fast.metrics import wilson_interval
 from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compiled, keep_caches

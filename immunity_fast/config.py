@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from immunity_fast.adversarial import Adversarial, BatchNormMode, InnerAttackSettings
-from immunity_fast.data import NAMES as DATASETS
+from immunity_fast.data.datasets import NAMES as DATASETS
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve
 from immunity_fast.functional import Score, WeightScale

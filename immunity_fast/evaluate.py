@@ -20,8 +20,8 @@ from immunity_fast.adversarial import frozen
 from immunity_fast.attacks import Model
 from immunity_fast.checkpoint import check_classes, load_info, load_model, model_file, not_finite
 from immunity_fast.config import TrainConfig, number
-from immunity_fast.data import NAMES as DATASETS
-from immunity_fast.data import ImageDataset, fingerprint, load
+from immunity_fast.data.datasets import NAMES as DATASETS
+from immunity_fast.data.datasets import ImageDataset, fingerprint, load
 from immunity_fast.evaluation_report import About, Outputs, write
 from immunity_fast.experts import title
 from immunity_fast.findings import worst_case

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from immunity_fast import autoattack
 from immunity_fast.attacks import EPS, Attack, BoundAttack, LabelledModel, NotFiniteError, UnmovedWarning
-from immunity_fast.augmentation import to_float
-from immunity_fast.data import Split
+from immunity_fast.data.augmentation import to_float
+from immunity_fast.data.datasets import Split
+from immunity_fast.data.sampling import sample_order
 from immunity_fast.ledger import Ledger, key_of
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.metrics import heatmap_sums, sample_order
+from immunity_fast.metrics import heatmap_sums
 from immunity_fast.projections import Norm
 from immunity_fast.runtime.files import is_number
 from immunity_fast.subjects import Mixture, Subject

@@ -18,7 +18,7 @@ import torch
 from immunity_fast.adversarial import collapsed
 from immunity_fast.checkpoint import load_model, not_finite, save_checkpoint
 from immunity_fast.config import PRESETS, TrainConfig, add_options, resolve_architecture
-from immunity_fast.data import load
+from immunity_fast.data.datasets import load
 from immunity_fast.evaluate import AFTER_TRAINING, chunk_of, evaluate_run
 from immunity_fast.experts import create, title
 from immunity_fast.runs import Run

@@ -26,10 +26,11 @@ from immunity_fast.checkpoint import (
     under,
 )
 from immunity_fast.config import TrainConfig
-from immunity_fast.data import ImageDataset, Split
+from immunity_fast.data.datasets import ImageDataset, Split
+from immunity_fast.data.loader import Batch, TrainLoader
+from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample
 from immunity_fast.functional import log_mixture
-from immunity_fast.loader import Batch, TrainLoader
-from immunity_fast.metrics import EVALUATION_BATCH, batches, correct, heatmap_metrics, sample
+from immunity_fast.metrics import correct, heatmap_metrics
 from immunity_fast.model import ImmunityMoE, SingleNetwork
 from immunity_fast.optimizer import FusedSGD
 from immunity_fast.runtime import distributed

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from immunity_fast import train
 from immunity_fast.checkpoint import load_checkpoint
-from immunity_fast.data import ImageDataset, Split
+from immunity_fast.data.datasets import ImageDataset, Split
 from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
 from immunity_fast.trainer import Trainer

@@ -28,9 +28,9 @@ from immunity_fast.adversarial import (
     trades_losses,
 )
 from immunity_fast.attacks import pgd
-from immunity_fast.augmentation import draw, move
 from immunity_fast.checkpoint import load_checkpoint, load_model
 from immunity_fast.config import PRESETS, TrainConfig, add_options, number
+from immunity_fast.data.augmentation import draw, move
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.gate import Switch
 from immunity_fast.model import SingleNetwork

@@ -19,7 +19,7 @@ from torch._inductor.runtime import cache_dir_utils
 from torch.optim import SGD
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
-from immunity_fast.augmentation import draw
+from immunity_fast.data.augmentation import draw
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.runtime import strategies
 from immunity_fast.runtime.compilation import Compiled, innermost_cause, keep_caches, resolve

@@ -24,7 +24,7 @@ import torch
 
 from immunity_fast import ensemble, evaluate, train
 from immunity_fast.config import TrainConfig
-from immunity_fast.data import fingerprint, load
+from immunity_fast.data.datasets import fingerprint, load
 from immunity_fast.experts import title
 from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
