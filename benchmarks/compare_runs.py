@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import header
-from immunity_fast.adversaries import DESCRIPTIONS
+from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS
 from immunity_fast.findings import NAMES
 from immunity_fast.report import Table
 from immunity_fast.reproduction.tables import summarised
