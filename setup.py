@@ -43,6 +43,7 @@ setup(
         "immunity_fast.data.datasets",
         "immunity_fast.experts",
         "immunity_fast.kernels",
+        "immunity_fast.models",
         "immunity_fast.reproduction",
         "immunity_fast.runtime",
     ],

@@ -25,7 +25,6 @@ from benchmarks import machine, outcomes
 from benchmarks.cases import DEVICE, computes
 from benchmarks.outcomes import FAILED, NOT_FINISHED, NOT_JUDGED, NOT_RUN, PASSED
 from benchmarks.science import READY, RUNS
-from immunity_fast.adversarial import frozen
 from immunity_fast.attacks import Attack, BoundAttack, LabelledModel, autoattack
 from immunity_fast.config import TrainConfig
 from immunity_fast.data.datasets import ImageDataset, Split, load
@@ -34,6 +33,7 @@ from immunity_fast.data.sampling import batches, sample
 from immunity_fast.evaluation import gate_attackers
 from immunity_fast.kernels import launch
 from immunity_fast.metrics import wilson_interval
+from immunity_fast.models.modes import frozen
 from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compiled, keep_caches

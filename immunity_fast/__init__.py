@@ -3,9 +3,9 @@
 from immunity_fast.runtime import interrupts  # noqa: F401  before what takes seconds to import
 
 # isort: split
-from immunity_fast.gate import RandomSwitchGate
 from immunity_fast.losses import FusedImmunityLoss, ImmunityTerms
-from immunity_fast.model import ImmunityMoE
+from immunity_fast.models.gate import RandomSwitchGate
+from immunity_fast.models.moe import ImmunityMoE
 
 __all__ = ["FusedImmunityLoss", "ImmunityMoE", "ImmunityTerms", "RandomSwitchGate"]
 __version__ = "0.1.0"

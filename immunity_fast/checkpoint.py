@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from immunity_fast.experts import create
-from immunity_fast.model import ImmunityMoE, SingleNetwork
+from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 from immunity_fast.runtime.files import parse_json, shown, write_atomically
 
 FORMAT = 2

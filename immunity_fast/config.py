@@ -14,8 +14,8 @@ from immunity_fast.data.datasets import NAMES as DATASETS
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve
 from immunity_fast.functional import Score, WeightScale
-from immunity_fast.gate import Switch
 from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
+from immunity_fast.models.gate import Switch
 from immunity_fast.runtime.compilation import Compile
 from immunity_fast.runtime.files import shown
 from immunity_fast.runtime.precision import Amp, Float32

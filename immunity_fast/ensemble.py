@@ -17,7 +17,7 @@ from torch import nn
 
 from immunity_fast.checkpoint import load_model, module_tensors, save_checkpoint
 from immunity_fast.experts import title
-from immunity_fast.model import ImmunityMoE
+from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
 

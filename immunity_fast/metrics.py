@@ -13,10 +13,10 @@ from torch import Tensor
 from immunity_fast.data.datasets import Split
 from immunity_fast.data.sampling import batches
 from immunity_fast.functional import label_scores, log_mixture, stack_experts
-from immunity_fast.gate import Switch
 from immunity_fast.kernels import reference
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.model import ImmunityMoE
+from immunity_fast.models.gate import Switch
+from immunity_fast.models.moe import ImmunityMoE
 
 
 def correct(

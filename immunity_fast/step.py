@@ -16,11 +16,11 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from immunity_fast.adversarial import InnerAttack, trades_losses
-from immunity_fast.batching import channels_last_
 from immunity_fast.data.augmentation import move
 from immunity_fast.functional import mixture_cross_entropy
 from immunity_fast.losses import Classification, FusedImmunityLoss, ImmunityTerms
-from immunity_fast.model import ImmunityMoE
+from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.models.stacking import channels_last_
 from immunity_fast.optimizer import FusedSGD
 from immunity_fast.runtime import strategies
 from immunity_fast.runtime.compilation import Announce, Compile, Compiled

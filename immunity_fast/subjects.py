@@ -18,7 +18,7 @@ from immunity_fast.attacks.autoattack import seeded
 from immunity_fast.attacks.mixtures import Judge, exact_judge, exact_means, trained_gate
 from immunity_fast.evaluation import gate_attackers
 from immunity_fast.functional import log_mixture
-from immunity_fast.model import ImmunityMoE
+from immunity_fast.models.moe import ImmunityMoE
 
 
 class Subject(Protocol):

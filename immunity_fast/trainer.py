@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunity_fast.adversarial import InnerAttack, frozen
+from immunity_fast.adversarial import InnerAttack
 from immunity_fast.attacks import Attack, NotFiniteError
 from immunity_fast.averaging import WeightAverage
 from immunity_fast.checkpoint import (
@@ -31,7 +31,8 @@ from immunity_fast.data.loader import Batch, TrainLoader
 from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample
 from immunity_fast.functional import log_mixture
 from immunity_fast.metrics import correct, heatmap_metrics
-from immunity_fast.model import ImmunityMoE, SingleNetwork
+from immunity_fast.models.modes import frozen
+from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 from immunity_fast.optimizer import FusedSGD
 from immunity_fast.runtime import distributed
 from immunity_fast.runtime.compilation import Announce, Compiled, at_size, resolve

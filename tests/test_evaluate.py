@@ -587,7 +587,7 @@ import torch
 from torch import nn
 
 from immunity_fast.checkpoint import load_model
-from immunity_fast.model import ImmunityMoE, SingleNetwork
+from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 
 MADE = []
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from immunity_fast.attacks.mixtures import LabelledModel, Model, exact_judge, trained_gate
 from immunity_fast.functional import log_mixture
-from immunity_fast.model import ImmunityMoE
+from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.permutations import permuted, worst_margins, worst_weights
 
 Knowledge = Literal["fixed", "single", "eot", "mean", "worst"]
