@@ -33,7 +33,7 @@ from immunity_fast.data.augmentation import to_float
 from immunity_fast.data.datasets import load
 from immunity_fast.data.sampling import sample
 from immunity_fast.losses import ALPHA, BETA, GAMMA
-from immunity_fast.report import Table
+from immunity_fast.reporting.html import Table
 from immunity_fast.runs import Run
 from immunity_fast.step import TrainStep
 

@@ -21,7 +21,7 @@ from typing import Any
 from immunity_fast.checkpoint import load_model
 from immunity_fast.config import add_options, resolve_architecture
 from immunity_fast.data.datasets import load
-from immunity_fast.report import Table, write_report
+from immunity_fast.reporting.html import Table, write_report
 from immunity_fast.reproduction import figure2 as figure2_files
 from immunity_fast.reproduction import tables as paper
 from immunity_fast.reproduction.charts import Panel, dot_chart, sweep_figure

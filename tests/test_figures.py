@@ -15,9 +15,10 @@ from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
 
-from immunity_fast import figures
-from immunity_fast.figures import COLORS, PANELS, drawable, heatmap_figure, training_curves
-from immunity_fast.robustness_figures import attacked_heatmap_figure, robustness_figure
+from immunity_fast.reporting import heatmaps, style
+from immunity_fast.reporting.curves import PANELS, robustness_figure, training_curves
+from immunity_fast.reporting.heatmaps import attacked_heatmap_figure, heatmap_figure
+from immunity_fast.reporting.style import COLORS, drawable
 
 RECORD = {
     "epoch": 1,
@@ -209,7 +210,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr(figures, "Figure", Recorded)
+    for module in (heatmaps, style):
+        monkeypatch.setattr(module, "Figure", Recorded)
     return made
 
 

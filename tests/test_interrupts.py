@@ -202,8 +202,8 @@ def test_a_package_that_is_imported_changes_no_handler() -> None:
 def test_a_backend_of_matplotlib_s_that_is_not_there_does_not_matter(backend: str, tmp_path: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path\n"
-        "from immunity_fast.runtime import cli; from immunity_fast import figures\n"
-        "figures.training_curves([{'epoch': 1, 'loss': 1.0}], Path(sys.argv[1]))"
+        "from immunity_fast.runtime import cli; from immunity_fast.reporting import curves\n"
+        "curves.training_curves([{'epoch': 1, 'loss': 1.0}], Path(sys.argv[1]))"
     )
     file = tmp_path / "figure.png"
     subprocess.run(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from immunity_fast.figures import heatmap_figure
-from immunity_fast.report import Table, write_report
+from immunity_fast.reporting.heatmaps import heatmap_figure
+from immunity_fast.reporting.html import Table, write_report
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 

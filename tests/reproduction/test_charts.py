@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from immunity_fast.figures import COLORS
+from immunity_fast.reporting.style import COLORS
 from immunity_fast.reproduction.charts import Panel, dot_chart, sweep_figure
 from tests import test_figures
 from tests.test_figures import assert_no_text_is_hidden, near, pixels

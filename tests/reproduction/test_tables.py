@@ -9,7 +9,7 @@ import pytest
 
 from immunity_fast.config import TrainConfig
 from immunity_fast.metrics import wilson_interval
-from immunity_fast.report import Table
+from immunity_fast.reporting.html import Table
 from immunity_fast.reproduction import tables as paper
 from immunity_fast.reproduction.experiments import IMMUNITY, INDEPENDENT, Entry
 from immunity_fast.reproduction.jobs import Done, Job

@@ -99,7 +99,7 @@ def write_report(
         # A path may be anything but text, and is found out to be only when hours of work are to be written.
         finalize=lambda value: readable(value) if type(value) is str else value,
     )
-    source = resources.files("immunity_fast").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    source = resources.files("immunity_fast.reporting").joinpath("report.html.jinja").read_text(encoding="utf-8")
     html = environment.from_string(source).render(
         title=title,
         lead=lead,

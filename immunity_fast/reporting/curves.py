@@ -1,42 +1,136 @@
-"""Two figures of what attacks do: how accuracy falls and loss grows, and where the experts look before and after.
-
-Drawn as those of `figures` are, with its fonts, colours and layout.
-"""
+"""How training went, and what attacks do: accuracy against their radius, loss against their steps."""
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
-from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import text_to_path
-from matplotlib.ticker import NullLocator, StrMethodFormatter
-from torch import Tensor
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from immunity_fast.figures import (
+from immunity_fast.reporting.style import (
     COLORS,
-    FONT_SIZE,
     LEGEND_WIDTH,
+    MARKERS,
     add_titles,
-    check_heatmaps,
-    draw_heatmaps,
+    marker_size,
     panel_figure,
     panel_style,
     save_png,
     say_empty,
     style_axes,
+    text_width,
+    wrapped,
 )
 
-MARKERS = ("o", "s", "^", "D", "v", "X", "P")  # one more than COLORS, so that a seventh curve is not like the first
+MARKED_RECORDS = 30  # up to as many records each point has a marker
 HEIGHT = 2.25  # inches, without the names of the curves
 AXIS_WIDTH = 190.0  # points, a little less than the horizontal axis of a panel whose vertical one has a label
-
 Points = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One of the small multiples: its title, its lines (record key → name), and how its values are shown."""
+
+    title: str
+    lines: Mapping[str, str]
+    factor: float = 1.0
+    log: bool = False
+    from_zero: bool = False
+
+
+PANELS = (
+    _Panel(
+        "Training loss",
+        {"loss": "total", "cross_entropy": "cross-entropy", "mutual_information_loss": "mutual information"},
+    ),
+    _Panel(
+        "Accuracy on validation images (%)",
+        {
+            "val_accuracy_switching": "gate switching",
+            "val_accuracy_mean": "mean of experts",
+            "val_fgsm_accuracy_mean": "mean, under FGSM",
+            "val_pgd10_accuracy_mean": "mean, under PGD-10",
+        },
+        factor=100,
+    ),
+    _Panel("Position stability", {"position_stability": "training, pixels⁴"}, log=True),
+    _Panel(
+        "Mutual information (nats)",
+        {"mutual_information": "training", "val_mutual_information": "validation"},
+        from_zero=True,
+    ),
+    _Panel("Dead heatmaps, validation (%)", {"val_dead_heatmaps": ""}, factor=100, from_zero=True),
+    _Panel("Training images per second", {"images_per_second": ""}, from_zero=True),
+)
+
+
+def training_curves(records: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draws what was recorded after each epoch as small multiples into a PNG.
+
+    A panel shows the keys that are in at least one record, and is left out where there is none; a value that is not
+    finite leaves a gap in its line.
+
+    Args:
+        records: one an epoch. "epoch" is the place on the horizontal axis (without it, 1, 2, …). Drawn are the losses
+            "loss", "cross_entropy", "mutual_information_loss" and "position_stability"; as fractions,
+            "val_accuracy_switching", "val_accuracy_mean", "val_fgsm_accuracy_mean", "val_pgd10_accuracy_mean" and
+            "val_dead_heatmaps"; in nats, "mutual_information" and "val_mutual_information"; and "images_per_second".
+        path: the PNG file to write.
+
+    Raises:
+        ValueError: if no record has any of these keys.
+    """
+    known = {key for record in records for key in record}
+    panels = [panel for panel in PANELS if known.intersection(panel.lines)]
+    if not panels:
+        raise ValueError(f"records must hold at least one value to draw, got {len(records)} records with {known or {}}")
+
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    epochs = [record.get("epoch", i + 1) for i, record in enumerate(records)]
+    pad = 0.04 * (max(epochs) - min(epochs)) or 0.5
+    with panel_style():
+        figure = panel_figure(columns, height=1.8 * rows)
+        drawn = [figure.add_subplot(rows, columns, i + 1) for i in range(len(panels))]
+        for i, (axes, panel) in enumerate(zip(drawn, panels, strict=True)):
+            _draw_panel(axes, panel, epochs, records)
+            axes.set_xlim(min(epochs) - pad, max(epochs) + pad)
+            if i + columns >= len(panels):
+                axes.set_xlabel("epoch", labelpad=1)
+        for i in range(0, len(panels), columns):
+            titles = [panel.title for panel in panels[i : i + columns]]
+            add_titles(drawn[i : i + columns], titles)
+        save_png(figure, path)
+
+
+def _draw_panel(axes: Axes, panel: _Panel, epochs: Sequence[float], records: Sequence[Mapping[str, float]]) -> None:
+    drawn: list[float] = []
+    for (key, name), color in zip(panel.lines.items(), COLORS, strict=False):
+        points = [(x, r[key] * panel.factor) for x, r in zip(epochs, records, strict=True) if key in r]
+        if not points:
+            continue
+        values = [value if math.isfinite(value) else math.nan for _, value in points]
+        drawn += [value for value in values if not math.isnan(value)]
+        marker = "o" if len(records) <= MARKED_RECORDS else ""
+        axes.plot([x for x, _ in points], values, color=color, label=name, lw=1.1, marker=marker, ms=2.2, clip_on=False)
+
+    style_axes(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+    if not drawn:
+        say_empty(axes)
+    elif panel.log and 0 < 5 * min(drawn) <= max(drawn):  # in a narrower range a log axis may have no labels
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    elif panel.from_zero and min(drawn) >= 0:
+        # Some room above, so that an all-zero line does not stretch rounding noise over the panel.
+        axes.set_ylim(0, max(1.08 * max(drawn), panel.factor / 100))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))  # no power of ten above the axis, where the title is
 
 
 def robustness_figure(accuracy_by_eps: Mapping[str, Points], loss_by_steps: Mapping[str, Points], path: Path) -> None:
@@ -79,52 +173,6 @@ def robustness_figure(accuracy_by_eps: Mapping[str, Points], loss_by_steps: Mapp
         save_png(figure, path)
 
 
-def attacked_heatmap_figure(
-    clean: Tensor,
-    attacked: Tensor,
-    clean_heatmaps: Tensor,
-    attacked_heatmaps: Tensor,
-    row_labels: Sequence[tuple[str, str]],
-    path: Path,
-) -> None:
-    """Draws `heatmap_figure` of every clean image with that of the attacked one directly beneath it into a PNG.
-
-    The two rows of an image stand close together, those of different images apart. Each heatmap is scaled by its own
-    maximum, as there.
-
-    Args:
-        clean: (n, 3, H, W), floats in [0, 1].
-        attacked: (n, 3, H, W), floats in [0, 1], in the order of `clean`.
-        clean_heatmaps: (N, n, H, W), ≥ 0, one an expert and clean image, unnormalised.
-        attacked_heatmaps: (N, n, H, W), ≥ 0, those of the attacked images.
-        row_labels: n pairs of texts, of the clean image and of the attacked one, such as ("clean\\ncat → cat",
-            "attacked\\ncat → dog"); long lines are wrapped.
-        path: the PNG file to write.
-
-    Raises:
-        ValueError: if a shape or the number of labels does not fit.
-    """
-    check_heatmaps(clean, clean_heatmaps, ("clean", "clean_heatmaps"))
-    for name, tensor, like in (
-        ("attacked", attacked, clean),
-        ("attacked_heatmaps", attacked_heatmaps, clean_heatmaps),
-    ):
-        if tensor.shape != like.shape:
-            raise ValueError(f"{name} must have the clean ones' shape {tuple(like.shape)}, got {tuple(tensor.shape)}")
-    if len(row_labels) != len(clean) or any(len(pair) != 2 for pair in row_labels):
-        lengths = [len(pair) for pair in row_labels]
-        raise ValueError(f"row_labels must hold {len(clean)} pairs, one an image, got tuples of lengths {lengths}")
-    images = _alternate(clean, attacked, 0)
-    heatmaps = _alternate(clean_heatmaps, attacked_heatmaps, 1)
-    draw_heatmaps(images, heatmaps, [text for pair in row_labels for text in pair], path, group=2)
-
-
-def _alternate(first: Tensor, second: Tensor, axis: int) -> Tensor:
-    """The slices of both along this axis by turns, in float32."""
-    pair = [tensor.detach().float().cpu() for tensor in (first, second)]
-    return torch.stack(pair, axis + 1).flatten(axis, axis + 1)
-
-
 def _draw_curves(
     axes: Axes,
     curves: Mapping[str, Points],
@@ -164,26 +212,6 @@ def _draw_curves(
     _scale(axes, sorted(places))
     if not drawn:
         say_empty(axes)
-
-
-def wrapped(text: str, width: float) -> str:
-    """The text in as many lines as it needs in a width in points."""
-    for length in range(60, 0, -2):
-        lines = textwrap.fill(text, length)
-        if all(text_width(line) <= width for line in lines.splitlines()):
-            break
-    return lines.replace("$", r"\$")  # a dollar sign would start a formula
-
-
-def marker_size(marker: str) -> float:
-    """In points; crosses look smaller than what is filled."""
-    return 4.6 if marker in "XP" else 3.4
-
-
-def text_width(line: str) -> float:
-    """Width in points of a line of text, as names and ticks are written."""
-    width, _, _ = text_to_path.get_text_width_height_descent(line, FontProperties(size=FONT_SIZE - 0.5), ismath=False)
-    return float(width)
 
 
 def _number(value: Any) -> float:
