@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.record import header
 from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS
-from immunity_fast.findings import NAMES
+from immunity_fast.evaluation.results import NAMES
 from immunity_fast.reporting.html import Table
 from immunity_fast.reproduction.tables import summarised
 from immunity_fast.runs import Run

@@ -31,8 +31,8 @@ from immunity_fast.data.datasets import ImageDataset, Split, load
 from immunity_fast.data.loader import Batch
 from immunity_fast.data.sampling import batches, sample
 from immunity_fast.evaluation import gate_attackers
+from immunity_fast.evaluation.metrics import wilson_interval
 from immunity_fast.kernels import launch
-from immunity_fast.metrics import wilson_interval
 from immunity_fast.models.modes import frozen
 from immunity_fast.runs import Run
 from immunity_fast.runtime import cli

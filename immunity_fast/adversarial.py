@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from immunity_fast.attacks import Attack, BoundAttack
+from immunity_fast.evaluation.metrics import wilson_interval
 from immunity_fast.functional import mixture_cross_entropy, mixture_log_probabilities
-from immunity_fast.metrics import wilson_interval
 from immunity_fast.models.gate import Switch
 from immunity_fast.models.modes import evaluating, frozen
 from immunity_fast.models.moe import ImmunityMoE

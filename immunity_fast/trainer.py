@@ -29,8 +29,8 @@ from immunity_fast.config import TrainConfig
 from immunity_fast.data.datasets import ImageDataset, Split
 from immunity_fast.data.loader import Batch, TrainLoader
 from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample
+from immunity_fast.evaluation.metrics import correct, heatmap_metrics
 from immunity_fast.functional import log_mixture
-from immunity_fast.metrics import correct, heatmap_metrics
 from immunity_fast.models.modes import frozen
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 from immunity_fast.optimizer import FusedSGD

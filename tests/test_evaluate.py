@@ -30,17 +30,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from immunity_fast import evaluate, evaluation_report, robustness, train
+from immunity_fast import evaluate, train
 from immunity_fast.attacks import fgsm, pgd
 from immunity_fast.checkpoint import load_checkpoint, load_model, save_checkpoint
 from immunity_fast.data.datasets import load
 from immunity_fast.data.sampling import sample, sample_order
-from immunity_fast.evaluation_report import About, Outputs
-from immunity_fast.findings import tables, to_csv
-from immunity_fast.robustness import Evaluation, Plan
+from immunity_fast.evaluation import report as evaluation_report
+from immunity_fast.evaluation import runner
+from immunity_fast.evaluation.report import About, Outputs
+from immunity_fast.evaluation.results import tables, to_csv
+from immunity_fast.evaluation.runner import Evaluation, Plan
+from immunity_fast.evaluation.targets import Network
 from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
-from immunity_fast.subjects import Network
 from tests.small_runs import CLASSES, arrays, change_config, dataset, error_line, options, split, trained, write_data
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +60,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has been trained and evaluated; tests take copies."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(robustness, "CURVE_STEPS", 4)
+        patch.setattr(runner, "CURVE_STEPS", 4)
         train.main([*options(data, lr=0.02, attack_images=ATTACKED), "--out", str(folder)])
     return folder
 
@@ -395,7 +397,7 @@ def test_a_failing_evaluation_gives_the_model_back_too(
         raise RuntimeError("failed")
 
     run, (model, _) = Run(finished), load_model(finished)
-    monkeypatch.setattr(robustness, "BoundAttack", fail)
+    monkeypatch.setattr(runner, "BoundAttack", fail)
     with pytest.raises(RuntimeError, match="failed"):
         evaluate.evaluate_run(run, model, load("npz", data), run.config(), Plan(images=2), Outputs(tmp_path))
     assert model.gate.switch == "call"

@@ -17,8 +17,8 @@ from PIL import Image
 
 from immunity_fast import ensemble, evaluate, reproduce, train
 from immunity_fast.config import TrainConfig
+from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.experts import create
-from immunity_fast.robustness import Evaluation
 from immunity_fast.runtime import memory
 from immunity_fast.runtime.failures import in_units, kept_traceback, one_line, out_of_memory
 from immunity_fast.step import TrainStep

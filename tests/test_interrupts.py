@@ -15,8 +15,8 @@ import pytest
 
 from immunity_fast import ensemble, evaluate, reproduce, train
 from immunity_fast.checkpoint import load_checkpoint
+from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.reproduction import jobs
-from immunity_fast.robustness import Evaluation
 from immunity_fast.runs import Run
 from immunity_fast.runtime import cli, interrupts
 from immunity_fast.trainer import Trainer

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from immunity_fast.ledger import Ledger, key_of
+from immunity_fast.evaluation.ledger import Ledger, key_of
 
 PIECES: dict[str, dict[str, Any]] = {
     "a": {"right": {"mean": "0110", "expert 1": ""}, "loss": 0.1 + 0.2, "seconds": 1e-300},

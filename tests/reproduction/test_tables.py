@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from immunity_fast.config import TrainConfig
-from immunity_fast.metrics import wilson_interval
+from immunity_fast.evaluation.metrics import wilson_interval
 from immunity_fast.reporting.html import Table
 from immunity_fast.reproduction import tables as paper
 from immunity_fast.reproduction.experiments import IMMUNITY, INDEPENDENT, Entry

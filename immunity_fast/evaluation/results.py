@@ -12,10 +12,10 @@ from typing import Any
 
 from immunity_fast.attacks import EPS
 from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS
-from immunity_fast.metrics import HeatmapSums, combined, wilson_interval
+from immunity_fast.evaluation.metrics import HeatmapSums, combined, wilson_interval
+from immunity_fast.evaluation.runner import Evaluation, Row, bits, mean_loss
+from immunity_fast.evaluation.targets import Mixture
 from immunity_fast.reporting.html import Table
-from immunity_fast.robustness import Evaluation, Row, bits, mean_loss
-from immunity_fast.subjects import Mixture
 
 NAMES = {
     "clean": "clean",

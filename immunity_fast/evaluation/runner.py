@@ -33,11 +33,11 @@ from immunity_fast.attacks.projections import Norm
 from immunity_fast.data.augmentation import to_float
 from immunity_fast.data.datasets import Split
 from immunity_fast.data.sampling import sample_order
-from immunity_fast.ledger import Ledger, key_of
+from immunity_fast.evaluation.ledger import Ledger, key_of
+from immunity_fast.evaluation.metrics import heatmap_sums
+from immunity_fast.evaluation.targets import Mixture, Subject
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.metrics import heatmap_sums
 from immunity_fast.runtime.files import is_number
-from immunity_fast.subjects import Mixture, Subject
 
 VERSION = 2  # of what a piece is: a change makes earlier ones unknown
 PROBES = 16  # test images that a model is told apart by

@@ -20,15 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate, attacks, findings, robustness
+from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate, attacks
 from immunity_fast.data.datasets import Split, fingerprint
 from immunity_fast.data.sampling import sample
+from immunity_fast.evaluation import results as findings
+from immunity_fast.evaluation import runner
+from immunity_fast.evaluation.ledger import Ledger
+from immunity_fast.evaluation.metrics import heatmap_metrics
+from immunity_fast.evaluation.results import results, tables, to_csv
+from immunity_fast.evaluation.runner import ATTACKS, Evaluation, Plan, Row, attack_rows, bits, curve_rows, mean_loss
+from immunity_fast.evaluation.targets import Mixture, Network, Subject
 from immunity_fast.experts.staged import GlobalAveragePool
-from immunity_fast.findings import results, tables, to_csv
-from immunity_fast.ledger import Ledger
-from immunity_fast.metrics import heatmap_metrics
-from immunity_fast.robustness import ATTACKS, Evaluation, Plan, Row, attack_rows, bits, curve_rows, mean_loss
-from immunity_fast.subjects import Mixture, Network, Subject
 from tests.small_runs import CLASSES, arrays, as_bytes
 
 Numbers = dict[tuple[Row, int, int], dict[str, Any]]
@@ -55,8 +57,8 @@ SMALL = replace(PLAN, attacks=("fgsm",), attackers=("eot", "mean"))
 @pytest.fixture(autouse=True, scope="module")
 def _small_chunks_and_short_curves() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(robustness, "CLEAN_CHUNK", 9)
-        patch.setattr(robustness, "CURVE_STEPS", 5)
+        patch.setattr(runner, "CLEAN_CHUNK", 9)
+        patch.setattr(runner, "CURVE_STEPS", 5)
         yield
 
 
@@ -1148,7 +1150,7 @@ def _knows_no_dark_ones(images: Tensor) -> Tensor:
 @pytest.mark.parametrize("drop_fooled", [False, True])
 def test_images_without_a_gradient_are_counted_and_end_nothing(tmp_path: Path, chunk: int, drop_fooled: bool) -> None:
     """Ten of thirty; whole chunks of nothing else; and one at a time."""
-    order = robustness.sample_order(_split(30), 30)
+    order = runner.sample_order(_split(30), 30)
     images, labels = _split(30).images.clone(), _split(30).labels.clone()
     images[order[20:]] = 30
     labels[order[20:]] = 0
@@ -1175,7 +1177,7 @@ def test_images_without_a_gradient_are_counted_and_end_nothing(tmp_path: Path, c
 
 def test_of_saturated_probabilities_of_mostly_one_class_an_image_at_a_time_is_no_constant_model(tmp_path: Path) -> None:
     """39 of 40 images have the same output, to the last bit, and so have images that are made up."""
-    rare = _split(40).images[robustness.sample_order(_split(40), 40)[-1]] / 255
+    rare = _split(40).images[runner.sample_order(_split(40), 40)[-1]] / 255
 
     def sure(images: Tensor) -> Tensor:
         near = (images - rare).square().mean((1, 2, 3))

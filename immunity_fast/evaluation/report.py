@@ -12,17 +12,17 @@ from torch import Tensor
 from immunity_fast.data.augmentation import to_float
 from immunity_fast.data.datasets import ImageDataset
 from immunity_fast.data.sampling import sample
-from immunity_fast.findings import find, percent, results, tables, to_csv
+from immunity_fast.evaluation.metrics import expert_maps
+from immunity_fast.evaluation.results import find, percent, results, tables, to_csv
+from immunity_fast.evaluation.runner import Evaluation
+from immunity_fast.evaluation.targets import Mixture
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.metrics import expert_maps
 from immunity_fast.models.modes import frozen
 from immunity_fast.reporting.curves import robustness_figure, training_curves
 from immunity_fast.reporting.heatmaps import attacked_heatmap_figure, heatmap_figure
 from immunity_fast.reporting.html import Table, write_report
-from immunity_fast.robustness import Evaluation
 from immunity_fast.runtime.compilation import TRACEBACKS
 from immunity_fast.runtime.files import write_atomically
-from immunity_fast.subjects import Mixture
 
 FIGURE_ROWS = 6
 
