@@ -47,6 +47,7 @@ setup(
         "immunity_fast.reporting",
         "immunity_fast.reproduction",
         "immunity_fast.runtime",
+        "immunity_fast.training",
     ],
     package_dir={"immunity_fast": "immunity_fast", "immunity_fast.kernels": "kernels"},
     package_data={

@@ -26,16 +26,16 @@ from benchmarks.measure import ratio, summary
 from benchmarks.outcomes import write
 from benchmarks.record import header
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.adversarial import InnerAttack, InnerAttackSettings
 from immunity_fast.attacks import Attack, BoundAttack
-from immunity_fast.checkpoint import load_model
 from immunity_fast.data.augmentation import to_float
 from immunity_fast.data.datasets import load
 from immunity_fast.data.sampling import sample
 from immunity_fast.losses import ALPHA, BETA, GAMMA
 from immunity_fast.reporting.html import Table
-from immunity_fast.runs import Run
-from immunity_fast.step import TrainStep
+from immunity_fast.training.adversarial import InnerAttack, InnerAttackSettings
+from immunity_fast.training.checkpoint import load_model
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.step import TrainStep
 
 EPS, STEP = 8 / 255, 2 / 255
 PAIRS: dict[str, tuple[Callable[[nn.Module], Any], Attack]] = {

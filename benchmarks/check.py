@@ -33,7 +33,7 @@ from immunity_fast.kernels import launch
 from immunity_fast.runtime.compilation import keep_caches
 from immunity_fast.runtime.precision import Amp, set_float32
 from immunity_fast.runtime.strategies import Batching, DoubleBackprop
-from immunity_fast.step import TrainStep
+from immunity_fast.training.step import TrainStep
 
 SIDE, SAMPLES, CLASSES, EXPERTS = 16, 8, 4, 2
 CALLS = 3  # of a compiled step the first runs as it is, the second records CUDA graphs, the third replays them

@@ -24,10 +24,10 @@ from immunity_fast.functional import mixture_cross_entropy
 from immunity_fast.kernels import launch
 from immunity_fast.losses import ALPHA, BETA, GAMMA
 from immunity_fast.models.stacking import channels_last_
-from immunity_fast.optimizer import FusedSGD
 from immunity_fast.runtime.compilation import Compiled
 from immunity_fast.runtime.precision import autocast
-from immunity_fast.step import TrainStep
+from immunity_fast.training.optimizer import FusedSGD
+from immunity_fast.training.step import TrainStep
 
 CLASSES = 10
 SIDE = 32  # of images and heatmaps

@@ -26,7 +26,6 @@ from benchmarks.cases import DEVICE, computes
 from benchmarks.outcomes import FAILED, NOT_FINISHED, NOT_JUDGED, NOT_RUN, PASSED
 from benchmarks.science import READY, RUNS
 from immunity_fast.attacks import Attack, BoundAttack, LabelledModel, autoattack
-from immunity_fast.config import TrainConfig
 from immunity_fast.data.datasets import ImageDataset, Split, load
 from immunity_fast.data.loader import Batch
 from immunity_fast.data.sampling import batches, sample
@@ -34,12 +33,13 @@ from immunity_fast.evaluation import gate_attackers
 from immunity_fast.evaluation.metrics import wilson_interval
 from immunity_fast.kernels import launch
 from immunity_fast.models.modes import frozen
-from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compiled, keep_caches
 from immunity_fast.runtime.precision import set_float32
-from immunity_fast.train import check_finite, synchronize, train
-from immunity_fast.trainer import Trainer
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.loop import check_finite, synchronize, train
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
 
 EPOCHS = {"standard": 16, "fgsm-rs": 15}
 BATCH, LR = 512, 0.2  # 0.05 for 128 images, as the preset "fast" has it, in proportion

@@ -26,14 +26,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from immunity_fast import evaluate, train
-from immunity_fast.checkpoint import load_checkpoint
-from immunity_fast.config import TrainConfig
 from immunity_fast.evaluation import report
 from immunity_fast.reproduction import tables
 from immunity_fast.reproduction.jobs import Job, Queue
-from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
-from immunity_fast.trainer import Trainer
+from immunity_fast.training.checkpoint import load_checkpoint
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
 from tests.small_runs import options, saved, trained, write_data
 
 SECONDS = 30

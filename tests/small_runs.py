@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from immunity_fast import train
-from immunity_fast.checkpoint import load_checkpoint
 from immunity_fast.data.datasets import ImageDataset, Split
-from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
-from immunity_fast.trainer import Trainer
+from immunity_fast.training.checkpoint import load_checkpoint
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
 
 CLASSES = 3
 STEPS = 10  # of a run with `options`: 5 an epoch, 2 epochs

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate, train
-from immunity_fast.adversarial import (
+from immunity_fast.attacks import pgd
+from immunity_fast.data.augmentation import draw, move
+from immunity_fast.experts.staged import GlobalAveragePool
+from immunity_fast.models.gate import Switch
+from immunity_fast.models.moe import SingleNetwork
+from immunity_fast.training.adversarial import (
     BatchNormMode,
     InnerAttack,
     InnerAttackSettings,
@@ -27,16 +32,11 @@ from immunity_fast.adversarial import (
     divergence,
     trades_losses,
 )
-from immunity_fast.attacks import pgd
-from immunity_fast.checkpoint import load_checkpoint, load_model
-from immunity_fast.config import PRESETS, TrainConfig, add_options, number
-from immunity_fast.data.augmentation import draw, move
-from immunity_fast.experts.staged import GlobalAveragePool
-from immunity_fast.models.gate import Switch
-from immunity_fast.models.moe import SingleNetwork
-from immunity_fast.runs import Run
-from immunity_fast.step import TrainStep
-from immunity_fast.trainer import Trainer, validate
+from immunity_fast.training.checkpoint import load_checkpoint, load_model
+from immunity_fast.training.config import PRESETS, TrainConfig, add_options, number
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.step import TrainStep
+from immunity_fast.training.trainer import Trainer, validate
 from tests import oracle
 from tests.small_runs import as_bytes, dataset, error_line, options, split, trained, weights, write_data
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast import train
-from immunity_fast import trainer as trainer_module
-from immunity_fast.averaging import WeightAverage
-from immunity_fast.checkpoint import load_checkpoint, load_model, under
-from immunity_fast.config import TrainConfig
-from immunity_fast.runs import Run
-from immunity_fast.trainer import Trainer, validate
+from immunity_fast.training import trainer as trainer_module
+from immunity_fast.training.checkpoint import load_checkpoint, load_model, under
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.ema import WeightAverage
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer, validate
 from tests.small_runs import as_bytes, dataset, options, saved, trained, weights, write_data
 from tests.test_resume import interrupted
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch.optim import SGD
 
 from immunity_fast import ImmunityMoE
-from immunity_fast.checkpoint import (
+from immunity_fast.models.stacking import channels_last_
+from immunity_fast.training.checkpoint import (
     load_checkpoint,
     load_model,
     load_module,
@@ -25,7 +26,6 @@ from immunity_fast.checkpoint import (
     under,
     write_atomically,
 )
-from immunity_fast.models.stacking import channels_last_
 from tests.small_runs import as_bytes
 
 INFO = {"epoch": 3, "model": {"arch": "resnet8"}, "name": "größer"}

@@ -24,8 +24,8 @@ from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.runtime import strategies
 from immunity_fast.runtime.compilation import Compiled, innermost_cause, keep_caches, resolve
 from immunity_fast.runtime.profiling import RECORDED
-from immunity_fast.step import TrainStep
-from immunity_fast.trainer import Trainer
+from immunity_fast.training.step import TrainStep
+from immunity_fast.training.trainer import Trainer
 from tests.small_runs import TIMINGS, options, saved, trained, write_data
 from tests.test_resume import interrupted
 

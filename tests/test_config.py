@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from immunity_fast.config import PRESETS, TrainConfig, add_options
 from immunity_fast.losses import ALPHA, BETA, GAMMA
+from immunity_fast.training.config import PRESETS, TrainConfig, add_options
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 # A value for each option that is not its default, as it is typed and as it is meant.

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, train
-from immunity_fast.checkpoint import load_checkpoint
-from immunity_fast.runs import Run
-from immunity_fast.step import MEASURED
-from immunity_fast.trainer import Trainer
+from immunity_fast.training.checkpoint import load_checkpoint
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.step import MEASURED
+from immunity_fast.training.trainer import Trainer
 from tests.small_runs import options, saved, trained, write_data
 
 PROCESSES = 2
@@ -32,7 +32,7 @@ import sys
 import torch
 from torch.optim import SGD
 from immunity_fast import FusedImmunityLoss, ImmunityMoE; from immunity_fast.runtime import distributed
-from immunity_fast.step import TrainStep
+from immunity_fast.training.step import TrainStep
 
 out, double_backprop, compile, backend = sys.argv[1:]
 real_compile = torch.compile

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 from immunity_fast import evaluate, train
 from immunity_fast.attacks import fgsm, pgd
-from immunity_fast.checkpoint import load_checkpoint, load_model, save_checkpoint
 from immunity_fast.data.datasets import load
 from immunity_fast.data.sampling import sample, sample_order
 from immunity_fast.evaluation import report as evaluation_report
@@ -41,8 +40,9 @@ from immunity_fast.evaluation.report import About, Outputs
 from immunity_fast.evaluation.results import tables, to_csv
 from immunity_fast.evaluation.runner import Evaluation, Plan
 from immunity_fast.evaluation.targets import Network
-from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
+from immunity_fast.training.checkpoint import load_checkpoint, load_model, save_checkpoint
+from immunity_fast.training.run_folder import Run
 from tests.small_runs import CLASSES, arrays, change_config, dataset, error_line, options, split, trained, write_data
 
 ROOT = Path(__file__).parent.parent
@@ -588,7 +588,7 @@ NETWORKS = '''
 import torch
 from torch import nn
 
-from immunity_fast.checkpoint import load_model
+from immunity_fast.training.checkpoint import load_model
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 
 MADE = []

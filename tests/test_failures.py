@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from immunity_fast import ensemble, evaluate, reproduce, train
-from immunity_fast.config import TrainConfig
 from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.experts import create
 from immunity_fast.runtime import memory
 from immunity_fast.runtime.failures import in_units, kept_traceback, one_line, out_of_memory
-from immunity_fast.step import TrainStep
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.step import TrainStep
 from tests.small_runs import error_line, options, trained, write_data
 
 ROOT = Path(__file__).parents[1]

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from immunity_fast import ensemble, evaluate, reproduce, train
-from immunity_fast.checkpoint import load_checkpoint
 from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.reproduction import jobs
-from immunity_fast.runs import Run
 from immunity_fast.runtime import cli, interrupts
-from immunity_fast.trainer import Trainer
+from immunity_fast.training.checkpoint import load_checkpoint
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
 from tests.small_runs import error_line, options, saved, trained, write_data
 from tests.test_distributed import _launch
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from immunity_fast import reproduce, train
-from immunity_fast.config import PRESETS, TrainConfig
 from immunity_fast.reproduction.experiments import BASELINES, SCALES, Experiments, jobs_of
 from immunity_fast.train import parse
+from immunity_fast.training.config import PRESETS, TrainConfig
 from tests.small_runs import error_line
 
 pytest.importorskip("torchattacks", reason="Table 2 holds AutoAttack")

@@ -18,10 +18,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from immunity_fast import checkpoint, train
-from immunity_fast.checkpoint import load_checkpoint
-from immunity_fast.runs import Run
-from immunity_fast.trainer import Trainer
+from immunity_fast import train
+from immunity_fast.training import checkpoint
+from immunity_fast.training.checkpoint import load_checkpoint
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
 from tests.small_runs import STEPS, arrays, change_config, error_line, go_on, options, saved, trained, write_data
 
 ROOT = Path(__file__).parents[1]

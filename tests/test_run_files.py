@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from immunity_fast import checkpoint, evaluate, train
-from immunity_fast.checkpoint import load_checkpoint, load_info, load_model, save_checkpoint
+from immunity_fast import evaluate, train
 from immunity_fast.evaluation import report as evaluation_report
 from immunity_fast.evaluation.ledger import Ledger
-from immunity_fast.runs import Run
-from immunity_fast.trainer import Trainer
+from immunity_fast.training import checkpoint
+from immunity_fast.training.checkpoint import load_checkpoint, load_info, load_model, save_checkpoint
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
 from tests.small_runs import error_line, options, saved, trained, write_data
 from tests.test_resume import contents, interrupted
 

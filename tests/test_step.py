@@ -15,8 +15,8 @@ from torch.optim import SGD
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.data.augmentation import draw, move
 from immunity_fast.experts.staged import GlobalAveragePool, split
-from immunity_fast.optimizer import FusedSGD
-from immunity_fast.step import MEASURED, TrainStep, cosine_lr
+from immunity_fast.training.optimizer import FusedSGD
+from immunity_fast.training.step import MEASURED, TrainStep, cosine_lr
 from tests import oracle
 
 LOSS = FusedImmunityLoss(alpha=0.5, beta=0.7, gamma=1e-3, size=(12, 12))

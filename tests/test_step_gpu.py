@@ -11,13 +11,13 @@ from torch.optim import SGD
 
 from benchmarks import launches
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.adversarial import InnerAttack, InnerAttackSettings
 from immunity_fast.attacks import Attack, BoundAttack
-from immunity_fast.averaging import WeightAverage
 from immunity_fast.data.augmentation import draw
 from immunity_fast.kernels.multi_tensor import same_strides
-from immunity_fast.optimizer import FusedSGD
-from immunity_fast.step import TrainStep
+from immunity_fast.training.adversarial import InnerAttack, InnerAttackSettings
+from immunity_fast.training.ema import WeightAverage
+from immunity_fast.training.optimizer import FusedSGD
+from immunity_fast.training.step import TrainStep
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from immunity_fast import evaluate, train
-from immunity_fast.config import TrainConfig
 from immunity_fast.reproduction.jobs import Job, Queue
-from immunity_fast.runs import Run
 from immunity_fast.train import MOVABLE
-from immunity_fast.trainer import Trainer
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
 from tests.small_runs import arrays, saved, write_data
 
 CONFIG = TrainConfig(

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from immunity_fast.config import TrainConfig
 from immunity_fast.evaluation.metrics import wilson_interval
 from immunity_fast.reporting.html import Table
 from immunity_fast.reproduction import tables as paper
 from immunity_fast.reproduction.experiments import IMMUNITY, INDEPENDENT, Entry
 from immunity_fast.reproduction.jobs import Done, Job
+from immunity_fast.training.config import TrainConfig
 
 CONFIG = TrainConfig(dataset="cifar10", experts=5)
 

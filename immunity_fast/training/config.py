@@ -9,7 +9,6 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from immunity_fast.adversarial import Adversarial, BatchNormMode, InnerAttackSettings
 from immunity_fast.data.datasets import NAMES as DATASETS
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve
@@ -20,6 +19,7 @@ from immunity_fast.runtime.compilation import Compile
 from immunity_fast.runtime.files import shown
 from immunity_fast.runtime.precision import Amp, Float32
 from immunity_fast.runtime.strategies import Batching, DoubleBackprop
+from immunity_fast.training.adversarial import Adversarial, BatchNormMode, InnerAttackSettings
 
 Flip = Literal["auto", "on", "off"]
 

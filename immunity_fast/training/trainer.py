@@ -11,10 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunity_fast.adversarial import InnerAttack
 from immunity_fast.attacks import Attack, NotFiniteError
-from immunity_fast.averaging import WeightAverage
-from immunity_fast.checkpoint import (
+from immunity_fast.data.datasets import ImageDataset, Split
+from immunity_fast.data.loader import Batch, TrainLoader
+from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample
+from immunity_fast.evaluation.metrics import correct, heatmap_metrics
+from immunity_fast.functional import log_mixture
+from immunity_fast.models.modes import frozen
+from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
+from immunity_fast.runtime import distributed
+from immunity_fast.runtime.compilation import Announce, Compiled, at_size, resolve
+from immunity_fast.runtime.failures import one_line
+from immunity_fast.runtime.files import shown
+from immunity_fast.runtime.strategies import fastest
+from immunity_fast.training.adversarial import InnerAttack
+from immunity_fast.training.checkpoint import (
     check_classes,
     check_tensors,
     has_info,
@@ -25,21 +36,10 @@ from immunity_fast.checkpoint import (
     optimizer_tensors,
     under,
 )
-from immunity_fast.config import TrainConfig
-from immunity_fast.data.datasets import ImageDataset, Split
-from immunity_fast.data.loader import Batch, TrainLoader
-from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample
-from immunity_fast.evaluation.metrics import correct, heatmap_metrics
-from immunity_fast.functional import log_mixture
-from immunity_fast.models.modes import frozen
-from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
-from immunity_fast.optimizer import FusedSGD
-from immunity_fast.runtime import distributed
-from immunity_fast.runtime.compilation import Announce, Compiled, at_size, resolve
-from immunity_fast.runtime.failures import one_line
-from immunity_fast.runtime.files import shown
-from immunity_fast.runtime.strategies import fastest
-from immunity_fast.step import MEASURED, TrainStep, cosine_lr
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.ema import WeightAverage
+from immunity_fast.training.optimizer import FusedSGD
+from immunity_fast.training.step import MEASURED, TrainStep, cosine_lr
 
 CUDA_STATE = 16  # bytes of a GPU's generator
 
