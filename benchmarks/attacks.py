@@ -107,7 +107,7 @@ def speed(model: nn.Module, images: Tensor, labels: Tensor, rounds: int, compile
             "eager": _bound(BoundAttack(ours, lambda x, _: model(x)), images, labels),
         }
         if compile != "off":
-            compiled = BoundAttack(ours, lambda x, _: model(x), compile=compile, device=DEVICE, announce=_refuse)
+            compiled = BoundAttack(ours, lambda x, _: model(x), compile=compile, device=DEVICE, log=_refuse)
             calls["compiled"] = _bound(compiled, images, labels)
         seconds = in_turns(calls, rounds)
         for way, measured in seconds.items():
@@ -155,8 +155,8 @@ def training(model: ImmunityMoE, images: Tensor, labels: Tensor, rounds: int, co
         FusedImmunityLoss(size=size),
         SGD(ours.parameters(), 1e-3, 0.9, nesterov=True, fused=True),
         compile=compile,
-        announce=_refuse,
-        attack=InnerAttack(ours, InnerAttackSettings("pgd"), compile=compile, announce=_refuse),
+        log=_refuse,
+        attack=InnerAttack(ours, InnerAttackSettings("pgd"), compile=compile, log=_refuse),
     )
     seconds = in_turns(
         {

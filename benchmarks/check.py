@@ -27,7 +27,7 @@ from benchmarks.cases import DEVICE, computes
 from benchmarks.outcomes import FAILED, NOT_JUDGED, NOT_RUN, PASSED
 from benchmarks.stages import Job
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.data.augmentation import draw, move
+from immunity_fast.data.augmentation import apply_affine, draw_affine
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.kernels import launch
 from immunity_fast.runtime.compilation import keep_caches
@@ -136,10 +136,10 @@ def mixture(batching: str = "loop") -> ImmunityMoE:
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 images, labels and motion, on the CPU."""
+    """uint8 images, labels and the numbers of their affine maps, on the CPU."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (SAMPLES, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
-    return images, torch.arange(SAMPLES) % CLASSES, draw(SAMPLES, generator, flip=True)
+    return images, torch.arange(SAMPLES) % CLASSES, draw_affine(SAMPLES, generator, flip=True)
 
 
 def _step(model: ImmunityMoE, **options: Any) -> TrainStep:
@@ -155,8 +155,8 @@ def _gradient(model: nn.Module) -> Tensor:
 def expected() -> tuple[float, Tensor]:
     """Loss and gradient of the eager step in float64 on the CPU."""
     model = mixture().double()
-    images, labels, motion = batch()
-    measured = _step(model, double_backprop="reverse")(move(images, motion).double(), labels)
+    images, labels, affine = batch()
+    measured = _step(model, double_backprop="reverse")(apply_affine(images, affine).double(), labels)
     return float(measured[0]), _gradient(model)
 
 
@@ -169,11 +169,11 @@ def taken(way: Combination) -> tuple[float, Tensor]:
     model = mixture(way.batching).to(DEVICE)
     refused: list[str] = []
 
-    def announce(text: str) -> None:
+    def log(text: str) -> None:
         error = sys.exc_info()[1]  # what compiling has raised
         refused.append(text if error is None else f"{outcomes.innermost_cause(error)} ({text})")
 
-    step = _step(model, amp=way.amp, double_backprop=way.double_backprop, compile=way.compile, announce=announce)
+    step = _step(model, amp=way.amp, double_backprop=way.double_backprop, compile=way.compile, log=log)
     if way.amp == "fp16":
         step.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=SCALE)
     arguments = [tensor.to(DEVICE) for tensor in batch()]

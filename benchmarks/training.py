@@ -245,11 +245,11 @@ def prepared(name: str, options: argparse.Namespace) -> LimitedTrainer:
     begin = time.perf_counter()
     said: list[str] = []
 
-    def announce(text: str) -> None:
+    def log(text: str) -> None:
         error = sys.exc_info()[1]
         said.append(outcomes.shortened(text if error is None else f"{outcomes.innermost_cause(error)} ({text})"))
 
-    trainer = LimitedTrainer(config, data_of(options.data, options.rehearse), DEVICE, announce)
+    trainer = LimitedTrainer(config, data_of(options.data, options.rehearse), DEVICE, log)
     # A few passes an epoch: compiling them takes longer than they do.
     trainer._expert_logits = Compiled(trainer.model.expert_logits, "off", trainer.device)
     loaded = time.perf_counter()

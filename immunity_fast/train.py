@@ -13,13 +13,13 @@ from immunity_fast.runtime import cli, distributed, interrupts
 from immunity_fast.runtime.failures import kept_traceback, one_line
 from immunity_fast.training.config import PRESETS, TrainConfig, add_options, resolve_architecture
 from immunity_fast.training.loop import train
-from immunity_fast.training.preparation import MEMORY_ADVICE, REMEDIES, default_name, prepare
+from immunity_fast.training.preparation import CHANGEABLE_AFTER_DIVERGENCE, MEMORY_ADVICE, default_name, prepare
 from immunity_fast.training.run_evaluation import evaluate_trained
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
 
 # Settings that may differ when a run goes on: where, and by which of several exact ways.
-MOVABLE = ("data", "device", "compile", "batching", "double_backprop", "profile")
+CHANGEABLE_ON_RESUME = ("data", "device", "compile", "batching", "double_backprop", "profile")
 
 
 def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None) -> tuple[Path, bool, TrainConfig]:
         return out, False, config
     run = Run.open(resume)
     config = run.config()
-    movable = MOVABLE + (REMEDIES if run.diverged.is_file() else ())
+    movable = CHANGEABLE_ON_RESUME + (CHANGEABLE_AFTER_DIVERGENCE if run.diverged.is_file() else ())
     for name, value in given.items():
         if name not in movable and value != getattr(config, name):
             option = f"--{name.replace('_', '-')}"

@@ -20,7 +20,7 @@ from torch.optim import SGD
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate, train
 from immunity_fast.attacks import pgd
-from immunity_fast.data.augmentation import draw, move
+from immunity_fast.data.augmentation import apply_affine, draw_affine
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.models.gate import Switch
 from immunity_fast.models.moe import SingleNetwork
@@ -374,13 +374,13 @@ def test_images_are_augmented_before_they_are_attacked(
     method: str, attacks: list[tuple[Tensor, Tensor, Tensor]]
 ) -> None:
     stored = torch.randint(256, (5, 3, 12, 13), generator=_generator(), dtype=torch.uint8)
-    motion = draw(5, _generator(), padding=2, flip=True)
+    affine = draw_affine(5, _generator(), padding=2, flip=True)
     model, other = _model(dtype=torch.float32), _model(dtype=torch.float32)
     torch.manual_seed(3)
-    measured = _step(model, method)(stored, LABELS, motion)
+    measured = _step(model, method)(stored, LABELS, affine)
     torch.manual_seed(3)
-    expected = _step(other, method)(move(stored, motion), LABELS)
-    assert torch.equal(attacks[0][0], move(stored, motion))
+    expected = _step(other, method)(apply_affine(stored, affine), LABELS)
+    assert torch.equal(attacks[0][0], apply_affine(stored, affine))
     assert torch.equal(measured, expected)
     assert _gradients(model) == _gradients(other)
 
@@ -642,7 +642,7 @@ def test_a_compiled_attack_makes_the_images_that_an_eager_one_does(
     for compile in ("on", "off"):
         settings, model = _settings(method, batchnorm, gate, steps=2), _tiny()
         before = _all_of(model)
-        attack = InnerAttack(model, settings, compile=compile, amp=amp, announce=said.append)  # type: ignore[arg-type]
+        attack = InnerAttack(model, settings, compile=compile, amp=amp, log=said.append)  # type: ignore[arg-type]
         torch.manual_seed(3)
         found.append(torch.stack([attack(_images(seed, torch.float32), LABELS) for seed in (1, 2)]))
         assert attack.compiled == (compile == "on")
@@ -659,7 +659,7 @@ def test_an_attack_on_a_gate_that_switches_is_the_same_where_it_is_to_be_compile
     found = []
     for compile in ("on", "off"):
         settings, said = _settings("pgd", "train", "call"), []
-        attack = InnerAttack(_tiny(), settings, compile=compile, announce=said.append)  # type: ignore[arg-type]
+        attack = InnerAttack(_tiny(), settings, compile=compile, log=said.append)  # type: ignore[arg-type]
         found.append(_attacked(attack, _images(dtype=torch.float32)))
         assert len(said) == (compile == "on" and not attack.compiled)  # it says so where it cannot
     torch.testing.assert_close(*found)
@@ -672,12 +672,12 @@ def test_a_compiled_step_on_adversarial_images_gives_what_an_eager_one_does(
     found, models, said = [], [], []
     for compile in ("on", "off"):
         model = _tiny()
-        options: dict[str, Any] = {"compile": compile, "announce": said.append}
+        options: dict[str, Any] = {"compile": compile, "log": said.append}
         attack = InnerAttack(model, _settings("trades", "train", steps=2), **options)
         step = TrainStep(model, LOSS, SGD(model.parameters(), 0.05, fused=True), attack=attack, **options)
         torch.manual_seed(3)
         stored = torch.randint(256, (5, 3, 12, 13), generator=_generator(), dtype=torch.uint8)
-        found.append(torch.stack([step(stored, LABELS, draw(5, _generator(), padding=1)) for _ in range(2)]))
+        found.append(torch.stack([step(stored, LABELS, draw_affine(5, _generator(), padding=1)) for _ in range(2)]))
         models.append(model)
         assert step.compiled == attack.compiled == (compile == "on")
     assert said == []

@@ -749,7 +749,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
 def _both(attack: attacks.Attack, model: Any, *inputs: Any, **options: Any) -> tuple[Tensor, Tensor, BoundAttack]:
     """Results compiled and eager, and what is compiled."""
     said: list[str] = []
-    compiled = BoundAttack(attack, model, compile="on", announce=said.append)
+    compiled = BoundAttack(attack, model, compile="on", log=said.append)
     found = []
     for bound in (compiled, BoundAttack(attack, model)):
         found.append(bound(*inputs, generator=torch.Generator().manual_seed(5), **options))
@@ -839,7 +839,7 @@ def test_any_number_of_sizes_can_be_compiled(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         torch, "compile", lambda function, **_: compile_(function, fullgraph=True, dynamic=False, backend="eager")
     )
-    bound = BoundAttack(attacks.Attack(steps=1), lambda x, _: x.flatten(1), compile="on", announce=said.append)
+    bound = BoundAttack(attacks.Attack(steps=1), lambda x, _: x.flatten(1), compile="on", log=said.append)
     for samples in range(2, 11):
         bound(torch.rand(samples, 1, 1, 17), torch.arange(samples))
     assert said == []
@@ -855,7 +855,7 @@ def test_a_failure_to_compile_is_announced_and_the_attack_goes_on_in_eager(monke
     monkeypatch.setattr(torch, "compile", failing)
     model, said = _small(), list[str]()
     attack = attacks.Attack(steps=3, drop_fooled=True)
-    bound = BoundAttack(attack, lambda x, _: model(x), compile="on", announce=said.append)
+    bound = BoundAttack(attack, lambda x, _: model(x), compile="on", log=said.append)
     expected = attack(model, _small_images(), _small_labels())
     for _ in range(2):
         assert torch.equal(bound(_small_images(), _small_labels()), expected)

@@ -19,7 +19,7 @@ from torch._inductor.runtime import cache_dir_utils
 from torch.optim import SGD
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
-from immunity_fast.data.augmentation import draw
+from immunity_fast.data.augmentation import draw_affine
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.runtime import strategies
 from immunity_fast.runtime.compilation import Compiled, innermost_cause, keep_caches, resolve
@@ -56,7 +56,7 @@ def _model(batching: Any = "loop") -> ImmunityMoE:
 def _batch(count: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (count, 3, 12, 13), generator=generator, dtype=torch.uint8)
-    return images, torch.arange(count) % 3, draw(count, generator, padding=1)
+    return images, torch.arange(count) % 3, draw_affine(count, generator, padding=1)
 
 
 def _steps(step: TrainStep, count: int = 3) -> Tensor:
@@ -178,7 +178,7 @@ def test_a_failure_is_announced_in_a_line_and_training_goes_on_in_eager(monkeypa
 
     monkeypatch.setattr(torch, "compile", failing)
     said: list[str] = []
-    step = _step(_model(), compile="on", announce=said.append)
+    step = _step(_model(), compile="on", log=said.append)
     expected = _steps(_step(_model()))
     assert torch.equal(_steps(step), expected)
     assert said == ["compiling failed, going on in eager mode: RuntimeError: no compiler"]
@@ -196,7 +196,7 @@ def test_a_failure_in_the_backward_pass_leaves_no_trace(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "compile", failing)
     monkeypatch.setattr(_Backward, "failures", 1)
     said: list[str] = []
-    step, eager = _step(_model(), compile="on", announce=said.append), _step(_model())
+    step, eager = _step(_model(), compile="on", log=said.append), _step(_model())
     assert torch.equal(_steps(step), _steps(eager))
     assert len(said) == 1
     for mine, other in zip(step.model.state_dict().values(), eager.model.state_dict().values(), strict=True):
@@ -205,10 +205,10 @@ def test_a_failure_in_the_backward_pass_leaves_no_trace(monkeypatch: pytest.Monk
 
 def test_what_is_wrong_with_the_batch_is_not_taken_for_a_failure_to_compile() -> None:
     said: list[str] = []
-    step = _step(_model(), compile="on", announce=said.append)
-    images, labels, motion = _batch()
+    step = _step(_model(), compile="on", log=said.append)
+    images, labels, affine = _batch()
     with pytest.raises(ValueError, match="targets: expected shape"):
-        step(images, labels[:-1], motion)
+        step(images, labels[:-1], affine)
     assert said == []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from immunity_fast.data.augmentation import move
+from immunity_fast.data.augmentation import apply_affine
 from immunity_fast.data.datasets import Split
 from immunity_fast.data.loader import Batch, TrainLoader
 
@@ -42,7 +42,7 @@ def test_an_epoch_repeats_no_image_and_fills_every_batch(count: int, batch_size:
     for _ in range(3):
         epoch = _epoch(loader)
         assert len(epoch) == len(loader) == count // batch_size
-        assert all(len(part) == batch_size for batch in epoch for part in (batch.images, batch.labels, batch.motion.T))
+        assert all(len(part) == batch_size for batch in epoch for part in (batch.images, batch.labels, batch.affine.T))
         assert len(set(_labels(epoch))) == len(loader) * batch_size
 
 
@@ -74,12 +74,12 @@ def test_labels_stay_with_their_images() -> None:
 
 
 def test_images_are_bytes_and_come_with_their_augmentation() -> None:
-    for images, labels, motion in _loader(255, 5, padding=2, degrees=30):
+    for images, labels, affine in _loader(255, 5, padding=2, degrees=30):
         assert images.dtype == torch.uint8
         assert labels.dtype == torch.int64
         assert images.shape == (5, 3, 4, 4)
-        assert motion.shape == (5, 5)
-        moved = move(images, motion)
+        assert affine.shape == (5, 5)
+        moved = apply_affine(images, affine)
         assert moved.min() >= 0
         assert moved.max() <= 1
 
@@ -99,7 +99,7 @@ def test_processes_share_each_batch_of_one(processes: int) -> None:
         for expected, *parts in zip(alone, *ranks, strict=True):
             assert torch.equal(torch.cat([part.images for part in parts]), expected.images)
             assert torch.equal(torch.cat([part.labels for part in parts]), expected.labels)
-            assert torch.equal(torch.cat([part.motion for part in parts], 1), expected.motion)
+            assert torch.equal(torch.cat([part.affine for part in parts], 1), expected.affine)
 
 
 def test_a_state_is_taken_up_by_another_number_of_processes() -> None:
@@ -110,7 +110,7 @@ def test_a_state_is_taken_up_by_another_number_of_processes() -> None:
     other.load_state(alone.state())
     for batch, expected in zip(other, rest, strict=True):
         assert torch.equal(batch.labels, expected.labels[3:])
-        assert torch.equal(batch.motion, expected.motion[:, 3:])
+        assert torch.equal(batch.affine, expected.affine[:, 3:])
 
 
 @pytest.mark.parametrize(("count", "batch_size", "processes"), [(20, 5, 2), (1, 2, 2)])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.data.augmentation import draw, move
+from immunity_fast.data.augmentation import apply_affine, draw_affine
 from immunity_fast.experts.staged import GlobalAveragePool, split
 from immunity_fast.training.optimizer import FusedSGD
 from immunity_fast.training.step import MEASURED, TrainStep, cosine_lr
@@ -223,10 +223,10 @@ def test_experts_that_cannot_be_cut_are_trained_as_well() -> None:
 
 def test_bytes_are_augmented_in_the_step() -> None:
     images = torch.randint(256, (6, 3, 12, 12), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    motion = draw(6, torch.Generator().manual_seed(2), flip=True)
+    affine = draw_affine(6, torch.Generator().manual_seed(2), flip=True)
     model, other = _model(), _model()
-    measured = TrainStep(model, LOSS, SGD(model.parameters(), 0.1))(images, LABELS, motion)
-    expected = TrainStep(other, LOSS, SGD(other.parameters(), 0.1))(move(images, motion), LABELS)
+    measured = TrainStep(model, LOSS, SGD(model.parameters(), 0.1))(images, LABELS, affine)
+    expected = TrainStep(other, LOSS, SGD(other.parameters(), 0.1))(apply_affine(images, affine), LABELS)
     assert torch.equal(measured, expected)
     assert torch.equal(_weights(model), _weights(other))
 

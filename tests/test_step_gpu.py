@@ -12,7 +12,7 @@ from torch.optim import SGD
 from benchmarks import launches
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.attacks import Attack, BoundAttack
-from immunity_fast.data.augmentation import draw
+from immunity_fast.data.augmentation import draw_affine
 from immunity_fast.kernels.multi_tensor import same_strides
 from immunity_fast.training.adversarial import InnerAttack, InnerAttackSettings
 from immunity_fast.training.ema import WeightAverage
@@ -37,7 +37,7 @@ def _step(**options: Any) -> TrainStep:
 def _batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(256, (SAMPLES, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    return images.cuda(), (torch.arange(SAMPLES) % 4).cuda(), draw(SAMPLES, generator).cuda()
+    return images.cuda(), (torch.arange(SAMPLES) % 4).cuda(), draw_affine(SAMPLES, generator).cuda()
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])

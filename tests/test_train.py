@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from immunity_fast import evaluate, train
-from immunity_fast.data.augmentation import move
+from immunity_fast.data.augmentation import apply_affine
 from immunity_fast.data.datasets import ImageDataset, Split
 from immunity_fast.experts.genotypes import reduced
 from immunity_fast.kernels import reference
@@ -703,7 +703,7 @@ def test_a_data_set_that_lies_somewhere_needs_a_path(
 def test_random_crops_leave_something_of_every_image(data: Path, tmp_path: Path) -> None:
     trainer, _ = trained([*options(data, crop_padding=11, rotation=0, epochs=1), "--out", str(tmp_path / "run")])
     batch = next(iter(trainer.loader))
-    assert (move(batch.images, batch.motion).flatten(1).amax(1) > 0).all()
+    assert (apply_affine(batch.images, batch.affine).flatten(1).amax(1) > 0).all()
 
 
 def test_digits_are_not_mirrored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,7 +27,7 @@ from immunity_fast.data.datasets import fingerprint, load
 from immunity_fast.experts import title
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.files import locked, parse_json, write_atomically
-from immunity_fast.train import MOVABLE
+from immunity_fast.train import CHANGEABLE_ON_RESUME
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.ensemble import join
 from immunity_fast.training.run_folder import Run
@@ -52,7 +52,7 @@ class Job:
     @property
     def name(self) -> str:
         """Of the run's folder: readable, and different for different settings."""
-        settings = {k: v for k, v in self.config.to_json().items() if k not in (*MOVABLE, "preset")}
+        settings = {k: v for k, v in self.config.to_json().items() if k not in (*CHANGEABLE_ON_RESUME, "preset")}
         digest = hashlib.sha256(json.dumps([settings, self.members], sort_keys=True).encode()).hexdigest()[:8]
         config = self.config
         count = f"{self.members}-alone" if self.members > 1 else f"{config.experts}"

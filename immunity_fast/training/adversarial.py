@@ -19,7 +19,7 @@ from immunity_fast.functional import mixture_cross_entropy, mixture_log_probabil
 from immunity_fast.models.gate import Switch
 from immunity_fast.models.modes import evaluating, frozen
 from immunity_fast.models.moe import ImmunityMoE
-from immunity_fast.runtime.compilation import Announce, Compile
+from immunity_fast.runtime.compilation import Compile, Log
 from immunity_fast.runtime.precision import Amp, autocast
 
 Adversarial = Literal["off", "pgd", "trades", "fgsm-rs"]
@@ -63,7 +63,7 @@ class InnerAttack:
         model: the mixture.
         settings: see there.
         amp: the number format of the attacked model's convolutions and products.
-        compile, announce, traceback_file: see `BoundAttack`.
+        compile, log, traceback_file: see `BoundAttack`.
         device: where the model is.
     """
 
@@ -75,7 +75,7 @@ class InnerAttack:
         amp: Amp = "off",
         compile: Compile = "off",
         device: torch.device | None = None,
-        announce: Announce | None = None,
+        log: Log | None = None,
         traceback_file: Path | None = None,
     ) -> None:
         self.model, self.settings, self.amp = model, settings, amp
@@ -85,7 +85,7 @@ class InnerAttack:
             self._outputs,
             compile=compile,
             device=self.device,
-            announce=announce,
+            log=log,
             traceback_file=traceback_file,
         )
 

@@ -21,7 +21,7 @@ from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
 
 # Those that may differ as well once the loss has diverged: without it, no run could ever go on from there.
-REMEDIES = ("lr", "clip_grad_norm")
+CHANGEABLE_AFTER_DIVERGENCE = ("lr", "clip_grad_norm")
 MEMORY_ADVICE = "a smaller --batch-size, fewer --experts, a smaller --arch or smaller images"
 
 
@@ -64,7 +64,11 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
 def take_remedies(run: Run, config: TrainConfig) -> None:
     """Write down with what a run goes on that has diverged, if that is not what it began with."""
     begun = run.config()
-    changed = {name: getattr(config, name) for name in REMEDIES if getattr(config, name) != getattr(begun, name)}
+    changed = {
+        name: getattr(config, name)
+        for name in CHANGEABLE_AFTER_DIVERGENCE
+        if getattr(config, name) != getattr(begun, name)
+    }
     if changed and distributed.rank() == 0:
         now = dataclasses.replace(begun, **changed)
         write_atomically(run.config_file, json.dumps(now.to_json(), indent=2).encode())

@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from immunity_fast.data.augmentation import move
+from immunity_fast.data.augmentation import apply_affine
 from immunity_fast.functional import mixture_cross_entropy
 from immunity_fast.losses import Classification, FusedImmunityLoss, ImmunityTerms
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.models.stacking import channels_last_
 from immunity_fast.runtime import strategies
-from immunity_fast.runtime.compilation import Announce, Compile, Compiled
+from immunity_fast.runtime.compilation import Compile, Compiled, Log
 from immunity_fast.runtime.precision import Amp, autocast, begin_momentum, grad_scaler
 from immunity_fast.runtime.strategies import DoubleBackprop
 from immunity_fast.training.adversarial import InnerAttack, trades_losses
@@ -45,7 +45,7 @@ class TrainStep:
         amp: "bf16" and "fp16" run convolutions and products in half precision; see `precision`.
         double_backprop: see `FusedImmunityLoss.from_head`; "auto" is what was measured to be faster, see `strategies`.
         compile: "on" and "max" compile; "auto" does on a GPU. Where that fails, the step is eager, and says so.
-        announce, traceback_file: what takes such a line, and the whole traceback; see `Compiled`.
+        log, traceback_file: what takes such a line, and the whole traceback; see `Compiled`.
         attack: what makes adversarial images of a batch, on which the whole of the loss is then minimised; None trains
             on the images as they are. With TRADES' attack, cross-entropy is that of `adversarial.trades_losses`.
         trades_weight: λ of TRADES.
@@ -63,7 +63,7 @@ class TrainStep:
         amp: Amp = "off",
         double_backprop: DoubleBackprop = "auto",
         compile: Compile = "off",
-        announce: Announce | None = None,
+        log: Log | None = None,
         traceback_file: Path | None = None,
         attack: InnerAttack | None = None,
         trades_weight: float = 6.0,
@@ -78,12 +78,12 @@ class TrainStep:
             double_backprop = strategies.fastest(device.type, model.arch).double_backprop
         self.attack = attack
         trades = trades_weight if attack is not None and attack.settings.method == "trades" else None
-        compiled = partial(Compiled, choice=compile, device=device, announce=announce, traceback_file=traceback_file)
+        compiled = partial(Compiled, choice=compile, device=device, log=log, traceback_file=traceback_file)
         self.objective = _Objective(model, loss_fn, amp, double_backprop, device, compiled, trades)
         self._forward: nn.Module = self.objective
         if group is not None:
             self._forward = _distributed(self.objective, group)
-        self._proven = False
+        self._has_run_compiled = False
         optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._optimises_all = optimised == {id(parameter) for parameter in model.parameters()}
         self._one: Tensor | None = None
@@ -93,24 +93,28 @@ class TrainStep:
         """Whether the step runs compiled code, or will from its first call on."""
         return self.objective.function.active
 
-    def __call__(self, images: Tensor, labels: Tensor, motion: Tensor | None = None) -> Tensor:
+    def __call__(self, images: Tensor, labels: Tensor, affine: Tensor | None = None) -> Tensor:
         """Update the model, in training mode.
 
         Args:
-            images: (B, 3, H, W) floating-point in [0, 1]; or uint8, where there is a `motion`.
+            images: (B, 3, H, W) floating-point in [0, 1]; or uint8, where `affine` is given.
             labels: (B,) integers.
-            motion: (5, B), of `augmentation.draw`; None leaves the images as they are.
+            affine: (5, B), of `augmentation.draw_affine`; None leaves the images as they are.
 
         Returns:
             (4,) float64 on the model's device: what `MEASURED` names, of this batch, before the update.
         """
-        batch: tuple[Tensor | None, ...] = (images, labels, motion)
+        batch: tuple[Tensor | None, ...] = (images, labels, affine)
         if self.attack is not None:
-            if motion is not None:
-                images = move(images, motion)
+            if affine is not None:
+                images = apply_affine(images, affine)
             clean = images if self.objective.trades_weight is not None else None
             batch = (self.attack(images, labels), labels, None, clean)
-        measured = self._prove(*batch) if self.compiled and not self._proven else self._backward(*batch)
+        measured = (
+            self._first_compiled_step(*batch)
+            if self.compiled and not self._has_run_compiled
+            else self._backward(*batch)
+        )
         self.update()
         # A CUDA graph's result lies in memory that its next replay writes: this one is the caller's to keep.
         return measured.clone() if self.compiled and measured.is_cuda else measured
@@ -139,7 +143,7 @@ class TrainStep:
         taken: Tensor = measured
         return taken
 
-    def _prove(self, *batch: Tensor | None) -> Tensor:
+    def _first_compiled_step(self, *batch: Tensor | None) -> Tensor:
         """The first compiled pass: a backward pass that fails to compile must not count a batch twice in BatchNorm."""
         before = [buffer.clone() for buffer in self.model.buffers()]
         try:
@@ -148,7 +152,7 @@ class TrainStep:
             for buffer, value in zip(self.model.buffers(), before, strict=True):
                 buffer.copy_(value)
             measured = self.objective.function.fall_back(error, lambda: self._backward(*batch))
-        self._proven = True
+        self._has_run_compiled = True
         return measured
 
 
@@ -171,16 +175,16 @@ class _Objective(nn.Module):
         self.function = compiled(self._loss)
 
     def forward(
-        self, images: Tensor, labels: Tensor, motion: Tensor | None = None, clean: Tensor | None = None
+        self, images: Tensor, labels: Tensor, affine: Tensor | None = None, clean: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self.function(images, labels, motion, clean)
+        result: tuple[Tensor, Tensor] = self.function(images, labels, affine, clean)
         return result
 
     def _loss(
-        self, images: Tensor, labels: Tensor, motion: Tensor | None, clean: Tensor | None
+        self, images: Tensor, labels: Tensor, affine: Tensor | None, clean: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if motion is not None:
-            images = move(images, motion)
+        if affine is not None:
+            images = apply_affine(images, affine)
         if self.device.type == "cuda":
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast(self.amp, self.device):
@@ -193,7 +197,7 @@ class _Objective(nn.Module):
         weight = self.trades_weight
         if self.device.type == "cuda":
             clean = clean.contiguous(memory_format=torch.channels_last)
-        outputs = (self.model.first_of_two(clean), self.model.gate_weights(clean))
+        outputs = (self.model.expert_logits_with_copied_buffers(clean), self.model.gate_weights(clean))
         # One network alone has no experts besides.
         alpha = self.loss_fn.alpha if self.model.num_experts > 1 else 0.0
 

@@ -20,7 +20,7 @@ from immunity_fast.functional import log_mixture
 from immunity_fast.models.modes import frozen
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 from immunity_fast.runtime import distributed
-from immunity_fast.runtime.compilation import Announce, Compiled, at_size, resolve
+from immunity_fast.runtime.compilation import Compiled, Log, at_size, resolve
 from immunity_fast.runtime.failures import one_line
 from immunity_fast.runtime.files import shown
 from immunity_fast.runtime.strategies import fastest
@@ -55,7 +55,7 @@ class Trainer:
         config: TrainConfig,
         dataset: ImageDataset,
         device: torch.device,
-        announce: Announce | None = None,
+        log: Log | None = None,
         traceback_file: Path | None = None,
     ) -> None:
         self.config = config
@@ -112,7 +112,7 @@ class Trainer:
                 amp=config.amp,
                 compile=config.compile,
                 device=device,
-                announce=announce,
+                log=log,
                 traceback_file=traceback_file,
             )
         self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
@@ -124,13 +124,13 @@ class Trainer:
             amp=config.amp,
             double_backprop=(strategy.double_backprop if config.double_backprop == "auto" else config.double_backprop),
             compile=config.compile,
-            announce=announce,
+            log=log,
             traceback_file=traceback_file,
             attack=attack,
             trades_weight=config.trades_weight,
             group=group,
         )
-        self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, announce, traceback_file)
+        self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, log, traceback_file)
         self.fingerprint = dataset.fingerprint()
         self.epoch = 0  # epochs finished
         self.kept = 0  # optimiser steps that the run's checkpoint has
