@@ -10,30 +10,11 @@ from torch import Tensor
 
 from immunity_fast.attacks import losses as attack_losses
 from immunity_fast.attacks.losses import LOSSES
-from tests.oracle import assert_matches
+from tests.oracle import assert_matches, attack_loss
 
 TARGETED = pytest.mark.parametrize("targeted", [False, True], ids=["any", "target"])
-EACH = pytest.mark.parametrize("loss", ["ce", "dlr", "cw"])
+EACH = pytest.mark.parametrize("loss", LOSSES)
 NEEDED = {("ce", False): 1, ("ce", True): 1, ("cw", False): 2, ("cw", True): 2, ("dlr", False): 3, ("dlr", True): 4}
-
-
-def loss_of(z: Tensor, label: int, target: int | None, loss: str) -> Tensor:
-    """The loss of one sample's logits (K,), in the graph, from the papers' formulas, with Python's max and sorted."""
-    values = z.tolist()
-    if loss == "ce":
-        chosen = label if target is None else target
-        highest = max(values)
-        cross_entropy = torch.log(sum(torch.exp(z[k] - highest) for k in range(len(z)))) + highest - z[chosen]
-        return cross_entropy if target is None else -cross_entropy
-    if loss == "cw":
-        chosen = label if target is None else target
-        other = max((k for k in range(len(z)) if k != chosen), key=values.__getitem__)
-        return z[other] - z[label] if target is None else z[target] - z[other]
-    p = sorted(range(len(z)), key=values.__getitem__, reverse=True)  # π of the paper, from 0
-    if target is None:
-        other = p[1] if p[0] == label else p[0]
-        return -(z[label] - z[other]) / (z[p[0]] - z[p[2]] + 1e-12)
-    return -(z[label] - z[target]) / (z[p[0]] - (z[p[2]] + z[p[3]]) / 2 + 1e-12)
 
 
 def _classes(classes: int, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -50,7 +31,7 @@ def _case(shape: tuple[int, ...], targeted: bool, scale: float = 3.0) -> tuple[T
 def _expected(outputs: Tensor, labels: Tensor, targets: Tensor | None, loss: str) -> Tensor:
     rows = outputs.reshape(-1, outputs.shape[-1])
     goals = [None] * len(rows) if targets is None else targets.flatten().tolist()
-    losses = [loss_of(*case, loss) for case in zip(rows, labels.flatten().tolist(), goals, strict=True)]
+    losses = [attack_loss(*case, loss) for case in zip(rows, labels.flatten().tolist(), goals, strict=True)]
     return torch.stack(losses).view(labels.shape)
 
 
@@ -103,7 +84,7 @@ def test_a_margin_is_positive_where_the_label_is_not_the_largest(loss: Any) -> N
     assert torch.equal(LOSSES[loss](outputs, labels, None) > 0, fooled)
 
 
-def test_a_targeted_margin_is_positive_where_the_target_is_the_largest() -> None:
+def test_a_targeted_margin_is_positive_where_the_target_wins() -> None:
     outputs, labels, targets = _case((40, 5), True)
     reached = torch.tensor([max(range(5), key=row.__getitem__) for row in outputs.tolist()]) == targets
     assert 3 < int(reached.sum()) < 40
@@ -111,7 +92,7 @@ def test_a_targeted_margin_is_positive_where_the_target_is_the_largest() -> None
 
 
 @pytest.mark.parametrize("loss", ["dlr", "cw"])
-def test_a_margin_has_a_gradient_where_the_cross_entropy_has_none(loss: Any) -> None:
+def test_a_margin_has_a_gradient_where_cross_entropy_has_none(loss: Any) -> None:
     outputs = (1e4 * torch.tensor([[3.0, 2.0, 1.0, 0.5], [-1.0, 0.0, 5.0, 1.0]])).requires_grad_()
     labels = torch.tensor([0, 2])
     assert not torch.autograd.grad(LOSSES["ce"](outputs, labels, None).sum(), outputs)[0].any()

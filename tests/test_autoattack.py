@@ -174,7 +174,7 @@ def test_log_probabilities_are_as_good_as_logits() -> None:
     assert abs(int(difference)) <= 2
 
 
-def test_the_first_part_is_torchattacks_on_the_images_that_are_right() -> None:
+def test_the_first_part_is_torchattacks_on_what_is_right() -> None:
     """With two classes "rand" is APGD on the cross-entropy alone."""
     model, images, labels = _linear(2)
     labels[:7] = 1 - labels[:7]

@@ -19,8 +19,7 @@ from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.ema import WeightAverage
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer, validate
-from tests.small_runs import as_bytes, dataset, options, saved, trained, weights, write_data
-from tests.test_resume import interrupted
+from tests.small_runs import as_bytes, dataset, interrupted, options, saved, trained, weights, write_data
 
 CPU = torch.device("cpu")
 
@@ -227,7 +226,7 @@ def test_a_run_is_judged_by_its_average(
     assert _close(under("model", tensors), states[4])
 
 
-def test_without_adversarial_training_the_last_average_is_the_model(
+def test_without_an_attack_the_last_average_is_the_model(
     states: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluated = []

@@ -22,21 +22,18 @@ from benchmarks.outcomes import write
 from benchmarks.verify import Reference
 from tests import oracle
 from tests.oracle import assert_matches
+from tests.places import REPOSITORY
+from tests.tensors import normal
 
-REPOSITORY = Path(__file__).parents[1]
 SMALL = HeatmapCase(2, (3, 4, 5), "fp32")
 
 
-def _normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def test_the_naive_loop_is_the_same_loss() -> None:
-    activations, gradients = _normal(3, 4, 5, 4, 6), _normal(3, 4, 5, 4, 6, seed=1)
+    activations, gradients = normal(3, 4, 5, 4, 6), normal(3, 4, 5, 4, 6, seed=1)
     expected = oracle.heatmap_losses(activations, gradients, (7, 9))
     for ours, theirs in zip(naive.heatmap_losses(activations, gradients, (7, 9)), expected, strict=True):
         assert_matches(ours, theirs)
-    logits, gate, labels = _normal(3, 4, 5), _normal(4, 3, seed=1).softmax(-1), torch.tensor([0, 4, 2, 1])
+    logits, gate, labels = normal(3, 4, 5), normal(4, 3, seed=1).softmax(-1), torch.tensor([0, 4, 2, 1])
     found = naive.mixture_cross_entropy(logits, gate, labels, 0.7)
     assert_matches(found, oracle.cross_entropy(logits, gate, labels, 0.7))
 
@@ -186,9 +183,7 @@ def test_what_a_cuda_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.
     assert alive() is None
 
 
-def test_a_case_that_costs_the_device_ends_the_process_and_another_one_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_lost_device_another_process_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [CrossEntropyCase(samples, (3,), "fp32") for samples in (1, 2, 3)]
     gone, made = list[Any](), list[Any]()
 

@@ -27,6 +27,7 @@ from immunity_fast.experts.staged import StagedNetwork, default_stage
 from immunity_fast.models.stacking import stack_modules
 from immunity_fast.runtime.strategies import Batching
 from tests.cell_reference import images, stir
+from tests.tensors import assert_same_state
 
 CHANNELS, CELLS, CLASSES = 4, 6, 3
 STAGES = ("stem", "cells1", "cells2", "cells3")
@@ -49,10 +50,6 @@ def _network(name: str) -> StagedNetwork:
     network = copy.deepcopy(_built(name))
     assert isinstance(network, StagedNetwork)
     return network
-
-
-def _assert_same_state(actual: nn.Module, expected: nn.Module) -> None:
-    torch.testing.assert_close(actual.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("build", [pdarts, robnet_free])
@@ -83,7 +80,7 @@ def test_any_image_size(name: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(6, 4), (5, 4), (6, 7), (5, 7), (1, 1)])
-def test_factorized_reduce_of_odd_sides_is_that_of_the_image_with_a_border_of_zeros(size: tuple[int, int]) -> None:
+def test_factorized_reduce_pads_odd_sides_with_zeros(size: tuple[int, int]) -> None:
     reduce = stir(FactorizedReduce(3, 4, affine=True))
     even = [side + side % 2 for side in size]
     bordered = torch.zeros(2, 3, *even, dtype=torch.float64)
@@ -108,7 +105,7 @@ def test_trunk_then_head_is_the_network(name: str, stage: str) -> None:
         captured = activations.clone()
         assert torch.equal(head(activations), whole(images(12, 12)))
         assert torch.equal(activations, captured)  # nothing after the stage works in place
-        _assert_same_state(cut, whole)
+        assert_same_state(cut, whole)
 
 
 @each_tiny

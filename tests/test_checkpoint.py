@@ -144,7 +144,7 @@ def test_weights_of_another_architecture_are_refused(experts: int, arch: str) ->
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_a_model_comes_back_in_evaluation_mode_with_the_same_outputs(as_folder: bool, tmp_path: Path) -> None:
+def test_a_model_comes_back_evaluating_with_the_same_outputs(as_folder: bool, tmp_path: Path) -> None:
     model = _model()
     model(torch.rand(4, 3, 12, 12))  # moves the running statistics
     description = {"arch": "resnet8", "num_experts": 2, "num_classes": 3, "stage": None, "image_size": [12, 12]}

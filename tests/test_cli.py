@@ -19,9 +19,8 @@ from PIL import Image
 from immunity_fast import ensemble, evaluate, reproduce, train
 from immunity_fast.experts.genotypes import reduced
 from immunity_fast.runtime import cli
+from tests.places import REPOSITORY
 from tests.small_runs import error_line, options, trained, write_data
-
-ROOT = Path(__file__).parents[1]
 
 
 def _raising(error: BaseException) -> Callable[[list[str]], None]:
@@ -121,7 +120,7 @@ def test_a_missing_package_is_one_line(missing: str, tmp_path: Path) -> None:
     program = (
         f"import sys, types; sys.modules['torch'] = types.ModuleType('torch'); sys.modules[{missing!r}] = None\n"
         "import importlib.util\n"
-        f"spec = importlib.util.spec_from_file_location('cli', {file!r})\n"
+        f"spec = importlib.util.spec_from_file_location('cli', {str(REPOSITORY / 'immunity_fast' / 'cli.py')!r})\n"
         "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -167,7 +166,7 @@ def test_every_option_of_a_path_may_begin_at_home(
     "main", [train.main, evaluate.main, ensemble.main, reproduce.main], ids=lambda main: main.__module__
 )
 @pytest.mark.parametrize("name", [os.fsdecode(b"r\xff"), "~nobody-of-that-name/x"], ids=ascii)
-def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_done(
+def test_what_can_be_no_folder_is_refused_at_once(
     name: str, main: Callable[[list[str]], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     what = {train.main: [], evaluate.main: ["run"], ensemble.main: ["a", "b"], reproduce.main: ["table1"]}[main]
@@ -179,7 +178,7 @@ def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_done(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere take UTF-8 alone")
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_data_whose_names_are_no_text_are_trained_on_and_reported(encoding: str, tmp_path: Path) -> None:
+def test_names_that_are_no_text_are_trained_on_and_reported(encoding: str, tmp_path: Path) -> None:
     """Class folders, their files, and the folder of all."""
     root = os.fsdecode(os.fsencode(tmp_path) + b"/da\xffta")
     for index, name in enumerate((b"d\xffg", "żółw".encode(), b"<$x^$>")):
@@ -189,7 +188,7 @@ def test_data_whose_names_are_no_text_are_trained_on_and_reported(encoding: str,
             Image.fromarray(np.full((12, 12, 3), 80 * index + number, np.uint8)).save(folder / f"{number}.png")
     settings = ["--dataset", "folder", "--data", root, "--experts", "2", "--epochs", "1", "--batch-size", "8"]
     command = [*settings, "--check-images", "2", "--attack-images", "2", "--device", "cpu", "--out", "run"]
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     for words in (["train", *command], ["evaluate", "run", "--attacks", "fgsm", "--limit", "2"]):
         ended = subprocess.run(
             [sys.executable, "-m", f"immunity_fast.{words[0]}", *words[1:]],

@@ -26,10 +26,10 @@ from immunity_fast.runtime.compilation import Compiled, innermost_cause, keep_ca
 from immunity_fast.runtime.profiling import RECORDED
 from immunity_fast.training.step import TrainStep
 from immunity_fast.training.trainer import Trainer
-from tests.small_runs import TIMINGS, options, saved, trained, write_data
-from tests.test_resume import interrupted
+from tests.graphs import captured
+from tests.places import REPOSITORY
+from tests.small_runs import TIMINGS, interrupted, options, saved, trained, write_data
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 LOSS = FusedImmunityLoss(0.5, 0.7, 1e-3, size=(8, 9))
 
@@ -66,15 +66,8 @@ def _steps(step: TrainStep, count: int = 3) -> Tensor:
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph is captured and differentiated as it would be, but then run by PyTorch's own kernels."""
-    compile_ = torch.compile
-
-    def quickly(function: Any, **options: Any) -> Any:
-        assert options["fullgraph"]
-        assert not options["dynamic"]
-        return compile_(function, fullgraph=True, dynamic=False, backend="aot_eager")
-
     torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", quickly)
+    monkeypatch.setattr(torch, "compile", captured())
 
 
 def _same_training(compiled: TrainStep, eager: TrainStep) -> None:
@@ -169,7 +162,7 @@ class _Backward(torch.autograd.Function):
         return gradient
 
 
-def test_a_failure_is_announced_in_a_line_and_training_goes_on_in_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_a_line_and_training_goes_on_in_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(_function: Any, **_options: Any) -> Any:
         def call(*_arguments: Any) -> Any:
             raise RuntimeError("no compiler\nhere")
@@ -203,7 +196,7 @@ def test_a_failure_in_the_backward_pass_leaves_no_trace(monkeypatch: pytest.Monk
         assert torch.equal(mine, other)
 
 
-def test_what_is_wrong_with_the_batch_is_not_taken_for_a_failure_to_compile() -> None:
+def test_a_wrong_batch_is_not_taken_for_a_failure_to_compile() -> None:
     said: list[str] = []
     step = _step(_model(), compile="on", log=said.append)
     images, labels, affine = _batch()
@@ -233,7 +226,7 @@ def _unknown_to_inductor() -> Any:
     return unknown
 
 
-def test_the_line_has_the_innermost_cause_and_names_a_file_with_the_whole_traceback(tmp_path: Path) -> None:
+def test_the_line_has_the_cause_and_the_file_of_the_traceback(tmp_path: Path) -> None:
     import torch._inductor.lowering
 
     torch.compiler.reset()
@@ -412,7 +405,7 @@ def test_a_user_without_home_and_account_trains_and_evaluates(tmp_path: Path) ->
     data, folder = write_data(tmp_path / "data.npz"), tmp_path / "mine"
     folder.mkdir()
     os.chown(folder, 12345, 12345)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-c", NOBODY, *command]
@@ -437,7 +430,7 @@ def test_the_package_s_import_is_light() -> None:
         "print([name for name in heavy if name in sys.modules], dict(os.environ) == before)"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120
     )
     assert ended.stdout == "[] True\n", ended.stderr
 
@@ -461,7 +454,7 @@ def test_deep_copies_of_a_model_are_no_part_of_its_step() -> None:
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_a_compiled_run_says_what_it_waits_for_and_records_what_an_eager_one_does(
+def test_a_compiled_run_says_what_it_waits_for_and_records_alike(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Training, validation, and the attack of each epoch's check."""

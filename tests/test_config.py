@@ -13,58 +13,7 @@ import pytest
 
 from immunity_fast.losses import ALPHA, BETA, GAMMA
 from immunity_fast.training.config import PRESETS, TrainConfig, add_options
-
-FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
-# A value for each option that is not its default, as it is typed and as it is meant.
-GIVEN: dict[str, tuple[list[str], Any]] = {
-    "preset": (["fast"], "fast"),
-    "dataset": (["npz"], "npz"),
-    "data": (["some/file.npz"], "some/file.npz"),
-    "image_size": (["64"], 64),
-    "limit_train": (["100"], 100),
-    "arch": (["densenet121"], "densenet121"),
-    "experts": (["3"], 3),
-    "stage": (["layer2"], "layer2"),
-    "alpha": (["0.25"], 0.25),
-    "beta": (["1e-3"], 1e-3),
-    "gamma": (["0"], 0.0),
-    "smoothing": (["0.5"], 0.5),
-    "weight_scale": (["spatial"], "spatial"),
-    "score": (["probability"], "probability"),
-    "detach_weights": ([], True),
-    "adversarial": (["trades"], "trades"),
-    "eps": (["4/255"], 4 / 255),
-    "attack_alpha": (["0.25"], 0.25),
-    "attack_steps": (["7"], 7),
-    "attack_batchnorm": (["train"], "train"),
-    "attack_gate": (["mean"], "mean"),
-    "trades_weight": (["1.5"], 1.5),
-    "ema": (["0.5"], 0.5),
-    "epochs": (["7"], 7),
-    "batch_size": (["9"], 9),
-    "lr": (["0.125"], 0.125),
-    "momentum": (["0.5"], 0.5),
-    "weight_decay": (["1e-4"], 1e-4),
-    "clip_grad_norm": (["2.5"], 2.5),
-    "crop_padding": (["2"], 2),
-    "rotation": (["7.5"], 7.5),
-    "flip": (["on"], "on"),
-    "seed": (["11"], 11),
-    "device": (["cpu"], "cpu"),
-    "compile": (["max"], "max"),
-    "batching": (["vmap"], "vmap"),
-    "double_backprop": (["forward"], "forward"),
-    "amp": (["bf16"], "bf16"),
-    "float32": (["ieee"], "ieee"),
-    "profile": ([], True),
-    "check_images": (["0"], 0),
-    "attack_images": (["10"], 10),
-    "checkpoint_every": (["50"], 50),
-}
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+from tests.typed_settings import FIELDS, GIVEN, option_of
 
 
 def _parse(*arguments: str) -> dict[str, Any]:
@@ -81,7 +30,7 @@ def test_every_setting_is_tried_here() -> None:
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_setting_is_an_option_that_sets_it_alone(name: str) -> None:
     typed, meant = GIVEN[name]
-    given = _parse(_option(name), *typed)
+    given = _parse(option_of(name), *typed)
     assert given == {name: meant}
     assert type(given[name]) is type(meant)
     assert getattr(TrainConfig(**given), name) == meant
@@ -100,13 +49,13 @@ def test_help_explains_every_option() -> None:
     add_options(parser)
     text = " ".join(parser.format_help().split())
     for name, field in FIELDS.items():
-        assert _option(name) in text
+        assert option_of(name) in text
         assert field.metadata["help"].split(";")[0] in text
 
 
 @pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.type in (float, "float")])
 def test_every_number_may_have_a_fraction_where_it_is_a_float(name: str) -> None:
-    assert _parse(_option(name), "0.5") == {name: 0.5}
+    assert _parse(option_of(name), "0.5") == {name: 0.5}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -139,49 +88,52 @@ def test_the_loss_s_weights_default_to_its_own() -> None:
     assert (TrainConfig().alpha, TrainConfig().beta, TrainConfig().gamma) == (ALPHA, BETA, GAMMA)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("epochs", 0),
-        ("batch_size", 0),
-        ("checkpoint_every", 0),
-        ("attack_images", 0),
-        ("experts", 0),
-        ("adversarial", "free"),
-        ("eps", -0.1),
-        ("eps", 1.5),
-        ("attack_alpha", -0.1),
-        ("attack_steps", 0),
-        ("attack_batchnorm", "both"),
-        ("attack_gate", "none"),
-        ("trades_weight", -1.0),
-        ("ema", 1.0),
-        ("limit_train", 0),
-        ("alpha", -1.0),
-        ("beta", math.inf),
-        ("gamma", math.nan),
-        ("smoothing", -0.1),
-        ("weight_decay", -1e-9),
-        ("lr", 0.0),
-        ("lr", math.inf),
-        ("momentum", 0.0),
-        ("momentum", 1.0),
-        ("clip_grad_norm", 0.0),
-        ("clip_grad_norm", math.nan),
-        ("crop_padding", -1),
-        ("check_images", -1),
-        ("rotation", 180.5),
-        ("rotation", math.nan),
-        ("seed", -1),
-        ("seed", 2**63),
-        ("arch", "resnet9"),
-        ("dataset", "mnist"),
-        ("score", "other"),
-        ("flip", "yes"),
-    ],
-)
+KINDS = typing.get_type_hints(TrainConfig)
+OUT_OF_RANGE: list[tuple[str, Any]] = [
+    ("epochs", 0),
+    ("batch_size", 0),
+    ("checkpoint_every", 0),
+    ("attack_images", 0),
+    ("experts", 0),
+    ("eps", -0.1),
+    ("eps", 1.5),
+    ("attack_alpha", -0.1),
+    ("attack_steps", 0),
+    ("trades_weight", -1.0),
+    ("ema", 1.0),
+    ("limit_train", 0),
+    ("alpha", -1.0),
+    ("beta", math.inf),
+    ("gamma", math.nan),
+    ("smoothing", -0.1),
+    ("weight_decay", -1e-9),
+    ("lr", 0.0),
+    ("lr", math.inf),
+    ("momentum", 0.0),
+    ("momentum", 1.0),
+    ("clip_grad_norm", 0.0),
+    ("clip_grad_norm", math.nan),
+    ("crop_padding", -1),
+    ("check_images", -1),
+    ("rotation", 180.5),
+    ("rotation", math.nan),
+    ("seed", -1),
+    ("seed", 2**63),
+    ("arch", "resnet9"),
+    ("dataset", "mnist"),
+    ("image_size", 0),
+    *((name, "other") for name, kind in KINDS.items() if typing.get_origin(kind) is typing.Literal),
+]
+
+
+def test_every_setting_that_has_a_range_is_tried_out_of_it() -> None:
+    free = {"preset", "data", "stage", "device"} | {name for name, kind in KINDS.items() if kind is bool}
+    assert {name for name, _ in OUT_OF_RANGE} == FIELDS.keys() - free
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
 def test_a_value_out_of_range_is_refused_by_its_option_s_name(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"^{_option(name)}: expected .*, got "):
+    with pytest.raises(ValueError, match=f"^{option_of(name)}: expected .*, got "):
         TrainConfig(**{name: value})
 
 
@@ -195,7 +147,7 @@ def test_json_of_a_wrong_type_is_refused(name: str, value: Any) -> None:
 @pytest.mark.parametrize("name", FIELDS)
 def test_json_null_is_refused_unless_none_is_a_value(name: str) -> None:
     values = TrainConfig().to_json() | {name: None}
-    if type(None) in typing.get_args(typing.get_type_hints(TrainConfig)[name]):
+    if type(None) in typing.get_args(KINDS[name]):
         assert getattr(TrainConfig.from_json(values), name) is None
     else:
         with pytest.raises(ValueError, match=name):

@@ -394,7 +394,7 @@ def test_npz_validation_part_by_another_name(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["train_images", "test_labels", "classes"])
-def test_npz_objects_are_refused_without_the_advice_to_unpickle_them(key: str, tmp_path: Path) -> None:
+def test_npz_objects_are_refused_without_advice_to_unpickle(key: str, tmp_path: Path) -> None:
     file = write_npz(tmp_path, arrays() | {key: np.array([{}], dtype=object)})
     with pytest.raises(ValueError, match=rf"{key} could not be read \(it is an array of Python objects") as raised:
         load("npz", file)
@@ -610,7 +610,7 @@ def test_folder_turns_any_8_bit_image_into_rgb(tmp_path: Path, mode: str, suffix
     assert int((images.flatten(1).amin(1) == 255).sum()) == 1
 
 
-def test_folder_image_size_scales_the_short_side_and_crops_the_centre(tmp_path: Path) -> None:
+def test_image_size_scales_the_short_side_and_crops_the_centre(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     for name in "ab":
         for index, size in enumerate([(12, 6), (6, 18), (7, 7)]):

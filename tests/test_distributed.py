@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from immunity_fast import FusedImmunityLoss, ImmunityMoE, train
+from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.step import MEASURED
-from immunity_fast.training.trainer import Trainer
+from tests.processes import failing_after, launch
 from tests.small_runs import options, saved, trained, write_data
-
-PROCESSES = 2
-ROOT = Path(__file__).parents[1]
 
 # Each process takes its half of the batch, and the first writes what came out. BatchNorm is in evaluation mode: in
 # training mode it would normalise with the statistics of half a batch.
@@ -62,33 +53,6 @@ main()  # what holds the process group ends here: at the interpreter's end its t
 """
 
 
-def _launch(*command: str) -> str:
-    """Run a command in two processes as torchrun starts them; what they printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(PROCESSES)}
-    common |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(PROCESSES)
-    ]
-    try:
-        printed = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(printed)
-    return "".join(printed)
-
-
 def _alone(dtype: torch.dtype) -> tuple[list[float], dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = ImmunityMoE("resnet8", 3, 3, image_size=12).to(dtype).eval()
@@ -116,7 +80,7 @@ def _alone(dtype: torch.dtype) -> tuple[list[float], dict[str, torch.Tensor]]:
 def test_two_processes_are_one_with_the_joined_batch(
     double_backprop: str, compile: str, backend: str, tmp_path: Path
 ) -> None:
-    _launch("-c", WORKER, str(tmp_path / "out.pt"), double_backprop, compile, backend)
+    launch("-c", WORKER, str(tmp_path / "out.pt"), double_backprop, compile, backend)
     measured, gradients = torch.load(tmp_path / "out.pt")
     dtype, tolerance = (torch.float32, 1e-4) if backend == "triton" else (torch.float64, 1e-9)
     expected, wanted = _alone(dtype)
@@ -134,14 +98,14 @@ def test_a_run_of_two_processes_goes_on_in_one_and_in_two_again(tmp_path: Path) 
     data = write_data(tmp_path / "data.npz")
     settings: dict[str, Any] = {"epochs": 3, "check_images": 4}
     folder = tmp_path / "several"
-    stop = "import sys; from tests.test_distributed import stopped; stopped(sys.argv[1:])"
-    _launch("-c", stop, *options(data, **settings), "--out", str(folder))
+    stop = "import sys; from tests.processes import stopped; stopped(sys.argv[1:])"
+    launch("-c", stop, *options(data, **settings), "--out", str(folder))
     assert load_checkpoint(Run(folder).checkpoint)[1]["step"] == 5
-    with _failing_after(2):
+    with failing_after(2):
         trained(["--resume", str(folder)])
     run = Run(folder)
     assert load_checkpoint(run.checkpoint)[1]["step"] == 10
-    printed = _launch("-m", "immunity_fast.train", "--resume", str(folder))
+    printed = launch("-m", "immunity_fast.train", "--resume", str(folder))
     assert "cpu × 2" in printed
     assert printed.count("Test accuracy") == 1
     assert [record["epoch"] for record in run.metrics()] == [1, 2, 3]
@@ -151,25 +115,3 @@ def test_a_run_of_two_processes_goes_on_in_one_and_in_two_again(tmp_path: Path) 
     # The batches are the same, BatchNorm's statistics are not: the losses are close in the first epoch, no more.
     assert run.metrics()[0]["cross_entropy"] == pytest.approx(alone.metrics()[0]["cross_entropy"], rel=0.3)
     assert saved(folder)["tensors"]["loader/generator"] == saved(alone.folder)["tensors"]["loader/generator"]
-
-
-def stopped(arguments: list[str]) -> None:
-    """The command, killed after its first epoch."""
-    with _failing_after(1):
-        train.main(arguments)
-
-
-@contextmanager
-def _failing_after(epochs: int) -> Iterator[None]:
-    """Training ends with an error in its `with` block after so many epochs, without having written anything more."""
-    advance = Trainer.advance
-
-    def failing(trainer: Trainer, batch: Any) -> None:
-        if trainer.epoch == epochs:
-            raise InterruptedError("enough")
-        advance(trainer, batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "advance", failing)
-        with pytest.raises(InterruptedError, match="enough"):
-            yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,11 +16,6 @@ from immunity_fast.models.gate import Switch
 from immunity_fast.training.checkpoint import load_model
 from immunity_fast.training.run_folder import Run
 from tests.small_runs import arrays, change_config, error_line, options, split, trained, write_data
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "data.npz")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +40,7 @@ def test_each_expert_is_one_of_the_networks(alone: list[Path], tmp_path: Path) -
     assert info["model"]["num_experts"] == 3
 
 
-@pytest.mark.parametrize("switch", ["off", "mean", "call", "sample"])
+@pytest.mark.parametrize("switch", get_args(Switch))
 def test_each_network_counts_the_same_whatever_the_gate_does(alone: list[Path], tmp_path: Path, switch: Switch) -> None:
     mixture, _ = load_model(ensemble.join(alone, tmp_path / "joined").folder)
     images = to_float(split(4).images)

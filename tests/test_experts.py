@@ -12,6 +12,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from immunity_fast import experts
 from immunity_fast.experts.staged import StagedNetwork, default_stage, split
+from tests.tensors import assert_same_state
 
 STAGES = {
     "resnet18": ("stem", "layer1", "layer2", "layer3", "layer4"),
@@ -41,10 +42,6 @@ def _expert(name: str) -> StagedNetwork:
 
 def _images(*size: int, seed: int = 1) -> Tensor:
     return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(seed))
-
-
-def _assert_same_state(actual: nn.Module, expected: nn.Module) -> None:
-    torch.testing.assert_close(actual.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
 @each_name
@@ -102,7 +99,7 @@ def test_trunk_then_head_is_the_network(name: str, stage: str) -> None:
         captured = activations.clone()
         assert torch.equal(head(activations), whole(_images(16, 16)))
         assert torch.equal(activations, captured)  # nothing after the stage works in place
-        _assert_same_state(cut, whole)
+        assert_same_state(cut, whole)
 
 
 @each_stage
@@ -122,7 +119,7 @@ def test_state_dict_through_a_split() -> None:
     trunk, head = source.split("layer1")
     target_trunk, target_head = target.split("layer2")
     target.load_state_dict({**trunk.state_dict(), **head.state_dict()})
-    _assert_same_state(target, source)
+    assert_same_state(target, source)
     state = source.state_dict()
     target_trunk.load_state_dict({key: state[key].clone().zero_() for key in target_trunk.state_dict()})
     target_head.load_state_dict({key: state[key].clone().zero_() for key in target_head.state_dict()})
@@ -179,7 +176,7 @@ def test_default_stage_leaves_the_network_alone(dtype: torch.dtype) -> None:
     network.get_submodule("layer2").eval()
     before = copy.deepcopy(network)
     assert default_stage(network, 32) == "layer2"
-    _assert_same_state(network, before)
+    assert_same_state(network, before)
     assert [module.training for module in network.modules()] == [module.training for module in before.modules()]
     assert not any(module._forward_hooks for module in network.modules())
 

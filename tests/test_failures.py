@@ -22,9 +22,9 @@ from immunity_fast.runtime import memory
 from immunity_fast.runtime.failures import in_units, kept_traceback, one_line, out_of_memory
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.step import TrainStep
+from tests.places import REPOSITORY
 from tests.small_runs import error_line, options, trained, write_data
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 CUDA = (
     "CUDA out of memory. Tried to allocate 20.51 GiB. GPU 0 has a total capacity of 79.11 GiB of which 3.30 GiB is "
@@ -109,7 +109,7 @@ def test_a_process_has_the_memory_that_it_may_have() -> None:
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (40 << 30, 40 << 30))\n"
         "import torch\nfrom immunity_fast.runtime import memory\nprint(memory.total(torch.device('cpu')))"
     )
-    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 2**28 < int(ended.stdout) <= min(40 << 30, machine)
 
@@ -163,7 +163,7 @@ def _photos(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_images_larger_than_memory_are_refused_before_one_is_made(
+def test_images_beyond_memory_are_refused_before_one_is_made(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = _photos(tmp_path / "photos")

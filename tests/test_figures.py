@@ -1,7 +1,6 @@
 import math
 import warnings
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,15 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
-from matplotlib.text import Text
-from PIL import Image
 from torch import Tensor
 
-from immunity_fast.reporting import heatmaps, style
 from immunity_fast.reporting.curves import PANELS, robustness_figure, training_curves
 from immunity_fast.reporting.heatmaps import attacked_heatmap_figure, heatmap_figure
 from immunity_fast.reporting.style import COLORS, drawable
+from tests import pictures
+from tests.pictures import assert_no_text_is_hidden, near, pixels
+
+drawn = pictures.drawn
 
 RECORD = {
     "epoch": 1,
@@ -38,12 +38,6 @@ RECORD = {
 EPS = (0, 1, 2, 4, 8, 16, 32, 64, 255)
 STEPS = (1, 2, 5, 10, 20, 50, 100)
 LONG = "the attacker sees one draw a step and is judged on the exact mean of the experts, $\\alpha$ = 2/255"
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        return np.asarray(image.convert("RGB"))
 
 
 def sample(experts: int, count: int, height: int = 32, width: int = 32) -> tuple[Tensor, Tensor]:
@@ -186,13 +180,6 @@ def rising(end: float = 9.0) -> list[dict[str, Any]]:
     return [{"steps": steps, "loss": end * steps / (steps + 8), "accuracy": 0.1} for steps in STEPS]
 
 
-def near(picture: np.ndarray, color: str, tolerance: int = 20) -> np.ndarray:
-    """Where the picture has this colour, a bool a pixel."""
-    rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-    near: np.ndarray = (np.abs(picture.astype(int) - rgb) < tolerance).all(axis=-1)
-    return near
-
-
 def below_names(picture: np.ndarray) -> np.ndarray:
     """The part of a panel from its axes on: where, near the left edge of the axes, a long grey line begins."""
     grey = near(picture, "#888888").sum(axis=0)
@@ -200,40 +187,7 @@ def below_names(picture: np.ndarray) -> np.ndarray:
     return picture[axis.argmax() :]
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Every figure that is made."""
-    made: list[Figure] = []
-
-    class Recorded(Figure):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    for module in (heatmaps, style):
-        monkeypatch.setattr(module, "Figure", Recorded)
-    return made
-
-
-def assert_no_text_is_hidden(figure: Figure) -> None:
-    """Every text lies inside of the figure and touches no other."""
-    far = set()  # labels of ticks that are outside of the axes, which are not drawn
-    for axis in [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]:
-        low, high = axis.get_view_interval()
-        far |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
-    texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip() and t not in far]
-    boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
-    for text, box in boxes:
-        assert 0 <= box.x0 < box.x1 <= figure.bbox.width, text
-        assert 0 <= box.y0 < box.y1 <= figure.bbox.height, text
-    for (a, first), (b, second) in combinations(boxes, 2):
-        assert not first.overlaps(second), f"{a!r} lies on {b!r}"
-    for axes in figure.axes:
-        for text in axes.get_legend().texts if axes.get_legend() else ():
-            assert not axes.bbox.overlaps(text.get_window_extent()), f"{text.get_text()!r} lies in the axes"
-
-
-def test_training_curves_titles_stand_at_one_height_and_hide_nothing(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_curves_titles_stand_at_one_height_and_hide_nothing(tmp_path: Path, drawn: list[Figure]) -> None:
     training_curves(run_of(3), tmp_path / "c.png")
     assert_no_text_is_hidden(drawn[0])
     left, right = (axes.title.axes._left_title.get_window_extent() for axes in drawn[0].axes[:2])
@@ -262,7 +216,7 @@ def test_robustness_figure_hides_no_text(
 
 
 @pytest.mark.parametrize("empty", ["accuracy", "loss"])
-def test_robustness_figure_has_one_panel_where_there_is_nothing_for_the_other(tmp_path: Path, empty: str) -> None:
+def test_robustness_figure_leaves_out_a_panel_of_nothing(tmp_path: Path, empty: str) -> None:
     accuracy = {} if empty == "accuracy" else {"a": falling()}
     robustness_figure(accuracy, {} if empty == "loss" else {"a": rising()}, tmp_path / "r.png")
     assert pixels(tmp_path / "r.png").shape[1] == 896
@@ -287,7 +241,7 @@ def test_accuracies_are_drawn_in_percent_from_0_to_100(tmp_path: Path) -> None:
     assert (rows[0], rows[-1]) == pytest.approx((top, bottom), abs=3)
 
 
-def test_doubled_eps_are_equally_far_apart_and_0_as_far_from_the_first(tmp_path: Path) -> None:
+def test_doubled_eps_are_equally_far_apart_0_from_the_first_too(tmp_path: Path) -> None:
     """One curve a point, so that each place has a colour of its own."""
     curves = {f"{e}": accuracies([0.5], [e]) for e in (0, 2, 4, 8, 16, 32)}
     robustness_figure(curves, {}, tmp_path / "r.png")
@@ -394,7 +348,7 @@ def test_the_attacked_heatmaps_are_drawn_as_others(tmp_path: Path) -> None:
     assert (pixels(tmp_path / "1.png") == pixels(tmp_path / "2.png")).all()
 
 
-def test_labels_of_attacked_images_may_have_lines_dollars_and_any_length(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_labels_of_attacked_images_may_be_any_text(tmp_path: Path, drawn: list[Figure]) -> None:
     labels = [("clean\n$x$ → a$b", "attacked\na very long class name → another of that kind"), ("", "\n")]
     attacked_heatmap_figure(*attacked_sample(1, 2), labels, tmp_path / "h.png")
     texts = [text.get_text() for text in drawn[0].texts]
@@ -444,7 +398,7 @@ def test_labels_in_any_script_are_drawn_without_a_warning(tmp_path: Path) -> Non
     assert drawable(["cat → dog", "über $ 3"])[0] == ["cat → dog", "über $ 3"]
 
 
-def test_a_font_that_has_the_characters_is_used_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_font_with_the_characters_is_used_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what the usual one lacks: a letter for private use of STIX, which comes with matplotlib."""
     usual, name = list(matplotlib.rcParams["font.family"]), "STIXNonUnicode"
     own = get_font(findfont(FontProperties(family=[name]))).get_charmap()

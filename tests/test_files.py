@@ -86,7 +86,7 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next(tmp_path: Path) -
     assert names(tmp_path) == ["file", "other"]
 
 
-def test_readers_find_a_whole_file_however_often_two_processes_write_it(tmp_path: Path) -> None:
+def test_readers_find_a_whole_file_while_two_processes_write_it(tmp_path: Path) -> None:
     path = tmp_path / "file"
     program = """
 print("ready", flush=True)
@@ -145,7 +145,7 @@ def test_a_line_that_was_cut_off_does_not_spoil_the_next(torn: bytes, tmp_path: 
 
 
 @pytest.mark.parametrize("function", ["fsync", "write"])
-def test_a_line_for_which_there_is_no_room_leaves_the_file_as_it_was(
+def test_a_line_without_room_leaves_the_file_as_it_was(
     function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     append_line(tmp_path / "file", b"first")

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.places import REPOSITORY
+
 CASES = os.environ.get("IMMUNITY_FUZZ", "0 100").split()
 
 
@@ -43,7 +44,7 @@ def wrong(case: dict[str, Any], right: dict[str, Any]) -> str | None:
 def test_what_is_spoilt_is_one_line_or_the_right_result(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.fuzzing", str(tmp_path / "runs"), *CASES]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, cwd=REPOSITORY, env=alone, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     right, *cases = map(json.loads, ended.stdout.splitlines())
     failed = [(text, case) for case in cases if (text := wrong(case, right)) is not None]

@@ -65,7 +65,7 @@ every_case = pytest.mark.parametrize(("experts", "kind"), list(itertools.product
 
 
 @every_case
-def test_worst_margins_are_those_of_the_worst_of_all_permutations(experts: int, kind: str) -> None:
+def test_worst_margins_are_those_of_the_worst_permutation(experts: int, kind: str) -> None:
     logits, gate, labels = _case(experts, kind)
     margins = worst_margins(logits, gate, labels)
     assert margins.shape == (SAMPLES, CLASSES)
@@ -109,7 +109,7 @@ def test_there_are_cases_of_both() -> None:
     assert 10 < int(torch.cat(found).sum()) < 130
 
 
-def test_worst_weights_are_constants_of_the_gradient_but_for_the_gate_s_own() -> None:
+def test_worst_weights_have_no_gradient_but_the_gate_s_own() -> None:
     logits, gate, labels = _case(3)
     scores = gate.log().requires_grad_()
     gate = scores.softmax(-1)
@@ -122,7 +122,7 @@ def test_worst_weights_are_constants_of_the_gradient_but_for_the_gate_s_own() ->
     assert gradients[1] is None
 
 
-def test_margins_of_half_precision_logits_are_taken_in_single_precision() -> None:
+def test_margins_of_half_precision_are_taken_in_float32() -> None:
     logits, gate, labels = _case(3)
     rounded = logits.bfloat16()
     margins = worst_margins(rounded, gate.float(), labels)
@@ -175,14 +175,14 @@ def _gate_that_gives(weights: Tensor, generator: torch.Generator) -> RandomSwitc
     return RandomSwitchGate(weights.shape[-1], Constant(), switch="sample", generator=generator).eval()
 
 
-def test_a_tie_under_some_permutation_is_not_right_under_every_one() -> None:
+def test_a_tie_under_one_permutation_is_not_right_under_all() -> None:
     logits = torch.tensor([[[1.0, 1.0, 0.0]], [[1.0, 1.0, -1.0]]]).double()
     gate = torch.tensor([[0.25, 0.75]]).double()
     for label in (0, 1):
         assert not judge(logits, gate, torch.tensor([label]))["worst"]
 
 
-def test_what_is_right_under_every_permutation_is_right_under_those_of_the_other_judges() -> None:
+def test_what_all_permutations_get_right_all_judges_do() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 3000, 3, generator=generator)
     logits[..., 0] += 1.5
@@ -194,7 +194,7 @@ def test_what_is_right_under_every_permutation_is_right_under_those_of_the_other
         assert not bool(found["worst"][~found[name]].any())
 
 
-def test_the_switching_judge_repeats_itself_from_the_same_seed_alone() -> None:
+def test_the_sample_judge_repeats_itself_from_one_seed_alone() -> None:
     logits = torch.randn(3, 200, 5, generator=torch.Generator().manual_seed(0))
     gate = torch.tensor([0.1, 0.2, 0.7]).expand(200, 3)
     labels = torch.zeros(200, dtype=torch.int64)
@@ -208,7 +208,7 @@ def test_the_switching_judge_repeats_itself_from_the_same_seed_alone() -> None:
 # Permutations
 
 
-def test_permutations_are_those_of_the_gate_that_switches_for_each_image() -> None:
+def test_permutations_are_those_of_the_gate_on_sample() -> None:
     """The same draws from the same generator, so the same distribution."""
     gate = torch.rand(50, 4, generator=torch.Generator().manual_seed(0)).double().log().softmax(-1)
     switching = _gate_that_gives(gate, torch.Generator().manual_seed(5))
@@ -227,7 +227,7 @@ def test_every_permutation_is_as_likely_for_each_image(draw: Any) -> None:
     assert sum((n - count / 6) ** 2 / (count / 6) for n in found.values()) < 20.5
 
 
-def test_permutations_come_from_the_global_generator_where_there_is_no_other() -> None:
+def test_permutations_come_from_the_global_generator_by_default() -> None:
     gate = torch.rand(9, 5)
     torch.manual_seed(8)
     first = permuted(gate)
@@ -291,7 +291,7 @@ def test_every_knowledge_is_described() -> None:
 
 
 @pytest.mark.parametrize("experts", [2, 3, 4])
-@pytest.mark.parametrize("knowledge", ["fixed", "mean", "worst", "single", "eot"])
+@pytest.mark.parametrize("knowledge", KNOWLEDGE)
 def test_what_each_attacker_differentiates_is_its_formula(knowledge: Any, experts: int) -> None:
     model, images = _model(experts), _images()
     generator = torch.Generator().manual_seed(6)
@@ -342,7 +342,7 @@ def test_gradients_are_those_of_the_formula_the_gate_s_included(knowledge: Any) 
     torch.testing.assert_close(actual, _loss_and_gradient(formula, images, LABELS), rtol=1e-9, atol=1e-12)
 
 
-def test_mean_s_loss_is_the_cross_entropy_of_the_experts_mean_probability() -> None:
+def test_mean_s_loss_is_the_cross_entropy_of_mean_probabilities() -> None:
     model, images = _model(), _images()
     loss, gradient = _loss_and_gradient(attacker(model, "mean"), images, LABELS)
     x = images.clone().requires_grad_()
@@ -362,7 +362,7 @@ def _gradients_of_all_permutations(model: ImmunityMoE, images: Tensor) -> Tensor
     return torch.stack([torch.autograd.grad(loss.sum(), x, retain_graph=True)[0] for loss in losses])
 
 
-def test_eot_with_many_draws_has_the_gradient_of_the_average_over_all_permutations() -> None:
+def test_eot_of_many_draws_has_the_gradient_of_all_permutations() -> None:
     model, images, draws = _model(), _images(), 500
     of_each = _gradients_of_all_permutations(model, images).flatten(2)
     exact = of_each.mean(0)
@@ -377,7 +377,7 @@ def test_eot_with_many_draws_has_the_gradient_of_the_average_over_all_permutatio
     assert bool(((of_mean.flatten(1) - exact).norm(dim=1) > 3 * typical).any())
 
 
-def test_an_attack_by_eot_over_every_permutation_once_steps_along_the_exact_average(
+def test_eot_over_all_permutations_steps_along_the_exact_average(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     orders = itertools.cycle(itertools.permutations(range(3)))
@@ -534,7 +534,7 @@ WAYS: dict[str, Any] = {
         if way != "compiled" or (norm, switch) == ("Linf", "call")  # the compiler takes long
     ],
 )
-def test_on_a_random_gate_the_best_that_is_kept_is_never_a_lucky_one(switch: Any, norm: Any, way: str) -> None:
+def test_on_a_random_gate_the_best_kept_is_never_a_lucky_one(switch: Any, norm: Any, way: str) -> None:
     """Judged by the draw that it was attacked by, an image that was fooled once would be kept, and answered rightly."""
     model, images, labels = _divided()
     model.gate.switch = switch
@@ -553,7 +553,7 @@ def test_on_a_random_gate_the_best_that_is_kept_is_never_a_lucky_one(switch: Any
 
 
 @pytest.mark.parametrize("knowledge", ["single", "eot", "mean"])
-def test_an_attacker_of_a_random_gate_keeps_what_is_worst_for_the_mean(knowledge: Any) -> None:
+def test_against_a_random_gate_the_worst_for_the_mean_is_kept(knowledge: Any) -> None:
     model, images, labels = _divided()
     answers = []
     for options in ({}, *OPTIONS[:3]):
@@ -590,7 +590,7 @@ def test_a_gate_that_does_not_switch_is_judged_by_its_outputs(switch: Any) -> No
     assert shown == [9] * 5
 
 
-def test_a_compiled_attack_on_a_random_gate_is_judged_by_its_mean_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_attack_is_judged_by_a_gate_s_mean_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model, images, labels = _divided()
     results = []

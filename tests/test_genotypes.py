@@ -92,7 +92,7 @@ def test_a_published_network_with_fewer_cells_and_channels(name: str) -> None:
     assert create(reduced(name, 5, 2), 3)(torch.rand(2, 3, 8, 8)).shape == (2, 3)
 
 
-def test_a_network_whose_cells_are_all_different_cannot_be_reduced() -> None:
+def test_a_network_of_cells_all_different_cannot_be_reduced() -> None:
     with pytest.raises(ValueError, match="'robnet_free', expected one of pdarts, advrush, robnet_large"):
         reduced("robnet_free", 8, 8)
 

@@ -23,9 +23,9 @@ from benchmarks.stages import STAGES, Job
 from benchmarks.step_cases import CROSS_ENTROPY, DETACHED, FULL, StepCase
 from immunity_fast.runtime.precision import Amp
 from immunity_fast.runtime.strategies import Batching, DoubleBackprop
+from tests.places import REPOSITORY
 from tests.small_runs import write_data
 
-REPOSITORY = Path(__file__).parents[1]
 HANG = "import threading; threading.Event().wait()"
 GENEROUS = 60.0  # seconds in which a process that does nothing has ended on any machine
 
@@ -66,7 +66,7 @@ def test_an_unknown_stage_is_named(text: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_shares_are_of_the_stages_asked_for_and_what_is_left_goes_on(count: int) -> None:
+def test_shares_are_of_the_stages_asked_for_and_the_rest_goes_on(count: int) -> None:
     for names in itertools.combinations(STAGES, count):
         left, used = 400.0, []
         for name in names:
@@ -105,7 +105,7 @@ def test_a_job_tells_what_became_of_it() -> None:
     assert by_name["missing"]["cause"] == "there is no a-program-that-nobody-has here"
 
 
-def test_what_hangs_is_ended_with_all_that_it_started_and_stops_nothing(tmp_path: Path) -> None:
+def test_what_hangs_is_ended_with_its_children_and_stops_nothing(tmp_path: Path) -> None:
     file = tmp_path / "pid"
     starting = (
         f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {HANG!r}]);"
@@ -174,7 +174,7 @@ def _stage(out: Path) -> gpu.Stage:
     return gpu.Stage(out, [sys.executable], True, None, 0.0, {}, {"machine": "none"})
 
 
-def test_a_stage_that_fails_or_hangs_stops_no_other_and_results_are_there_as_they_come(tmp_path: Path) -> None:
+def test_a_stage_that_fails_or_hangs_stops_no_other(tmp_path: Path) -> None:
     seen: list[list[str]] = []
 
     def broken(stage: gpu.Stage, take: stages.Take) -> None:
@@ -305,7 +305,7 @@ def test_a_traceback_that_came_as_text_is_looked_through() -> None:
     assert outcomes.innermost_line("") == ""
 
 
-def test_a_compiled_step_that_falls_back_is_a_failure_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_step_that_falls_back_fails_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_arguments: Any, **_options: Any) -> Any:
         def call(*_batch: Any) -> Any:
             raise RuntimeError("backend raised:") from ZeroDivisionError("in the compiler")
@@ -379,7 +379,7 @@ def test_a_wrong_step_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     check.compared(way, (loss, gradient), (loss, gradient))
 
 
-def test_of_steps_what_auto_would_do_comes_first_and_what_compiles_longest_last() -> None:
+def test_auto_s_step_comes_first_and_what_compiles_longest_last() -> None:
     order = StepCase("resnet18", "layer2", 8, compiled=("vmap", "loop")).order()
     names = [(way.name, loss) for way, loss in order]
     assert names[:3] == [
@@ -477,7 +477,7 @@ outcomes.report(name, "passed", pgd50={"accuracy": 0.5}, seconds=seconds)
 """
 
 
-def test_trainings_have_turns_and_one_that_fails_or_hangs_stops_no_other(
+def test_trainings_have_turns_and_one_that_fails_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(science, "RESERVE", 0.0)
@@ -565,7 +565,7 @@ def test_where_nothing_has_passed_nobody_is_told_so(
     assert "1 not run" in capsys.readouterr().out
 
 
-def test_a_record_that_cannot_be_written_stops_its_own_stage_alone(tmp_path: Path) -> None:
+def test_a_record_that_cannot_be_written_stops_its_stage_alone(tmp_path: Path) -> None:
     def unwritable(stage: gpu.Stage, _take: Any) -> None:
         outcomes.write(stage.out / "no such folder" / "record.json", {})
 

@@ -20,16 +20,11 @@ from immunity_fast.runtime import cli, interrupts
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
-from tests.small_runs import error_line, options, saved, trained, write_data
-from tests.test_distributed import _launch
+from tests.places import REPOSITORY
+from tests.processes import launch
+from tests.small_runs import error_line, options, saved, trained
 
-ROOT = Path(__file__).parents[1]
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "data.npz")
 
 
 def _status(main: Callable[[list[str]], None], arguments: list[str]) -> Any:
@@ -53,7 +48,7 @@ def _signalling(number: int, call: int, function: Callable[..., Any]) -> Callabl
 
 
 @pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
-def test_training_stops_behind_the_step_and_goes_on_to_the_same_bits(
+def test_training_stops_after_a_step_and_goes_on_bit_for_bit(
     number: signal.Signals,
     data: Path,
     tmp_path: Path,
@@ -73,7 +68,7 @@ def test_training_stops_behind_the_step_and_goes_on_to_the_same_bits(
     assert saved(run.folder) == saved(tmp_path / "whole")
 
 
-def test_training_that_is_stopped_while_it_checks_keeps_the_epoch(
+def test_training_stopped_while_it_checks_keeps_the_epoch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "validate", _signalling(signal.SIGTERM, 1, train.validate))
@@ -83,7 +78,7 @@ def test_training_that_is_stopped_while_it_checks_keeps_the_epoch(
     assert len(run.metrics()) == 1
 
 
-def test_a_second_signal_ends_it_at_once_and_the_last_checkpoint_is_named(
+def test_a_second_signal_ends_it_and_names_the_last_checkpoint(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     twice = _signalling(signal.SIGTERM, 4, _signalling(signal.SIGTERM, 4, Trainer.advance))
@@ -177,7 +172,7 @@ def test_handlers_are_given_back() -> None:
 def test_an_interrupt_while_importing_is_a_line(number: signal.Signals, tmp_path: Path) -> None:
     """Torch's import takes most of it: here a stand-in, in whose import Ctrl-C is pressed."""
     (tmp_path / "torch.py").write_text(f"import os, time\nos.kill(os.getpid(), {number:d})\ntime.sleep(60)\n")
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
     for module in ("train", "evaluate", "reproduce", "ensemble"):
         ended = subprocess.run(
             [sys.executable, "-m", f"immunity_fast.{module}"],
@@ -192,14 +187,14 @@ def test_an_interrupt_while_importing_is_a_line(number: signal.Signals, tmp_path
 
 def test_a_package_that_is_imported_changes_no_handler() -> None:
     program = "import signal; import immunity_fast; assert signal.getsignal(2) is signal.default_int_handler"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True)
 
 
 # Environments
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://none", "nonsense"])
-def test_a_backend_of_matplotlib_s_that_is_not_there_does_not_matter(backend: str, tmp_path: Path) -> None:
+def test_a_missing_backend_of_matplotlib_s_does_not_matter(backend: str, tmp_path: Path) -> None:
     program = (
         "import sys, torch; from pathlib import Path\n"
         "from immunity_fast.runtime import cli; from immunity_fast.reporting import curves\n"
@@ -207,7 +202,7 @@ def test_a_backend_of_matplotlib_s_that_is_not_there_does_not_matter(backend: st
     )
     file = tmp_path / "figure.png"
     subprocess.run(
-        [sys.executable, "-c", program, str(file)], cwd=ROOT, env=os.environ | {"MPLBACKEND": backend}, check=True
+        [sys.executable, "-c", program, str(file)], cwd=REPOSITORY, env=os.environ | {"MPLBACKEND": backend}, check=True
     )
     assert file.read_bytes().startswith(b"\x89PNG")
 
@@ -229,7 +224,7 @@ def test_a_backend_of_matplotlib_s_that_is_not_there_does_not_matter(backend: st
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
-def test_an_environment_of_several_processes_that_is_not_torchrun_s_is_named(
+def test_several_processes_that_are_not_torchrun_s_are_named(
     environment: dict[str, str],
     expected: str,
     data: Path,
@@ -253,7 +248,7 @@ def test_an_empty_number_of_processes_is_one(data: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_torchrun_is_told_what_was_wrong_and_the_first_process_alone_says_it(
+def test_torchrun_hears_what_was_wrong_from_the_first_process(
     rank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", rank)
@@ -281,5 +276,5 @@ except SystemExit as end:
 
 
 def test_a_process_that_is_left_behind_says_so_in_a_line() -> None:
-    lines = sorted(line for line in _launch("-c", LEFT).splitlines() if "Warning" not in line)
+    lines = sorted(line for line in launch("-c", LEFT).splitlines() if "Warning" not in line)
     assert lines == ["error: process 1 has lost the others, one of which has ended", "error: the first is at fault"]

@@ -12,6 +12,7 @@ import torch
 from benchmarks import launches
 from benchmarks.launches import Launches, of_events, table
 from benchmarks.step_cases import NAIVE
+from tests.places import REPOSITORY
 
 
 def _record(arch: str, way: str, amp: str, total: int, graphs: int = 0, host: float | None = None) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_the_committed_record_keeps_its_promises() -> None:
-    path = Path(__file__).parents[1] / "benchmarks" / "results" / "launches.json"
+    path = REPOSITORY / "benchmarks" / "results" / "launches.json"
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["counter"]
     assert found["counter_leaves_out"]

@@ -75,9 +75,7 @@ def test_the_last_piece_of_a_key_counts(tmp_path: Path) -> None:
     assert ledger["a"] == Ledger(tmp_path / "l")["a"] == {"loss": 2}
 
 
-def test_whatever_of_the_file_was_written_its_whole_lines_count_and_it_goes_on_rightly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_was_written_its_whole_lines_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every possible cut."""
     monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
     whole = tmp_path / "whole"

@@ -168,7 +168,7 @@ def test_a_sample_is_no_larger_than_its_split(count: int, expected: int) -> None
     assert len(sample(split(5), count)) == expected
 
 
-def test_correct_counts_with_the_switching_gate_and_with_its_mean() -> None:
+def test_correct_counts_with_the_gate_on_call_and_with_its_mean() -> None:
     model, images = _model(), split(40, seed=5)
     model.gate.generator = torch.Generator().manual_seed(4)
     right = correct(model, images.images / 255, images.labels)
@@ -192,7 +192,7 @@ def test_the_interval_is_wilson_s(successes: int, trials: int) -> None:
     assert wilson_interval(successes, trials) == pytest.approx(ends, abs=1e-6)
 
 
-def test_an_interval_holds_its_proportion_and_stays_within_0_and_1() -> None:
+def test_an_interval_holds_its_proportion_and_stays_in_0_to_1() -> None:
     for trials in (1, 2, 7, 100, 10_000):
         for successes in {0, 1, trials // 2, trials}:
             low, high = wilson_interval(successes, trials)

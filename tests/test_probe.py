@@ -1,4 +1,4 @@
-"""Networks that can be one mixture and those that cannot, told from what they compute; and what their maps are."""
+"""Networks that can be one mixture and those that cannot, told from what they do; names and ties of tensors."""
 
 from __future__ import annotations
 
@@ -18,33 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
 from immunity_fast.models.stacking import Batching
-
-BOTH: list[Batching] = ["loop", "vmap"]
-TARGETS = torch.tensor([0, 3, 1, 2])
-
-
-def _images(samples: int = 4, size: int = 12) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(samples, 3, size, size, generator=generator, dtype=torch.float64)
-
-
-class Net(nn.Module):
-    """A small network with whatever else is asked for in attributes."""
-
-    def __init__(self, **attributes: Any) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4)
-        self.fc = nn.Linear(4, 4)
-        usual = {"mean": 0.0, "temperature": 1.0, "act": torch.relu, "prepare": None, "p": 0.0}
-        vars(self).update(usual | attributes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images if self.prepare is None else self.prepare(images)
-        x = self.act(self.norm(self.conv(x - self.mean)))
-        x = F.dropout(x, self.p, self.training)
-        out: Tensor = self.fc(x.mean((-2, -1))) / self.temperature
-        return out
+from tests.probed import BOTH, TARGETS, Attention, Net
+from tests.tensors import noise
 
 
 class Scale:
@@ -55,21 +30,6 @@ class Scale:
 
     def __call__(self, x: Tensor) -> Tensor:
         return (x * self.factor).relu()
-
-
-class Attention(nn.Module):
-    """Equal tensors, another number of heads."""
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.attention = nn.MultiheadAttention(8, heads, batch_first=True)
-        self.fc = nn.Linear(8, 4)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.conv(images).flatten(2).transpose(1, 2)
-        out: Tensor = self.fc(self.attention(x, x, x)[0].mean(1))
-        return out
 
 
 def _hooked(factor: float, kind: str) -> nn.Module:
@@ -145,20 +105,20 @@ def test_experts_that_differ_in_more_than_tensors_are_named(kind: str) -> None:
 
 @pytest.mark.parametrize("batching", BOTH)
 @pytest.mark.parametrize("kind", UNLIKE)
-def test_experts_that_differ_in_nothing_else_are_taken_and_given_back(kind: str, batching: Batching) -> None:
+def test_experts_that_differ_in_tensors_are_taken_and_given_back(kind: str, batching: Batching) -> None:
     make, other, _ = UNLIKE[kind]
     torch.manual_seed(0)
     experts = [make(other).double() for _ in range(3)]
     model = ImmunityMoE.from_experts(experts, stage="conv", image_size=12, batching=batching).double().eval()
-    expected = torch.stack([expert.eval()(_images()) for expert in experts])
+    expected = torch.stack([expert.eval()(noise()) for expert in experts])
     assert not torch.equal(expected[0], expected[1]) or kind == "a hidden temperature"
-    torch.testing.assert_close(model.expert_logits(_images()), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(model.expert_outputs(_images())[0], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.expert_logits(noise()), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.expert_outputs(noise())[0], expected, rtol=1e-9, atol=1e-9)
     for mine, logits in zip(model.unstack(), expected, strict=True):
-        torch.testing.assert_close(mine(_images()), logits, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(mine(noise()), logits, rtol=1e-9, atol=1e-9)
 
 
-def test_a_function_that_reaches_the_original_is_refused_though_all_are_equal() -> None:
+def test_equal_experts_that_reach_the_original_are_refused() -> None:
     """A copy of it would go on with the original's weights, however the copy is trained."""
     experts = [_patched(2.0)]
     experts.append(copy.deepcopy(experts[0]))
@@ -185,12 +145,12 @@ class Checkpointed(Net):
 
 
 @pytest.mark.parametrize("kind", [Frozen, Checkpointed])
-def test_networks_whose_gradients_cannot_be_compared_answer_nevertheless(kind: type[Net]) -> None:
+def test_networks_whose_gradients_cannot_be_compared_answer(kind: type[Net]) -> None:
     experts = [kind().double().eval() for _ in range(2)]
     model = ImmunityMoE.from_experts(experts, stage="conv", image_size=12, batching="loop")
     with torch.no_grad():
-        expected = torch.stack([expert(_images()) for expert in experts])
-        torch.testing.assert_close(model.expert_logits(_images()), expected, rtol=1e-9, atol=1e-9)
+        expected = torch.stack([expert(noise()) for expert in experts])
+        torch.testing.assert_close(model.expert_logits(noise()), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_hook_of_a_parameter_is_not_dropped_in_silence() -> None:
@@ -212,24 +172,24 @@ def test_weights_that_each_pass_makes_anew_are_trained(way: str, batching: Batch
             prune.random_unstructured(expert.conv, "weight", 0.5)  # type: ignore[no-untyped-call]
         else:
             nn.utils.weight_norm(expert.conv)
-        expert(_images())
+        expert(noise())
     model = ImmunityMoE.from_experts(experts, stage="conv", image_size=12, batching=batching)
-    expected = torch.stack([expert(_images()) for expert in experts])
+    expected = torch.stack([expert(noise()) for expert in experts])
     expected.square().sum().backward()
     for _ in range(2):
         model.zero_grad()
-        logits = model.expert_logits(_images())
+        logits = model.expert_logits(noise())
         logits.square().sum().backward()
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
     for name, value in model.experts.named_parameters():
         own = torch.stack([expert.get_parameter(name).grad for expert in experts])
         torch.testing.assert_close(value.grad, own, rtol=1e-9, atol=1e-9)
     for mine, logits in zip(model.unstack(), expected, strict=True):
-        torch.testing.assert_close(mine(_images()), logits, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(mine(noise()), logits, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("batching", BOTH)
-def test_activations_that_a_pass_leaves_do_not_keep_a_mixture_from_being_taken_apart(batching: Batching) -> None:
+def test_activations_left_by_a_pass_do_not_prevent_unstacking(batching: Batching) -> None:
     class Keeping(Net):
         def forward(self, images: Tensor) -> Tensor:
             self.features = images * self.fc.weight.mean()
@@ -237,9 +197,9 @@ def test_activations_that_a_pass_leaves_do_not_keep_a_mixture_from_being_taken_a
 
     experts = [Keeping().double().eval() for _ in range(2)]
     model = ImmunityMoE.from_experts(experts, stage="conv", image_size=12, batching=batching)
-    logits = model.expert_logits(_images())
+    logits = model.expert_logits(noise())
     for mine, expected in zip(model.unstack(), logits, strict=True):
-        torch.testing.assert_close(mine(_images()), expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(mine(noise()), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_what_a_pass_leaves_in_a_plain_attribute_is_not_shared() -> None:
@@ -352,7 +312,7 @@ def test_inference_mode_does_not_matter() -> None:
     experts = [Net(), Net()]
     with torch.inference_mode():
         model = ImmunityMoE.from_experts(experts, image_size=12, switch="mean").eval()
-        assert model.expert_outputs(_images().float())[0].shape == (2, 4, 4)
+        assert model.expert_outputs(noise().float())[0].shape == (2, 4, 4)
 
 
 def test_networks_on_images_of_one_channel() -> None:
@@ -439,7 +399,7 @@ SHARING: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 @pytest.mark.parametrize("batching", BOTH)
 @pytest.mark.parametrize("kind", SHARING)
-def test_one_tensor_in_several_places_is_trained_as_in_each_expert_alone(kind: str, batching: Batching) -> None:
+def test_a_tensor_in_several_places_is_trained_as_in_one_expert(kind: str, batching: Batching) -> None:
     make, stage = SHARING[kind]
     torch.manual_seed(0)
     experts = [make().double() for _ in range(3)]
@@ -448,7 +408,7 @@ def test_one_tensor_in_several_places_is_trained_as_in_each_expert_alone(kind: s
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     loss_fn = FusedImmunityLoss(0.7, 1.3, 0.01, size=(12, 12))
 
-    logits, maps, weights = model.expert_outputs(_images())
+    logits, maps, weights = model.expert_outputs(noise())
     targets = TARGETS % logits.shape[2]
     loss = 1.7 * loss_fn(logits, maps, targets, weights)
     loss.backward()
@@ -456,8 +416,8 @@ def test_one_tensor_in_several_places_is_trained_as_in_each_expert_alone(kind: s
     caught: list[Tensor] = []
     for expert in experts:
         expert.get_submodule(stage).register_forward_hook(lambda _module, _inputs, output: caught.append(output))
-    alone = [expert(_images()) for expert in experts]
-    expected = 1.7 * loss_fn(alone, caught, targets, gate(_images()).detach())
+    alone = [expert(noise()) for expert in experts]
+    expected = 1.7 * loss_fn(alone, caught, targets, gate(noise()).detach())
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     for index, expert in enumerate(experts):
@@ -471,13 +431,13 @@ def test_one_tensor_in_several_places_is_trained_as_in_each_expert_alone(kind: s
 
 @pytest.mark.parametrize("batching", BOTH)
 @pytest.mark.parametrize("way", ["reverse", "forward"])
-def test_a_layer_on_both_sides_of_the_cut_is_trained_as_in_each_expert_alone(way: Any, batching: Batching) -> None:
+def test_a_layer_on_both_sides_of_the_cut_is_trained_as_in_one(way: Any, batching: Batching) -> None:
     torch.manual_seed(0)
     experts = [_twice().double() for _ in range(3)]
     gate = RandomSwitchGate(3, switch="off").double()
     model = ImmunityMoE.from_experts(experts, stage="act", image_size=12, batching=batching, gate=gate)
     loss_fn = FusedImmunityLoss(0.7, 1.3, 0.01, size=(12, 12))
-    maps, weights = model.trunk_outputs(_images())
+    maps, weights = model.trunk_outputs(noise())
     loss, buffers = loss_fn.from_head(model.head_outputs, maps, TARGETS % 3, weights, has_aux=True, double_backprop=way)
     model.update_head(buffers)
     found = torch.autograd.grad(1.7 * loss, list(model.experts.parameters()))
@@ -485,8 +445,8 @@ def test_a_layer_on_both_sides_of_the_cut_is_trained_as_in_each_expert_alone(way
     caught: list[Tensor] = []
     for expert in experts:
         expert.get_submodule("act").register_forward_hook(lambda _module, _inputs, output: caught.append(output))
-    alone = [expert(_images()) for expert in experts]
-    expected = loss_fn(alone, caught, TARGETS % 3, gate(_images()).detach())
+    alone = [expert(noise()) for expert in experts]
+    expected = loss_fn(alone, caught, TARGETS % 3, gate(noise()).detach())
     for index, expert in enumerate(experts):
         own = torch.autograd.grad(1.7 * expected, list(expert.parameters()), retain_graph=True)
         for mine, theirs in zip(found, own, strict=True):
@@ -498,7 +458,7 @@ def test_a_layer_on_both_sides_of_the_cut_is_trained_as_in_each_expert_alone(way
 def test_a_stage_may_go_by_any_of_its_names() -> None:
     experts = [Listed().double(), Listed().double()]
     models = [ImmunityMoE.from_experts(experts, stage=stage, image_size=12) for stage in ("norm", "layers.1")]
-    one, other = (model.double().eval().expert_outputs(_images())[1] for model in models)
+    one, other = (model.double().eval().expert_outputs(noise())[1] for model in models)
     for mine, theirs in zip(one, other, strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -515,323 +475,13 @@ def test_a_state_dict_from_after_a_pass_loads(kind: str, batching: Batching) -> 
         models.append(ImmunityMoE.from_experts(experts, stage=stage, image_size=12, batching=batching, gate=gate))
     model, other = models
     for _ in range(2):
-        model(_images())
-        model.expert_outputs(_images())
+        model(noise())
+        model.expert_outputs(noise())
         if model.has_head:
-            _, buffers = model.head_outputs(model.trunk_outputs(_images())[0])
+            _, buffers = model.head_outputs(model.trunk_outputs(noise())[0])
             model.update_head(buffers)
-    other(_images())
+    other(noise())
     other.load_state_dict(copy.deepcopy(model.state_dict()))
-    assert torch.equal(other.eval()(_images()), model.eval()(_images()))
+    assert torch.equal(other.eval()(noise()), model.eval()(noise()))
     for mine, theirs in zip(model.unstack(), other.unstack(), strict=True):
-        assert torch.equal(mine(_images()), theirs(_images()))
-
-
-# In-place operations behind the stage
-
-
-def _behind(inplace: bool) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(3, 5, 3, padding=1),
-            norm=nn.BatchNorm2d(5),
-            act=nn.ReLU(inplace=inplace),
-            conv2=nn.Conv2d(5, 5, 3, padding=1),
-            pool=nn.AdaptiveAvgPool2d(2),
-            flat=nn.Flatten(),
-            fc=nn.Linear(20, 4),
-        )
-    )
-
-
-class Whole(nn.Module):
-    """The same, no chain; `how` is what the ReLU is made of."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.inner, self.how = _behind(False), how
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.inner.norm(self.inner.conv(images))
-        if self.how == "functional":
-            x = F.relu(x, inplace=True)
-        elif self.how == "method":
-            x.relu_()
-        elif self.how == "of a view":
-            x.flatten(1).relu_()
-        elif self.how == "in training" and not self.training:
-            x = x.relu()
-        elif self.how == "in training":
-            x = x.relu_()
-        else:
-            x = x.relu()
-        out: Tensor = self.inner[3:](x)
-        return out
-
-
-def _gradients(experts: list[nn.Module], stage: str, batching: Batching, way: str) -> list[Tensor]:
-    gate = RandomSwitchGate(2, switch="off").double()
-    model = ImmunityMoE.from_experts(experts, stage=stage, image_size=12, batching=batching, gate=gate)
-    loss_fn = FusedImmunityLoss(0.5, 1.3, 0.02, size=(12, 12))
-    uniform = torch.full((2,), 0.5, dtype=torch.float64)
-    if way == "outputs":
-        logits, maps, _ = model.expert_outputs(_images())
-        loss = loss_fn(logits, maps, TARGETS, uniform)
-    else:
-        maps, _ = model.trunk_outputs(_images())
-        loss, _ = loss_fn.from_head(
-            model.head_outputs,
-            maps,
-            TARGETS,
-            uniform,
-            has_aux=True,
-            double_backprop=way,  # type: ignore[arg-type]
-        )
-    return list(torch.autograd.grad(loss, list(model.experts.parameters())))
-
-
-@pytest.mark.parametrize("batching", BOTH)
-@pytest.mark.parametrize("way", ["outputs", "reverse", "forward"])
-def test_what_follows_in_place_in_a_chain_gets_a_copy(way: str, batching: Batching) -> None:
-    torch.manual_seed(0)
-    experts: list[nn.Module] = [_behind(True).double() for _ in range(2)]
-    plain: list[nn.Module] = [_behind(False).double() for _ in range(2)]
-    for one, other in zip(plain, experts, strict=True):
-        one.load_state_dict(other.state_dict())
-    expected = _gradients(plain, "norm", batching, way)
-    for mine, theirs in zip(_gradients(experts, "norm", batching, way), expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("how", ["functional", "method", "of a view", "in training"])
-def test_what_follows_in_place_in_a_network_gets_a_copy(how: str) -> None:
-    torch.manual_seed(0)
-    experts: list[nn.Module] = [Whole(how).double() for _ in range(2)]
-    plain: list[nn.Module] = [Whole("").double() for _ in range(2)]
-    for one, other in zip(plain, experts, strict=True):
-        one.load_state_dict(other.state_dict())
-    expected = _gradients(plain, "inner.norm", "loop", "outputs")
-    for mine, theirs in zip(_gradients(experts, "inner.norm", "loop", "outputs"), expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "vgg", "densenet"])
-def test_torchvisions_in_place_relus_change_no_gradient(name: str) -> None:
-    models = pytest.importorskip("torchvision.models")
-
-    def vgg() -> nn.Module:
-        net = models.VGG(models.vgg.make_layers([8, "M", 8, 8, "M", 8]), num_classes=4, init_weights=False)
-        net.avgpool, net.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)
-        return net
-
-    make, stage = {
-        "resnet18": (lambda: models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=4), "bn1"),
-        "vgg": (vgg, "features.3"),
-        "densenet": (lambda: models.DenseNet(4, (2,), num_init_features=8, bn_size=2, num_classes=4), "features"),
-    }[name]
-    torch.manual_seed(0)
-    experts: list[nn.Module] = [make().double() for _ in range(2)]
-    plain = copy.deepcopy(experts)
-    for part in [part for network in plain for part in network.modules()]:
-        if isinstance(part, nn.ReLU):
-            part.inplace = False
-    patch = pytest.MonkeyPatch()
-    mine = _gradients(experts, stage, "loop", "outputs")
-    usual = F.relu
-    patch.setattr(F, "relu", lambda x, inplace=False: usual(x))
-    expected = _gradients(plain, stage, "loop", "outputs")
-    patch.undo()
-    for one, other in zip(mine, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
-
-
-@pytest.mark.parametrize("batching", BOTH)
-@pytest.mark.parametrize("chain", [True, False])
-def test_one_that_becomes_in_place_later_is_an_error(chain: bool, batching: Batching) -> None:
-    model = ImmunityMoE.from_experts(
-        [_behind(False) if chain else Whole("") for _ in range(2)],
-        stage="norm" if chain else "inner.norm",
-        image_size=12,
-        batching=batching,
-    )
-    if chain:
-        model.experts.get_submodule("act").inplace = True
-    else:
-        model.experts.how = "method"
-    with pytest.raises((ValueError, RuntimeError), match=r"in-place operation behind|inplace"):
-        model.expert_outputs(_images().float())
-
-
-def test_a_hook_that_returns_a_copy_keeps_the_loss_right() -> None:
-    """As `FusedImmunityLoss` says to those who catch activations themselves."""
-    torch.manual_seed(0)
-    experts: list[nn.Module] = [Whole("method").double() for _ in range(2)]
-    expected = _gradients(experts, "inner.norm", "loop", "outputs")
-    caught: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        caught.append(output)
-        return output.clone()
-
-    for expert in experts:
-        expert.get_submodule("inner.norm").register_forward_hook(keep)
-    logits = [expert(_images()) for expert in experts]
-    loss = FusedImmunityLoss(0.5, 1.3, 0.02, size=(12, 12))(logits, caught, TARGETS)
-    for index, expert in enumerate(experts):
-        found = torch.autograd.grad(loss, list(expert.parameters()), retain_graph=True)
-        for mine, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, theirs[index], rtol=1e-9, atol=1e-12)
-
-
-# The maps' axes
-
-
-class Last(nn.Module):
-    """A network whose maps are (B, h, w, C) between its two convolutions; `width` is C."""
-
-    def __init__(self, width: int = 5, *, last: bool = True, inplace: bool = False) -> None:
-        super().__init__()
-        self.stage = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), Permuted(0, 2, 3, 1) if last else nn.Identity())
-        self.act = nn.ReLU(inplace=inplace)
-        self.rest = nn.Sequential(Permuted(0, 3, 1, 2) if last else nn.Identity(), nn.Conv2d(width, 4, 3, stride=2))
-
-    def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = self.rest(self.act(self.stage(images))).tanh().mean((-2, -1))
-        return out
-
-
-class Permuted(nn.Module):
-    def __init__(self, *axes: int) -> None:
-        super().__init__()
-        self.axes = axes
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.permute(self.axes)
-
-
-class Pooled(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.tanh().mean((-2, -1))
-
-
-def _as_chain(network: nn.Module) -> nn.Module:
-    assert isinstance(network, Last)
-    return nn.Sequential(OrderedDict(stage=network.stage, act=network.act, rest=network.rest, pool=Pooled()))
-
-
-def _of_layout(last: bool, chain: bool, batching: Batching, **options: Any) -> ImmunityMoE:
-    torch.manual_seed(0)
-    experts: list[nn.Module] = [Last(last=last, **options).double() for _ in range(2)]
-    gate = RandomSwitchGate(2, switch="off").double()
-    experts = [_as_chain(expert) for expert in experts] if chain else experts
-    return ImmunityMoE.from_experts(experts, stage="stage", image_size=12, gate=gate, batching=batching)
-
-
-@pytest.mark.parametrize("batching", BOTH)
-@pytest.mark.parametrize("chain", [True, False])
-@pytest.mark.parametrize("inplace", [True, False])
-def test_maps_with_channels_last_are_found_and_read_as_such(chain: bool, inplace: bool, batching: Batching) -> None:
-    found = []
-    for last in (True, False):
-        model = _of_layout(last, chain, batching, inplace=inplace and last)
-        assert model.layout == ("NHWC" if last else "NCHW")
-        logits, maps, gate = model.expert_outputs(_images(4, 12)[:, :, :10])
-        assert [tuple(part.shape) for part in maps] == [(4, 5, 10, 12)] * 2
-        loss, terms = FusedImmunityLoss(0.5, 1.3, 0.02, size=(10, 12))(logits, maps, TARGETS, gate, return_terms=True)
-        found.append([loss, *terms, *torch.autograd.grad(loss, list(model.parameters()))])
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("batching", BOTH)
-@pytest.mark.parametrize("double_backprop", ["reverse", "forward"])
-def test_a_head_behind_channels_last_is_differentiated_alike(double_backprop: Any, batching: Batching) -> None:
-    found = []
-    for last in (True, False):
-        model = _of_layout(last, True, batching)
-        maps, gate = model.trunk_outputs(_images())
-        loss, _ = FusedImmunityLoss(0.5, 1.3, 0.02, size=(12, 12)).from_head(
-            model.head_outputs, maps, TARGETS, gate, has_aux=True, double_backprop=double_backprop
-        )
-        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
-
-
-def test_torchvisions_swin_is_read_with_its_channels_last() -> None:
-    models = pytest.importorskip("torchvision.models")
-    torch.manual_seed(0)
-    experts = [models.SwinTransformer([2, 2], 8, [1, 1], [1, 2], [4, 4], num_classes=4).double() for _ in range(2)]
-    gate = RandomSwitchGate(2, switch="off").double()
-    model = ImmunityMoE.from_experts(experts, stage="features.1", image_size=32, gate=gate).eval()
-    assert model.layout == "NHWC"
-    images = _images(4, 32)
-    logits, maps, weights = model.expert_outputs(images)
-    assert [tuple(part.shape) for part in maps] == [(4, 8, 16, 16)] * 2
-    loss_fn = FusedImmunityLoss(size=(32, 32))
-    _, terms = loss_fn(logits, maps, TARGETS, weights, return_terms=True)
-    caught: list[Tensor] = []
-    for expert in experts:
-        expert.features[1].register_forward_hook(lambda _module, _inputs, output: caught.append(output))
-    alone = [expert.eval()(images) for expert in experts]
-    own = FusedImmunityLoss(size=(32, 32), layout="NHWC")
-    _, expected = own(alone, caught, TARGETS, weights, return_terms=True)
-    for mine, theirs in zip(terms, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
-    _, wrong = loss_fn(alone, caught, TARGETS, weights, return_terms=True)
-    assert not torch.isclose(wrong.mutual_information, expected.mutual_information, rtol=1e-3)
-
-
-@pytest.mark.parametrize("last", [True, False])
-@pytest.mark.parametrize("width", [3, 12, 24])
-def test_the_layout_is_told_whatever_the_channels(last: bool, width: int) -> None:
-    """Also where there are as many channels as rows or columns."""
-    model = ImmunityMoE.from_experts([Last(width, last=last) for _ in range(2)], image_size=12)
-    assert model.stage == "act"
-    assert model.layout == ("NHWC" if last else "NCHW")
-
-
-class Fixed(nn.Module):
-    """A network for images of one size, whose maps do not grow with them."""
-
-    def __init__(self, width: int, *axes: int) -> None:
-        super().__init__()
-        self.stage = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.AdaptiveAvgPool2d(9), Permuted(*axes))
-        self.fc = nn.Linear(width * 81, 4)
-
-    def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = self.fc(self.stage(images).flatten(1))
-        return out
-
-
-@pytest.mark.parametrize(("axes", "layout"), [((0, 1, 2, 3), "NCHW"), ((0, 2, 3, 1), "NHWC")])
-def test_two_equal_sides_tell_where_nothing_else_does(axes: tuple[int, ...], layout: str) -> None:
-    model = ImmunityMoE.from_experts([Fixed(4, *axes), Fixed(4, *axes)], image_size=12)
-    assert model.layout == layout
-    with pytest.raises(ValueError, match=r"layout: give .*NHWC.*\(2, 9, 9, 9\)"):
-        ImmunityMoE.from_experts([Fixed(9, *axes), Fixed(9, *axes)], image_size=12)
-    said: Any = layout
-    assert ImmunityMoE.from_experts([Fixed(9, *axes), Fixed(9, *axes)], image_size=12, layout=said).layout == layout
-
-
-def test_stages_without_a_map_are_named() -> None:
-    with pytest.raises(ValueError, match=r"stage: 'fc' returns \(2, 4\)"):
-        ImmunityMoE.from_experts([Net(), Net()], stage="fc", image_size=12)
-    with pytest.raises(ValueError, match=r"stage: 'attention' returns tuple"):
-        ImmunityMoE.from_experts([Attention(2), Attention(2)], stage="attention", image_size=12)
-    with pytest.raises(ValueError, match=r"layout: .*'NCWH'"):
-        ImmunityMoE.from_experts([Net(), Net()], stage="conv", image_size=12, layout="NCWH")  # type: ignore[arg-type]
-
-    class Tokens(nn.Sequential):
-        pass
-
-    tokens = [Tokens(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.AvgPool1d(100), nn.Flatten()) for _ in range(2)]
-    with pytest.raises(ValueError, match=r"stage: '1' returns \(2, 4, 100\)"):
-        ImmunityMoE.from_experts(tokens, stage="1", image_size=12)
-
-    class Again(Net):
-        def forward(self, images: Tensor) -> Tensor:
-            return super().forward(images) + self.norm(self.conv(images)).mean((-2, -1))
-
-    with pytest.raises(ValueError, match="stage: 'conv' runs 2 times"):
-        ImmunityMoE.from_experts([Again(), Again()], stage="conv", image_size=12)
+        assert torch.equal(mine(noise()), theirs(noise()))

@@ -95,7 +95,7 @@ def test_report_aligns_numbers_to_the_right(tmp_path: Path) -> None:
     assert '<td class="number">1.5</td>' in write_hostile(tmp_path)
 
 
-def test_report_leaves_out_empty_sections_and_replaces_the_old_report(tmp_path: Path) -> None:
+def test_report_leaves_out_empty_sections_and_replaces_the_old(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text("old")
     write_report(path, title="t", lead="", facts={}, tables=[], figures=[], commands={}, settings={})
@@ -104,7 +104,7 @@ def test_report_leaves_out_empty_sections_and_replaces_the_old_report(tmp_path: 
     assert not re.findall("<h2|<dl|<table|<figure|<pre|<details", html)
 
 
-def test_report_refuses_a_figure_that_is_not_png_and_keeps_the_old_report(tmp_path: Path) -> None:
+def test_a_figure_that_is_no_png_leaves_the_old_report(tmp_path: Path) -> None:
     (tmp_path / "f.svg").write_text("<svg/>")
     path = tmp_path / "report.html"
     path.write_text("old")
@@ -122,7 +122,7 @@ def test_report_refuses_a_figure_that_is_not_png_and_keeps_the_old_report(tmp_pa
     assert path.read_text() == "old"
 
 
-def test_a_disk_that_is_full_leaves_the_old_report_and_no_half_of_the_new(
+def test_a_full_disk_leaves_the_old_report_and_no_half_a_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_file: int) -> None:

@@ -19,47 +19,28 @@ import torch
 from safetensors.torch import save_file
 
 from immunity_fast import train
+from immunity_fast.train import CHANGEABLE_ON_RESUME
 from immunity_fast.training import checkpoint
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
-from tests.small_runs import STEPS, arrays, change_config, error_line, go_on, options, saved, trained, write_data
-
-ROOT = Path(__file__).parents[1]
-
-
-class Killed(BaseException):
-    """The end of the process, as far as one process can stand in for another."""
-
-
-def counted(function: Callable[..., Any], count: int, error: BaseException, *, after: bool) -> Callable[..., Any]:
-    """`function`, whose call number `count`, from 1, raises `error`, before or after it has done its work."""
-    calls = 0
-
-    def wrapped(*arguments: Any, **keywords: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == count and not after:
-            raise error
-        result = function(*arguments, **keywords)
-        if calls == count:
-            raise error
-        return result
-
-    return wrapped
-
-
-def interrupted(where: tuple[Any, str], count: int, arguments: list[str], *, after: bool = False) -> None:
-    """Train until the `count`-th call of a function, and be killed there."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(*where, counted(getattr(*where), count, Killed(), after=after))
-        with pytest.raises(Killed):
-            trained(arguments)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "data.npz")
+from tests.places import REPOSITORY
+from tests.small_runs import (
+    STEPS,
+    arrays,
+    change_config,
+    contents,
+    counted,
+    error_line,
+    go_on,
+    half_trained,
+    interrupted,
+    options,
+    saved,
+    trained,
+    write_data,
+)
+from tests.typed_settings import GIVEN, option_of
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +72,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def half(data: Path, tmp_path: Path) -> Path:
     """A run that was killed in the middle of its second epoch."""
-    folder = tmp_path / "half"
-    interrupted((Trainer, "advance"), 8, [*options(data, checkpoint_every=1), "--out", str(folder)])
+    folder = half_trained(data, tmp_path / "half")
     assert load_checkpoint(Run(folder).checkpoint)[1]["step"] == 7
     return folder
 
@@ -105,7 +85,7 @@ def test_the_same_command_twice_trains_the_same(whole: dict[str, Any], data: Pat
     assert saved(tmp_path / "run") == whole
 
 
-def test_a_checkpoint_holds_weights_statistics_momentum_order_and_random_states(whole: dict[str, Any]) -> None:
+def test_a_checkpoint_holds_all_that_a_training_goes_on_with(whole: dict[str, Any]) -> None:
     names = whole["tensors"].keys()
     assert {"loader/position", "loader/generator", "random/torch", "random/gate", "sums"} <= names
     assert any(name.startswith("optimizer/") and name.endswith("momentum_buffer") for name in names)
@@ -212,13 +192,7 @@ def test_records_of_epochs_after_the_checkpoint_are_dropped(half: Path, whole: d
     assert saved(half) == whole
 
 
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """What a command that is refused must leave as it was: all files, with the time of their last change."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    return {str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
-
-
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
     data: Path, whole: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -229,7 +203,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
 
 
 @pytest.mark.parametrize("left", ["records", "best", "both", "results.json", "report.html"])
-def test_a_trained_run_without_its_last_checkpoint_is_refused_and_left_as_it_is(
+def test_a_trained_run_without_its_last_checkpoint_is_refused(
     left: str, half: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run(half)
@@ -251,7 +225,7 @@ def test_a_trained_run_without_its_last_checkpoint_is_refused_and_left_as_it_is(
 
 
 @pytest.mark.parametrize("kept", [0, 1])
-def test_a_run_whose_records_are_missing_is_refused_and_left_as_it_is(
+def test_a_run_whose_records_are_missing_is_refused_untouched(
     kept: int, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = Run(run).metrics_file
@@ -263,7 +237,7 @@ def test_a_run_whose_records_are_missing_is_refused_and_left_as_it_is(
     assert contents(run) == before
 
 
-def test_a_run_goes_on_in_another_place_with_data_in_another_place(
+def test_a_run_goes_on_where_it_and_its_data_were_moved(
     half: Path, data: Path, whole: dict[str, Any], tmp_path: Path
 ) -> None:
     moved = half.rename(tmp_path / "moved")
@@ -288,11 +262,11 @@ def test_an_interrupt_says_how_to_go_on(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded PyTorch")
-def test_killed_with_sigkill_at_ten_random_moments_it_ends_the_same(data: Path, tmp_path: Path) -> None:
+def test_killed_with_sigkill_at_ten_moments_it_ends_the_same(data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.killing", str(tmp_path), str(data), "0"]
     # One thread: faster for images this small, and none but the main one is lost in a fork.
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False, timeout=300)
+    ended = subprocess.run(command, cwd=REPOSITORY, env=alone, capture_output=True, text=True, check=False, timeout=300)
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
     assert [kill["killed"] for kill in told["kills"]] == [True] * 10
@@ -390,7 +364,7 @@ def test_files_that_may_not_grow_stop_it_with_one_line(whole: dict[str, Any], da
     )
     folder = tmp_path / "run"
     command = [sys.executable, "-c", program, *options(data, checkpoint_every=1), "--out", str(folder)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert ended.stderr == f"error: [Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}: '{Run(folder).checkpoint}'\n"
     assert load_checkpoint(Run(folder).checkpoint)[1]["step"] == 0
@@ -498,7 +472,7 @@ def _newer(file: Path) -> None:
 @pytest.mark.parametrize(
     "spoil", [_cut, _cut_header, _longer, _empty, _garbage, _pickle, _foreign, _foreign_metadata, _newer]
 )
-def test_a_file_that_is_no_checkpoint_is_refused_and_left_as_it_is(
+def test_a_file_that_is_no_checkpoint_is_refused_untouched(
     spoil: Callable[[Path], None], run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = Run(run).checkpoint
@@ -523,23 +497,12 @@ def test_a_checkpoint_of_another_model_is_refused(
     assert names in message
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        ("--arch", "googlenet"),
-        ("--epochs", "3"),
-        ("--seed", "1"),
-        ("--lr", "0.5"),
-        ("--preset", "paper"),
-        ("--limit-train", "20"),
-        ("--detach-weights",),
-    ],
-    ids=lambda option: option[0],
-)
-def test_another_value_of_a_setting_is_refused(
-    option: tuple[str, ...], run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert option[0] in error_line(capsys, train.main, ["--resume", str(run), *option])
+@pytest.mark.parametrize("name", [name for name in GIVEN if name not in CHANGEABLE_ON_RESUME])
+def test_another_value_of_a_setting_is_refused(name: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typed, meant = GIVEN[name]
+    assert getattr(Run(run).config(), name) != meant
+    option = option_of(name)
+    assert f"was begun with {option} " in error_line(capsys, train.main, ["--resume", str(run), option, *typed])
 
 
 @pytest.mark.parametrize("part", ["train_images", "train_labels", "val_images", "test_images"])

@@ -20,23 +20,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from immunity_fast import evaluate, train
-from immunity_fast.evaluation import report as evaluation_report
 from immunity_fast.evaluation.ledger import Ledger
 from immunity_fast.training import checkpoint
 from immunity_fast.training.checkpoint import load_checkpoint, load_info, load_model, save_checkpoint
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
-from tests.small_runs import error_line, options, saved, trained, write_data
-from tests.test_resume import contents, interrupted
+from tests import evaluated
+from tests.small_runs import (
+    contents,
+    error_line,
+    half_trained,
+    interrupted,
+    options,
+    saved,
+    trained,
+    without_seconds,
+    write_data,
+)
 
+plain = evaluated.plain
 FEW = ["--attacks", "pgd", "--attackers", "mean", "--limit", "4", "--masking-images", "2", "--device", "cpu"]
 MOMENTUM = "optimizer/3/momentum_buffer"
 Change = Callable[[dict[str, Tensor], dict[str, Any]], object]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "data.npz")
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +56,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stopped(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, killed in its second epoch, after step 7; tests take copies."""
-    folder = tmp_path_factory.mktemp("runs") / "stopped"
-    interrupted((Trainer, "advance"), 8, [*options(data, checkpoint_every=1), "--out", str(folder)])
-    return folder
+    return half_trained(data, tmp_path_factory.mktemp("runs") / "stopped")
 
 
 @pytest.fixture
@@ -64,12 +67,6 @@ def finished(whole: Path, tmp_path: Path) -> Run:
 @pytest.fixture
 def half(stopped: Path, tmp_path: Path) -> Run:
     return Run(Path(shutil.copytree(stopped, tmp_path / "half")))
-
-
-@pytest.fixture
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations draw no figures."""
-    monkeypatch.setattr(evaluation_report, "_figures", lambda *_: [])
 
 
 def change(file: Path, how: Change) -> None:
@@ -198,7 +195,7 @@ def test_the_scaler_of_float16_is_checked(data: Path, tmp_path: Path, capsys: py
         assert named in error_line(capsys, train.main, ["--resume", str(run.folder)])
 
 
-def test_a_network_whose_parameters_do_not_all_have_a_gradient_goes_on(data: Path, tmp_path: Path) -> None:
+def test_a_network_with_parameters_without_a_gradient_goes_on(data: Path, tmp_path: Path) -> None:
     """The cells of this genotype leave their first input aside, and with it the layers before it."""
     cell = [["skip_connect", 1], ["sep_conv_3x3", 1]] * 4
     genotype = tmp_path / "cell.json"
@@ -213,7 +210,7 @@ def test_a_network_whose_parameters_do_not_all_have_a_gradient_goes_on(data: Pat
     assert saved(tmp_path / "run") == saved(tmp_path / "whole")
 
 
-def test_a_checkpoint_of_an_earlier_version_which_says_less_is_taken(half: Run, whole: Path) -> None:
+def test_a_checkpoint_of_an_earlier_version_is_taken(half: Run, whole: Path) -> None:
     change(half.checkpoint, lose("classes"))
     change(half.checkpoint, lose("momenta"))
     trained(["--resume", str(half.folder)])
@@ -250,7 +247,7 @@ UNMADE: list[tuple[Change, str]] = [
 
 
 @pytest.mark.parametrize(("how", "named"), UNMADE, ids=[f"{n} {named}" for n, (_, named) in enumerate(UNMADE)])
-def test_a_model_that_is_not_what_it_is_said_to_be_is_refused_at_once(how: Change, named: str, finished: Run) -> None:
+def test_a_model_that_is_not_what_its_info_says_is_refused(how: Change, named: str, finished: Run) -> None:
     change(finished.checkpoint, how)
     begin = time.perf_counter()
     with pytest.raises(ValueError, match="last") as error:
@@ -408,7 +405,7 @@ def test_a_piece_that_is_none_is_computed_again(
     spoil: Callable[[dict[str, Any]], object], finished: Run, plain: None
 ) -> None:
     file, results = finished.folder / "evaluation.jsonl", finished.results_file
-    right = _without_seconds(results)
+    right = without_seconds(results)
     spoilt = []
     for line in file.read_text(encoding="utf-8").splitlines():
         piece = json.loads(line)
@@ -417,16 +414,11 @@ def test_a_piece_that_is_none_is_computed_again(
         spoilt.append(json.dumps({"key": key} | piece))
     file.write_text("\n".join(spoilt) + "\n", encoding="utf-8")
     evaluate.main([str(finished.folder), *FEW])
-    assert _without_seconds(results) == right
+    assert without_seconds(results) == right
     pieces = Ledger(file).pieces
     assert len(pieces) == len(spoilt)
     evaluate.main([str(finished.folder), *FEW])
     assert Ledger(file).pieces == pieces, "what was computed again counts"
-
-
-def _without_seconds(file: Path) -> Any:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in found.pop("accuracy")], found
 
 
 def test_a_config_nested_without_end_is_one_line(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -461,7 +453,7 @@ def test_on_a_full_disk_the_file_is_named_and_nothing_is_left(
     assert not list(out.rglob(".*"))
     monkeypatch.setattr(os, "fsync", fsync)
     evaluate.main([str(finished.folder), *FEW, "--out", str(out)])
-    assert _without_seconds(out / "results.json") == _without_seconds(finished.results_file)
+    assert without_seconds(out / "results.json") == without_seconds(finished.results_file)
 
 
 def test_on_a_full_disk_the_records_are_named(

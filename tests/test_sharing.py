@@ -18,13 +18,11 @@ from immunity_fast import evaluate, train
 from immunity_fast.reproduction.jobs import Job, Queue
 from immunity_fast.runtime import files
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from tests.places import REPOSITORY
 from tests.sharing import ALONE, JOBS, KEYS
-from tests.small_runs import error_line, options, saved, trained, write_data
-from tests.test_resume import contents, interrupted
+from tests.small_runs import contents, error_line, half_trained, options, saved, trained, without_seconds
 
 pytestmark = pytest.mark.skipif(files.fcntl is None, reason="the system has no such locks")
-ROOT = Path(__file__).parents[1]
 FEW = ["--attacks", "fgsm", "--attackers", "mean,single", "--limit", "4", "--masking-images", "0", "--device", "cpu"]
 
 
@@ -35,7 +33,7 @@ class Worker:
         alone = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tests.sharing"]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=alone, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, cwd=REPOSITORY, env=alone, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def ask(self, do: str, **request: Any) -> None:
@@ -70,11 +68,6 @@ def both(workers: list[Worker], do: str, **request: Any) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data") / "data.npz")
-
-
-@pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run; tests take copies."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
@@ -85,9 +78,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def half(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, killed in its second epoch; tests take copies."""
-    folder = tmp_path_factory.mktemp("runs") / "half"
-    interrupted((Trainer, "advance"), 8, [*options(data, checkpoint_every=1), "--out", str(folder)])
-    return folder
+    return half_trained(data, tmp_path_factory.mktemp("runs") / "half")
 
 
 def test_pieces_of_a_ledger_are_done_once(workers: list[Worker], tmp_path: Path) -> None:
@@ -142,20 +133,15 @@ def test_runs_of_a_queue_are_done_once(workers: list[Worker], data: Path, tmp_pa
 def test_two_evaluations_share_the_work(workers: list[Worker], finished: Path, tmp_path: Path) -> None:
     evaluate.main([str(finished), *FEW, "--out", str(tmp_path / "alone")])
     pieces = (tmp_path / "alone" / "evaluation.jsonl").read_bytes().count(b"\n")
-    wanted = _without_seconds(tmp_path / "alone")
+    wanted = without_seconds(tmp_path / "alone" / "results.json")
     for number in range(4):
         out = tmp_path / str(number)
         computed = both(workers, "judge", run=str(finished), out=str(out), arguments=FEW)
         assert sum(computed) == pieces
-        assert _without_seconds(out) == wanted
+        assert without_seconds(out / "results.json") == wanted
         assert {file.name for file in out.rglob("*") if file.is_file()} == {
             file.name for file in (tmp_path / "alone").rglob("*") if file.is_file()
         }
-
-
-def _without_seconds(folder: Path) -> Any:
-    found = json.loads((folder / "results.json").read_text())
-    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in found.pop("accuracy")], found
 
 
 def test_a_run_that_two_processes_resume_is_trained_once(
@@ -226,7 +212,7 @@ def test_a_lock_ends_with_its_process(half: Path, finished: Path, tmp_path: Path
         "cli.run_command(lambda: train.main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", program, "--resume", str(folder)]
-    training = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    training = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert training.stdout is not None
     assert training.stdout.readline() == "training\n"
     with pytest.raises(BlockingIOError, match="another process is training this run"):

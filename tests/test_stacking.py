@@ -21,6 +21,7 @@ from immunity_fast.models.stacking import (
     unstack_modules,
 )
 from immunity_fast.runtime.strategies import Batching, choose
+from tests.tensors import assert_same_state, noise
 
 BOTH: list[Batching] = ["loop", "vmap"]
 
@@ -31,12 +32,7 @@ def _experts(count: int = 3, *, training: bool = True) -> list[nn.Module]:
 
 
 def _images(samples: int = 4, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(samples, 3, 10, 12, generator=generator, dtype=torch.float64)
-
-
-def _assert_same_state(actual: nn.Module, expected: nn.Module, tolerance: float = 0) -> None:
-    torch.testing.assert_close(actual.state_dict(), expected.state_dict(), rtol=tolerance, atol=tolerance)
+    return noise(samples, 10, 12, seed)
 
 
 @pytest.mark.parametrize("batching", BOTH)
@@ -50,7 +46,7 @@ def test_stacked_experts_are_each_expert_alone(batching: Batching, training: boo
     actual = run_stacked(stacked, x, 3, shared=shared, batching=batching)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     for mine, alone in zip(unstack_modules(stacked, 3), experts, strict=True):
-        _assert_same_state(mine, alone, 1e-10)
+        assert_same_state(mine, alone, 1e-10)
 
 
 def test_loop_and_vmap_train_alike() -> None:
@@ -66,7 +62,7 @@ def test_loop_and_vmap_train_alike() -> None:
             optimiser.step()
         outputs[batching] = run_stacked(model.eval(), _images(), 3, shared=True, batching=batching)
     torch.testing.assert_close(outputs["loop"], outputs["vmap"], rtol=1e-9, atol=1e-9)
-    _assert_same_state(models["loop"], models["vmap"], 1e-9)
+    assert_same_state(models["loop"], models["vmap"], 1e-9)
     tracked = models["vmap"].state_dict()["stem.1.num_batches_tracked"]
     assert tracked.tolist() == [3, 3, 3]
 
@@ -76,7 +72,7 @@ def test_evaluation_mode_leaves_the_statistics_alone(batching: Batching) -> None
     stacked = stack_modules(_experts(training=False))
     before = copy.deepcopy(stacked)
     run_stacked(stacked, _images(), 3, shared=True, batching=batching)
-    _assert_same_state(stacked, before)
+    assert_same_state(stacked, before)
 
 
 @pytest.mark.parametrize("batching", BOTH)
@@ -113,7 +109,7 @@ def test_stacking_and_unstacking_is_lossless() -> None:
     for twin, expert in zip(unstack_modules(stack_modules(experts), 3), experts, strict=True):
         assert type(twin) is type(expert)
         assert repr(twin) == repr(expert)
-        _assert_same_state(twin, expert)
+        assert_same_state(twin, expert)
 
 
 def test_stacking_copies() -> None:
@@ -124,8 +120,8 @@ def test_stacking_copies() -> None:
     pointers = {tensor.data_ptr() for module in (*experts, stacked, *twins) for tensor in module.state_dict().values()}
     assert len(pointers) == sum(len(module.state_dict()) for module in (*experts, stacked, *twins))
     run_stacked(stacked, _images(), 3, shared=True)
-    _assert_same_state(experts[0], before)
-    _assert_same_state(twins[0], before)
+    assert_same_state(experts[0], before)
+    assert_same_state(twins[0], before)
 
 
 def test_one_slice_holds_one_experts_tensors_as_views() -> None:
@@ -272,7 +268,7 @@ def test_channels_last_changes_no_value() -> None:
     stacked = stack_modules(_experts())
     other = copy.deepcopy(stacked)
     channels_last_(stacked)
-    _assert_same_state(stacked, other)
+    assert_same_state(stacked, other)
     for parameter in stacked.parameters():
         assert parameter.dim() != 5 or channels_last(parameter[0])
 

@@ -18,6 +18,7 @@ from immunity_fast.experts.staged import GlobalAveragePool, split
 from immunity_fast.training.optimizer import FusedSGD
 from immunity_fast.training.step import MEASURED, TrainStep, cosine_lr
 from tests import oracle
+from tests.tensors import noise
 
 LOSS = FusedImmunityLoss(alpha=0.5, beta=0.7, gamma=1e-3, size=(12, 12))
 
@@ -131,16 +132,12 @@ def test_the_learning_rate_only_falls_and_stays_positive() -> None:
 # The gradient, in float64, BatchNorm in training mode
 
 
-def _images(count: int = 6) -> Tensor:
-    return torch.rand(count, 3, 12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 def _independent(model: ImmunityMoE, loss_fn: FusedImmunityLoss) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients by autograd through each expert alone, the losses from their formulas in loops."""
-    images, experts = _images(), model.unstack()
+    images, experts = noise(6), model.unstack()
     logits, maps, slopes = [], [], []
     for expert in experts:
         assert isinstance(expert, nn.Sequential)
@@ -182,7 +179,7 @@ def test_every_way_gives_the_exact_gradient(batching: Any, double_backprop: Any,
     loss, expected = _independent(model, loss_fn)
     statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
     step = TrainStep(model, loss_fn, SGD(model.parameters(), 1e-9), double_backprop=double_backprop)
-    assert float(step(_images(), LABELS)[0]) == pytest.approx(loss, rel=1e-9)
+    assert float(step(noise(6), LABELS)[0]) == pytest.approx(loss, rel=1e-9)
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
@@ -196,7 +193,7 @@ def test_forward_mode_updates_running_statistics_as_reverse_does() -> None:
     states = []
     for way in ("reverse", "forward"):
         model = _model().double()
-        TrainStep(model, LOSS, SGD(model.parameters(), 0.1), double_backprop=way)(_images(), LABELS)  # type: ignore[arg-type]
+        TrainStep(model, LOSS, SGD(model.parameters(), 0.1), double_backprop=way)(noise(6), LABELS)  # type: ignore[arg-type]
         states.append(model.state_dict())
     torch.testing.assert_close(states[0], states[1], rtol=1e-9, atol=1e-11)
 
@@ -256,7 +253,7 @@ def test_half_precision_follows_single_precision(amp: Any, closeness: float, dou
     assert all(t.dtype == torch.float32 for t in model.state_dict().values() if t.is_floating_point())
 
 
-def test_half_precision_keeps_statistics_and_losses_in_single_precision() -> None:
+def test_half_precision_keeps_statistics_and_losses_in_float32() -> None:
     """Of activations around 300: float16 does not hold their squares, bfloat16 not their spread."""
     torch.manual_seed(0)
     experts = [nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), GlobalAveragePool(), nn.Linear(4, 3)) for _ in "ab"]
@@ -270,7 +267,7 @@ def test_half_precision_keeps_statistics_and_losses_in_single_precision() -> Non
         torch.testing.assert_close(model.experts.get_buffer("1.running_mean"), 0.1 * convolved, rtol=1e-2, atol=0)
 
 
-def test_a_gradient_beyond_float16_skips_its_step_and_lowers_the_scale() -> None:
+def test_a_gradient_beyond_float16_skips_a_step_and_lowers_scale() -> None:
     model = _model()
     before = _weights(model)
     step = TrainStep(model, LOSS, SGD(model.parameters(), 0.1, fused=True), amp="fp16")
@@ -320,7 +317,7 @@ def test_momentum_is_nothing_after_a_first_step_that_is_skipped(
 
 
 @pytest.mark.parametrize("kind", ["SGD, fused", "FusedSGD", "FusedSGD, kernels"])
-def test_momentum_is_nothing_where_a_weight_s_first_step_is_a_later_one_that_is_skipped(kind: str) -> None:
+def test_momentum_is_nothing_where_a_later_first_step_is_skipped(kind: str) -> None:
     """The gate is not trained in the first step, and the second, its first one, overflows."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

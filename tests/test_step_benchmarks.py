@@ -13,6 +13,7 @@ import torch
 from benchmarks import memory, steps, timing
 from benchmarks.step_cases import CROSS_ENTROPY, DETACHED, FULL, NAIVE, WAYS, StepCase, cases, rehearsed_cases
 from immunity_fast.runtime import strategies
+from tests.places import REPOSITORY
 
 CASE = StepCase("resnet8", None, 4, amp="off")
 
@@ -146,7 +147,7 @@ def test_a_run_that_compiles_takes_what_ends_first(
 
 def test_the_table_of_the_package_is_what_was_measured() -> None:
     """Each entry names a committed record, and is the fastest way in it."""
-    root = Path(__file__).parents[1]
+    root = REPOSITORY
     for entry in strategies._table():
         record = json.loads((root / entry["record"]).read_text(encoding="utf-8"))
         assert entry in steps.fastest(record["records"], entry["record"], entry["device"])
@@ -158,7 +159,7 @@ def test_on_a_cpu_auto_is_nowhere_slower_than_the_naive_loop() -> None:
     def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
         return all(one[name] == other[name] for name in ("arch", "stage", "samples", "loss"))
 
-    record = json.loads((Path(__file__).parents[1] / "benchmarks/results/steps_cpu.json").read_text(encoding="utf-8"))
+    record = json.loads((REPOSITORY / "benchmarks/results/steps_cpu.json").read_text(encoding="utf-8"))
     assert {"resnet8", "resnet18", "googlenet", "densenet121"} <= {entry["arch"] for entry in record["records"]}
     for entry in record["records"]:
         strategy = strategies.fastest("cpu", entry["arch"])
@@ -187,7 +188,7 @@ def test_the_peak_of_memory_is_seen() -> None:
     assert found is None or 55 < found < 200
 
 
-def test_each_way_is_in_the_record_once_it_is_measured_and_one_that_fails_stops_no_other(
+def test_a_way_is_recorded_once_measured_and_failing_stops_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No number is looked at; time is over before the last way."""
@@ -213,9 +214,7 @@ def test_each_way_is_in_the_record_once_it_is_measured_and_one_that_fails_stops_
     assert found[0] == (NAIVE, FULL)
 
 
-def test_a_way_that_costs_the_device_ends_the_process_and_another_one_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_way_that_costs_the_device_a_process_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way is in the record once, measured or failed."""
     case = StepCase("resnet8", None, 2, amp="off", experts=2, side=16)
     ways = case.order()[:3]

@@ -56,7 +56,7 @@ def test_a_step_does_not_wait_for_the_device(amp: Any, double_backprop: Any) -> 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("compile", ["on", "off"])
-def test_clipping_update_and_average_are_a_launch_each_and_do_not_wait(amp: Any, compile: Any) -> None:
+def test_clipping_update_and_average_are_a_launch_each_unwaited(amp: Any, compile: Any) -> None:
     torch.compiler.reset()
     step, batch = _step(amp=amp, compile=compile, clip_grad_norm=1.0), _batch()
     step.optimizer = FusedSGD(step.model.parameters(), 0.01, 0.9, weight_decay=1e-3, nesterov=True)

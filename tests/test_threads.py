@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
 from immunity_fast.models.gate import Switch
 from immunity_fast.models.stacking import Batching
+from tests.tensors import noise
 
 THREADS = 4
 TARGETS = torch.tensor([0, 3, 1, 2])
@@ -42,11 +43,6 @@ def _together(work: Callable[[int], None]) -> None:
             future.result(timeout=300)
 
 
-def _images(size: int = 12) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(4, 3, size, size, generator=generator, dtype=torch.float64)
-
-
 def _model(batching: Batching = "loop") -> ImmunityMoE:
     torch.manual_seed(0)
     return ImmunityMoE("resnet8", 2, 4, image_size=12, switch="off", batching=batching).double().eval()
@@ -68,7 +64,7 @@ def test_each_thread_has_the_switch_that_it_asked_for() -> None:
     torch.manual_seed(0)
     gate = RandomSwitchGate(4, switch="off").double().eval()
     with torch.no_grad():
-        trained = gate(_images())
+        trained = gate(noise())
     uniform = torch.full_like(trained, 0.25)
 
     def work(number: int) -> None:
@@ -77,7 +73,7 @@ def test_each_thread_has_the_switch_that_it_asked_for() -> None:
             with gate.switched(switches[0]):
                 assert gate.switch == switches[0]
                 with torch.no_grad(), gate.switched(switches[1]):
-                    weights = gate(_images()[:, :, :3, :3]) if switches[1] == "mean" else gate(_images())
+                    weights = gate(noise()[:, :, :3, :3]) if switches[1] == "mean" else gate(noise())
                     assert torch.equal(weights, uniform if switches[1] == "mean" else trained)
                 assert gate.switch == switches[0]
             assert gate.switch == "off"
@@ -106,7 +102,7 @@ def test_blocks_that_overlap_in_time_leave_the_switch_as_it_was() -> None:
     assert gate.switch == "call"
 
 
-def test_a_switch_turned_inside_a_block_lasts_as_long_as_the_block() -> None:
+def test_a_switch_turned_in_a_block_lasts_as_long_as_the_block() -> None:
     gate = RandomSwitchGate(2, switch="call")
     with gate.switched("off"):
         gate.switch = "mean"
@@ -125,7 +121,7 @@ def test_each_thread_has_its_own_derivatives(double_backprop: str, batching: Bat
     loss_fn = FusedImmunityLoss(0.5, 1.3, 0.01, size=(12, 12))
 
     def gradient(number: int) -> list[Tensor]:
-        maps, gate = model.trunk_outputs(_images() * (1 + number))
+        maps, gate = model.trunk_outputs(noise() * (1 + number))
         loss, _ = loss_fn.from_head(
             model.head_outputs,
             maps,
@@ -157,16 +153,16 @@ def test_each_thread_has_its_own_outputs(chain: bool, batching: Batching) -> Non
     whole = ImmunityMoE.from_experts(experts, image_size=12, switch="off", batching=batching).double().eval()
     model = _model(batching) if chain else whole
     before = copy.deepcopy(model.state_dict())
-    expected = [model.expert_outputs(_images() * (1 + number)) for number in range(THREADS)]
+    expected = [model.expert_outputs(noise() * (1 + number)) for number in range(THREADS)]
 
     def work(number: int) -> None:
         for _ in range(10):
-            logits, maps, weights = model.expert_outputs(_images() * (1 + number))
+            logits, maps, weights = model.expert_outputs(noise() * (1 + number))
             assert torch.equal(logits, expected[number][0])
             assert len(maps) == 2
             assert all(torch.equal(a, b) for a, b in zip(maps, expected[number][1], strict=True))
             assert torch.equal(weights, expected[number][2])
-            again = model.expert_logits(_images() * (1 + number))
+            again = model.expert_logits(noise() * (1 + number))
             torch.testing.assert_close(again, expected[number][0], rtol=1e-10, atol=1e-12)
             mine = model.state_dict()
             assert all(torch.equal(mine[name], value) for name, value in before.items())
@@ -180,7 +176,7 @@ def test_each_thread_has_its_own_outputs(chain: bool, batching: Batching) -> Non
 
 @pytest.mark.parametrize("batching", ["loop", "vmap"])
 def test_copying_loading_and_converting_wait_for_a_pass(batching: Batching) -> None:
-    model, images = _model(batching), _images()
+    model, images = _model(batching), noise()
     expected, state = model.expert_logits(images), copy.deepcopy(model.state_dict())
 
     def work(number: int) -> None:
