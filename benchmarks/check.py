@@ -103,7 +103,7 @@ def jobs(python: Sequence[str], cores: int, rehearse: bool) -> list[Job]:
         *compiled[: len(compiled) // 2],
         Job("tests of kernels", [*tests, "tests/kernels", *chosen], 150, cores=max(workers, 1), after="device"),
         *compiled[len(compiled) // 2 :],
-        Job("tests of steps", [*tests, "tests/test_step_gpu.py", *chosen], 300, cores=max(workers, 1)),
+        Job("tests of steps", [*tests, "tests/training/test_step_gpu.py", *chosen], 300, cores=max(workers, 1)),
         Job("determinism", [*repeat, *(["--small"] if rehearse else [])], 60),
         Job("racecheck", [*sanitizer, "racecheck", *repeat, "--small"], 60),
     ]

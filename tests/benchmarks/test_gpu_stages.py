@@ -357,7 +357,13 @@ def test_all_combinations_are_checked_each_by_one_job() -> None:
     assert all(job.limit < float("inf") for job in jobs)
     commands = [" ".join(job.command) for job in jobs]
     assert set(check.NUMBERS) < {job.name for job in jobs}
-    for part in ("tests/kernels", "tests/test_step_gpu.py", "memcheck", "racecheck", "benchmarks.check device"):
+    for part in (
+        "tests/kernels",
+        "tests/training/test_step_gpu.py",
+        "memcheck",
+        "racecheck",
+        "benchmarks.check device",
+    ):
         assert any(part in command for command in commands)
 
 

@@ -116,11 +116,11 @@ def test_cuda_is_refused_where_there_is_none() -> None:
 
 @pytest.mark.parametrize("missing", ["matplotlib", "safetensors", "rich", "jinja2"])
 def test_a_missing_package_is_one_line(missing: str, tmp_path: Path) -> None:
-    file = str(ROOT / "immunity_fast" / "runtime" / "cli.py")
+    file = str(REPOSITORY / "immunity_fast" / "runtime" / "cli.py")
     program = (
         f"import sys, types; sys.modules['torch'] = types.ModuleType('torch'); sys.modules[{missing!r}] = None\n"
         "import importlib.util\n"
-        f"spec = importlib.util.spec_from_file_location('cli', {str(REPOSITORY / 'immunity_fast' / 'cli.py')!r})\n"
+        f"spec = importlib.util.spec_from_file_location('cli', {file!r})\n"
         "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)

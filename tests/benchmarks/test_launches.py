@@ -1,4 +1,4 @@
-"""What is made of counted launches; counting itself needs a GPU, and `tests/test_step_gpu.py` has its part."""
+"""What is made of counted launches; counting itself needs a GPU, and `tests/training/test_step_gpu.py` has its part."""
 
 from __future__ import annotations
 
