@@ -22,11 +22,11 @@ from immunity_fast.training.run_folder import Run
 
 MEASURES = {"mutual_information": "mutual information, nats", "cscore": "CScore", "iscore": "IScore"}
 ATTACKERS = {
-    "fixed": "the trained gate",
-    "single": "one draw",
-    "eot": "EOT",
-    "mean": "exact mean",
-    "worst": "worst permutation",
+    "off": "gate off",
+    "sample": "gate sample",
+    "eot": "gate eot",
+    "mean": "gate mean",
+    "worst": "gate worst",
     "any expert": "an expert",
     "transfer": "another ensemble",
 }
@@ -38,6 +38,11 @@ def collect(folder: Path) -> dict[str, Any]:
     run = Run.open(folder)
     settings = {name: value for name, value in run.config().to_json().items() if name not in ("data", "device")}
     results = json.loads(run.results_file.read_text(encoding="utf-8"))
+    judges = {found["judge"] for found in results["accuracy"]}
+    if judges.isdisjoint(("sample", "output")):
+        raise SystemExit(
+            f"{run.results_file}: expected results of this version, got an earlier one's; evaluate it again"
+        )
     return {"settings": settings, "results": results, "last_epoch": run.metrics()[-1]}
 
 
@@ -76,20 +81,20 @@ def cell(entries: Sequence[dict[str, Any] | None]) -> str:
 
 
 def robustness(runs: Runs) -> Table:
-    """A row a training and an attack, a column a knowledge of the gate, which switches but in the last column."""
+    """A row a training and an attack, a column an attacker; gate sample answers, in the last column gate mean."""
     rows = []
     for title, group in groups(runs).items():
         attacks = dict.fromkeys(found["attack"] for found in group[0]["results"]["accuracy"])
         for attack in (a for a in NAMES if a in attacks):
-            if attack in ("clean", "sample", "noise"):
-                cells = [cell([entry(run, attack, None, "switching") for run in group])]
+            if attack in ("clean", "subset", "noise"):
+                cells = [cell([entry(run, attack, None, "sample") for run in group])]
                 cells += ["—"] * (len(ATTACKERS) - 1)
                 last = cell([entry(run, attack, None, "mean") for run in group])
             else:
-                cells = [cell([entry(run, attack, who, "switching") for run in group]) for who in ATTACKERS]
+                cells = [cell([entry(run, attack, who, "sample") for run in group]) for who in ATTACKERS]
                 last = cell([entry(run, attack, "mean", "mean") for run in group])
             rows.append([title, NAMES[attack], *cells, last])
-        judges = ("output", "output") if group[0]["settings"]["experts"] == 1 else ("switching", "mean")
+        judges = ("output", "output") if group[0]["settings"]["experts"] == 1 else ("sample", "mean")
         worst = [
             cell([next(w for w in run["results"]["worst_case"] if w["judge"] == judge) for run in group])
             for judge in judges
@@ -102,7 +107,7 @@ def robustness(runs: Runs) -> Table:
     seeds = sorted({run["settings"]["seed"] for run in runs})
     return Table(
         "",
-        ["training", "attack", *columns, "exact mean, answered by it"],
+        ["training", "attack", *columns, "gate mean, answered by it"],
         shown,
         f"Accuracy in %; columns say what the attacker differentiates ({DESCRIPTIONS['mean']}). Seeds {seeds}.",
     )

@@ -31,6 +31,7 @@ from immunity_fast.training.run_folder import Run
 
 MOST_DRAWS = 10_000  # for EOT
 LARGEST = 2**63 - 1  # of whole numbers
+FORMER_ATTACKERS = {"fixed": "off", "single": "sample"}  # what they were called, for who still calls them so
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -51,7 +52,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--attackers",
         metavar="LIST",
-        help="what is known of the gate, with commas: fixed, single, eot, mean, worst, experts, transfer; default: all",
+        help="what is known of the gate, with commas: off, sample, eot, mean, worst, experts, transfer; default: all",
     )
     parser.add_argument("--limit", type=int, metavar="INT", help="test images to attack; default: the run's setting")
     parser.add_argument(
@@ -106,9 +107,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.eps is not None and not 0 <= options.eps < math.inf:
         raise ValueError(f"--eps: expected a finite number of at least 0, got {options.eps}")
     if options.eps is not None and options.norm == "Linf" and options.eps > 1:
-        raise ValueError(
-            f"--eps: images are in [0, 1], so at most 1, got {options.eps:g}; of 255 levels: {options.eps:g}/255"
-        )
+        given = f"{options.eps:g}"
+        raise ValueError(f"--eps: expected at most 1, as images are in [0, 1], got {given}; of 255 levels: {given}/255")
     return options
 
 
@@ -117,7 +117,7 @@ def plan_of(options: argparse.Namespace, images: int, seed: int, device: torch.d
     attacks: list[str] = []
     for name in options.attacks.split(","):
         if name not in (*ATTACKS, *SETS):
-            raise ValueError(f"--attacks {name}: expected one of {', '.join((*ATTACKS, *SETS))}")
+            raise ValueError(f"--attacks: expected some of {', '.join((*ATTACKS, *SETS))}, got {name}")
         attacks += SETS.get(name, (name,))
     return Plan(
         attacks=tuple(dict.fromkeys(attacks)),
@@ -139,9 +139,11 @@ def with_attackers(plan: Plan, subject_attackers: Sequence[str], given: str | No
         return plan
     names: list[str] = []
     for name in given.split(","):
+        if name in FORMER_ATTACKERS:
+            raise ValueError(f"--attackers: expected {FORMER_ATTACKERS[name]}, as it is called now, got {name}")
         chosen = [a for a in subject_attackers if a == name or (name == "experts" and a.startswith("expert "))]
         if not chosen:
-            raise ValueError(f"--attackers {name}: expected some of {', '.join(subject_attackers)}")
+            raise ValueError(f"--attackers: expected some of {', '.join(subject_attackers)}, got {name}")
         names += chosen
     return replace(plan, attackers=tuple(names))
 
@@ -152,8 +154,8 @@ def check_radius(plan: Plan, dataset: ImageDataset) -> None:
     diagonal = math.sqrt(3 * height * width)
     if plan.norm == "L2" and plan.radius > diagonal:
         raise ValueError(
-            f"--eps: no two images of {height}×{width} pixels in [0, 1] are further apart in L2 than {diagonal:.4g}, "
-            f"got {plan.radius:g}"
+            f"--eps: expected at most {diagonal:.4g}, as far as black is from white in L2 in images of "
+            f"{height}×{width} pixels, got {plan.radius:g}"
         )
 
 

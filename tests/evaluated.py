@@ -24,7 +24,7 @@ from immunity_fast.training.run_folder import Run
 from tests.small_runs import options
 
 ATTACKED = 7
-FEW = ["--device", "cpu", "--attacks", "fgsm", "--attackers", "single,mean", "--masking-images", "0"]
+FEW = ["--device", "cpu", "--attacks", "fgsm", "--attackers", "sample,mean", "--masking-images", "0"]
 
 
 @pytest.fixture(scope="module")

@@ -315,7 +315,7 @@ def _first_outputs(network: _Network, images: Tensor, num_classes: int | None) -
         inputs = images.detach().clone().requires_grad_(gradients)
         with asked_modules() if network.several else nullcontext() as asked:
             outputs = network.last_draw(inputs)
-        if asked is not None and asked.switching and (mixture := asked.only(inputs, outputs)) is not None:
+        if asked is not None and asked.random_gates and (mixture := asked.only(inputs, outputs)) is not None:
             network.call, network.at_once = drawn(mixture, DRAWS), True
         if outputs.dim() != 2 or len(outputs) != len(images) or num_classes not in (None, outputs.shape[1]):
             expected = f"({len(images)}, {'K' if num_classes is None else num_classes})"

@@ -298,7 +298,7 @@ class BoundAttack:
             with asked_modules() if judge is None else nullcontext() as asked:
                 moved, momentum, loss, fooled, bad, classes, still = self._call(batch)
             if asked is not None:
-                judge = judge_of(self.model, batch.adversarial, batch.labels) if asked.switching else "outputs"
+                judge = judge_of(self.model, batch.adversarial, batch.labels) if asked.random_gates else "outputs"
             broken[batch.where] |= bad
             self.unmoved[batch.where] &= still
             if not trusted and step == 0:

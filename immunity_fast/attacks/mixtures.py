@@ -85,7 +85,7 @@ def judge_of(model: LabelledModel, images: Tensor, labels: Tensor) -> Judge | Li
     """
     with torch.no_grad(), exact_means() as asked:
         outputs = model(images, labels)
-    if not asked.switching:
+    if not asked.random_gates:
         return "outputs"
     if (mixture := asked.only(images, outputs)) is not None:
         return exact_judge(mixture)
@@ -101,7 +101,7 @@ def judge_of(model: LabelledModel, images: Tensor, labels: Tensor) -> Judge | Li
 class Asked:
     """The gates that were asked and would draw, and the mixtures that were, with the images and outputs of each."""
 
-    switching: list[RandomGate] = field(default_factory=list)
+    random_gates: list[RandomGate] = field(default_factory=list)
     mixtures: list[tuple[Mixture, Any, Any]] = field(default_factory=list)
 
     def only(self, images: Tensor, outputs: Tensor) -> Mixture | None:
@@ -128,7 +128,7 @@ def asked_modules(gate: Callable[[RandomGate], Any] | None = None) -> Iterator[A
         # Inside compiled code nobody is heard: a compiled module's gates may all be asked.
         for asking in module.modules() if hasattr(module, "_orig_mod") else (module,):
             if isinstance(asking, RandomGate) and not asking.training and asking.switch in ("call", "sample"):
-                asked.switching.append(asking)
+                asked.random_gates.append(asking)
                 if gate is not None:
                     gate(asking)
 

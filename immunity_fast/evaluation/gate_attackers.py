@@ -17,16 +17,16 @@ from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.permutations import permuted, worst_margins, worst_weights
 
-Knowledge = Literal["fixed", "single", "eot", "mean", "worst"]
+Knowledge = Literal["off", "sample", "eot", "mean", "worst"]
 KNOWLEDGE: tuple[Knowledge, ...] = get_args(Knowledge)
 
 # What a table says of each.
 DESCRIPTIONS: dict[str, str] = {
-    "fixed": "the trained gate, not switching",
-    "single": "switching, one draw a gradient",
-    "eot": "switching, an average over draws (EOT)",
-    "mean": "the exact mean of all permutations (closed-form EOT)",
-    "worst": "each image's worst permutation",
+    "off": "gate off: the trained weights as they are",
+    "sample": "gate sample: one random permutation an image and gradient",
+    "eot": "gate eot: an average over several draws",
+    "mean": "gate mean: the exact mean of all permutations",
+    "worst": "gate worst: each image's worst permutation",
     "transfer": "another, independently trained ensemble",
     "output": "the model's own output",
 }
@@ -46,8 +46,8 @@ def attacker(
         model: the mixture, in evaluation mode. Its switch does not matter.
         knowledge: how the experts' probabilities are mixed:
 
-            * "fixed": by the trained gate's weights, which is not what answers while the gate switches;
-            * "single": by one random permutation of them for each image and gradient;
+            * "off": by the trained gate's weights as they are, which is not what answers while the gate switches;
+            * "sample": by one random permutation of them for each image and gradient;
             * "eot": by `draws` permutations, whose losses are averaged (expectation over transformation, Athalye et
               al., arXiv 1707.07397), at the price of one;
             * "mean": by 1/N each, the exact expectation of the output over all N! permutations;
@@ -79,16 +79,16 @@ def attacker(
         if knowledge == "mean":
             return log_mixture(logits_of(images))
         logits, gate = logits_of(images), trained_gate(model, images)
-        if knowledge == "fixed":
+        if knowledge == "off":
             return log_mixture(logits, gate)
         if knowledge == "worst":
             return log_mixture(logits, worst_weights(logits, gate, labels))
-        if knowledge == "single":
+        if knowledge == "sample":
             return log_mixture(logits, permuted(gate, generator))
         mixtures = [log_mixture(logits, permuted(gate, generator)) for _ in range(draws)]
         return torch.stack(mixtures)
 
-    if knowledge in ("single", "eot", "mean"):  # who fools the mean alone is still answered rightly now and then
+    if knowledge in ("sample", "eot", "mean"):  # who fools the mean alone is still answered rightly now and then
         outputs.exact_judge = exact_judge(model, expert_logits)  # type: ignore[attr-defined]
     return outputs
 
@@ -103,9 +103,9 @@ def averaged(model: Model, draws: int) -> LabelledModel:
 def judge(logits: Tensor, gate: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
     """Which images are answered rightly, (B,) bool each, by everything that may answer.
 
-    * "switching": the gate switching, one permutation drawn for each image;
-    * "mean": the exact mean of the gate;
-    * "fixed": the trained gate;
+    * "sample": the gate's weights in one random permutation for each image;
+    * "mean": the exact mean of all N! permutations;
+    * "off": the gate's weights as they were trained;
     * "worst": right under every one of the N! permutations;
     * "expert 1" … "expert N": each alone.
 
@@ -115,7 +115,7 @@ def judge(logits: Tensor, gate: Tensor, labels: Tensor, generator: torch.Generat
         labels: (B,) integers.
         generator: of the permutations.
     """
-    mixtures = {"switching": permuted(gate, generator), "mean": None, "fixed": gate}
+    mixtures = {"sample": permuted(gate, generator), "mean": None, "off": gate}
     right = {name: log_mixture(logits, weights).argmax(-1) == labels for name, weights in mixtures.items()}
     right["worst"] = worst_margins(logits, gate, labels).amax(-1) < 0
     return right | {f"expert {i + 1}": own.argmax(-1) == labels for i, own in enumerate(logits)}

@@ -78,17 +78,18 @@ def write(
 
 def _facts(evaluation: Evaluation, found: dict[str, Any]) -> dict[str, str]:
     judge, exact = evaluation.subject.judges[0], evaluation.subject.exact
+    answers = ", gate sample" if judge == "sample" else ""
     wanted = {
-        "test accuracy" + (", gate switching" if judge == "switching" else ""): ("clean", None, judge),
-        "test accuracy, exact mean": ("clean", None, "mean"),
-        "PGD-20, gate switching, attacker sees one draw a gradient": ("pgd", "single", "switching"),
-        "PGD-20, attacker has the exact " + ("mean" if exact == "mean" else "output"): ("pgd", exact, judge),
+        "test accuracy" + answers: ("clean", None, judge),
+        "test accuracy, gate mean": ("clean", None, "mean"),
+        "PGD-20 on gate sample, answered by gate sample": ("pgd", "sample", "sample"),
+        "PGD-20 on gate mean, answered by gate sample" if exact == "mean" else "PGD-20": ("pgd", exact, judge),
     }
     entries = {title: find(found, *place) for title, place in wanted.items()}
     facts = {title: f"{percent(entry)} %" for title, entry in entries.items() if entry is not None}
     for entry in found["worst_case"]:
         if entry["judge"] == judge:
-            facts["worst case over all attacks"] = f"{percent(entry)} %"
+            facts["worst case over all attacks" + answers] = f"{percent(entry)} %"
     if "clean" in found.get("heatmaps", {}):
         facts["mutual information of expert and position"] = (
             f"{found['heatmaps']['clean']['mutual_information']:.2f} nats"
@@ -108,7 +109,7 @@ def _figures(
     curves = found["curves"]
     if curves["eps"] or curves["steps"]:
         path = outputs.figures / "robustness.png"
-        name = "exact mean" if evaluation.subject.exact == "mean" else "accuracy"
+        name = "gate mean" if evaluation.subject.exact == "mean" else "accuracy"
         robustness_figure({name: curves["eps"]}, {name: curves["steps"]}, path)
         figures.append(
             (
@@ -146,7 +147,7 @@ def _heatmap_figures(
     attacked_heatmaps, attacked_labels = _looked_at(subject, loss_fn, attacked, shown.labels, names)
     labels = list(zip(clean_labels, attacked_labels, strict=True))
     attacked_heatmap_figure(images, attacked, heatmaps, attacked_heatmaps, labels, path)
-    return [(path, f"{caption}; beneath each image the same under PGD-20 on the exact mean.")]
+    return [(path, f"{caption}; beneath each image the same under PGD-20 on gate mean.")]
 
 
 def _looked_at(

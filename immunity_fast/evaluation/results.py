@@ -19,7 +19,7 @@ from immunity_fast.reporting.html import Table
 
 NAMES = {
     "clean": "clean",
-    "sample": "clean, the attacked images",
+    "subset": "clean, the attacked images",
     "noise": "random noise of the same size",
     "fgsm": "FGSM",
     "bim": "BIM-10",
@@ -31,10 +31,10 @@ NAMES = {
     "autoattack": "AutoAttack",
 }
 JUDGES = {
-    "switching": "gate switching",
-    "mean": "exact mean",
-    "fixed": "trained gate",
-    "worst": "worst permutation",
+    "sample": "gate sample",
+    "mean": "gate mean",
+    "off": "gate off",
+    "worst": "gate worst",
     "output": "accuracy",
 }
 SLACK = 0.01  # by so much a weaker attack may do better before it counts as a sign of masking
@@ -52,7 +52,7 @@ def results(evaluation: Evaluation) -> dict[str, Any]:
       withstanding;
     * curves: "eps" and "steps", by the exact attacker, judged on what it attacks;
     * masking: {check, passed, finding};
-    * heatmaps: "clean" and "attacked" (by PGD-20 on the exact mean), see `metrics.combined`; for mixtures;
+    * heatmaps: "clean" and "attacked" (by PGD-20 on the gate's mean), see `metrics.combined`; for mixtures;
     * plan: what was asked for.
     """
     found: dict[str, Any] = {"accuracy": [], "worst_case": [], "plan": asdict(evaluation.plan)}
@@ -112,8 +112,13 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     plan = found["plan"]
     radius = f"{EPS[plan['norm']] if plan['eps'] is None else plan['eps']:.4g}"
     radius = "8/255" if radius == f"{8 / 255:.4g}" else radius
-    note = f"{plan['norm']}, ε = {radius}. ± is half the 95 % Wilson interval. Columns say what answers; a gate that "
-    note += "switches draws anew for each image and attack."
+    note = f"{plan['norm']}, ε = {radius}. ± is half the 95 % Wilson interval. Columns say what answers"
+    if "sample" in judges:
+        note += (
+            ": one random permutation an image, drawn anew for each attack (sample), the exact mean of all "
+            "permutations (mean), the trained weights as they are (off), or each image's worst permutation (worst)"
+        )
+    note += "."
     accuracy = Table(
         "Test accuracy, %",
         ["attack", "what the attacker differentiates", "images", *(JUDGES[judge] for judge in judges)],
@@ -269,7 +274,7 @@ def _heatmaps(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     for row in evaluation.rows:
         pieces = [piece for piece in evaluation.results(row) if "heatmaps" in piece]
         if pieces:
-            name = "clean" if row.kind == "sample" else "attacked"
+            name = "clean" if row.kind == "subset" else "attacked"
             found[name] = combined([HeatmapSums.from_json(piece["heatmaps"]) for piece in pieces])
     return found
 
@@ -295,7 +300,7 @@ def _heatmap_table(found: Mapping[str, Any]) -> Iterable[Table]:
     measured = found.get("heatmaps", {})
     if not measured:
         return
-    titles = {"clean": "clean images", "attacked": "under PGD-20 on the exact mean"}
+    titles = {"clean": "clean images", "attacked": "under PGD-20 on gate mean"}
     shown = [name for name in titles if name in measured]
     lines = {
         "mutual_information": ("mutual information, nats", "{:.3f}", "0: all experts look at the same place"),

@@ -39,7 +39,7 @@ from immunity_fast.evaluation.targets import Mixture, Subject
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.runtime.files import is_number
 
-VERSION = 2  # of what a piece is: a change makes earlier ones unknown
+VERSION = 3  # of what a piece is: a change makes earlier ones unknown
 PROBES = 16  # test images that a model is told apart by
 COMPARED = 128  # test images of which a model answers some otherwise, or it does not depend on them
 CLEAN_CHUNK = 250  # images of the whole test split at once
@@ -47,6 +47,9 @@ GRADIENT_ATTACKS = ("fgsm", "bim", "mim", "pgd", "cw", "dlr")
 OTHER_ATTACKS = ("square", "autoattack")
 ATTACKS = (*GRADIENT_ATTACKS, *OTHER_ATTACKS)
 SETS = {"quick": ("fgsm", "pgd"), "default": ("fgsm", "bim", "mim", "pgd"), "all": ATTACKS}
+# Words that seeds are made of: the attackers off and sample, and the kind subset, under names that they had. With other
+# words every number that is random would be another.
+SEED_WORDS = {"off": "fixed", "sample": "single", "subset": "sample"}
 LARGEST = 1e300  # in the place of an infinite loss, for which JSON has no number
 CURVE_STEPS = 20  # of PGD at each ε
 
@@ -61,7 +64,7 @@ class Plan:
     masking_images: how many of them the curves against ε and against steps are made of; 0 leaves them out.
     curve_eps: multiples of the radius; curve_steps: numbers of PGD's steps.
     drop_fooled: see `Attack`; an image that has fooled its attacker's own objective is then not attacked further: for
-        good, where that is the switching gate's. Objectives that are random in another way are attacked to the end.
+        good, where that is the gate's sample. Objectives that are random in another way are attacked to the end.
     queries: of Square; autoattack_steps: of AutoAttack's gradient attacks.
     """
 
@@ -87,7 +90,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Row:
-    """One attack by one attacker; `kind`: "clean", "sample", "noise", "attack", and the curves "eps" and "steps"."""
+    """One attack by one attacker.
+
+    Args:
+        kind: "clean", all test images; "subset", those that are attacked, clean; "noise", with random noise; "attack";
+            or a curve, "eps" or "steps".
+        attack: its name in `ATTACKS`, of the kind "attack" alone.
+        attacker: of the target's, of attacks and curves.
+        settings: of an attack that follows gradients.
+    """
 
     kind: str
     attack: str = ""
@@ -113,7 +124,7 @@ def gradient_attack(name: str, plan: Plan) -> Attack:
 
 def attack_rows(subject: Subject, plan: Plan) -> list[Row]:
     """All rows of the table, in its order."""
-    rows = [Row("sample"), Row("noise")]
+    rows = [Row("subset"), Row("noise")]
     for attack, attacker in _pairs(subject, plan):
         if _why_not(subject, attack, attacker) is None:
             settings = gradient_attack(attack, plan) if attack in GRADIENT_ATTACKS else None
@@ -139,10 +150,10 @@ def _why_not(subject: Subject, attack: str, attacker: str) -> str | None:
     """Why an attack is not for an attacker; None if it is."""
     if attack == "dlr" and subject.num_classes < 3:
         return "its ratio is not defined for fewer than 3 classes"
-    if attack == "square" and attacker not in ("mean", "single", "output"):
-        return "it asks what answers, and differentiates nothing: it is for mean, single and output"
-    if attack == "autoattack" and attacker not in ("fixed", "mean", "single", "output"):
-        return "its standard version is for fixed, mean and output, its randomised one for single"
+    if attack == "square" and attacker not in ("mean", "sample", "output"):
+        return "it asks what answers, and differentiates nothing: it is for mean, sample and output"
+    if attack == "autoattack" and attacker not in ("off", "mean", "sample", "output"):
+        return "its standard version is for off, mean and output, its randomised one for sample"
     return None
 
 
@@ -248,7 +259,7 @@ class Evaluation:
         plan = self.plan
         generator = torch.Generator().manual_seed(seed)
         gate = torch.Generator().manual_seed(seed + 1)
-        if row.kind in ("clean", "sample"):
+        if row.kind in ("clean", "subset"):
             return images
         if row.kind == "noise":
             noise = Attack(plan.radius, norm=plan.norm, steps=0, random_start=True)
@@ -371,11 +382,11 @@ class Evaluation:
 
     def has_heatmaps(self, row: Row) -> bool:
         """Whether heatmaps are measured on a row's images: the clean ones, and PGD's on the exact mean."""
-        return row.kind == "sample" or (row.kind == "attack" and (row.attack, row.attacker) == ("pgd", "mean"))
+        return row.kind == "subset" or (row.kind == "attack" and (row.attack, row.attacker) == ("pgd", "mean"))
 
     def _description(self, row: Row) -> dict[str, Any]:
         description: dict[str, Any] = {"kind": row.kind, "attacker": row.attacker}
-        if row.kind in ("clean", "sample"):
+        if row.kind in ("clean", "subset"):
             return description
         ball: dict[str, Any] = {"eps": self.plan.radius, "norm": self.plan.norm}
         if row.kind in ("eps", "steps"):
@@ -386,7 +397,8 @@ class Evaluation:
         return description | ball | (others if row.kind == "attack" else {})
 
     def _seed(self, row: Row, start: int) -> int:
-        parts = [self.plan.seed, row.kind, row.attack, row.attacker, start]
+        kind, attacker = (SEED_WORDS.get(word, word) for word in (row.kind, row.attacker))
+        parts = [self.plan.seed, kind, row.attack, attacker, start]
         return int(key_of({"seed of": parts})[:12], 16)
 
 

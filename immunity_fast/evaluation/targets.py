@@ -76,7 +76,7 @@ class Mixture:
     """
 
     exact = "mean"
-    random: tuple[str, ...] = ("single", "eot")
+    random: tuple[str, ...] = ("sample", "eot")
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Mixture:
         self.expert_logits = expert_logits or model.expert_logits
         experts = tuple(f"expert {i + 1}" for i in range(model.num_experts))
         self.attackers = (*gate_attackers.KNOWLEDGE, *experts, *(("transfer",) if transfer is not None else ()))
-        self.judges = ("switching", "mean", "fixed", "worst", *experts)
+        self.judges = ("sample", "mean", "off", "worst", *experts)
 
     def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
         if name == "transfer" and self.transfer is not None:
@@ -112,10 +112,10 @@ class Mixture:
 
     def best_by(self, name: str) -> Judge | Literal["outputs"] | None:
         # The exact mean, too: whoever fools that alone may still be answered rightly while the gate switches.
-        return exact_judge(self.model, self.expert_logits) if name in ("single", "eot", "mean") else "outputs"
+        return exact_judge(self.model, self.expert_logits) if name in ("sample", "eot", "mean") else "outputs"
 
     def drawn(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
-        if name != "single":
+        if name != "sample":
             return self.attacker(name, generator)
         return gate_attackers.attacker(
             self.model, "eot", draws=draws, generator=generator, expert_logits=self.expert_logits

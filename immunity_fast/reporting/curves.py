@@ -51,10 +51,10 @@ PANELS = (
     _Panel(
         "Accuracy on validation images (%)",
         {
-            "val_accuracy_switching": "gate switching",
-            "val_accuracy_mean": "mean of experts",
-            "val_fgsm_accuracy_mean": "mean, under FGSM",
-            "val_pgd10_accuracy_mean": "mean, under PGD-10",
+            "val_accuracy_sample": "gate sample",
+            "val_accuracy_mean": "gate mean",
+            "val_fgsm_accuracy_mean": "gate mean, under FGSM",
+            "val_pgd10_accuracy_mean": "gate mean, under PGD-10",
         },
         factor=100,
     ),
@@ -78,7 +78,7 @@ def training_curves(records: Sequence[Mapping[str, float]], path: Path) -> None:
     Args:
         records: one an epoch. "epoch" is the place on the horizontal axis (without it, 1, 2, …). Drawn are the losses
             "loss", "cross_entropy", "mutual_information_loss" and "position_stability"; as fractions,
-            "val_accuracy_switching", "val_accuracy_mean", "val_fgsm_accuracy_mean", "val_pgd10_accuracy_mean" and
+            "val_accuracy_sample", "val_accuracy_mean", "val_fgsm_accuracy_mean", "val_pgd10_accuracy_mean" and
             "val_dead_heatmaps"; in nats, "mutual_information" and "val_mutual_information"; and "images_per_second".
         path: the PNG file to write.
 

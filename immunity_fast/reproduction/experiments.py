@@ -196,7 +196,7 @@ class Experiments:
         return {f"{name}, {cells} cells": reduced(arch, cells, channels) for name, arch in BASELINES.items()}
 
     def _ablation(self, label: str, **settings: Any) -> Entry:
-        options = (*self.scale.evaluation, "--attackers", "fixed,single,eot,mean,worst")
+        options = (*self.scale.evaluation, "--attackers", "off,sample,eot,mean,worst")
         return self._entry((label,), options, **settings)
 
     def _entry(self, labels: tuple[str, ...], evaluation: tuple[str, ...], members: int = 1, **settings: Any) -> Entry:

@@ -24,6 +24,7 @@ import torch
 
 from immunity_fast import evaluate, train
 from immunity_fast.data.datasets import fingerprint, load
+from immunity_fast.evaluation.runner import VERSION
 from immunity_fast.experts import title
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.files import locked, parse_json, write_atomically
@@ -217,7 +218,8 @@ class Queue:
         return self.folder / LOCKS / job.name
 
     def _record(self, job: Job) -> Path:
-        digest = hashlib.sha256(json.dumps(job.evaluation).encode()).hexdigest()[:8]
+        described = json.dumps([VERSION, *job.evaluation])  # what another version has found is computed again
+        digest = hashlib.sha256(described.encode()).hexdigest()[:8]
         return self.folder / job.name / f"done-{digest}.json"
 
     def _found(self, job: Job) -> Done | None:

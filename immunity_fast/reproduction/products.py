@@ -44,7 +44,7 @@ def table1(experiments: Experiments) -> Product:
     def draw(queue: Queue, path: Path) -> list[tuple[Path, str]]:
         found = queue.done
         panels = [
-            _panel("Clean accuracy", "%", entries, found, {"": paper.TABLE1["clean, exact mean, %"][0]}),
+            _panel("Clean accuracy", "%", entries, found, {"": paper.TABLE1["clean, gate mean, %"][0]}),
             _panel("IScore", "", entries, found, {"": paper.HEATMAPS["IScore"][0]}),
             _panel("CScore", "pixels⁴", entries, found, {"": paper.HEATMAPS["CScore, pixels⁴"][0]}, log=True),
         ]
@@ -60,14 +60,14 @@ def table2(experiments: Experiments) -> Product:
 
     def draw(queue: Queue, path: Path) -> list[tuple[Path, str]]:
         found = queue.done
-        shown = ("clean", "FGSM", "PGD-20", "AutoAttack", "PGD-20, closed-form EOT")
-        columns = {name: value for name, (value, _) in paper.table2_columns("single", "switching").items()}
+        shown = ("clean", "FGSM", "PGD-20", "AutoAttack", "PGD-20 on gate mean")
+        columns = {name: value for name, (value, _) in paper.table2_columns("sample", "sample").items()}
         panels = []
         for place in dict.fromkeys(entry.labels[:2] for entry in entries):
             own = [Entry(entry.labels[2:], entry.jobs) for entry in entries if entry.labels[:2] == place]
             series = {name: columns[name] for name in shown}
             panels.append(_panel(", ".join(place), "accuracy, %", own, found, series))
-        return _charted(panels, path, "Accuracy, Immunity's with its gate switching, by attack.")
+        return _charted(panels, path, "Accuracy, Immunity's with gate sample, by attack.")
 
     lead = "Searched architectures as single networks, and Immunity; standard and adversarial training."
     return Product("Table 2", lead, entries, lambda queue: [paper.table2(entries, queue.done)], draw)
@@ -90,8 +90,8 @@ def table3(experiments: Experiments) -> Product:
     def draw(queue: Queue, path: Path) -> list[tuple[Path, str]]:
         found = queue.done
         measures = {
-            "clean accuracy, exact mean (%)": paper.TABLE3["clean, exact mean"][0],
-            "under PGD-20 on the exact mean (%)": paper.TABLE3["PGD-20 on the exact mean, answered by it"][0],
+            "clean accuracy, gate mean (%)": paper.TABLE3["clean, gate mean"][0],
+            "under PGD-20 on gate mean (%)": paper.TABLE3["PGD-20 on gate mean, answered by it"][0],
             "mutual information (nats)": paper.HEATMAPS["mutual information, nats"][0],
             "CScore (pixels⁴)": paper.HEATMAPS["CScore, pixels⁴"][0],
         }

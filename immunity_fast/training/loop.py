@@ -228,8 +228,8 @@ def summary(record: Mapping[str, float], epochs: int) -> str:
     several = record["mutual_information_loss"] > 0  # a single network has none
     validation = "not measured"
     if "val_accuracy_mean" in record:
-        switching, mean = (100 * record[f"val_accuracy_{name}"] for name in ("switching", "mean"))
-        validation = f"{switching:.1f} % switching, {mean:.1f} % mean"
+        sampled, mean = (100 * record[f"val_accuracy_{name}"] for name in ("sample", "mean"))
+        validation = f"{sampled:.1f} % gate sample, {mean:.1f} % gate mean"
     return (
         f"epoch {record['epoch']:>3}/{epochs}  loss {record['loss']:.3f}  validation {validation}"
         + ("" if attacked is None else f", {100 * attacked:.1f} % under PGD-10")

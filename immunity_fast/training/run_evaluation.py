@@ -25,7 +25,7 @@ CHUNK = {"cpu": 50, "cuda": 250}  # images at once
 # What a training run ends with: minutes on a CPU. The command finds out more.
 AFTER_TRAINING = Plan(
     attacks=SETS["quick"],
-    attackers=("single", "mean"),
+    attackers=("sample", "mean"),
     masking_images=32,
     curve_eps=(0.25, 1, 4, 32),
     curve_steps=(1, 5, 20),

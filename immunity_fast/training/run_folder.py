@@ -16,6 +16,8 @@ from immunity_fast.runtime.files import append_line, is_number, locked_folder, p
 from immunity_fast.training.checkpoint import BEST, LAST, load_info
 from immunity_fast.training.config import TrainConfig
 
+# What entries of a record were called in earlier versions, and are now.
+RENAMED = {"val_accuracy_switching": "val_accuracy_sample"}
 NOTES = "val_not_measured"  # what of a record is no number, but texts by name
 
 
@@ -148,7 +150,7 @@ class Run:
                 raise ValueError(f"{self.metrics_file}: line {number} is no record of an epoch")
             if record["epoch"] != number:
                 raise ValueError(f"{self.metrics_file}: line {number} is of epoch {record['epoch']}")
-            records.append(record)
+            records.append({RENAMED.get(name, name): value for name, value in record.items()})
         return records
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:

@@ -360,7 +360,7 @@ def _accuracies(trainer: Trainer) -> dict[str, float]:
         for images, labels in batches(validation, EVALUATION_BATCH)
     ]
     return {
-        "val_accuracy_switching": sum(count["sample"] for count in right) / len(validation),
+        "val_accuracy_sample": sum(count["sample"] for count in right) / len(validation),
         "val_accuracy_mean": sum(count["mean"] for count in right) / len(validation),
     }
 

@@ -62,7 +62,7 @@ def test_evaluating_again_takes_over_what_training_found(run: Run) -> None:
     written = ("results.json", "results.md", "results.csv", "report.html", "figures/heatmaps.png", "figures/curves.png")
     for name in written:
         (run.folder / name).unlink()
-    arguments = ["--attacks", "quick", "--attackers", "single,mean", "--masking-images", "0", "--device", "cpu"]
+    arguments = ["--attacks", "quick", "--attackers", "sample,mean", "--masking-images", "0", "--device", "cpu"]
     evaluate.main([str(run.folder), *arguments])
     after, again = file_bytes(run.folder), results_of(run.folder)
     assert all(again[name] == found[name] for name in ("accuracy", "worst_case", "heatmaps")), "the times, too"
@@ -75,7 +75,7 @@ def test_accuracies_of_the_exact_mean_are_the_experts_average_s(finished: Path, 
     attacked = sample(test, ATTACKED)
     x, labels = attacked.images.float() / 255, attacked.labels
     assert count_correct(mean, test.images.float() / 255, test.labels) == found["clean", None, "mean"]["correct"]
-    assert count_correct(mean, x, labels) == found["sample", None, "mean"]["correct"]
+    assert count_correct(mean, x, labels) == found["subset", None, "mean"]["correct"]
     stepped = fgsm(mean, x, labels)
     assert count_correct(mean, stepped, labels) == pytest.approx(found["fgsm", "mean", "mean"]["correct"], abs=1)
     for i, expert in enumerate(load_model(finished)[0].unstack()):
@@ -88,16 +88,16 @@ def test_accuracies_of_the_exact_mean_are_the_experts_average_s(finished: Path, 
 
 def test_every_attack_is_counted_for_its_attacker_and_its_judge(finished: Path) -> None:
     found = accuracy_of(finished)
-    rows = [("clean", None), ("sample", None), ("noise", None)]
-    rows += [(attack, attacker) for attack in ("fgsm", "pgd") for attacker in ("single", "mean")]
-    judges = ("switching", "mean", "fixed", "worst", "expert 1", "expert 2")
+    rows = [("clean", None), ("subset", None), ("noise", None)]
+    rows += [(attack, attacker) for attack in ("fgsm", "pgd") for attacker in ("sample", "mean")]
+    judges = ("sample", "mean", "off", "worst", "expert 1", "expert 2")
     assert list(found) == [(*row, judge) for row in rows for judge in judges]
     for (attack, _, _), entry in found.items():
         assert entry["images"] == (30 if attack == "clean" else ATTACKED)
         assert entry["accuracy"] == entry["correct"] / entry["images"]
     assert results_of(finished)["plan"] == {
         "attacks": ["fgsm", "pgd"],
-        "attackers": ["single", "mean"],
+        "attackers": ["sample", "mean"],
         "images": ATTACKED,
         "eps": None,
         "norm": "Linf",
@@ -115,11 +115,11 @@ def test_every_attack_is_counted_for_its_attacker_and_its_judge(finished: Path) 
 def test_attacks_do_not_help(finished: Path) -> None:
     found = accuracy_of(finished)
     assert found["clean", None, "mean"]["accuracy"] > 0.6, "the run has learnt too little for this test"
-    clean, one, many = (found[row]["correct"] for row in [("sample", None, "mean"), *_by("mean", "fgsm", "pgd")])
+    clean, one, many = (found[row]["correct"] for row in [("subset", None, "mean"), *_by("mean", "fgsm", "pgd")])
     assert many <= one <= clean
     worst = {entry["judge"]: entry for entry in results_of(finished)["worst_case"]}
     assert all(worst[judge]["correct"] <= entry["correct"] for (_, _, judge), entry in found.items())
-    assert worst["worst"]["correct"] <= min(worst[judge]["correct"] for judge in ("mean", "fixed", "switching"))
+    assert worst["worst"]["correct"] <= min(worst[judge]["correct"] for judge in ("mean", "off", "sample"))
 
 
 def _by(attacker: str, *attacks: str) -> list[tuple[str, str, str]]:
@@ -189,7 +189,7 @@ def test_what_is_printed_are_the_tables_and_where_the_report_is(
 def test_a_limit_sets_how_many_images_are_attacked(run: Run, plain: None) -> None:
     evaluate.main([str(run.folder), *FEW, "--limit", "3"])
     counts = {key[0]: entry["images"] for key, entry in accuracy_of(run.folder).items()}
-    assert counts == {"clean": 30, "sample": 3, "noise": 3, "fgsm": 3}
+    assert counts == {"clean": 30, "subset": 3, "noise": 3, "fgsm": 3}
 
 
 def test_a_run_is_evaluated_where_its_data_lie_now(run: Run, data: Path, tmp_path: Path, plain: None) -> None:
@@ -207,9 +207,9 @@ def test_what_is_finished_counts_until_it_is_to_be_forgotten(
 ) -> None:
     accuracy, ledger = accuracy_of(run.folder), run.folder / "evaluation.jsonl"
     content = ledger.read_text(encoding="utf-8")
-    ledger.write_text(re.sub(r'"switching": "[01]+"', f'"switching": "{"0" * ATTACKED}"', content), encoding="utf-8")
+    ledger.write_text(re.sub(r'"sample": "[01]+"', f'"sample": "{"0" * ATTACKED}"', content), encoding="utf-8")
     evaluate.main([str(run.folder), *FEW])
-    assert accuracy_of(run.folder)["noise", None, "switching"]["correct"] == 0
+    assert accuracy_of(run.folder)["noise", None, "sample"]["correct"] == 0
     capsys.readouterr()
     evaluate.main([str(run.folder), *FEW, "--again"])
     assert "going on" not in capsys.readouterr().out
@@ -234,7 +234,7 @@ def test_more_attacks_are_added_to_what_is_finished(run: Run, plain: None, monke
 def test_another_seed_is_another_evaluation(run: Run, plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
     made, accuracy = attacks_made(monkeypatch), accuracy_of(run.folder)
     evaluate.main([str(run.folder), *FEW, "--seed", "1"])
-    assert made == [("fgsm", "single"), ("fgsm", "mean")]
+    assert made == [("fgsm", "sample"), ("fgsm", "mean")]
     assert results_of(run.folder)["plan"]["seed"] == 1
     found = accuracy_of(run.folder)
     assert found["fgsm", "mean", "mean"] == accuracy["fgsm", "mean", "mean"], "no chance is in it"
@@ -274,7 +274,7 @@ def test_a_run_of_one_network_has_one_judge_and_one_attacker(data: Path, tmp_pat
     _, run = trained([*options(data, experts=1, lr=0.02, attack_images=5), "--out", str(tmp_path / "single")])
     evaluate.main([str(run.folder), "--device", "cpu", "--attacks", "fgsm", "--masking-images", "0"])
     found, test = accuracy_of(run.folder), load("npz", data).test
-    rows = [("clean", None), ("sample", None), ("noise", None), ("fgsm", "output")]
+    rows = [("clean", None), ("subset", None), ("noise", None), ("fgsm", "output")]
     assert list(found) == [(*row, "output") for row in rows]
     (network,) = load_model(run.folder)[0].unstack()
     network.eval()
@@ -290,7 +290,7 @@ def test_a_run_of_one_network_has_one_judge_and_one_attacker(data: Path, tmp_pat
     assert "transfer_from_experts" not in results
     assert [entry["judge"] for entry in results["worst_case"]] == ["output"]
     for attackers in ("mean", "experts"):
-        with pytest.raises(cli.InputError, match=f"--attackers {attackers}: expected some of output"):
+        with pytest.raises(cli.InputError, match=f"--attackers: expected some of output, got {attackers}"):
             evaluate.main([str(run.folder), "--attackers", attackers])
 
 

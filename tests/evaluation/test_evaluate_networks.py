@@ -35,7 +35,7 @@ def test_any_network_is_evaluated(networks: ModuleType, name: str, data: Path, t
     evaluate.main([*network_options(networks, name, data, tmp_path / "out"), "--eps", "26/255"])
     assert torch.equal(torch.get_rng_state(), shared)
     found = accuracy_of(tmp_path / "out")
-    rows = [("clean", None), ("sample", None), ("noise", None), ("fgsm", "output")]
+    rows = [("clean", None), ("subset", None), ("noise", None), ("fgsm", "output")]
     assert list(found) == [(*row, "output") for row in rows]
     expected = count_correct(lambda x: x.mean((2, 3)), test.images.double() / 255, test.labels)
     assert found["clean", None, "output"]["correct"] == expected > 20, "dropout is off"
@@ -73,11 +73,11 @@ def test_a_user_s_mixture_is_attacked_like_a_run_of_its_weights(
     networks: ModuleType, data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(networks, "folder", finished)
-    arguments = ["--limit", str(ATTACKED), "--attackers", "single,mean,worst,experts"]
+    arguments = ["--limit", str(ATTACKED), "--attackers", "sample,mean,worst,experts"]
     evaluate.main([*network_options(networks, "mixture", data, tmp_path), *arguments])
     found, of_run = accuracy_of(tmp_path), accuracy_of(finished)
-    assert {key[1] for key in found} == {None, "single", "mean", "worst", "expert 1", "expert 2"}
-    assert {key[2] for key in found} == {"switching", "mean", "fixed", "worst", "expert 1", "expert 2"}
+    assert {key[1] for key in found} == {None, "sample", "mean", "worst", "expert 1", "expert 2"}
+    assert {key[2] for key in found} == {"sample", "mean", "off", "worst", "expert 1", "expert 2"}
     both = found.keys() & of_run.keys()
     assert len(both) == 5 * 6
     assert all(found[key] == of_run[key] for key in both)
@@ -127,10 +127,10 @@ def test_all_attacks_run(networks: ModuleType, data: Path, tmp_path: Path) -> No
     evaluate.main([*network_options(networks, "instance", data, tmp_path), *arguments])
     found = accuracy_of(tmp_path)
     attacks = ("fgsm", "bim", "mim", "pgd", "cw", "dlr", "square", "autoattack")
-    rows = [("clean", None), ("sample", None), ("noise", None), *((attack, "output") for attack in attacks)]
+    rows = [("clean", None), ("subset", None), ("noise", None), *((attack, "output") for attack in attacks)]
     assert list(found) == [(*row, "output") for row in rows]
     correct = {key[0]: entry["correct"] for key, entry in found.items()}
-    assert all(correct[attack] <= correct["sample"] for attack in attacks)
+    assert all(correct[attack] <= correct["subset"] for attack in attacks)
     # Of a linear network nothing is worse than one step, which AutoAttack's first part reaches.
     assert len({correct[attack] for attack in ("fgsm", "bim", "mim", "pgd", "cw", "autoattack")}) == 1
     (worst,) = results_of(tmp_path)["worst_case"]

@@ -94,10 +94,13 @@ def test_a_data_set_that_lies_somewhere_needs_a_path(
 
 
 WRONG = [
-    ("--attacks", "nonsense", "--attacks nonsense: expected one of fgsm, bim"),
-    ("--attacks", "fgsm,", "--attacks : expected"),
-    ("--attackers", "nonsense", "--attackers nonsense: expected some of"),
-    ("--attackers", "mean,transfer,output", "--attackers "),
+    ("--attacks", "nonsense", "--attacks: expected some of fgsm, bim"),
+    ("--attacks", "nonsense", ", got nonsense"),
+    ("--attacks", "fgsm,", "--attacks: expected"),
+    ("--attackers", "nonsense", "--attackers: expected some of"),
+    ("--attackers", "mean,transfer,output", "--attackers: expected "),
+    ("--attackers", "mean,fixed", "--attackers: expected off, as it is called now, got fixed"),
+    ("--attackers", "single", "--attackers: expected sample, as it is called now, got single"),
     ("--eps", "-1", "eps: expected a finite number of at least 0, got -1"),
     ("--eps", "-0.1", "eps: expected a finite number of at least 0, got -0.1"),
     ("--eps", "nan", "eps: expected a finite number of at least 0, got nan"),
@@ -115,8 +118,8 @@ WRONG = [
         for name in ("seed", "limit", "draws", "masking-images", "queries", "autoattack-steps")
     ),
     ("--seed", str(2**63), "--seed: expected at most 2⁶³ − 1"),
-    ("--eps", "8", "--eps: images are in [0, 1], so at most 1, got 8; of 255 levels: 8/255"),
-    ("--eps", "1.01", "--eps: images are in [0, 1], so at most 1, got 1.01"),
+    ("--eps", "8", "--eps: expected at most 1, as images are in [0, 1], got 8; of 255 levels: 8/255"),
+    ("--eps", "1.01", "--eps: expected at most 1, as images are in [0, 1], got 1.01"),
     ("--transfer-from", "no run", "no run"),
     ("--device", "meta", "--device meta"),
     ("--data", "none.npz", "none.npz"),
@@ -159,7 +162,8 @@ def test_an_l2_radius_has_a_bound_of_its_own(
     evaluate.main([*arguments, "--norm", "L2", "--eps", "20.78"])
     assert asked[0][1].radius == 20.78
     message = error_line(capsys, evaluate.main, [*arguments, "--norm", "L2", "--eps", "20.79"])
-    assert "12×12 pixels in [0, 1] are further apart in L2 than 20.78, got 20.79" in message
+    assert "--eps: expected at most 20.78, " in message
+    assert "12×12 pixels, got 20.79" in message
 
 
 @pytest.mark.parametrize(

@@ -137,16 +137,16 @@ def test_margins_of_half_precision_are_taken_in_float32() -> None:
 def test_judges_are_loops_over_images_and_permutations(experts: int, kind: str) -> None:
     logits, gate, labels = _case(experts, kind)
     found = judge(logits, gate, labels, torch.Generator().manual_seed(3))
-    assert list(found) == ["switching", "mean", "fixed", "worst", *(f"expert {i + 1}" for i in range(experts))]
+    assert list(found) == ["sample", "mean", "off", "worst", *(f"expert {i + 1}" for i in range(experts))]
     assert all(bits.shape == (SAMPLES,) and bits.dtype == torch.bool for bits in found.values())
     switched = _gate_that_gives(gate, torch.Generator().manual_seed(3))(torch.zeros(SAMPLES, 3, 1, 1))
     for q, label in enumerate(labels.tolist()):
         probabilities = logits[:, q].softmax(-1)
-        for name, weights in (("fixed", gate[q]), ("mean", torch.full_like(gate[q], 1 / experts))):
+        for name, weights in (("off", gate[q]), ("mean", torch.full_like(gate[q], 1 / experts))):
             mixture = sum(w * p for w, p in zip(weights, probabilities, strict=True))
             assert _wins(mixture.tolist(), label, found[name][q])
         mixture = sum(w * p for w, p in zip(switched[q], probabilities, strict=True))
-        assert _wins(mixture.tolist(), label, found["switching"][q])
+        assert _wins(mixture.tolist(), label, found["sample"][q])
         worst = min(2 * mixture[label] - sum(_best_two(mixture, label)) for mixture in _mixtures(logits, gate, q))
         if abs(worst) > 1e-12:
             assert bool(found["worst"][q]) == (worst > 0)
@@ -189,7 +189,7 @@ def test_what_all_permutations_get_right_all_judges_do() -> None:
     gate = torch.randn(3000, 5, generator=generator).softmax(-1)
     found = judge(logits, gate, torch.zeros(3000, dtype=torch.int64), generator)
     assert 300 < int(found["worst"].sum()) < 2700
-    for name in ("switching", "fixed", "mean"):
+    for name in ("sample", "off", "mean"):
         assert bool(found[name][found["worst"]].all())
         assert not bool(found["worst"][~found[name]].any())
 
@@ -202,7 +202,7 @@ def test_the_sample_judge_repeats_itself_from_one_seed_alone() -> None:
     first, again, other = (judge(logits, gate, labels, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert [name for name in first if not torch.equal(first[name], other[name])] == ["switching"]
+    assert [name for name in first if not torch.equal(first[name], other[name])] == ["sample"]
 
 
 # Permutations
@@ -287,7 +287,7 @@ def _loss_and_gradient(outputs: Any, images: Tensor, labels: Tensor) -> tuple[Te
 
 def test_every_knowledge_is_described() -> None:
     assert set(DESCRIPTIONS) == {*KNOWLEDGE, "transfer", "output"}
-    assert KNOWLEDGE == ("fixed", "single", "eot", "mean", "worst")
+    assert KNOWLEDGE == ("off", "sample", "eot", "mean", "worst")
 
 
 @pytest.mark.parametrize("experts", [2, 3, 4])
@@ -302,7 +302,7 @@ def test_what_each_attacker_differentiates_is_its_formula(knowledge: Any, expert
         weights = [torch.full_like(gate, 1 / experts)]
     elif knowledge == "worst":
         weights = [torch.stack([_worst_by_trying(logits, gate, q) for q in range(SAMPLES)])]
-    elif knowledge != "fixed":
+    elif knowledge != "off":
         switching = _gate_that_gives(gate, torch.Generator().manual_seed(6))
         weights = [switching(images) for _ in range(3 if knowledge == "eot" else 1)]
         assert len({tuple(w.flatten().tolist()) for w in weights}) == len(weights)
@@ -322,7 +322,7 @@ def _worst_by_trying(logits: Tensor, gate: Tensor, sample: int) -> Tensor:
     return chosen
 
 
-@pytest.mark.parametrize("knowledge", ["fixed", "mean", "worst", "single"])
+@pytest.mark.parametrize("knowledge", ["off", "mean", "worst", "sample"])
 def test_gradients_are_those_of_the_formula_the_gate_s_included(knowledge: Any) -> None:
     model, images = _model(), _images()
     generators = [torch.Generator().manual_seed(6) for _ in range(2)]
@@ -334,7 +334,7 @@ def test_gradients_are_those_of_the_formula_the_gate_s_included(knowledge: Any) 
             gate = torch.full_like(gate, 1 / 3)
         elif knowledge == "worst":
             gate = torch.stack([_worst_by_trying(logits, gate, q) for q in range(SAMPLES)])
-        elif knowledge == "single":
+        elif knowledge == "sample":
             keys = torch.rand(SAMPLES, 3, generator=generators[1], dtype=torch.float64)
             gate = torch.stack([row[order] for row, order in zip(gate, keys.argsort(-1), strict=True)])
         return oracle.mixture_log_probabilities(logits, gate)
@@ -509,7 +509,7 @@ def _answers(model: ImmunityMoE, images: Tensor, labels: Tensor) -> dict[str, fl
         mixture = mixture_log_probabilities(logits, gate[:, list(order)])
         right.append((mixture.argmax(-1) == labels).double().mean())
     mean = (mixture_log_probabilities(logits).argmax(-1) == labels).double().mean()
-    return {"switching": float(torch.stack(right).mean()), "mean": float(mean)}
+    return {"sample": float(torch.stack(right).mean()), "mean": float(mean)}
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -546,13 +546,13 @@ def test_on_a_random_gate_the_best_kept_is_never_a_lucky_one(switch: Any, norm: 
         settings = {"eps": eps, "alpha": eps / 4, "steps": 15, "norm": norm, "generator": generator}
         adversarial = pgd(WAYS[way](model), images, labels, **settings, **options)
         answers.append(_answers(model, adversarial, labels))
-    assert 0.05 < answers[0]["switching"] < 0.8
+    assert 0.05 < answers[0]["sample"] < 0.8
     for options, found in zip(OPTIONS, answers[1:], strict=True):
         for name, share in found.items():
             assert share <= answers[0][name] + 0.01, (options, name)
 
 
-@pytest.mark.parametrize("knowledge", ["single", "eot", "mean"])
+@pytest.mark.parametrize("knowledge", ["sample", "eot", "mean"])
 def test_against_a_random_gate_the_worst_for_the_mean_is_kept(knowledge: Any) -> None:
     model, images, labels = _divided()
     answers = []
@@ -561,7 +561,7 @@ def test_against_a_random_gate_the_worst_for_the_mean_is_kept(knowledge: Any) ->
         attack = Attack(0.02, 0.005, 15, random_start=True, **options)
         adversarial = BoundAttack(attack, outputs)(images, labels, generator=torch.Generator().manual_seed(1))
         answers.append(_answers(model, adversarial, labels))
-    assert 0.05 < answers[0]["switching"] < 0.8
+    assert 0.05 < answers[0]["sample"] < 0.8
     # Dropping changes who gets which draw: by an image or two.
     assert all(found[name] <= answers[0][name] + 0.02 for found in answers[1:] for name in found)
 

@@ -181,10 +181,10 @@ def test_the_table_has_a_row_an_attack_and_a_column_a_judge(tmp_path: Path) -> N
     evaluation = _made_up(tmp_path / "l")
     table = tables(results(evaluation))[0]
     judges = {
-        "gate switching": "switching",
-        "exact mean": "mean",
-        "trained gate": "fixed",
-        "worst permutation": "worst",
+        "gate sample": "sample",
+        "gate mean": "mean",
+        "gate off": "off",
+        "gate worst": "worst",
     }
     assert list(table.columns) == ["attack", "what the attacker differentiates", "images", *judges]
     clean, *rows = [Row("clean"), *evaluation.rows]
@@ -220,7 +220,7 @@ def test_the_experts_table_has_the_mean_s_attack_and_their_own(tmp_path: Path) -
     for row in [Row("clean"), *evaluation.rows]:
         name = findings.NAMES[row.attack or row.kind]
         if not row.attacker or row.attacker == "mean":
-            knows = "—" if not row.attacker else "the exact mean of all permutations (closed-form EOT)"
+            knows = "—" if not row.attacker else "gate mean: the exact mean of all permutations"
             assert found[name, knows] == [_cell(_bits(evaluation, row, f"expert {i}")) for i in (1, 2, 3)]
         elif row.attacker.startswith("expert "):
             cell = found[name, "this expert alone"][int(row.attacker[-1]) - 1]

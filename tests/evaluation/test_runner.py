@@ -44,11 +44,11 @@ whole = evaluations.whole
 
 def test_rows_are_every_attack_by_every_attacker_that_it_is_for() -> None:
     rows = attack_rows(Mixture(trained_mixture(3), CLASSES, transfer=brightness), Plan(attacks=ATTACKS))
-    everybody = ["fixed", "single", "eot", "mean", "worst", "expert 1", "expert 2", "expert 3", "transfer"]
-    expected = [("sample", "", ""), ("noise", "", "")]
+    everybody = ["off", "sample", "eot", "mean", "worst", "expert 1", "expert 2", "expert 3", "transfer"]
+    expected = [("subset", "", ""), ("noise", "", "")]
     expected += [("attack", a, b) for a in ("fgsm", "bim", "mim", "pgd", "cw", "dlr") for b in everybody]
-    expected += [("attack", "square", b) for b in ("single", "mean")]
-    expected += [("attack", "autoattack", b) for b in ("fixed", "single", "mean")]
+    expected += [("attack", "square", b) for b in ("sample", "mean")]
+    expected += [("attack", "autoattack", b) for b in ("off", "sample", "mean")]
     assert [(row.kind, row.attack, row.attacker) for row in rows] == expected
     assert all((row.settings is None) == (row.attack in ("", "square", "autoattack")) for row in rows)
 
@@ -79,7 +79,7 @@ def test_every_image_of_every_row_is_in_one_piece(whole: Evaluation) -> None:
         row: list(range(counts.get(row.kind, 7))) for row in seen
     }
     assert list(seen)[: len(whole.rows)] == whole.rows
-    assert {row.kind for row in seen} == {"sample", "noise", "attack", "clean", "eps", "steps"}
+    assert {row.kind for row in seen} == {"subset", "noise", "attack", "clean", "eps", "steps"}
 
 
 # What is attacked, and how
@@ -141,9 +141,9 @@ def test_images_are_the_test_split_s_in_its_fixed_random_order(tmp_path: Path) -
     plan = replace(PLAN, attacks=(), masking_images=0)
     evaluation = evaluation_of(tmp_path / "l", plan, Looking(brightness, CLASSES))
     run_to_end(evaluation)
-    of = {"sample": [0, 2, 4], "clean": [6, 7, 8]}  # a chunk of the sample, its noise, the next one; then all images
+    of = {"subset": [0, 2, 4], "clean": [6, 7, 8]}  # a chunk of the sample, its noise, the next one; then all images
     chosen = sample(colored(), 7)
-    for kind, split in (("sample", chosen), ("clean", colored())):
+    for kind, split in (("subset", chosen), ("clean", colored())):
         images, labels = (torch.cat([shown[i][part] for i in of[kind]]) for part in (0, 1))
         torch.testing.assert_close(images, split.images / 255, rtol=0, atol=1e-7)
         assert torch.equal(labels, split.labels)
@@ -154,20 +154,20 @@ def test_what_is_written_is_what_experts_say_of_attacked_images(whole: Evaluatio
     chosen = sample(colored(), 7)
     images, labels = chosen.images / 255, chosen.labels
     attacked = {
-        "sample": images,
+        "subset": images,
         "fgsm": attacks.fgsm(_mean, images, labels, eps=0.09),
         "bim": attacks.bim(_mean, images, labels, eps=0.09, alpha=0.0225, steps=10),
     }
     model = trained_mixture()
     for row in whole.rows:
-        if row.kind != "sample" and row.attacker != "mean":
+        if row.kind != "subset" and row.attacker != "mean":
             continue
         x = attacked[row.attack or row.kind]
         experts = torch.stack([expert(x).softmax(-1) for expert in model.unstack()])
         gate = model.gate.network((x - 0.4) / 0.25).softmax(-1)
         fixed = (gate.T[..., None] * experts).sum(0)
         turned = (gate.flip(-1).T[..., None] * experts).sum(0)
-        right = {"mean": experts.mean(0), "fixed": fixed, "expert 1": experts[0], "expert 2": experts[1]}
+        right = {"mean": experts.mean(0), "off": fixed, "expert 1": experts[0], "expert 2": experts[1]}
         right = {name: (p.argmax(-1) == labels).tolist() for name, p in right.items()}
         right["worst"] = ((fixed.argmax(-1) == labels) & (turned.argmax(-1) == labels)).tolist()
         pieces = whole.results(row)
@@ -187,7 +187,7 @@ def test_heatmaps_are_measured_on_clean_and_on_attacked_images(tmp_path: Path) -
         for (row, _, _), piece in numbers_of(evaluation).items()
         if "heatmaps" in piece
     ]
-    assert having == [("sample", "", ""), ("attack", "pgd", "mean")] * 3
+    assert having == [("subset", "", ""), ("attack", "pgd", "mean")] * 3
     clean = heatmap_metrics(trained_mixture(), LOSS, sample(colored(), 7), 7)
     assert results(evaluation)["heatmaps"]["clean"] == pytest.approx(clean, rel=1e-4)
     assert results(evaluation)["heatmaps"]["attacked"] != pytest.approx(clean, rel=1e-2)
@@ -334,7 +334,7 @@ def test_generators_are_left_as_they_were(tmp_path: Path, heatmaps: bool, switch
     generator = torch.Generator().manual_seed(3)
     model.gate.generator = generator if own else None
     before = [generator.get_state(), torch.get_rng_state()]
-    plan = replace(SMALL, images=2, attackers=("single", "eot", "fixed", "worst"), masking_images=0)
+    plan = replace(SMALL, images=2, attackers=("sample", "eot", "off", "worst"), masking_images=0)
     run_to_end(
         evaluation_of(tmp_path / "l", plan, Mixture(model, CLASSES, draws=2), loss_fn=LOSS if heatmaps else None)
     )
@@ -442,7 +442,7 @@ def test_dropping_the_fooled_never_helps_what_is_attacked(tmp_path: Path) -> Non
     assert all(dropped <= whole for whole, dropped in zip(*correct, strict=True))
 
 
-@pytest.mark.parametrize("attacker", ["single", "mean"])
+@pytest.mark.parametrize("attacker", ["sample", "mean"])
 def test_dropping_the_fooled_never_helps_a_gate_that_switches(tmp_path: Path, attacker: str) -> None:
     accuracies = []
     for drop_fooled in (False, True):
@@ -452,8 +452,8 @@ def test_dropping_the_fooled_never_helps_a_gate_that_switches(tmp_path: Path, at
         evaluation = evaluation_of(tmp_path / str(drop_fooled), plan, subject, colored(200), loss_fn=None)
         run_to_end(evaluation)
         entries = [e for e in results(evaluation)["accuracy"] if e["attack"] == "bim"]
-        accuracies.append({e["judge"]: e["accuracy"] for e in entries if e["judge"] in ("switching", "mean")})
-    assert 0.02 < accuracies[0]["switching"] < 0.9
+        accuracies.append({e["judge"]: e["accuracy"] for e in entries if e["judge"] in ("sample", "mean")})
+    assert 0.02 < accuracies[0]["sample"] < 0.9
     assert all(accuracies[1][name] <= accuracies[0][name] + 0.02 for name in accuracies[0])
 
 
@@ -474,17 +474,17 @@ def test_a_random_network_of_unknown_mean_is_attacked_to_the_end(tmp_path: Path)
 
 def test_square_and_autoattack_are_pieces_like_others(tmp_path: Path) -> None:
     pytest.importorskip("torchattacks")
-    plan = replace(PLAN, attacks=("square", "autoattack"), attackers=("fixed", "single", "mean"), masking_images=0)
+    plan = replace(PLAN, attacks=("square", "autoattack"), attackers=("off", "sample", "mean"), masking_images=0)
     plan = replace(plan, images=3, eps=0.12, queries=15)
     evaluation = evaluation_of(tmp_path / "l", plan, loss_fn=None)
     state = torch.get_rng_state()
     run_to_end(evaluation)
     assert torch.equal(torch.get_rng_state(), state)
     found = {(e["attack"], e["attacker"], e["judge"]): e["correct"] for e in results(evaluation)["accuracy"]}
-    for attack, attacker in (("square", "mean"), ("autoattack", "mean"), ("autoattack", "fixed")):
-        assert found[attack, attacker, attacker] <= found["sample", None, attacker]
-    assert found["autoattack", "mean", "mean"] < found["sample", None, "mean"]
-    plan = replace(plan, attacks=("autoattack",), attackers=("single",))
+    for attack, attacker in (("square", "mean"), ("autoattack", "mean"), ("autoattack", "off")):
+        assert found[attack, attacker, attacker] <= found["subset", None, attacker]
+    assert found["autoattack", "mean", "mean"] < found["subset", None, "mean"]
+    plan = replace(plan, attacks=("autoattack",), attackers=("sample",))
     alone = evaluation_of(tmp_path / "alone", plan, loss_fn=None)
     run_to_end(alone)
     numbers = numbers_of(evaluation)
@@ -499,7 +499,7 @@ def test_autoattack_on_a_draw_passes_the_experts_once_a_step(tmp_path: Path) -> 
         passes.append(len(images))
         return trained_mixture(3).expert_logits(images)
 
-    plan = replace(PLAN, attacks=("autoattack",), attackers=("single",), images=3, eps=0.01, autoattack_steps=7)
+    plan = replace(PLAN, attacks=("autoattack",), attackers=("sample",), images=3, eps=0.01, autoattack_steps=7)
     subject = Mixture(trained_mixture(3), CLASSES, expert_logits=logits)
     evaluation = evaluation_of(tmp_path / "l", plan, subject, loss_fn=None)
     passes.clear()

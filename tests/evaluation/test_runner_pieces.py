@@ -189,8 +189,8 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "attackers": ({"attackers": ("mean", "worst")}, set()),
     "masking_images": ({"masking_images": 6}, set()),
     "autoattack_steps": ({"autoattack_steps": 2}, {"square", "autoattack"}),
-    "seed": ({"seed": 6}, {"clean", "sample", *ATTACKED}),
-    "chunk": ({"chunk": 2}, {"sample", *ATTACKED}),
+    "seed": ({"seed": 6}, {"clean", "subset", *ATTACKED}),
+    "chunk": ({"chunk": 2}, {"subset", *ATTACKED}),
 }
 
 

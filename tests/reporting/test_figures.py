@@ -26,7 +26,7 @@ RECORD = {
     "cross_entropy": 2.1,
     "mutual_information_loss": 7.5,
     "position_stability": 2400.0,
-    "val_accuracy_switching": 0.61,
+    "val_accuracy_sample": 0.61,
     "val_accuracy_mean": 0.63,
     "val_fgsm_accuracy_mean": 0.3,
     "val_pgd10_accuracy_mean": 0.2,

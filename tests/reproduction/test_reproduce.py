@@ -58,7 +58,7 @@ def test_a_table_is_written_in_every_form(folder: Path, table: str) -> None:
 def test_the_rows_are_those_of_the_paper(folder: Path) -> None:
     rows = {table: _rows(folder, table) for table in TABLES}
     assert [row[:2] for row in rows["table1"]] == [["ResNet8", "trained independently"], ["ResNet8", "Immunity"]]
-    networks = [f"{name}, 5 cells" for name in BASELINES] + ["Immunity, gate switching", "Immunity, exact mean"]
+    networks = [f"{name}, 5 cells" for name in BASELINES] + ["Immunity, gate sample", "Immunity, gate mean"]
     assert [row[1:3] for row in rows["table2"]] == [[t, n] for t in ("standard", "PGD") for n in networks]
     expected = ["MoE", "MoE + MI", "MoE + PS", "full", "full, detached weights"]
     assert [row[0] for row in rows["table3"]] == expected

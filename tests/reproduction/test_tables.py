@@ -81,14 +81,14 @@ def test_table_1() -> None:
             entries.append(Entry((arch, networks), (job,)))
             accuracies = {
                 ("clean", None, "mean"): 150 + i,
-                ("clean", None, "switching"): 140,
+                ("clean", None, "sample"): 140,
                 ("pgd", "mean", "mean"): 9,
             }
             found[job] = _done(accuracies, HEATMAPS)
     table = paper.table1(entries, found)
     assert [list(row[:2]) for row in table.rows] == [list(entry.labels) for entry in entries]
     assert _column(table, "the paper's clean accuracy, %") == ["", "", "95.01", "93.46"]
-    assert [cell.split()[0] for cell in _column(table, "clean, exact mean, %")] == ["75.0", "75.5"] * 2
+    assert [cell.split()[0] for cell in _column(table, "clean, gate mean, %")] == ["75.0", "75.5"] * 2
     assert "Seeds: 0" in table.note
     # Other data than the paper's: its numbers are not beside ours.
     moved = [Entry(e.labels, tuple(_job(dataset="digits", beta=j.config.beta) for j in e.jobs)) for e in entries]
@@ -96,14 +96,14 @@ def test_table_1() -> None:
     assert "the paper's clean accuracy, %" not in table.columns
 
 
-def test_table_2_shows_immunity_switching_and_by_its_exact_mean() -> None:
+def test_table_2_shows_immunity_by_gate_sample_and_by_gate_mean() -> None:
     single, mixture = _job(experts=1), _job()
     attacks = ("fgsm", "bim", "mim", "pgd", "autoattack")
     alone = {("clean", None, "output"): 180, **{(a, "output", "output"): 60 - 2 * i for i, a in enumerate(attacks)}}
     both: dict[tuple[str, str | None, str], int] = {}
-    for j, judge in enumerate(("switching", "mean")):
+    for j, judge in enumerate(("sample", "mean")):
         both["clean", None, judge] = 170 - j
-        for attacker in ("single", "mean"):
+        for attacker in ("sample", "mean"):
             for i, attack in enumerate(attacks):
                 both[attack, attacker, judge] = 100 - 2 * i - 20 * j - (10 if attacker == "mean" else 0)
     entries = [
@@ -111,7 +111,7 @@ def test_table_2_shows_immunity_switching_and_by_its_exact_mean() -> None:
         Entry(("cifar10", "standard", IMMUNITY), (mixture,)),
     ]
     table = paper.table2(entries, {single: _done(alone), mixture: _done(both)})
-    assert _column(table, "network") == ["P-DARTS, 8 cells", "Immunity, gate switching", "Immunity, exact mean"]
+    assert _column(table, "network") == ["P-DARTS, 8 cells", "Immunity, gate sample", "Immunity, gate mean"]
 
     def shares(name: str) -> list[float]:
         return [2 * float(cell.split()[0]) for cell in _column(table, name)]
@@ -119,8 +119,8 @@ def test_table_2_shows_immunity_switching_and_by_its_exact_mean() -> None:
     assert shares("clean") == [180, 170, 169]
     assert shares("PGD-20") == [54, 94, 64]
     assert shares("AutoAttack") == [52, 92, 62]
-    assert shares("PGD-20, closed-form EOT") == [54, 84, 64]
-    assert shares("AutoAttack, closed-form EOT") == [52, 82, 62]
+    assert shares("PGD-20 on gate mean") == [54, 84, 64]
+    assert shares("AutoAttack on gate mean") == [52, 82, 62]
     assert shares("worst case") == [7, 7, 7]
     assert _column(table, "published by its authors, %") == ["clean 97.50", "", ""]
 
@@ -128,14 +128,14 @@ def test_table_2_shows_immunity_switching_and_by_its_exact_mean() -> None:
 def test_table_3_and_switch_modes() -> None:
     job = _job()
     accuracies: dict[tuple[str, str | None, str], int] = {}
-    for i, attacker in enumerate((None, "fixed", "single", "eot", "mean", "worst")):
-        for j, judge in enumerate(("switching", "mean", "fixed", "worst")):
-            accuracies["sample" if attacker is None else "pgd", attacker, judge] = 100 - 10 * i - 2 * j
-    accuracies["clean", None, "switching"] = 111
+    for i, attacker in enumerate((None, "off", "sample", "eot", "mean", "worst")):
+        for j, judge in enumerate(("sample", "mean", "off", "worst")):
+            accuracies["subset" if attacker is None else "pgd", attacker, judge] = 100 - 10 * i - 2 * j
+    accuracies["clean", None, "sample"] = 111
     entry = Entry(("full",), (job,))
     found = {job: _done(accuracies, HEATMAPS)}
     table = paper.table3([entry, Entry(("MoE",), (_job(beta=0.0),))], found)
-    assert _column(table, "clean, gate switching")[0].startswith("55.5")
+    assert _column(table, "clean, gate sample")[0].startswith("55.5")
     assert set(table.rows[1][1:-1]) == {"not done"}
     assert _column(table, "the paper's clean accuracy, %") == ["93.46", "94.74"]
     modes = paper.switch_modes(entry, found)
@@ -146,4 +146,4 @@ def test_table_3_and_switch_modes() -> None:
 def test_columns_that_nobody_has_an_entry_in_are_left_out() -> None:
     job = _job(dataset="digits")
     table = paper.table3([Entry(("full",), (job,))], {job: _done({("clean", None, "mean"): 3})})
-    assert list(table.columns) == ["trained with", "clean, exact mean"]
+    assert list(table.columns) == ["trained with", "clean, gate mean"]

@@ -95,7 +95,7 @@ def test_fgsm_on_validation_is_for_adversarial_training_alone(method: Any) -> No
     assert "val_pgd10_accuracy_mean" in measured
     assert ("val_fgsm_accuracy_mean" in measured) == (method != "off")
     without = validate(Trainer(dataclasses.replace(config, check_images=0), images, CPU))
-    assert without.keys() == {"val_accuracy_switching", "val_accuracy_mean"}
+    assert without.keys() == {"val_accuracy_sample", "val_accuracy_mean"}
 
 
 def test_validation_attacks_within_the_eps_of_the_settings() -> None:
@@ -139,7 +139,7 @@ def _script(
         seen.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
         epoch = len(seen) - 1
         return {
-            "val_accuracy_switching": 0.9,
+            "val_accuracy_sample": 0.9,
             "val_accuracy_mean": 0.9,
             "val_pgd10_accuracy_mean": under_pgd[epoch],
             "val_fgsm_accuracy_mean": under_fgsm[epoch],

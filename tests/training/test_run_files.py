@@ -369,6 +369,16 @@ def test_what_was_not_measured_may_be_said_in_a_record(finished: Run) -> None:
     evaluate.main([str(finished.folder), *FEW])
 
 
+def test_records_with_former_names_are_read_under_present_ones(finished: Run) -> None:
+    records = finished.metrics()
+    text = finished.metrics_file.read_text(encoding="utf-8")
+    assert "val_accuracy_sample" in text
+    finished.metrics_file.write_text(text.replace("val_accuracy_sample", "val_accuracy_switching"), encoding="utf-8")
+    assert finished.metrics() == records
+    finished.forget_metrics_after(len(records))
+    assert finished.metrics_file.read_text(encoding="utf-8") == text, "a run that goes on has one name for one thing"
+
+
 @pytest.mark.parametrize("lines", [(0, 0, 1), (1, 0), (0, 1, 1)])
 def test_records_twice_or_out_of_order_are_named(
     lines: tuple[int, ...], finished: Run, capsys: pytest.CaptureFixture[str]

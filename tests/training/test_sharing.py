@@ -23,7 +23,7 @@ from tests.sharing import ALONE, JOBS, KEYS
 from tests.small_runs import contents, error_line, half_trained, options, saved, trained, without_seconds
 
 pytestmark = pytest.mark.skipif(files.fcntl is None, reason="the system has no such locks")
-FEW = ["--attacks", "fgsm", "--attackers", "mean,single", "--limit", "4", "--masking-images", "0", "--device", "cpu"]
+FEW = ["--attacks", "fgsm", "--attackers", "mean,sample", "--limit", "4", "--masking-images", "0", "--device", "cpu"]
 
 
 class Worker:

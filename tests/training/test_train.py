@@ -214,14 +214,14 @@ def test_validation_measures_the_validation_split() -> None:
         experts = [module.eval()(images).softmax(-1) for module in trainer.model.unstack()]
     right = torch.stack(experts).mean(0).argmax(-1) == labels
     assert measured["val_accuracy_mean"] == int(right.sum()) / 9
-    assert 0 <= measured["val_accuracy_switching"] <= 1
+    assert 0 <= measured["val_accuracy_sample"] <= 1
     assert measured["val_pgd10_accuracy_mean"] <= measured["val_accuracy_mean"]
     assert measured.keys() >= {f"val_{n}" for n in ("mutual_information", "dead_heatmaps", "iscore", "cscore")}
 
 
 def test_without_images_to_check_only_accuracies_are_measured() -> None:
     measured = validate(Trainer(CONFIG, dataset(), CPU))
-    assert measured.keys() == {"val_accuracy_switching", "val_accuracy_mean"}
+    assert measured.keys() == {"val_accuracy_sample", "val_accuracy_mean"}
 
 
 def test_a_record_holds_the_means_of_its_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

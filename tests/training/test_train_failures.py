@@ -474,9 +474,7 @@ def test_what_an_attack_warns_of_is_a_line(
     measured = validate(trainer)
     assert measured["val_pgd10_accuracy_mean"] == 1
     assert "the attack cannot move" in measured["val_doubts"]["pgd10"]
-    monkeypatch.setattr(
-        train, "validate", lambda _: {"val_accuracy_switching": 1.0, "val_accuracy_mean": 1.0} | measured
-    )
+    monkeypatch.setattr(train, "validate", lambda _: {"val_accuracy_sample": 1.0, "val_accuracy_mean": 1.0} | measured)
     _, run = trained([*options(data, epochs=1), "--out", str(tmp_path / "run")])
     assert f"epoch 1: accuracy under PGD-10 on validation images: {measured['val_doubts']['pgd10']}\n" in (
         capsys.readouterr().out
