@@ -16,17 +16,18 @@ import torch
 from immunity_fast.attacks import Model
 from immunity_fast.data.datasets import NAMES as DATASETS
 from immunity_fast.data.datasets import ImageDataset, load
+from immunity_fast.data.sampling import attack_batch
 from immunity_fast.evaluation.pipeline import evaluate
 from immunity_fast.evaluation.report import About, Outputs
 from immunity_fast.evaluation.runner import ATTACKS, SETS, Plan
-from immunity_fast.evaluation.targets import Mixture, Network, Subject, load_callable
+from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget, TargetModel, load_callable
 from immunity_fast.models.modes import frozen
 from immunity_fast.models.moe import ExactMean, ImmunityMoE
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import keep_caches
 from immunity_fast.training.checkpoint import check_classes, load_info, load_model, model_file, not_finite
 from immunity_fast.training.config import number
-from immunity_fast.training.run_evaluation import chunk_of, evaluate_run
+from immunity_fast.training.run_evaluation import evaluate_run
 from immunity_fast.training.run_folder import Run
 
 MOST_DRAWS = 10_000  # for EOT
@@ -129,11 +130,11 @@ def plan_of(options: argparse.Namespace, images: int, seed: int, device: torch.d
         queries=options.queries,
         autoattack_steps=options.autoattack_steps,
         seed=seed if options.seed is None else options.seed,
-        chunk=chunk_of(device),
+        chunk=attack_batch(device),
     )
 
 
-def with_attackers(plan: Plan, subject_attackers: Sequence[str], given: str | None) -> Plan:
+def with_attackers(plan: Plan, known: Sequence[str], given: str | None) -> Plan:
     """A plan for the attackers of a command line; ValueError where the model has no such."""
     if given is None:
         return plan
@@ -141,9 +142,9 @@ def with_attackers(plan: Plan, subject_attackers: Sequence[str], given: str | No
     for name in given.split(","):
         if name in FORMER_ATTACKERS:
             raise ValueError(f"--attackers: expected {FORMER_ATTACKERS[name]}, as it is called now, got {name}")
-        chosen = [a for a in subject_attackers if a == name or (name == "experts" and a.startswith("expert "))]
+        chosen = [a for a in known if a == name or (name == "experts" and a.startswith("expert "))]
         if not chosen:
-            raise ValueError(f"--attackers: expected some of {', '.join(subject_attackers)}, got {name}")
+            raise ValueError(f"--attackers: expected some of {', '.join(known)}, got {name}")
         names += chosen
     return replace(plan, attackers=tuple(names))
 
@@ -216,11 +217,11 @@ def evaluate_callable(options: argparse.Namespace, device: torch.device) -> None
     other = another(options, model, dataset, device)
     transfer = None if other is None else ExactMean(other)
     if isinstance(model, ImmunityMoE) and model.num_experts > 1:
-        subject: Subject = Mixture(model, dataset.num_classes, draws=options.draws or 20, transfer=transfer)
+        target: TargetModel = MixtureTarget(model, dataset.num_classes, draws=options.draws or 20, transfer=transfer)
     else:
-        subject = Network(model, dataset.num_classes, name=options.run, draws=options.draws, transfer=transfer)
+        target = NetworkTarget(model, dataset.num_classes, name=options.run, draws=options.draws, transfer=transfer)
     plan = plan_of(options, options.limit or 1000, 0, device)
-    plan = with_attackers(plan, subject.attackers, options.attackers)
+    plan = with_attackers(plan, target.attackers, options.attackers)
     check_radius(plan, dataset)
     about = About(
         title=f"{options.run} on {options.dataset}",
@@ -231,9 +232,9 @@ def evaluate_callable(options: argparse.Namespace, device: torch.device) -> None
     outputs = _outputs(options.out, options.again)
     if isinstance(model, torch.nn.Module):
         with frozen(model):
-            evaluate(subject, dataset, plan, outputs, about)
+            evaluate(target, dataset, plan, outputs, about)
     else:
-        evaluate(subject, dataset, plan, outputs, about)
+        evaluate(target, dataset, plan, outputs, about)
 
 
 def evaluate_folder(options: argparse.Namespace, device: torch.device) -> None:
@@ -263,9 +264,10 @@ def evaluate_folder(options: argparse.Namespace, device: torch.device) -> None:
             f"{options.run}: stopped after {trained} of {config.epochs} epochs; go on with: {run.resume_command}"
         )
     transfer = another(options, model, dataset, device)
-    attackers: tuple[str, ...] = Network(lambda x: x, 1, transfer=transfer).attackers
     if model.num_experts > 1:
-        attackers = Mixture(model, dataset.num_classes, transfer=transfer).attackers
+        attackers = MixtureTarget.attacker_names(model.num_experts, transfer=transfer is not None)
+    else:
+        attackers = NetworkTarget.attacker_names(random=False, transfer=transfer is not None)
     plan = plan_of(options, options.limit or config.attack_images, config.seed, device)
     plan = with_attackers(plan, attackers, options.attackers)
     check_radius(plan, dataset)

@@ -133,7 +133,7 @@ def some_targets(targeted: bool) -> Tensor | None:
 
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
-    """(inputs, outputs) of each call of a compiled step, which is captured as it would be, but run by PyTorch's own
+    """(`State`, `Step`) of each call of a compiled step, which is captured as it would be, but run by PyTorch's own
     kernels."""
     compile_ = captured()
     calls: list[Call] = []
@@ -141,9 +141,9 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
     def quickly(function: Any, **options: Any) -> Any:
         compiled = compile_(function, **options)
 
-        def call(*arguments: Any) -> Any:
-            results = compiled(*arguments)
-            calls.append((arguments, results))
+        def call(state: Any) -> Any:
+            results = compiled(state)
+            calls.append((state, results))
             return results
 
         return call

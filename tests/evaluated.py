@@ -19,6 +19,7 @@ from immunity_fast import evaluate, train
 from immunity_fast.evaluation import report, runner
 from immunity_fast.evaluation.report import Outputs
 from immunity_fast.evaluation.runner import Evaluation, Plan
+from immunity_fast.training import run_evaluation
 from immunity_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from immunity_fast.training.run_folder import Run
 from tests.small_runs import options
@@ -97,11 +98,12 @@ def perturb(source: Path, target: Path, spread: float) -> None:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Plan, Outputs]]:
-    """Instead of evaluating: (subject, plan, outputs) of each evaluation."""
+    """Instead of evaluating: (target, plan, outputs) of each evaluation."""
     calls: list[tuple[Any, Plan, Outputs]] = []
-    monkeypatch.setattr(
-        evaluate, "evaluate", lambda subject, _, plan, outputs, *__: calls.append((subject, plan, outputs)) or {}
-    )
+    for module in (evaluate, run_evaluation):
+        monkeypatch.setattr(
+            module, "evaluate", lambda target, _, plan, outputs, *__: calls.append((target, plan, outputs)) or {}
+        )
     return calls
 
 

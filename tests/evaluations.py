@@ -19,7 +19,7 @@ from immunity_fast.data.datasets import Split, fingerprint
 from immunity_fast.evaluation import runner
 from immunity_fast.evaluation.ledger import Ledger
 from immunity_fast.evaluation.runner import Evaluation, Plan, Row
-from immunity_fast.evaluation.targets import Mixture, Subject
+from immunity_fast.evaluation.targets import MixtureTarget, TargetModel
 from immunity_fast.experts.staged import GlobalAveragePool
 from tests.small_runs import CLASSES, arrays
 
@@ -46,7 +46,7 @@ SMALL = replace(PLAN, attacks=("fgsm",), attackers=("eot", "mean"))
 @pytest.fixture(autouse=True, scope="module")
 def small_chunks_and_short_curves() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "CLEAN_CHUNK", 9)
+        patch.setattr(runner, "EVALUATION_BATCH", 9)
         patch.setattr(runner, "CURVE_STEPS", 5)
         yield
 
@@ -86,14 +86,14 @@ def trained_mixture(experts: int = 2, seed: int = 0) -> ImmunityMoE:
 def evaluation_of(
     file: Path,
     plan: Plan = PLAN,
-    subject: Subject | None = None,
+    target: TargetModel | None = None,
     test: Split | None = None,
     loss_fn: FusedImmunityLoss | None = LOSS,
     kind: type[Evaluation] = Evaluation,
 ) -> Evaluation:
     test = test or colored()
-    subject = subject or Mixture(trained_mixture(), CLASSES, draws=2)
-    return kind(subject, test, plan, Ledger(file), data=fingerprint(test), loss_fn=loss_fn)
+    target = target or MixtureTarget(trained_mixture(), CLASSES, draws=2)
+    return kind(target, test, plan, Ledger(file), data=fingerprint(test), loss_fn=loss_fn)
 
 
 def run_to_end(evaluation: Evaluation) -> list[tuple[Row, int]]:

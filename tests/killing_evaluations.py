@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from immunity_fast import evaluate
+from immunity_fast.data import sampling
 from immunity_fast.evaluation import report
 from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.runtime import cli
@@ -33,7 +34,7 @@ def main(finished: str, folder: Path, seed: int) -> None:
             return process, hearing
         os.close(hearing)
         report._figures = lambda *_: []  # type: ignore[assignment]
-        evaluate.CHUNK["cpu"] = 3
+        sampling.ATTACK_BATCH["cpu"] = 3
         Evaluation._piece = telling(pipe, STEP, Evaluation._piece)  # type: ignore[method-assign]
         os.fsync = telling(pipe, WRITE, os.fsync)
         try:

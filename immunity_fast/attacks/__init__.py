@@ -1,12 +1,13 @@
 """Attacks on any callable from images to logits or log-probabilities, with torchattacks' conventions and defaults.
 
-`gradient` has those that follow gradients, `autoattack` AutoAttack and Square Attack. Nothing here knows a model of
-this package: what `mixtures` asks for is what a mixture can do.
+`gradient` has those that follow gradients, as functions, `descent` what is behind them, `autoattack` AutoAttack and
+Square Attack. Nothing here knows a model of this package: what `mixtures` asks for is what a mixture can do.
 """
 
 from immunity_fast.attacks.autoattack import autoattack, square
 from immunity_fast.attacks.checks import NotFiniteError
-from immunity_fast.attacks.gradient import ALPHA, EPS, Attack, BoundAttack, UnmovedWarning, bim, fgsm, mim, pgd
+from immunity_fast.attacks.descent import ALPHA, EPS, Attack, BoundAttack, UnmovedWarning, radius_of
+from immunity_fast.attacks.gradient import bim, fgsm, mim, pgd
 from immunity_fast.attacks.losses import Loss
 from immunity_fast.attacks.mixtures import LabelledModel, Model
 from immunity_fast.attacks.projections import Norm
@@ -27,5 +28,6 @@ __all__ = [
     "fgsm",
     "mim",
     "pgd",
+    "radius_of",
     "square",
 ]

@@ -4,24 +4,8 @@ torchattacks' own AutoAttack is not the published one: it takes 10 steps of APGD
 classes where that takes nine, and squares that shrink on another schedule. Its parts are run here with the settings of
 the authors' code, https://github.com/fra31/auto-attack.
 
-Shared arguments:
-    model: images (B, C, H, W) in [0, 1], of the images' dtype, to logits or log-probabilities (B, K). Its mode, its
-        parameters' gradients and its outputs stay as they are; whether it evaluates or trains is the caller's choice.
-        For "rand" it may give (20, B, K) instead, the draws of a step by one pass over what is not random.
-    images: (B, C, H, W) floating-point, in [0, 1].
-    labels: (B,) integers in 0..K−1.
-    eps: radius of the ball, in units of the images' range. norm: "Linf" or "L2".
-    seed: of all chance, that of a model that draws from the global generators of torch, NumPy or Python too; these are
-        afterwards as they were before. A generator of the model's own is left alone.
-
-Both return images (B, C, H, W) of the images' dtype, detached, inside the ball and inside [0, 1], exactly: one that
-fools the model for each image where one was found, and the image itself where the model is wrong without an attack or
-withstood it. So the accuracy on them is the robust accuracy. The attacks compute in float32 and round to the images'
-dtype what they show the model; what is returned has been judged as it is.
-
-`ModuleNotFoundError`: torchattacks is missing. `ValueError`: images outside [0, 1] or not 4-D, labels of another shape,
-not integers or out of range, an unknown norm or version, eps < 0, steps or queries < 1, outputs that are not (B, K), or
-that are NaN or infinite; `NotFiniteError`, which is one, where they are so for an image itself.
+What they return has been judged as it is: inside the ball and inside [0, 1], exactly, in the images' dtype. The attacks
+compute in float32 and round to that dtype what they show the model.
 """
 
 from __future__ import annotations
@@ -36,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from immunity_fast.attacks.checks import check_finite, check_images, check_range
-from immunity_fast.attacks.gradient import Attack
+from immunity_fast.attacks.checks import check_finite, check_images, check_range, not_finite
+from immunity_fast.attacks.dependence import image_gradient
+from immunity_fast.attacks.descent import Attack
 from immunity_fast.attacks.losses import dlr
 from immunity_fast.attacks.mixtures import Model, asked_modules, drawn
 from immunity_fast.attacks.projections import Norm, largest_magnitude, linf_bounds, project_l2
@@ -71,18 +56,36 @@ def autoattack(
     when it is asked again. FAB looks beyond the ball, too; what it finds there is moved into the ball and judged.
 
     Args:
+        model: images (B, C, H, W) in [0, 1], of the images' dtype, to logits or log-probabilities (B, K); for "rand" it
+            may give (20, B, K), the draws of a step by one pass over what is not random. Its mode, its parameters'
+            gradients and its outputs stay as they are; whether it evaluates or trains is the caller's choice.
+        images: (B, C, H, W) floating-point, in [0, 1].
+        labels: (B,) integers in 0..K−1.
         num_classes: K.
+        eps: radius of the ball, in units of the images' range.
+        norm: "Linf" or "L2".
         version: "standard": APGD on the cross-entropy, APGD on the targeted DLR loss and FAB, targeted, each for the
             min(9, K − 1) likeliest wrong classes, and Square Attack. The targeted DLR loss needs four classes: with
             fewer its APGD is left out. "rand", for a random model: APGD on the cross-entropy and on the DLR loss, the
             gradient averaged over 20 draws: 20 forward passes; but one of a model that gives 20 draws, and one over
             the experts of an `ImmunityMoE` whose gate switches. The DLR loss needs three classes: with two, the first
             alone.
-        steps: of each run of APGD and of FAB, 100 as published. queries: of Square Attack, 5000 as published.
+        seed: of all chance, that of a model that draws from the global generators of torch, NumPy or Python too; these
+            are afterwards as they were before. A generator of the model's own is left alone.
+        steps: of each run of APGD and of FAB; 100 as published.
+        queries: of Square Attack; 5000 as published.
+
+    Returns:
+        (B, C, H, W) of the images' dtype, detached, inside the ball and inside [0, 1], exactly: an image that fools the
+        model where one was found, and the image itself where the model is wrong without an attack or withstood it. So
+        the accuracy on them is the robust accuracy.
 
     Raises:
-        ValueError: see the top of this file; and an output of another number of classes than `num_classes`, or without
-            a gradient with respect to the images, which `square` does not need.
+        ModuleNotFoundError: torchattacks is missing.
+        ValueError: images outside [0, 1] or not 4-D; labels of another shape, not integers or out of range; an unknown
+            norm or version; eps < 0, num_classes < 2, steps or queries < 1; outputs that are not (B, num_classes), that
+            have no gradient with respect to the images, which `square` does not need, or that are NaN or infinite, as
+            `NotFiniteError` where they are so for an image itself.
     """
     check_choice("version", version, Version)
     _check_settings(images, labels, eps, norm, steps=steps, queries=queries)
@@ -120,10 +123,25 @@ def square(
     not see, which takes a part of the perturbation.
 
     Args:
+        model: images (B, C, H, W) in [0, 1], of the images' dtype, to logits or log-probabilities (B, K). Its mode and
+            its outputs stay as they are; whether it evaluates or trains is the caller's choice.
+        images: (B, C, H, W) floating-point, in [0, 1].
+        labels: (B,) integers in 0..K−1.
+        eps: radius of the ball, in units of the images' range.
+        norm: "Linf" or "L2".
         queries: forward passes for each image, at most; one more is the start.
+        seed: of all chance, see `autoattack`.
+
+    Returns:
+        (B, C, H, W) of the images' dtype, detached, inside the ball and inside [0, 1], exactly: an image that fools the
+        model where one was found, and the image itself where the model is wrong without an attack or withstood it. So
+        the accuracy on them is the robust accuracy.
 
     Raises:
-        ValueError: see the top of this file.
+        ModuleNotFoundError: torchattacks is missing.
+        ValueError: images outside [0, 1] or not 4-D; labels of another shape, not integers or out of range; an unknown
+            norm; eps < 0, queries < 1; outputs that are not (B, K), or that are NaN or infinite, as
+            `NotFiniteError` where they are so for an image itself.
     """
     _check_settings(images, labels, eps, norm, queries=queries)
     parts = _Parts(_torchattacks("square"), _Network(model, images), eps, norm)
@@ -164,16 +182,18 @@ class _Network(nn.Module):
             return self.outputs(inside).float().clone()
 
     def rescaled(self, gradient: Tensor) -> Tensor:
+        """The gradient (B, C, H, W) of a pass; the first of those that a step averages sets the scale."""
         if self.gradients % self.passes == 0:
             self.largest = largest_magnitude(gradient)
         self.gradients += 1
         return (gradient / self.largest).to(gradient.dtype)
 
     def outputs(self, images: Tensor) -> Tensor:
+        """The model's outputs (B, K) for images of its dtype; ValueError for NaN or infinite ones."""
         outputs = self.last_draw(images)
         # An argmax takes NaN for the largest: a row of it is class 0, and an image of that class passed for robust.
-        if bool(_broken(outputs).any()):
-            raise ValueError("model: its output or its gradient for an image of the ball is NaN or infinite")
+        if bool(not_finite(outputs).any()):
+            raise ValueError("model: expected finite outputs, got NaN or infinite ones for an image of the ball")
         return outputs
 
     def last_draw(self, images: Tensor) -> Tensor:
@@ -320,14 +340,10 @@ def _first_outputs(network: _Network, images: Tensor, num_classes: int | None) -
         if outputs.dim() != 2 or len(outputs) != len(images) or num_classes not in (None, outputs.shape[1]):
             expected = f"({len(images)}, {'K' if num_classes is None else num_classes})"
             raise ValueError(f"model: expected outputs {expected}, got {tuple(outputs.shape)}")
-        check_finite(_broken(outputs))
+        check_finite(not_finite(outputs))
         if gradients:
-            slope = torch.autograd.grad(outputs.sum(), inputs, allow_unused=True)[0] if outputs.requires_grad else None
-            if slope is None:
-                raise ValueError(
-                    "model: its output has no gradient with respect to the images, which autoattack needs; take square"
-                )
-            check_finite(~slope.isfinite().flatten(1).all(1))
+            gradient = image_gradient(outputs.sum(), inputs)
+            check_finite(~gradient.isfinite().flatten(1).all(1))
     return outputs.detach()
 
 
@@ -335,11 +351,6 @@ def _project(found: Tensor, images: Tensor, eps: float, norm: Norm) -> Tensor:
     if norm == "Linf":
         return found.detach().to(images.dtype).clamp(*linf_bounds(images, eps))
     return project_l2(found, images, eps)
-
-
-def _broken(outputs: Tensor) -> Tensor:
-    """Whether a row is no logits; −∞ is a logarithm of 0."""
-    return (outputs.isnan() | (outputs == torch.inf)).any(1)
 
 
 def _tileable(side: int) -> int:
@@ -352,7 +363,7 @@ def _tileable(side: int) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """All global generators seeded once, and as they were before on leaving."""
+    """All global generators, of torch, NumPy and Python, seeded in a `with` block, and then as they were before."""
     import numpy as np  # as torchattacks does, and nothing else that the package needs
 
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002

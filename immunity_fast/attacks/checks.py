@@ -1,17 +1,32 @@
 """What an attack refuses, in one line: images, labels, and outputs that are no numbers."""
 
+import torch
 from torch import Tensor
 
 
 class NotFiniteError(ValueError):
-    """A model's output or gradient is no number; `sample` is the image's index in the batch."""
+    """A model's output or gradient is NaN or infinite.
+
+    Args:
+        sample: the image's index in the batch, kept as an attribute.
+    """
 
     def __init__(self, sample: int) -> None:
-        super().__init__(f"model: its output or its gradient for sample {sample} is NaN or infinite")
+        super().__init__(f"model: expected finite outputs and gradients, got NaN or infinite ones for sample {sample}")
         self.sample = sample
 
 
 def check_images(images: Tensor, labels: Tensor, targets: Tensor | None) -> None:
+    """Check what an attack is given; it waits for the device.
+
+    Args:
+        images: (B, C, H, W), expected to be floating-point and in [0, 1].
+        labels: (B,), expected to be integers.
+        targets: the same, or None.
+
+    Raises:
+        ValueError: they are not.
+    """
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(f"images: expected floating-point (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
     for name, classes in (("labels", labels), ("targets", targets)):
@@ -24,12 +39,34 @@ def check_images(images: Tensor, labels: Tensor, targets: Tensor | None) -> None
 
 
 def check_range(labels: Tensor, targets: Tensor | None, classes: int) -> None:
+    """Check that labels and targets (B,), or None, are classes; it waits for the device.
+
+    Args:
+        classes: K, as many as the model has.
+
+    Raises:
+        ValueError: one is not in 0..K−1; it is named.
+    """
     for name, given in (("labels", labels), ("targets", targets)):
         if given is not None and len(given) and not (given.min() >= 0 and given.max() < classes):
             wrong = int(((given < 0) | (given >= classes)).nonzero()[0, 0])
             raise ValueError(f"{name}: expected 0 to {classes - 1}, got {int(given[wrong])} for sample {wrong}")
 
 
+def not_finite(outputs: Tensor) -> Tensor:
+    """Which images have outputs (…, B, K) that are no logits: NaN or +∞ in any; −∞ is the logarithm of 0. (B,) bool."""
+    broken = (outputs.isnan() | (outputs == torch.inf)).any(-1)
+    return broken.flatten(0, -2).any(0) if broken.dim() > 1 else broken
+
+
 def check_finite(broken: Tensor) -> None:
+    """Check that no image is broken; it waits for the device.
+
+    Args:
+        broken: (B,) bool, see `not_finite`.
+
+    Raises:
+        NotFiniteError: of the first that is.
+    """
     if bool(broken.any()):
         raise NotFiniteError(int(broken.nonzero()[0, 0]))

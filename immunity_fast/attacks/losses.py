@@ -17,7 +17,7 @@ Loss = Literal["ce", "dlr", "cw"]
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-    """Of the label; minus that of the target."""
+    """Cross-entropy of the label, −log p_label; with targets log p_target, minus the target's."""
     log_probabilities = F.log_softmax(outputs, -1)
     return -_at(log_probabilities, labels) if targets is None else _at(log_probabilities, targets)
 
@@ -32,12 +32,15 @@ def cw_margin(outputs: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor
 def dlr(outputs: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
     """Difference of logits ratio (Croce & Hein, arXiv 2003.01690, eq. 6 and 7): free of the logits' scale.
 
+    Without targets (max_{m≠label} z_m − z_label) / (z_(1) − z_(3)), z_(i) being the i-th largest; with targets
+    (z_target − z_label) / (z_(1) − (z_(3) + z_(4)) / 2).
+
     Raises:
         ValueError: fewer than 3 classes, or 4 with targets: the ratio's denominator is then 0.
     """
     needed = 3 if targets is None else 4
     if outputs.shape[-1] < needed:
-        raise ValueError(f"loss: dlr needs at least {needed} classes, got {outputs.shape[-1]}; take cw")
+        raise ValueError(f"loss: expected at least {needed} classes for dlr, got {outputs.shape[-1]}; take cw")
     top = outputs.topk(needed, -1).values
     if targets is None:
         return cw_margin(outputs, labels, None) / (top[..., 0] - top[..., 2] + 1e-12)
@@ -46,7 +49,17 @@ def dlr(outputs: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
 
 
 def loss_of(name: Loss, outputs: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-    """The loss of that name, computed in float32 at least: in float16, 1e-12 is 0."""
+    """The loss of that name, computed in float32 at least: in float16, 1e-12 is 0.
+
+    Args:
+        name: of `LOSSES`.
+        outputs: (…, K) logits or log-probabilities.
+        labels: (…,) integers in 0..K−1.
+        targets: (…,) classes to reach; None is any but the label.
+
+    Returns:
+        (…,).
+    """
     return LOSSES[name](outputs.to(torch.promote_types(outputs.dtype, torch.float32)), labels, targets)
 
 

@@ -12,7 +12,14 @@ from immunity_fast.data.augmentation import to_float
 from immunity_fast.data.datasets import Split
 from immunity_fast.data.readers import SPLIT_SEED
 
-EVALUATION_BATCH = 250  # images at once: it bounds memory, no result depends on it but by rounding
+# Images at once: they bound memory, and no result depends on them but by rounding.
+EVALUATION_BATCH = 250  # that a model is shown
+ATTACK_BATCH = {"cpu": 50, "cuda": 250}  # that are attacked, by the device's type
+
+
+def attack_batch(device: torch.device) -> int:
+    """How many images are attacked at once."""
+    return ATTACK_BATCH.get(device.type, ATTACK_BATCH["cuda"])
 
 
 def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:

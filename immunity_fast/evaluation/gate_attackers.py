@@ -1,7 +1,8 @@
 """Attackers who know the gate, and the ways in which a mixture's answer is judged; all from one pass over the experts.
 
-An attacker is a function from (images, labels) to what an attack differentiates, for `attacks.BoundAttack`. `judge`
-says to a table of which images the answer is right; what says to an attack which are worst is in `attacks.mixtures`.
+An attacker is a function from (images, labels) to what an attack differentiates, for `attacks.BoundAttack`.
+`answered_rightly` says to a table of which images the answer is right; what says to an attack which are worst is in
+`attacks.mixtures`.
 """
 
 from __future__ import annotations
@@ -94,14 +95,27 @@ def attacker(
 
 
 def averaged(model: Model, draws: int) -> LabelledModel:
-    """EOT for any random model: its outputs (draws, B, K) at `draws` calls, whose losses an attack averages."""
+    """EOT for any random model, whose losses at several calls an attack averages.
+
+    Args:
+        model: images (B, C, H, W) to random outputs (B, K).
+        draws: how often it is called.
+
+    Returns:
+        (images, labels) to outputs (draws, B, K).
+
+    Raises:
+        ValueError: draws < 1.
+    """
     if draws < 1:
         raise ValueError(f"draws: expected at least 1, got {draws}")
     return lambda images, labels: torch.stack([model(images) for _ in range(draws)])
 
 
-def judge(logits: Tensor, gate: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """Which images are answered rightly, (B,) bool each, by everything that may answer.
+def answered_rightly(
+    logits: Tensor, gate: Tensor, labels: Tensor, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Which images are answered rightly, by everything that may answer; one pass over the experts serves all.
 
     * "sample": the gate's weights in one random permutation for each image;
     * "mean": the exact mean of all N! permutations;
@@ -109,11 +123,17 @@ def judge(logits: Tensor, gate: Tensor, labels: Tensor, generator: torch.Generat
     * "worst": right under every one of the N! permutations;
     * "expert 1" … "expert N": each alone.
 
+    The permutation is drawn for each image, as it would be were each image a call of its own: one draw for a whole
+    batch has the same mean, but its luck would pass for accuracy.
+
     Args:
         logits: (N, B, K) of the experts.
-        gate: (B, N) trained weights.
-        labels: (B,) integers.
-        generator: of the permutations.
+        gate: (B, N) weights as they were trained.
+        labels: (B,) integers in 0..K−1.
+        generator: of the permutations; None is PyTorch's default generator.
+
+    Returns:
+        (B,) bool each.
     """
     mixtures = {"sample": permuted(gate, generator), "mean": None, "off": gate}
     right = {name: log_mixture(logits, weights).argmax(-1) == labels for name, weights in mixtures.items()}

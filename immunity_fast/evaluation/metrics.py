@@ -10,30 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from immunity_fast.attacks.mixtures import trained_gate
 from immunity_fast.data.datasets import Split
 from immunity_fast.data.sampling import batches
-from immunity_fast.functional import label_scores, log_mixture, stack_experts
+from immunity_fast.evaluation.gate_attackers import answered_rightly
+from immunity_fast.functional import label_scores, stack_experts
 from immunity_fast.kernels import reference
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.models.gate import Switch
 from immunity_fast.models.moe import ImmunityMoE
 
 
 def correct(
     model: ImmunityMoE, images: Tensor, labels: Tensor, expert_logits: Callable[[Tensor], Tensor] | None = None
-) -> dict[Switch, int]:
-    """How many of the images the model gets right: with its gate switching, and with the gate's exact mean.
+) -> dict[str, int]:
+    """How many of the images the model gets right, by the gate's sample and by its exact mean.
 
-    The gate draws a permutation for each image, as it would were each image a call of its own: one draw for a whole
-    batch has the same mean, but its luck would pass for accuracy. One pass over the experts serves both. The model is
-    to be in evaluation mode; its switch is left as it is. `expert_logits`: what computes the model's, if compiled code
-    is to; None is `model.expert_logits`.
+    Args:
+        model: in evaluation mode. Its switch does not matter.
+        images: (B, 3, H, W) in [0, 1].
+        labels: (B,) integers in 0..K−1.
+        expert_logits: what computes the model's, if compiled code is to; None is `model.expert_logits`.
+
+    Returns:
+        0..B under "sample" and "mean". The sample is drawn from the gate's generator.
     """
-    with torch.no_grad(), model.gate.switched("sample"):
+    with torch.no_grad():
         logits = (expert_logits or model.expert_logits)(images)
-        gate = model.gate_weights(images)
-    mixtures: dict[Switch, Tensor | None] = {"sample": gate, "mean": None}
-    return {name: int((log_mixture(logits, weights).argmax(-1) == labels).sum()) for name, weights in mixtures.items()}
+        right = answered_rightly(logits, trained_gate(model, images), labels, model.gate.generator)
+    return {name: int(right[name].sum()) for name in ("sample", "mean")}
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

@@ -8,14 +8,14 @@ from immunity_fast.evaluation.ledger import Ledger
 from immunity_fast.evaluation.report import About, Outputs, write
 from immunity_fast.evaluation.results import worst_case
 from immunity_fast.evaluation.runner import Evaluation, Plan, Row
-from immunity_fast.evaluation.targets import Subject
+from immunity_fast.evaluation.targets import TargetModel
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.precision import set_float32
 
 
 def evaluate(
-    subject: Subject,
+    target: TargetModel,
     dataset: ImageDataset,
     plan: Plan,
     outputs: Outputs,
@@ -25,7 +25,7 @@ def evaluate(
     """Carry out a plan on the test split, taking over what is finished; write results.json, tables, figures, report.
 
     Args:
-        subject: in evaluation mode, on the data's device.
+        target: in evaluation mode, on the data's device.
         dataset: whose test split is attacked.
         plan: what to find out.
         outputs: the folder, which is made where it is missing.
@@ -40,7 +40,7 @@ def evaluate(
     """
     set_float32("ieee")  # the numbers that are kept are not to depend on the device
     evaluation = Evaluation(
-        subject,
+        target,
         dataset.test,
         plan,
         Ledger(outputs.ledger),
@@ -67,7 +67,7 @@ def _run(evaluation: Evaluation) -> None:
     )
     if len(pieces) and remaining < sum(stop - start for _, start, stop in pieces):
         cli.console.print(f"going on with {evaluation.ledger.path}")
-    judge = evaluation.subject.judges[0]
+    judge = evaluation.target.judges[0]
     begin, estimated, done, status = time.perf_counter(), False, 0, ""
     total = sum(stop - start for _, start, stop in pieces)
 

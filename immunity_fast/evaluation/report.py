@@ -15,7 +15,7 @@ from immunity_fast.data.sampling import sample
 from immunity_fast.evaluation.metrics import expert_maps
 from immunity_fast.evaluation.results import find, percent, results, tables, to_csv
 from immunity_fast.evaluation.runner import Evaluation
-from immunity_fast.evaluation.targets import Mixture
+from immunity_fast.evaluation.targets import MixtureTarget
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.models.modes import frozen
 from immunity_fast.reporting.curves import robustness_figure, training_curves
@@ -77,7 +77,7 @@ def write(
 
 
 def _facts(evaluation: Evaluation, found: dict[str, Any]) -> dict[str, str]:
-    judge, exact = evaluation.subject.judges[0], evaluation.subject.exact
+    judge, exact = evaluation.target.judges[0], evaluation.target.exact
     answers = ", gate sample" if judge == "sample" else ""
     wanted = {
         "test accuracy" + answers: ("clean", None, judge),
@@ -104,12 +104,12 @@ def _figures(
     evaluation: Evaluation, found: dict[str, Any], dataset: ImageDataset, outputs: Outputs, about: About
 ) -> list[tuple[Path, str]]:
     figures = []
-    if isinstance(evaluation.subject, Mixture) and evaluation.loss_fn is not None:
-        figures += _heatmap_figures(evaluation, evaluation.subject, dataset, outputs)
+    if isinstance(evaluation.target, MixtureTarget) and evaluation.loss_fn is not None:
+        figures += _heatmap_figures(evaluation, evaluation.target, dataset, outputs)
     curves = found["curves"]
     if curves["eps"] or curves["steps"]:
         path = outputs.figures / "robustness.png"
-        name = "gate mean" if evaluation.subject.exact == "mean" else "accuracy"
+        name = "gate mean" if evaluation.target.exact == "mean" else "accuracy"
         robustness_figure({name: curves["eps"]}, {name: curves["steps"]}, path)
         figures.append(
             (
@@ -126,14 +126,14 @@ def _figures(
 
 
 def _heatmap_figures(
-    evaluation: Evaluation, subject: Mixture, dataset: ImageDataset, outputs: Outputs
+    evaluation: Evaluation, target: MixtureTarget, dataset: ImageDataset, outputs: Outputs
 ) -> list[tuple[Path, str]]:
     loss_fn = evaluation.loss_fn
     assert loss_fn is not None
     shown = sample(dataset.test, FIGURE_ROWS)
     images, names = to_float(shown.images), dataset.classes
     pgd = [row for row in evaluation.rows if row.kind == "attack" and evaluation.has_heatmaps(row)]
-    heatmaps, clean_labels = _looked_at(subject, loss_fn, images, shown.labels, names)
+    heatmaps, clean_labels = _looked_at(target, loss_fn, images, shown.labels, names)
     path = outputs.figures / "heatmaps.png"
     caption = (
         "Where each expert looks: its Grad-CAM heatmap for the true class on test images (true class → class predicted "
@@ -142,18 +142,18 @@ def _heatmap_figures(
     if not pgd:
         heatmap_figure(images, heatmaps, clean_labels, path)
         return [(path, f"{caption}.")]
-    with frozen(subject.model):
+    with frozen(target.model):
         attacked = evaluation.attacked(pgd[0], images, shown.labels, evaluation.plan.seed)
-    attacked_heatmaps, attacked_labels = _looked_at(subject, loss_fn, attacked, shown.labels, names)
+    attacked_heatmaps, attacked_labels = _looked_at(target, loss_fn, attacked, shown.labels, names)
     labels = list(zip(clean_labels, attacked_labels, strict=True))
     attacked_heatmap_figure(images, attacked, heatmaps, attacked_heatmaps, labels, path)
     return [(path, f"{caption}; beneath each image the same under PGD-20 on gate mean.")]
 
 
 def _looked_at(
-    subject: Mixture, loss_fn: FusedImmunityLoss, images: Tensor, labels: Tensor, names: Sequence[str]
+    target: MixtureTarget, loss_fn: FusedImmunityLoss, images: Tensor, labels: Tensor, names: Sequence[str]
 ) -> tuple[Tensor, list[str]]:
-    heatmaps, _ = expert_maps(subject.model, loss_fn, images, labels)
-    with torch.no_grad(), subject.model.gate.switched("mean"):
-        predicted = subject.model(images).argmax(-1).tolist()
+    heatmaps, _ = expert_maps(target.model, loss_fn, images, labels)
+    with torch.no_grad(), target.model.gate.switched("mean"):
+        predicted = target.model(images).argmax(-1).tolist()
     return heatmaps, [f"{names[t]} → {names[p]}" for t, p in zip(labels.tolist(), predicted, strict=True)]

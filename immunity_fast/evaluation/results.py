@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from immunity_fast.attacks import EPS
+from immunity_fast.attacks import EPS, radius_of
 from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS
 from immunity_fast.evaluation.metrics import HeatmapSums, combined, wilson_interval
 from immunity_fast.evaluation.runner import Evaluation, Row, bits, mean_loss
-from immunity_fast.evaluation.targets import Mixture
+from immunity_fast.evaluation.targets import MixtureTarget
 from immunity_fast.reporting.html import Table
 
 NAMES = {
@@ -64,7 +64,7 @@ def results(evaluation: Evaluation) -> dict[str, Any]:
         if not pieces:
             continue
         seconds = sum(piece["seconds"] for piece in pieces)
-        for judge in evaluation.subject.judges:
+        for judge in evaluation.target.judges:
             right = bits(pieces, judge)
             name = {"attack": row.attack or row.kind, "attacker": row.attacker or None, "judge": judge}
             found["accuracy"].append(name | _share(right) | {"seconds": round(seconds, 3)})
@@ -72,7 +72,7 @@ def results(evaluation: Evaluation) -> dict[str, Any]:
                 survivors[judge] = [a and b for a, b in zip(survivors.get(judge, right), right, strict=False)]
     if any(row.kind == "attack" and evaluation.results(row) for row in evaluation.rows):
         found["worst_case"] = [{"judge": judge} | _share(right) for judge, right in survivors.items()]
-    if isinstance(evaluation.subject, Mixture):
+    if isinstance(evaluation.target, MixtureTarget):
         found["transfer_from_experts"] = _from_experts(evaluation)
     found["curves"] = _curves(evaluation)
     found["masking"] = _masking(evaluation, found)
@@ -110,8 +110,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
             ["worst case for each image", "all of the above", images, *(percent(last.get(judge)) for judge in judges)]
         )
     plan = found["plan"]
-    radius = f"{EPS[plan['norm']] if plan['eps'] is None else plan['eps']:.4g}"
-    radius = "8/255" if radius == f"{8 / 255:.4g}" else radius
+    eps = radius_of(plan["eps"], plan["norm"])
+    radius = "8/255" if eps == EPS["Linf"] else f"{eps:.4g}"
     note = f"{plan['norm']}, ε = {radius}. ± is half the 95 % Wilson interval. Columns say what answers"
     if "sample" in judges:
         note += (
@@ -171,7 +171,7 @@ def _from_experts(evaluation: Evaluation) -> list[dict[str, Any]]:
     right: dict[tuple[str, str], list[bool]] = {}
     for row in evaluation.rows:
         pieces = evaluation.results(row) if row.attacker.startswith("expert ") else []
-        for judge in evaluation.subject.judges if pieces else ():
+        for judge in evaluation.target.judges if pieces else ():
             own = bits(pieces, judge)
             right[row.attack, judge] = [a and b for a, b in zip(right.get((row.attack, judge), own), own, strict=False)]
     return [
@@ -185,7 +185,7 @@ def _unmoved(evaluation: Evaluation) -> Iterable[dict[str, Any]]:
         pieces = [piece for piece in evaluation.results(row) if "unmoved" in piece]
         stuck = [bit == "1" for piece in pieces for bit in piece["unmoved"]]
         if any(stuck):
-            right = bits(pieces, evaluation.subject.exact)
+            right = bits(pieces, evaluation.target.exact)
             yield {
                 "attack": row.attack,
                 "attacker": row.attacker,
@@ -196,7 +196,7 @@ def _unmoved(evaluation: Evaluation) -> Iterable[dict[str, Any]]:
 
 
 def _curves(evaluation: Evaluation) -> dict[str, list[dict[str, Any]]]:
-    judge = evaluation.subject.exact
+    judge = evaluation.target.exact
     curves: dict[str, list[dict[str, Any]]] = {"eps": [], "steps": []}
     for row in evaluation.curves:
         chunks = [piece["points"] for piece in evaluation.results(row)]
@@ -208,7 +208,7 @@ def _curves(evaluation: Evaluation) -> dict[str, list[dict[str, Any]]]:
 
 def _masking(evaluation: Evaluation, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Signs of gradient masking (Athalye et al., arXiv 1802.00420, section 3.1; Carlini et al., arXiv 1902.06705)."""
-    exact = evaluation.subject.exact
+    exact = evaluation.target.exact
     checks: list[dict[str, Any]] = []
 
     def check(text: str, passed: bool, finding: str) -> None:
@@ -238,7 +238,7 @@ def _masking(evaluation: Evaluation, found: Mapping[str, Any]) -> list[dict[str,
             iterated <= single + SLACK,
             f"{100 * single:.1f} % under FGSM, {100 * iterated:.1f} % under PGD-20",
         )
-    transfers = [a for a in evaluation.subject.attackers if a == "transfer" or a.startswith("expert ")]
+    transfers = [a for a in evaluation.target.attackers if a == "transfer" or a.startswith("expert ")]
     weaker = {a: value for a in transfers if (value := accuracy("pgd", a)) is not None}
     if (black := accuracy("square", exact)) is not None:
         weaker["Square"] = black

@@ -19,30 +19,29 @@ import torch
 from torch import Tensor
 
 from immunity_fast.attacks import (
-    EPS,
     Attack,
     BoundAttack,
     LabelledModel,
     NotFiniteError,
     UnmovedWarning,
     autoattack,
+    radius_of,
     square,
 )
 from immunity_fast.attacks.autoattack import DRAWS
 from immunity_fast.attacks.projections import Norm
 from immunity_fast.data.augmentation import to_float
 from immunity_fast.data.datasets import Split
-from immunity_fast.data.sampling import sample_order
+from immunity_fast.data.sampling import EVALUATION_BATCH, sample_order
 from immunity_fast.evaluation.ledger import Ledger, key_of
 from immunity_fast.evaluation.metrics import heatmap_sums
-from immunity_fast.evaluation.targets import Mixture, Subject
+from immunity_fast.evaluation.targets import MixtureTarget, TargetModel
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.runtime.files import is_number
 
 VERSION = 3  # of what a piece is: a change makes earlier ones unknown
 PROBES = 16  # test images that a model is told apart by
 COMPARED = 128  # test images of which a model answers some otherwise, or it does not depend on them
-CLEAN_CHUNK = 250  # images of the whole test split at once
 GRADIENT_ATTACKS = ("fgsm", "bim", "mim", "pgd", "cw", "dlr")
 OTHER_ATTACKS = ("square", "autoattack")
 ATTACKS = (*GRADIENT_ATTACKS, *OTHER_ATTACKS)
@@ -58,7 +57,7 @@ CURVE_STEPS = 20  # of PGD at each ε
 class Plan:
     """What is to be found out.
 
-    attacks: of `ATTACKS`; attackers: of the subject's, None is all of them.
+    attacks: of `ATTACKS`; attackers: of the target's, None is all of them.
     images: how many of the test split, in its fixed random order, are attacked.
     eps: of the ball; None is 8/255 for Linf, 1 for L2.
     masking_images: how many of them the curves against ε and against steps are made of; 0 leaves them out.
@@ -85,7 +84,7 @@ class Plan:
     @property
     def radius(self) -> float:
         """`eps`, its default filled in."""
-        return EPS[self.norm] if self.eps is None else self.eps
+        return radius_of(self.eps, self.norm)
 
 
 @dataclass(frozen=True)
@@ -122,33 +121,33 @@ def gradient_attack(name: str, plan: Plan) -> Attack:
     return replace(base, **changes[name])
 
 
-def attack_rows(subject: Subject, plan: Plan) -> list[Row]:
+def attack_rows(target: TargetModel, plan: Plan) -> list[Row]:
     """All rows of the table, in its order."""
     rows = [Row("subset"), Row("noise")]
-    for attack, attacker in _pairs(subject, plan):
-        if _why_not(subject, attack, attacker) is None:
+    for attack, attacker in _pairs(target, plan):
+        if _why_not(target, attack, attacker) is None:
             settings = gradient_attack(attack, plan) if attack in GRADIENT_ATTACKS else None
             rows.append(Row("attack", attack, attacker, settings))
     return rows
 
 
-def left_out(subject: Subject, plan: Plan) -> list[dict[str, str]]:
+def left_out(target: TargetModel, plan: Plan) -> list[dict[str, str]]:
     """What a plan asks for and no row is made of: {attack, attacker, why}."""
     return [
         {"attack": attack, "attacker": attacker, "why": why}
-        for attack, attacker in _pairs(subject, plan)
-        if (why := _why_not(subject, attack, attacker)) is not None
+        for attack, attacker in _pairs(target, plan)
+        if (why := _why_not(target, attack, attacker)) is not None
     ]
 
 
-def _pairs(subject: Subject, plan: Plan) -> list[tuple[str, str]]:
-    attackers = [name for name in subject.attackers if plan.attackers is None or name in plan.attackers]
+def _pairs(target: TargetModel, plan: Plan) -> list[tuple[str, str]]:
+    attackers = [name for name in target.attackers if plan.attackers is None or name in plan.attackers]
     return [(attack, attacker) for attack in plan.attacks for attacker in attackers]
 
 
-def _why_not(subject: Subject, attack: str, attacker: str) -> str | None:
+def _why_not(target: TargetModel, attack: str, attacker: str) -> str | None:
     """Why an attack is not for an attacker; None if it is."""
-    if attack == "dlr" and subject.num_classes < 3:
+    if attack == "dlr" and target.num_classes < 3:
         return "its ratio is not defined for fewer than 3 classes"
     if attack == "square" and attacker not in ("mean", "sample", "output"):
         return "it asks what answers, and differentiates nothing: it is for mean, sample and output"
@@ -157,16 +156,16 @@ def _why_not(subject: Subject, attack: str, attacker: str) -> str | None:
     return None
 
 
-def curve_rows(subject: Subject, plan: Plan) -> list[Row]:
+def curve_rows(target: TargetModel, plan: Plan) -> list[Row]:
     """The rows of both curves: PGD on the attacker whose objective is not random."""
-    return [Row(kind, "", subject.exact) for kind in ("steps", "eps")] if plan.masking_images else []
+    return [Row(kind, "", target.exact) for kind in ("steps", "eps")] if plan.masking_images else []
 
 
 class Evaluation:
     """Runs the pieces of a plan.
 
     Args:
-        subject: what is attacked.
+        target: what is attacked.
         test: the test split, on the device.
         plan: what is to be found out.
         ledger: what is finished, and where more is written down.
@@ -179,7 +178,7 @@ class Evaluation:
 
     def __init__(
         self,
-        subject: Subject,
+        target: TargetModel,
         test: Split,
         plan: Plan,
         ledger: Ledger,
@@ -187,19 +186,21 @@ class Evaluation:
         data: str,
         loss_fn: FusedImmunityLoss | None = None,
     ) -> None:
-        self.subject, self.test, self.plan, self.ledger, self.loss_fn = subject, test, plan, ledger, loss_fn
+        self.target, self.test, self.plan, self.ledger, self.loss_fn = target, test, plan, ledger, loss_fn
         self.order = sample_order(test, plan.images)
-        self.rows = attack_rows(subject, plan)
-        self.left_out = left_out(subject, plan)
+        self.rows = attack_rows(target, plan)
+        self.left_out = left_out(target, plan)
         if plan.attacks and all(row.kind != "attack" for row in self.rows):
             reasons = "; ".join(f"{pair['attack']} by {pair['attacker']}: {pair['why']}" for pair in self.left_out)
-            raise ValueError(f"attacks: nothing is left to attack with ({reasons or 'there is no such attacker'})")
+            raise ValueError(
+                f"attacks: expected at least one for an attacker, got none ({reasons or 'there is no such attacker'})"
+            )
         self._compared = self._images(sample_order(test, COMPARED))
-        self.curves = curve_rows(subject, plan)
+        self.curves = curve_rows(target, plan)
         self._identity = {
             "version": VERSION,
-            "subject": subject.fingerprint(),
-            "answers": subject.answers(self._compared[:PROBES]),
+            "target": target.weights_hash(),
+            "answers": target.answers_hash(self._compared[:PROBES]),
             "data": data,
             "seed": plan.seed,
             "heatmaps": repr(loss_fn) if loss_fn is None else repr((loss_fn, loss_fn.smoothing, loss_fn.score)),
@@ -213,7 +214,7 @@ class Evaluation:
         """(row, first, last + 1 of its images), in the order in which they are computed: all rows of a chunk first."""
         for start, stop in _chunks(len(self.order), self.plan.chunk):
             yield from ((row, start, stop) for row in self.rows)
-        yield from ((Row("clean"), start, stop) for start, stop in _chunks(len(self.test), CLEAN_CHUNK))
+        yield from ((Row("clean"), start, stop) for start, stop in _chunks(len(self.test), EVALUATION_BATCH))
         for start, stop in _chunks(min(len(self.order), self.plan.masking_images), self.plan.chunk):
             yield from ((row, start, stop) for row in self.curves)
 
@@ -238,7 +239,8 @@ class Evaluation:
                     self.ledger.add(key, self._piece(row, chosen, self._seed(row, start)))
                 except NotFiniteError as error:
                     raise ValueError(
-                        f"model: its output or gradient for test image {int(chosen[error.sample])} is NaN or infinite"
+                        f"model: expected finite outputs and gradients, got NaN or infinite ones for test image "
+                        f"{int(chosen[error.sample])}"
                     ) from None
             advance(row, stop - start, new)
 
@@ -246,7 +248,7 @@ class Evaluation:
         """The finished pieces of a row, in order, up to the first that is not: rows are compared image by image."""
         size, chunk = len(self.order), self.plan.chunk
         if row.kind == "clean":
-            size, chunk = len(self.test), CLEAN_CHUNK
+            size, chunk = len(self.test), EVALUATION_BATCH
         elif row.kind in ("eps", "steps"):
             size = min(size, self.plan.masking_images)
         keys = [self.key(row, start, stop) for start, stop in _chunks(size, chunk)]
@@ -265,15 +267,15 @@ class Evaluation:
             noise = Attack(plan.radius, norm=plan.norm, steps=0, random_start=True)
             return noise(lambda x: x, images, labels, generator=generator)
         if row.settings is not None:
-            bound = self._bound(row.settings, row.attacker, self.subject.attacker(row.attacker, gate))
+            bound = self._bound(row.settings, row.attacker, self.target.attacker(row.attacker, gate))
             found = _quietly(bound, images, labels, generator=generator)
             if unmoved is not None:
                 unmoved.append(bound.unmoved)
             return found
         if row.attack == "square":
-            outputs = self.subject.attacker(row.attacker, gate)
+            outputs = self.target.attacker(row.attacker, gate)
         else:
-            outputs = self.subject.drawn(row.attacker, DRAWS, gate)
+            outputs = self.target.several_draws(row.attacker, DRAWS, gate)
 
         def model(x: Tensor) -> Tensor:
             return outputs(x, labels)  # of these two, the labels are for "worst" alone
@@ -284,18 +286,18 @@ class Evaluation:
             model,
             images,
             labels,
-            num_classes=self.subject.num_classes,
+            num_classes=self.target.num_classes,
             eps=plan.radius,
             norm=plan.norm,
-            version="rand" if row.attacker in self.subject.random else "standard",
+            version="rand" if row.attacker in self.target.random else "standard",
             seed=seed,
             steps=plan.autoattack_steps,
             queries=plan.queries,
         )
 
     def _bound(self, attack: Attack, attacker: str, outputs: LabelledModel) -> BoundAttack:
-        judge = self.subject.best_by(attacker)
-        if judge is None and attacker in self.subject.random:  # which image is worst would be a matter of luck
+        judge = self.target.attack_judge(attacker)
+        if judge is None and attacker in self.target.random:  # which image is worst would be a matter of luck
             attack = replace(attack, keep_best=False, drop_fooled=False)
         return BoundAttack(attack, outputs, judge=judge, elsewhere=self._compared)
 
@@ -315,13 +317,13 @@ class Evaluation:
             piece = self._judged(attacked, labels, seed)
         if unmoved:
             piece["unmoved"] = _written(unmoved[0])
-        if self.loss_fn is not None and isinstance(self.subject, Mixture) and self.has_heatmaps(row):
-            piece["heatmaps"] = heatmap_sums(self.subject.model, self.loss_fn, attacked, labels).to_json()
+        if self.loss_fn is not None and isinstance(self.target, MixtureTarget) and self.has_heatmaps(row):
+            piece["heatmaps"] = heatmap_sums(self.target.model, self.loss_fn, attacked, labels).to_json()
         return piece | {"seconds": seconds}
 
     def _points(self, row: Row, images: Tensor, labels: Tensor, seed: int) -> Iterator[dict[str, Any]]:
         """What is judged along a curve."""
-        outputs = self.subject.attacker(row.attacker, torch.Generator().manual_seed(seed + 1))
+        outputs = self.target.attacker(row.attacker, torch.Generator().manual_seed(seed + 1))
         pgd, plan = gradient_attack("pgd", self.plan), self.plan
         if row.kind == "steps":  # one descent, looked at on its way
             attacked, taken = self.attacked(Row("noise"), images, labels, seed), 0
@@ -342,7 +344,7 @@ class Evaluation:
                 yield {"eps": eps} | self._judged(attacked, labels, seed)
 
     def _judged(self, images: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
-        right, loss = self.subject.judge(images, labels, torch.Generator().manual_seed(seed + 2))
+        right, loss = self.target.judge(images, labels, torch.Generator().manual_seed(seed + 2))
         return {
             "right": {name: _written(each) for name, each in right.items()},
             "loss": min(float(loss.double().sum()), LARGEST),
@@ -355,8 +357,8 @@ class Evaluation:
         if row.kind == "eps":
             return self._are_points(piece, "eps", [_curve_radius(self.plan, x) for x in self.plan.curve_eps], images)
         heatmaps = piece.get("heatmaps")
-        if self.loss_fn is not None and isinstance(self.subject, Mixture) and self.has_heatmaps(row):
-            if not _are_heatmap_sums(heatmaps, self.subject.model.num_experts, images):
+        if self.loss_fn is not None and isinstance(self.target, MixtureTarget) and self.has_heatmaps(row):
+            if not _are_heatmap_sums(heatmaps, self.target.model.num_experts, images):
                 return False
         elif "heatmaps" in piece:
             return False
@@ -374,7 +376,7 @@ class Evaluation:
         right = found.get("right") if isinstance(found, dict) else None
         return (
             isinstance(right, dict)
-            and right.keys() == set(self.subject.judges)
+            and right.keys() == set(self.target.judges)
             and all(_are_bits(value, images) for value in right.values())
             and _are_bits(found.get("unmoved", "0" * images), images)
             and is_number(found.get("loss"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -13,21 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from immunity_fast.attacks import LabelledModel, Model, NotFiniteError
+from immunity_fast.attacks import LabelledModel, Model
 from immunity_fast.attacks.autoattack import seeded
+from immunity_fast.attacks.checks import check_finite, not_finite
 from immunity_fast.attacks.mixtures import Judge, exact_judge, exact_means, trained_gate
 from immunity_fast.evaluation import gate_attackers
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
 
 
-class Subject(Protocol):
+class TargetModel(Protocol):
     """What is attacked and judged.
 
-    attackers: what may be known of it, in the order of a table.
-    exact: the attacker with whom masking is looked for: it knows all, and its objective is not random.
-    random: the attackers whose objective is random.
-    judges: what may answer; the first is what answers in use.
+    Attributes:
+        num_classes: K.
+        attackers: what may be known of it, in the order of a table.
+        exact: the attacker with whom masking is looked for: it knows all, and its objective is not random.
+        random: the attackers whose objective is random.
+        judges: what may answer; the first is what answers in use.
     """
 
     num_classes: int
@@ -37,21 +39,42 @@ class Subject(Protocol):
     judges: tuple[str, ...]
 
     def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
-        """What an attack of that name differentiates."""
+        """What an attacker of that name differentiates.
+
+        Args:
+            name: of `attackers`.
+            generator: of what is random in it.
+
+        Returns:
+            (images (B, 3, H, W), labels (B,)) to outputs (B, K), or (draws, B, K).
+        """
 
     def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """(which are answered rightly (B,), by each judge; cross-entropy (B,) of the exact attacker's output)."""
+        """Judge the answers for some images.
 
-    def best_by(self, name: str) -> Judge | Literal["outputs"] | None:
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            labels: (B,) integers in 0..K−1.
+            generator: of the judges that are random.
+
+        Returns:
+            (which are answered rightly, (B,) bool by each of `judges`; cross-entropy (B,) of the exact attacker's
+            output).
+
+        Raises:
+            ValueError: outputs of another shape; as `NotFiniteError`, NaN or infinite ones.
+        """
+
+    def attack_judge(self, name: str) -> Judge | Literal["outputs"] | None:
         """By what an attack on that attacker's objective judges which image is worst; see `attacks.BoundAttack`."""
 
-    def drawn(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
+    def several_draws(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
         """`draws` of a random attacker's outputs at once, (draws, B, K), where that costs less; else its outputs."""
 
-    def fingerprint(self) -> str:
-        """Changes with the weights, where there are any that can be seen."""
+    def weights_hash(self) -> str:
+        """A hash of the weights, where there are any that can be seen."""
 
-    def answers(self, images: Tensor) -> str:
+    def answers_hash(self, images: Tensor) -> str:
         """A hash of what is answered for some images (B, 3, H, W), nothing random in it.
 
         It tells apart what the weights do not: functions, plain attributes, hooks. Outputs are rounded to 8 bits, so
@@ -65,18 +88,19 @@ class Subject(Protocol):
         """
 
 
-class Mixture:
+class MixtureTarget(TargetModel):
     """A mixture of experts, attacked with every knowledge of its gate.
 
     Args:
-        model: in evaluation mode.
-        draws: of attackers by expectation over transformation.
+        model: in evaluation mode. Its switch does not matter.
+        num_classes: K.
+        draws: how many the attacker "eot" averages.
         transfer: an independently trained network whose adversarial images are tried on this one.
         expert_logits: what computes the model's, if compiled code is to.
     """
 
     exact = "mean"
-    random: tuple[str, ...] = ("sample", "eot")
+    random = ("sample", "eot")
 
     def __init__(
         self,
@@ -89,9 +113,13 @@ class Mixture:
     ) -> None:
         self.model, self.num_classes, self.draws, self.transfer = model, num_classes, draws, transfer
         self.expert_logits = expert_logits or model.expert_logits
-        experts = tuple(f"expert {i + 1}" for i in range(model.num_experts))
-        self.attackers = (*gate_attackers.KNOWLEDGE, *experts, *(("transfer",) if transfer is not None else ()))
-        self.judges = ("sample", "mean", "off", "worst", *experts)
+        self.attackers = self.attacker_names(model.num_experts, transfer=transfer is not None)
+        self.judges = ("sample", "mean", "off", "worst", *_expert_names(model.num_experts))
+
+    @staticmethod
+    def attacker_names(num_experts: int, *, transfer: bool) -> tuple[str, ...]:
+        """`attackers` of a mixture of so many experts; `transfer`: whether there is another network, to transfer."""
+        return (*gate_attackers.KNOWLEDGE, *_expert_names(num_experts), *(("transfer",) if transfer else ()))
 
     def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
         if name == "transfer" and self.transfer is not None:
@@ -108,40 +136,41 @@ class Mixture:
             gate = trained_gate(self.model, images)
             _check_outputs(logits, self.num_classes)
             loss = F.nll_loss(log_mixture(logits), labels, reduction="none")
-            return gate_attackers.judge(logits, gate, labels, generator), loss
+            return gate_attackers.answered_rightly(logits, gate, labels, generator), loss
 
-    def best_by(self, name: str) -> Judge | Literal["outputs"] | None:
+    def attack_judge(self, name: str) -> Judge | Literal["outputs"] | None:
         # The exact mean, too: whoever fools that alone may still be answered rightly while the gate switches.
         return exact_judge(self.model, self.expert_logits) if name in ("sample", "eot", "mean") else "outputs"
 
-    def drawn(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
+    def several_draws(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
         if name != "sample":
             return self.attacker(name, generator)
         return gate_attackers.attacker(
             self.model, "eot", draws=draws, generator=generator, expert_logits=self.expert_logits
         )
 
-    def fingerprint(self) -> str:
-        other = _fingerprint(self.transfer) if isinstance(self.transfer, nn.Module) else ""
-        return f"{_fingerprint(self.model)}-{self.draws}-{other}"
+    def weights_hash(self) -> str:
+        other = _hash_of_weights(self.transfer) if isinstance(self.transfer, nn.Module) else ""
+        return f"{_hash_of_weights(self.model)}-{self.draws}-{other}"
 
-    def answers(self, images: Tensor) -> str:
+    def answers_hash(self, images: Tensor) -> str:
         own = (self.model.expert_logits, partial(trained_gate, self.model))
-        return _answers([("model", own[0]), ("model", own[1]), ("transfer", self.transfer)], images)
+        return _hash_of_answers([("model", own[0]), ("model", own[1]), ("transfer", self.transfer)], images)
 
 
-class Network:
+class NetworkTarget(TargetModel):
     """Any network; the baseline of an ensemble, or a user's own.
 
     Args:
         model: images (B, 3, H, W) in [0, 1] to logits or log-probabilities (B, K).
+        num_classes: K.
         name: part of the fingerprint, for what has no weights that could be compared.
         draws: how many outputs an attacker averages, whose model is random; None: it is not.
-        transfer: see `Mixture`.
+        transfer: see `MixtureTarget`.
     """
 
     exact = "output"
-    judges: tuple[str, ...] = ("output",)
+    judges = ("output",)
 
     def __init__(
         self,
@@ -154,11 +183,12 @@ class Network:
     ) -> None:
         self.model, self.num_classes, self.name, self.draws, self.transfer = model, num_classes, name, draws, transfer
         self.random: tuple[str, ...] = () if draws is None else ("output", "eot")
-        self.attackers: tuple[str, ...] = (
-            "output",
-            *(("eot",) if draws is not None else ()),
-            *(("transfer",) if transfer is not None else ()),
-        )
+        self.attackers = self.attacker_names(random=draws is not None, transfer=transfer is not None)
+
+    @staticmethod
+    def attacker_names(*, random: bool, transfer: bool) -> tuple[str, ...]:
+        """`attackers` of a network; `transfer`: whether there is another network, to transfer."""
+        return ("output", *(("eot",) if random else ()), *(("transfer",) if transfer else ()))
 
     def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
         if name == "eot" and self.draws is not None:
@@ -173,26 +203,36 @@ class Network:
             loss = F.cross_entropy(outputs, labels, reduction="none")
             return {"output": outputs.argmax(-1) == labels}, loss
 
-    def best_by(self, name: str) -> Judge | Literal["outputs"] | None:
+    def attack_judge(self, name: str) -> Judge | Literal["outputs"] | None:
         return None
 
-    def drawn(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
+    def several_draws(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
         return self.attacker(name, generator)
 
-    def answers(self, images: Tensor) -> str:
-        return _answers([("model", self.model), ("transfer", self.transfer)], images)
+    def answers_hash(self, images: Tensor) -> str:
+        return _hash_of_answers([("model", self.model), ("transfer", self.transfer)], images)
 
-    def fingerprint(self) -> str:
-        weights = _fingerprint(self.model) if isinstance(self.model, nn.Module) else ""
-        other = _fingerprint(self.transfer) if isinstance(self.transfer, nn.Module) else ""
+    def weights_hash(self) -> str:
+        weights = _hash_of_weights(self.model) if isinstance(self.model, nn.Module) else ""
+        other = _hash_of_weights(self.transfer) if isinstance(self.transfer, nn.Module) else ""
         return f"{self.name}-{weights}-{self.draws}-{other}"
 
 
+def _expert_names(num_experts: int) -> tuple[str, ...]:
+    return tuple(f"expert {i + 1}" for i in range(num_experts))
+
+
 def load_callable(place: str) -> Model:
-    """What `module.path:callable` names: a network, or a function without arguments that makes one.
+    """What `module.path:callable` names.
+
+    Args:
+        place: a network, or a function without arguments that makes one.
+
+    Returns:
+        The network, in evaluation mode if it is a module.
 
     Raises:
-        ValueError: it cannot be found, or is no such thing; one clear line.
+        ValueError: it cannot be found, or is no such thing.
     """
     path, _, name = place.partition(":")
     try:
@@ -200,7 +240,7 @@ def load_callable(place: str) -> Model:
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ValueError(f"{place}: cannot be imported ({error})") from error
+        raise ValueError(f"{place}: expected what can be imported, got {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ValueError(f"{place}: expected a network or a function that makes one, got {type(found).__name__}")
     try:
@@ -219,12 +259,10 @@ def _check_outputs(outputs: Any, num_classes: int) -> None:
     if not isinstance(outputs, Tensor) or outputs.dim() != 3 or outputs.shape[-1] != num_classes:
         shape = tuple(outputs.shape[1:]) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"model: expected outputs (B, {num_classes}), as many as there are classes, got {shape}")
-    broken = (outputs.isnan() | (outputs == math.inf)).any(-1).any(0)
-    if bool(broken.any()):
-        raise NotFiniteError(int(broken.nonzero()[0, 0]))
+    check_finite(not_finite(outputs))
 
 
-def _answers(models: Sequence[tuple[str, Model | None]], images: Tensor) -> str:
+def _hash_of_answers(models: Sequence[tuple[str, Model | None]], images: Tensor) -> str:
     digest = hashlib.sha256()
     for name, model in models:
         if model is None:
@@ -238,8 +276,8 @@ def _answers(models: Sequence[tuple[str, Model | None]], images: Tensor) -> str:
             reason = " ".join(str(error).split())
             shape = f"(B, {', '.join(map(str, images.shape[1:]))})"
             raise ValueError(
-                f"{name}: it does not take images {shape} of {images.dtype} in [0, 1]; wrap it in a function that "
-                f"makes of them what it takes ({type(error).__name__}: {reason})"
+                f"{name}: expected a network that takes images {shape} of {images.dtype} in [0, 1], got "
+                f"{type(error).__name__}: {reason}; wrap it in a function that makes of them what it takes"
             ) from error
         if isinstance(outputs, Tensor):  # `judge` says what is wrong with anything else
             digest.update(repr(outputs.shape).encode())
@@ -247,7 +285,7 @@ def _answers(models: Sequence[tuple[str, Model | None]], images: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(module: nn.Module) -> str:
+def _hash_of_weights(module: nn.Module) -> str:
     digest = hashlib.sha256(repr(module).encode())
     for name, value in module.state_dict().items():
         digest.update(name.encode())

@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Any
 
-import torch
-
 from immunity_fast.data.datasets import ImageDataset
+from immunity_fast.data.sampling import EVALUATION_BATCH, attack_batch
 from immunity_fast.evaluation.pipeline import evaluate
 from immunity_fast.evaluation.report import About, Outputs
-from immunity_fast.evaluation.runner import CLEAN_CHUNK, SETS, Plan
-from immunity_fast.evaluation.targets import Mixture, Network, Subject
+from immunity_fast.evaluation.runner import SETS, Plan
+from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget, TargetModel
 from immunity_fast.experts import title
 from immunity_fast.models.modes import frozen
 from immunity_fast.models.moe import ExactMean, ImmunityMoE
@@ -19,8 +18,6 @@ from immunity_fast.training.checkpoint import load_model
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
-
-CHUNK = {"cpu": 50, "cuda": 250}  # images at once
 
 # What a training run ends with: minutes on a CPU. The command finds out more.
 AFTER_TRAINING = Plan(
@@ -52,14 +49,14 @@ def evaluate_run(
     other = None if transfer is None else ExactMean(transfer)
     single = model.num_experts == 1
     if single:
-        subject: Subject = Network(ExactMean(model), dataset.num_classes, transfer=other)
+        target: TargetModel = NetworkTarget(ExactMean(model), dataset.num_classes, transfer=other)
         what = title(config.arch)
     else:
         # One compiled function for all attacks and attackers: what each makes of the experts' logits is little.
         device = next(model.parameters()).device
         logits = Compiled(model.expert_logits, compile, device, cli.console.print, outputs.tracebacks)
-        size = max(plan.chunk, CLEAN_CHUNK)
-        subject = Mixture(
+        size = max(plan.chunk, EVALUATION_BATCH)
+        target = MixtureTarget(
             model,
             dataset.num_classes,
             draws=draws,
@@ -88,7 +85,7 @@ def evaluate_run(
     )
     loss_fn = None if single else config.loss_fn(dataset.image_size)
     with frozen(model):
-        return evaluate(subject, dataset, plan, outputs, about, loss_fn)
+        return evaluate(target, dataset, plan, outputs, about, loss_fn)
 
 
 def evaluate_trained(trainer: Trainer, run: Run) -> None:
@@ -96,13 +93,8 @@ def evaluate_trained(trainer: Trainer, run: Run) -> None:
     config = trainer.config
     model, _ = load_model(run.folder, trainer.device)  # the best one, or the average of the weights, if there is
     plan = dataclasses.replace(
-        AFTER_TRAINING, images=config.attack_images, seed=config.seed, chunk=chunk_of(trainer.device)
+        AFTER_TRAINING, images=config.attack_images, seed=config.seed, chunk=attack_batch(trainer.device)
     )
     if config.experts == 1:  # nothing about a gate to know
         plan = dataclasses.replace(plan, attackers=None)
     evaluate_run(run, model, trainer.dataset, config, plan, compile=config.compile)
-
-
-def chunk_of(device: torch.device) -> int:
-    """How many images are attacked at once."""
-    return CHUNK.get(device.type, CHUNK["cuda"])

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunity_fast.attacks import Attack, NotFiniteError
+from immunity_fast.attacks import Attack
+from immunity_fast.attacks.checks import check_finite, not_finite
 from immunity_fast.data.datasets import ImageDataset, Split
 from immunity_fast.data.loader import Batch, TrainLoader
 from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample
@@ -350,9 +351,7 @@ def _accuracies(trainer: Trainer) -> dict[str, float]:
 
     def expert_logits(images: Tensor) -> Tensor:
         logits = trainer.expert_logits(images)
-        broken = (logits.isnan() | (logits == math.inf)).any(-1).any(0)
-        if bool(broken.any()):  # the largest of such numbers would pass for an answer
-            raise NotFiniteError(int(broken.nonzero()[0, 0]))
+        check_finite(not_finite(logits))  # the largest of such numbers would pass for an answer
         return logits
 
     right = [

@@ -40,7 +40,7 @@ called = attacked_models.called
 @each_attack
 @pytest.mark.parametrize("model", [lambda x: 0 * x.flatten(1)[:, :4], lambda x: trained_mixture()(0 * x)])
 def test_an_output_that_ignores_the_images_is_an_error(attack: Attack, model: Any) -> None:
-    with pytest.raises(ValueError, match="model: its output does not depend on the images"):
+    with pytest.raises(ValueError, match="model: expected outputs that depend on the images"):
         attack(model, trained_images(), trained_labels())
 
 
@@ -48,7 +48,7 @@ def test_an_output_that_ignores_the_images_is_an_error(attack: Attack, model: An
 def test_of_a_compiled_model_a_detached_output_is_an_error(called: list[Call], after: bool) -> None:
     model = small_network()
     bound = BoundAttack(attacks.Attack(), lambda x, _: model(x).detach() if after else model(x.detach()), compile="on")
-    with pytest.raises(ValueError, match="model: its output"):
+    with pytest.raises(ValueError, match="model: expected outputs"):
         bound(small_images(), small_labels())
 
 
@@ -197,7 +197,7 @@ def test_saturated_probabilities_of_one_image_are_not_constant() -> None:
 @pytest.mark.parametrize("blank", [False, True])
 def test_a_constant_output_is_an_error_of_any_batch(samples: int, blank: bool) -> None:
     images = _some_blank(samples, samples if blank else 0)
-    with pytest.raises(ValueError, match="model: its output does not depend on the images"):
+    with pytest.raises(ValueError, match="model: expected outputs that depend on the images"):
         bim(lambda x: 0 * x.flatten(1)[:, :4] + torch.arange(4), images, trained_labels(samples))
 
 
@@ -211,7 +211,7 @@ def test_other_images_decide_whether_an_output_is_constant() -> None:
 
     images, labels = _some_blank(3, 3), torch.zeros(3, dtype=torch.int64)
     attack = attacks.Attack(steps=1)
-    with pytest.raises(ValueError, match="does not depend"):
+    with pytest.raises(ValueError, match="expected outputs that depend"):
         BoundAttack(attack, lambda x, _: step(x))(images, labels)
     with pytest.warns(UnmovedWarning):
         BoundAttack(attack, lambda x, _: step(x), elsewhere=far)(images, labels)
@@ -226,7 +226,7 @@ def test_an_output_that_is_no_number_names_its_sample(
 ) -> None:
     """Be it the first step or a later one that meets it."""
     model = Broken(sample, since, value)
-    with pytest.raises(NotFiniteError, match=f"for sample {sample} is NaN or infinite") as caught:
+    with pytest.raises(NotFiniteError, match=f"got NaN or infinite ones for sample {sample}$") as caught:
         attacks.Attack(eps=0.01, steps=4, **options)(model, marked_images(), small_labels())
     assert caught.value.sample == sample
     assert isinstance(caught.value, ValueError)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from immunity_fast import attacks
 from immunity_fast.attacks import BoundAttack, bim
-from immunity_fast.attacks.gradient import _bucket
+from immunity_fast.attacks.descent import _compiled_size
 from tests import attacked_models
 from tests.attacked_models import SETTINGS, Call, Recorder, small_images, small_labels, small_network, some_targets
 from tests.oracle import assert_matches
@@ -86,7 +86,7 @@ def test_a_compiled_attack_is_called_with_few_sizes(called: list[Call]) -> None:
 
 @pytest.mark.parametrize(("whole", "sizes"), [(1, {1}), (2, {1, 2}), (7, {1, 2, 4, 7}), (64, {8, 16, 32, 64})])
 def test_what_is_left_fits_and_fills_more_than_half_of_its_size(whole: int, sizes: set[int]) -> None:
-    found = {left: _bucket(left, whole) for left in range(1, whole + 1)}
+    found = {left: _compiled_size(left, whole) for left in range(1, whole + 1)}
     assert set(found.values()) == sizes
     for left, size in found.items():
         assert left <= size

@@ -238,7 +238,7 @@ def test_labels_of_any_integer_type_are_welcome(dtype: torch.dtype) -> None:
     "model", [lambda x: trained_mixture()(x).detach(), lambda x: trained_mixture()(0 * x.detach())]
 )
 def test_a_model_without_a_gradient_for_the_images_is_an_error(attack: Attack, model: Any) -> None:
-    with pytest.raises(ValueError, match="model: its output has no gradient with respect to the images"):
+    with pytest.raises(ValueError, match="model: expected outputs with a gradient with respect to the images"):
         attack(model, trained_images(), trained_labels())
 
 
@@ -294,7 +294,7 @@ def test_targets_of_another_shape_or_type_are_named(attack: Attack) -> None:
 
 
 def test_dlr_of_too_few_classes_is_an_error_of_the_attack() -> None:
-    with pytest.raises(ValueError, match="loss: dlr needs at least 3 classes, got 2"):
+    with pytest.raises(ValueError, match="loss: expected at least 3 classes for dlr, got 2"):
         bim(lambda x: small_network()(x)[:, :2], small_images(), torch.zeros(7, dtype=torch.long), loss="dlr")
 
 

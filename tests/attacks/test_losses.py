@@ -125,7 +125,7 @@ def test_the_fewest_classes_will_do(loss: Any, targeted: bool) -> None:
 def test_dlr_of_too_few_classes_is_an_error(classes: int, targeted: bool) -> None:
     outputs, labels, targets = _case((6, classes), targeted)
     needed = NEEDED["dlr", targeted]
-    with pytest.raises(ValueError, match=f"loss: dlr needs at least {needed} classes, got {classes}; take cw"):
+    with pytest.raises(ValueError, match=f"loss: expected at least {needed} classes for dlr, got {classes}; take cw"):
         LOSSES["dlr"](outputs, labels, targets)
 
 

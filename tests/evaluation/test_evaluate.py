@@ -24,7 +24,7 @@ from immunity_fast.evaluation import runner
 from immunity_fast.evaluation.report import About, Outputs
 from immunity_fast.evaluation.results import tables, to_csv
 from immunity_fast.evaluation.runner import Plan
-from immunity_fast.evaluation.targets import Network
+from immunity_fast.evaluation.targets import NetworkTarget
 from immunity_fast.runtime import cli
 from immunity_fast.training.checkpoint import load_model
 from immunity_fast.training.run_folder import Run
@@ -365,13 +365,13 @@ def test_options_are_the_plan_s(
 ) -> None:
     change_config(run.folder, seed=3)
     evaluate.main([str(run.folder), "--device", "cpu", *arguments])
-    ((subject, plan, outputs),) = asked
+    ((target, plan, outputs),) = asked
     assert plan == Plan(**{"images": ATTACKED, "seed": 3} | expected)
-    assert subject.draws == 20
+    assert target.draws == 20
     assert outputs.folder == run.folder
 
 
-def test_draws_are_the_subject_s(run: Run, asked: list[tuple[Any, Plan, Outputs]]) -> None:
+def test_draws_are_the_target_s(run: Run, asked: list[tuple[Any, Plan, Outputs]]) -> None:
     evaluate.main([str(run.folder), "--draws", "3", "--device", "cpu"])
     assert asked[0][0].draws == 3
 
@@ -399,7 +399,7 @@ def _estimates(
     """The lines that an evaluation prints of what will come out."""
     capsys.readouterr()
     about = About(title="title", lead="lead", settings={}, commands={})
-    evaluate.evaluate(Network(network, CLASSES), dataset(test=split(12)), plan, Outputs(folder), about)
+    evaluate.evaluate(NetworkTarget(network, CLASSES), dataset(test=split(12)), plan, Outputs(folder), about)
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("worst case so far")]
 
 
@@ -429,7 +429,7 @@ def test_going_on_it_estimates_from_all_that_there_is(tmp_path: Path, capsys: py
 def test_attacks_that_are_for_none_of_the_attackers_are_an_error(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     before = file_bytes(run.folder)
     message = error_line(capsys, evaluate.main, [str(run.folder), "--attacks", "square", "--attackers", "worst"])
-    assert "nothing is left to attack with (square by worst: it asks what answers" in message
+    assert "expected at least one for an attacker, got none (square by worst: it asks what answers" in message
     assert file_bytes(run.folder) == before
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from immunity_fast import evaluate
+from immunity_fast.data import sampling
 from immunity_fast.data.datasets import load
 from immunity_fast.data.sampling import sample, sample_order
 from immunity_fast.evaluation.report import Outputs
@@ -150,7 +151,7 @@ def test_nan_is_named_with_the_number_of_its_test_image(
     index = int(sample_order(test, 30)[3 if attacked else 20])
     monkeypatch.setattr(networks, "broken", test.images[index] / 255)
     message = error_line(capsys, evaluate.main, network_options(networks, "nan_for_one", data, tmp_path))
-    assert f"test image {index} is NaN or infinite" in message
+    assert f"got NaN or infinite ones for test image {index}" in message
 
 
 # What was not attacked
@@ -166,7 +167,7 @@ def test_images_without_a_gradient_are_counted_in_every_form(
     dark["test_labels"][chosen] = 0
     file, out = write_data(tmp_path / "dark.npz", **dark), tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(evaluate.CHUNK, "cpu", 1)
+        patch.setitem(sampling.ATTACK_BATCH, "cpu", 1)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             evaluate.main(network_options(networks, "no_gradient_in_the_dark", file, out))

@@ -34,18 +34,24 @@ run = evaluated.run
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing", "cannot be imported"),
-        ("Holder.missing", "cannot be imported"),
-        ("", "cannot be imported"),
+        ("missing", "expected what can be imported, got "),
+        ("Holder.missing", "expected what can be imported, got "),
+        ("", "expected what can be imported, got "),
         ("number", "expected a network or a function that makes one, got int"),
         ("makes_a_number", "expected it to make a network, got int"),
         ("takes_images", "expected a network or a function that makes one"),
         ("four_classes", "expected outputs (B, 3), as many as there are classes, got (6, 4)"),
         ("mixture_of_four_classes", "expected outputs (B, 3), as many as there are classes, got (6, 4)"),
-        ("constant", "does not depend on the images"),
-        ("detached", "no gradient"),
-        ("one_channel", "model: it does not take images (B, 3, 12, 12) of torch.float32 in [0, 1]; wrap it"),
-        ("in_bfloat16", "model: it does not take images (B, 3, 12, 12) of torch.float32 in [0, 1]; wrap it"),
+        ("constant", "expected outputs that depend on the images"),
+        ("detached", "expected outputs with a gradient"),
+        (
+            "one_channel",
+            "model: expected a network that takes images (B, 3, 12, 12) of torch.float32 in [0, 1], got",
+        ),
+        (
+            "in_bfloat16",
+            "model: expected a network that takes images (B, 3, 12, 12) of torch.float32 in [0, 1], got",
+        ),
     ],
 )
 def test_what_is_no_network_for_the_data_is_refused_in_one_line(
@@ -236,7 +242,7 @@ def test_a_run_whose_weights_are_no_numbers_is_refused(
     save_checkpoint(run.checkpoint, tensors | {name: tensors[name] * torch.nan}, info)
     first = int(sample_order(load("npz", data).test, 1)[0])
     message = error_line(capsys, evaluate.main, [str(run.folder), "--device", "cpu"])
-    assert f"for test image {first} is NaN or infinite" in message
+    assert f"got NaN or infinite ones for test image {first}" in message
 
 
 def test_other_data_are_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from immunity_fast import ImmunityMoE, RandomSwitchGate
 from immunity_fast.attacks import Attack, BoundAttack, pgd
 from immunity_fast.attacks.mixtures import trained_gate
 from immunity_fast.evaluation import gate_attackers
-from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS, KNOWLEDGE, attacker, averaged, judge
+from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS, KNOWLEDGE, answered_rightly, attacker, averaged
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.functional import mixture_log_probabilities
 from immunity_fast.permutations import always_fooled, permuted, worst_margins, worst_weights
@@ -136,7 +136,7 @@ def test_margins_of_half_precision_are_taken_in_float32() -> None:
 @every_case
 def test_judges_are_loops_over_images_and_permutations(experts: int, kind: str) -> None:
     logits, gate, labels = _case(experts, kind)
-    found = judge(logits, gate, labels, torch.Generator().manual_seed(3))
+    found = answered_rightly(logits, gate, labels, torch.Generator().manual_seed(3))
     assert list(found) == ["sample", "mean", "off", "worst", *(f"expert {i + 1}" for i in range(experts))]
     assert all(bits.shape == (SAMPLES,) and bits.dtype == torch.bool for bits in found.values())
     switched = _gate_that_gives(gate, torch.Generator().manual_seed(3))(torch.zeros(SAMPLES, 3, 1, 1))
@@ -179,7 +179,7 @@ def test_a_tie_under_one_permutation_is_not_right_under_all() -> None:
     logits = torch.tensor([[[1.0, 1.0, 0.0]], [[1.0, 1.0, -1.0]]]).double()
     gate = torch.tensor([[0.25, 0.75]]).double()
     for label in (0, 1):
-        assert not judge(logits, gate, torch.tensor([label]))["worst"]
+        assert not answered_rightly(logits, gate, torch.tensor([label]))["worst"]
 
 
 def test_what_all_permutations_get_right_all_judges_do() -> None:
@@ -187,7 +187,7 @@ def test_what_all_permutations_get_right_all_judges_do() -> None:
     logits = torch.randn(5, 3000, 3, generator=generator)
     logits[..., 0] += 1.5
     gate = torch.randn(3000, 5, generator=generator).softmax(-1)
-    found = judge(logits, gate, torch.zeros(3000, dtype=torch.int64), generator)
+    found = answered_rightly(logits, gate, torch.zeros(3000, dtype=torch.int64), generator)
     assert 300 < int(found["worst"].sum()) < 2700
     for name in ("sample", "off", "mean"):
         assert bool(found[name][found["worst"]].all())
@@ -199,7 +199,7 @@ def test_the_sample_judge_repeats_itself_from_one_seed_alone() -> None:
     gate = torch.tensor([0.1, 0.2, 0.7]).expand(200, 3)
     labels = torch.zeros(200, dtype=torch.int64)
     before = torch.get_rng_state()
-    first, again, other = (judge(logits, gate, labels, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    first, again, other = (answered_rightly(logits, gate, labels, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert [name for name in first if not torch.equal(first[name], other[name])] == ["sample"]

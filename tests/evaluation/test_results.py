@@ -21,7 +21,7 @@ from immunity_fast.evaluation import results as findings
 from immunity_fast.evaluation import runner
 from immunity_fast.evaluation.results import results, tables, to_csv
 from immunity_fast.evaluation.runner import ATTACKS, Evaluation, Plan, Row, bits, mean_loss
-from immunity_fast.evaluation.targets import Mixture, Network
+from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget
 from tests import evaluations
 from tests.evaluations import (
     PLAN,
@@ -45,16 +45,14 @@ whole = evaluations.whole
 def _made_up(path: Path, seed: int = 0, *, images: int = 11, plan: Plan | None = None) -> Evaluation:
     """An evaluation of random bits, without an attack."""
     plan = plan or Plan(attacks=ATTACKS, images=images, chunk=4, masking_images=6, curve_eps=(0.5, 4), eps=0.05)
-    subject = Mixture(trained_mixture(3), CLASSES, transfer=brightness)
-    evaluation = evaluation_of(path, plan, subject, loss_fn=None)
+    target = MixtureTarget(trained_mixture(3), CLASSES, transfer=brightness)
+    evaluation = evaluation_of(path, plan, target, loss_fn=None)
     generator = torch.Generator().manual_seed(seed)
 
     def judged(row: Row, start: int, stop: int) -> dict[str, Any]:
         # Likelier right than wrong, so that something is left of the worst case.
-        drawn = torch.rand(len(subject.judges), stop - start, generator=generator) < 0.97
-        right = {
-            judge: "".join("01"[int(bit)] for bit in row) for judge, row in zip(subject.judges, drawn, strict=True)
-        }
+        drawn = torch.rand(len(target.judges), stop - start, generator=generator) < 0.97
+        right = {judge: "".join("01"[int(bit)] for bit in row) for judge, row in zip(target.judges, drawn, strict=True)}
         return {"right": right, "loss": float(torch.rand(1, generator=generator)) * (stop - start)}
 
     for row, start, stop in evaluation.pieces():
@@ -79,7 +77,7 @@ def _bits(evaluation: Evaluation, row: Row, judge: str) -> list[int]:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_results_are_sums_over_the_bits(tmp_path: Path, seed: int) -> None:
     evaluation = _made_up(tmp_path / "l", seed)
-    found, judges = results(evaluation), evaluation.subject.judges
+    found, judges = results(evaluation), evaluation.target.judges
     entries = {(e["attack"], e["attacker"], e["judge"]): e for e in found["accuracy"]}
     rows = [Row("clean"), *evaluation.rows]
     assert list(entries) == [(r.attack or r.kind, r.attacker or None, judge) for r in rows for judge in judges]
@@ -101,7 +99,7 @@ def test_withstanding_transfer_is_doing_so_from_every_expert(tmp_path: Path) -> 
     evaluation = _made_up(tmp_path / "l")
     found = results(evaluation)["transfer_from_experts"]
     names = ("fgsm", "bim", "mim", "pgd", "cw", "dlr")
-    expected = [(attack, judge) for attack in names for judge in evaluation.subject.judges]
+    expected = [(attack, judge) for attack in names for judge in evaluation.target.judges]
     assert [(entry["attack"], entry["judge"]) for entry in found] == expected
     for entry in found:
         assert entry["attacker"] == "any expert"
@@ -236,7 +234,9 @@ def test_tables_as_markdown_have_every_cell(whole: Evaluation) -> None:
 
 
 def test_a_network_has_one_column(tmp_path: Path) -> None:
-    evaluation = evaluation_of(tmp_path / "l", replace(PLAN, attackers=None, masking_images=0), Network(brightness, 3))
+    evaluation = evaluation_of(
+        tmp_path / "l", replace(PLAN, attackers=None, masking_images=0), NetworkTarget(brightness, 3)
+    )
     run_to_end(evaluation)
     (accuracy,) = tables(results(evaluation))
     assert list(accuracy.columns) == ["attack", "what the attacker differentiates", "images", "accuracy"]
@@ -328,8 +328,8 @@ def _masking(
         queries=40,
     )
     test = Split(colored(30).images, labels)
-    subject = Network(network, CLASSES, name=network.__name__, transfer=transfer)
-    evaluation = evaluation_of(tmp_path / "l", plan, subject, test)
+    target = NetworkTarget(network, CLASSES, name=network.__name__, transfer=transfer)
+    evaluation = evaluation_of(tmp_path / "l", plan, target, test)
     run_to_end(evaluation)
     found = results(evaluation)
     names = {text: name for name, text in CHECKS.items()} | {UNMOVED: "gradient"}
@@ -414,8 +414,8 @@ def test_each_check_is_passed_and_not_passed_where_it_should(
     """Of 200 images, so many right; an image is half a percent."""
     plan = Plan(attacks=("fgsm", "pgd", "square"), images=200, chunk=200, masking_images=200, eps=0.1)
     plan = replace(plan, curve_eps=(1, 2, 3), curve_steps=(1, 2, 3, 4))
-    subject = Network(brightness, CLASSES, transfer=quadratic)
-    evaluation = evaluation_of(tmp_path / "l", plan, subject, colored(200))
+    target = NetworkTarget(brightness, CLASSES, transfer=quadratic)
+    evaluation = evaluation_of(tmp_path / "l", plan, target, colored(200))
     default = {"noise": 180, "fgsm": 150, "pgd": 100, "square": 140, "transfer": 160, "eps": [150, 100, 0]} | accuracies
 
     def piece(right: int, loss: float = 1.0) -> dict[str, Any]:
@@ -458,8 +458,8 @@ def test_images_without_a_gradient_are_counted_and_end_nothing(tmp_path: Path, c
     labels[order[20]] = 1
     plan = replace(PLAN, attacks=("fgsm", "pgd"), attackers=None, images=30, chunk=chunk, masking_images=30, eps=0.05)
     plan = replace(plan, drop_fooled=drop_fooled)
-    subject = Network(_knows_no_dark_ones, CLASSES)
-    evaluation = evaluation_of(tmp_path / "l", plan, subject, Split(images, labels))
+    target = NetworkTarget(_knows_no_dark_ones, CLASSES)
+    evaluation = evaluation_of(tmp_path / "l", plan, target, Split(images, labels))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run_to_end(evaluation)
@@ -485,7 +485,7 @@ def test_saturated_probabilities_image_by_image_are_no_constant(tmp_path: Path) 
         return (1e6 * torch.stack([near - 0.005, 0.005 - near, 0 * near - 1], 1)).softmax(-1)
 
     plan = replace(PLAN, attacks=("fgsm",), attackers=None, images=3, chunk=1, masking_images=2)
-    evaluation = evaluation_of(tmp_path / "l", plan, Network(sure, CLASSES), colored(40))
+    evaluation = evaluation_of(tmp_path / "l", plan, NetworkTarget(sure, CLASSES), colored(40))
     run_to_end(evaluation)
     assert results(evaluation)["unmoved"][0]["unmoved"] == 3
 
@@ -526,9 +526,9 @@ def test_what_is_not_attacked_is_listed_and_in_no_worst_case(tmp_path: Path) -> 
 def test_an_evaluation_without_an_attack_is_an_error(
     tmp_path: Path, attacks: tuple[str, ...], attackers: tuple[str, ...], pair: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"nothing is left to attack with .*{pair}"):
+    with pytest.raises(ValueError, match=f"expected at least one for an attacker, got none .*{pair}"):
         evaluation_of(tmp_path / "l", replace(PLAN, attacks=attacks, attackers=attackers))
-    two = Network(lambda x: brightness(x)[:, :2], 2)
+    two = NetworkTarget(lambda x: brightness(x)[:, :2], 2)
     with pytest.raises(ValueError, match="dlr by output: its ratio is not defined for fewer than 3 classes"):
         evaluation_of(tmp_path / "l", replace(PLAN, attacks=("dlr",), attackers=None), two)
 

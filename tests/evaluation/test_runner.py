@@ -18,7 +18,7 @@ from immunity_fast.data.sampling import sample
 from immunity_fast.evaluation.metrics import heatmap_metrics
 from immunity_fast.evaluation.results import results
 from immunity_fast.evaluation.runner import ATTACKS, Evaluation, Plan, Row, attack_rows, bits, curve_rows, mean_loss
-from immunity_fast.evaluation.targets import Mixture, Network
+from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget
 from tests import evaluations
 from tests.evaluations import (
     LOSS,
@@ -43,7 +43,7 @@ whole = evaluations.whole
 
 
 def test_rows_are_every_attack_by_every_attacker_that_it_is_for() -> None:
-    rows = attack_rows(Mixture(trained_mixture(3), CLASSES, transfer=brightness), Plan(attacks=ATTACKS))
+    rows = attack_rows(MixtureTarget(trained_mixture(3), CLASSES, transfer=brightness), Plan(attacks=ATTACKS))
     everybody = ["off", "sample", "eot", "mean", "worst", "expert 1", "expert 2", "expert 3", "transfer"]
     expected = [("subset", "", ""), ("noise", "", "")]
     expected += [("attack", a, b) for a in ("fgsm", "bim", "mim", "pgd", "cw", "dlr") for b in everybody]
@@ -55,19 +55,19 @@ def test_rows_are_every_attack_by_every_attacker_that_it_is_for() -> None:
 
 def test_a_network_is_attacked_by_output_and_if_random_by_eot() -> None:
     for draws, attackers in ((None, ["output"]), (4, ["output", "eot"])):
-        rows = attack_rows(Network(brightness, CLASSES, draws=draws), Plan(attacks=("fgsm", "square")))
+        rows = attack_rows(NetworkTarget(brightness, CLASSES, draws=draws), Plan(attacks=("fgsm", "square")))
         expected = [*(("fgsm", b) for b in attackers), ("square", "output")]
         assert [(row.attack, row.attacker) for row in rows[2:]] == expected
 
 
 def test_attackers_and_curves_that_nobody_wants_are_left_out() -> None:
-    subject = Mixture(trained_mixture(3), CLASSES)
-    rows = attack_rows(subject, Plan(attacks=("fgsm", "pgd"), attackers=("expert 3", "mean")))
+    target = MixtureTarget(trained_mixture(3), CLASSES)
+    rows = attack_rows(target, Plan(attacks=("fgsm", "pgd"), attackers=("expert 3", "mean")))
     expected = [(a, b) for a in ("fgsm", "pgd") for b in ("mean", "expert 3")]
     assert [(row.attack, row.attacker) for row in rows[2:]] == expected
-    assert [(row.kind, row.attacker) for row in curve_rows(subject, Plan())] == [("steps", "mean"), ("eps", "mean")]
-    assert curve_rows(subject, Plan(masking_images=0)) == []
-    assert {row.attacker for row in curve_rows(Network(brightness, CLASSES), Plan())} == {"output"}
+    assert [(row.kind, row.attacker) for row in curve_rows(target, Plan())] == [("steps", "mean"), ("eps", "mean")]
+    assert curve_rows(target, Plan(masking_images=0)) == []
+    assert {row.attacker for row in curve_rows(NetworkTarget(brightness, CLASSES), Plan())} == {"output"}
 
 
 def test_every_image_of_every_row_is_in_one_piece(whole: Evaluation) -> None:
@@ -99,7 +99,7 @@ def test_an_attack_has_the_settings_of_its_name(tmp_path: Path, name: str, norm:
     images, labels = colored().images[:5].double() / 255, colored().labels[:5]
     outputs = quadratic
     plan = replace(PLAN, attacks=(name,), attackers=None, norm=norm, eps=eps, drop_fooled=drop_fooled)
-    evaluation = evaluation_of(tmp_path / "l", plan, Network(outputs, CLASSES))
+    evaluation = evaluation_of(tmp_path / "l", plan, NetworkTarget(outputs, CLASSES))
     actual = evaluation.attacked(evaluation.rows[-1], images, labels, 8)
     step = eps / 4 if norm == "Linf" else eps / 5
     options: dict[str, Any] = {"eps": eps, "alpha": step, "norm": norm}
@@ -133,7 +133,7 @@ def test_noise_is_random_in_the_ball_and_new_for_each_piece(tmp_path: Path) -> N
 def test_images_are_the_test_split_s_in_its_fixed_random_order(tmp_path: Path) -> None:
     shown: list[tuple[Tensor, Tensor]] = []
 
-    class Looking(Network):
+    class Looking(NetworkTarget):
         def judge(self, images: Tensor, labels: Tensor, generator: Any) -> Any:
             shown.append((images, labels))
             return super().judge(images, labels, generator)
@@ -204,7 +204,7 @@ def test_without_a_loss_there_are_no_heatmaps(tmp_path: Path) -> None:
 
 def test_the_curve_of_steps_is_one_descent_looked_at_on_its_way(tmp_path: Path) -> None:
     plan = replace(PLAN, attacks=(), masking_images=3, curve_steps=(0, 1, 2, 6), curve_eps=(1,))
-    evaluation = evaluation_of(tmp_path / "l", plan, Network(quadratic, CLASSES))
+    evaluation = evaluation_of(tmp_path / "l", plan, NetworkTarget(quadratic, CLASSES))
     run_to_end(evaluation)
     points = results(evaluation)["curves"]["steps"]
     assert [point["steps"] for point in points] == [0, 1, 2, 6]
@@ -217,7 +217,7 @@ def test_the_curve_of_steps_is_one_descent_looked_at_on_its_way(tmp_path: Path) 
         return original(attack, *arguments, start=start, **others)
 
     original = attacks.BoundAttack.__call__
-    again = evaluation_of(tmp_path / "again", plan, Network(quadratic, CLASSES))
+    again = evaluation_of(tmp_path / "again", plan, NetworkTarget(quadratic, CLASSES))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attacks.BoundAttack, "__call__", remembered)
         run_to_end(again)
@@ -237,7 +237,7 @@ def test_the_curve_of_eps_is_of_attacks_that_reach_its_end(tmp_path: Path) -> No
     """Of a linear network the worst image of a ball is known: the label's colour darker, the others brighter."""
     factors = (0.5, 0.95, 1.05, 100)
     plan = replace(PLAN, attacks=(), eps=0.1, curve_eps=factors, curve_steps=(1,), masking_images=30, images=30)
-    evaluation = evaluation_of(tmp_path / "l", plan, Network(brightness, CLASSES), colored(30))
+    evaluation = evaluation_of(tmp_path / "l", plan, NetworkTarget(brightness, CLASSES), colored(30))
     run_to_end(evaluation)
     points = results(evaluation)["curves"]["eps"]
     assert [point["eps"] for point in points] == pytest.approx([0.05, 0.095, 0.105, 1])
@@ -255,7 +255,7 @@ def test_the_curve_of_eps_is_of_attacks_that_reach_its_end(tmp_path: Path) -> No
 
 def test_a_radius_in_l2_may_exceed_1(tmp_path: Path) -> None:
     plan = replace(PLAN, attacks=(), norm="L2", eps=2, curve_eps=(0.5, 1, 10), curve_steps=(1,), masking_images=9)
-    evaluation = evaluation_of(tmp_path / "l", plan, Network(brightness, CLASSES))
+    evaluation = evaluation_of(tmp_path / "l", plan, NetworkTarget(brightness, CLASSES))
     run_to_end(evaluation)
     points = results(evaluation)["curves"]["eps"]
     assert [(point["eps"], point["images"]) for point in points] == [(1, 7), (2, 7), (20, 7)], "no more than there are"
@@ -275,7 +275,7 @@ def test_a_random_network_repeats_itself_and_leaves_generators(tmp_path: Path) -
     for number in range(2):
         torch.manual_seed(number)
         state = torch.get_rng_state()
-        evaluation = evaluation_of(tmp_path / str(number), plan, Network(_blurred, CLASSES, draws=2))
+        evaluation = evaluation_of(tmp_path / str(number), plan, NetworkTarget(_blurred, CLASSES, draws=2))
         run_to_end(evaluation)
         assert torch.equal(torch.get_rng_state(), state)
         found.append(numbers_of(evaluation))
@@ -286,7 +286,7 @@ def test_a_random_network_repeats_itself_and_leaves_generators(tmp_path: Path) -
 def test_pieces_of_other_rows_and_chunks_have_other_chances(tmp_path: Path) -> None:
     drawn: list[float] = []
 
-    class Listening(Network):
+    class Listening(NetworkTarget):
         def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Any:
             drawn.append(float(torch.rand(1, generator=generator, dtype=torch.float64)))
             return super().judge(images, labels, generator)
@@ -315,7 +315,7 @@ def test_the_mixture_is_left_as_it_was(whole: Evaluation, tmp_path: Path, switch
     model.gate.generator, model.gate.switch = torch.Generator().manual_seed(3), switch
     before = _states(model)
     plan = replace(SMALL, images=3, attackers=None)
-    evaluation = evaluation_of(tmp_path / "l", plan, Mixture(model, CLASSES, draws=2))
+    evaluation = evaluation_of(tmp_path / "l", plan, MixtureTarget(model, CLASSES, draws=2))
     run_to_end(evaluation)
     assert _states(model) == before
     # Its switch and generator are no part of what it is.
@@ -336,7 +336,7 @@ def test_generators_are_left_as_they_were(tmp_path: Path, heatmaps: bool, switch
     before = [generator.get_state(), torch.get_rng_state()]
     plan = replace(SMALL, images=2, attackers=("sample", "eot", "off", "worst"), masking_images=0)
     run_to_end(
-        evaluation_of(tmp_path / "l", plan, Mixture(model, CLASSES, draws=2), loss_fn=LOSS if heatmaps else None)
+        evaluation_of(tmp_path / "l", plan, MixtureTarget(model, CLASSES, draws=2), loss_fn=LOSS if heatmaps else None)
     )
     assert torch.equal(generator.get_state(), before[0])
     assert torch.equal(torch.get_rng_state(), before[1])
@@ -376,16 +376,16 @@ def test_nan_is_reported_with_its_image_s_number_in_the_split(
     tmp_path: Path, network: Callable[[int], Any], place: int
 ) -> None:
     index = int(evaluation_of(tmp_path / "l").order[place])
-    evaluation = evaluation_of(tmp_path / "l", replace(PLAN, attackers=None), Network(network(index), CLASSES))
-    with pytest.raises(ValueError, match=rf"for test image {index} is NaN or infinite"):
+    evaluation = evaluation_of(tmp_path / "l", replace(PLAN, attackers=None), NetworkTarget(network(index), CLASSES))
+    with pytest.raises(ValueError, match=rf"got NaN or infinite ones for test image {index}$"):
         run_to_end(evaluation)
 
 
 def test_nan_of_an_image_that_is_not_attacked_is_reported_too(tmp_path: Path) -> None:
     order = evaluation_of(tmp_path / "l").order.tolist()
     index = next(i for i in range(10, 23) if i not in order)
-    evaluation = evaluation_of(tmp_path / "l", replace(PLAN, attackers=None), Network(_nan_for(index), CLASSES))
-    with pytest.raises(ValueError, match=rf"for test image {index} is NaN or infinite"):
+    evaluation = evaluation_of(tmp_path / "l", replace(PLAN, attackers=None), NetworkTarget(_nan_for(index), CLASSES))
+    with pytest.raises(ValueError, match=rf"got NaN or infinite ones for test image {index}$"):
         run_to_end(evaluation)
 
 
@@ -398,19 +398,19 @@ def test_nan_of_a_mixture_is_reported(tmp_path: Path) -> None:
         return found
 
     evaluation = evaluation_of(
-        tmp_path / "l", subject=Mixture(trained_mixture(), CLASSES, draws=3, expert_logits=logits)
+        tmp_path / "l", target=MixtureTarget(trained_mixture(), CLASSES, draws=3, expert_logits=logits)
     )
-    with pytest.raises(ValueError, match=rf"for test image {order[5]} is NaN or infinite"):
+    with pytest.raises(ValueError, match=rf"got NaN or infinite ones for test image {order[5]}$"):
         run_to_end(evaluation)
 
 
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (lambda x: 0 * x.mean((2, 3)), "does not depend on the images"),
-        (lambda x: brightness(x) * 0 + torch.tensor([1.0, 0, 0]), "does not depend on the images"),
-        (lambda x: brightness(x).detach(), "no gradient"),
-        (lambda x: torch.eye(3)[x.flatten(1).sum(1).long() % 3], "no gradient"),
+        (lambda x: 0 * x.mean((2, 3)), "expected outputs that depend on the images"),
+        (lambda x: brightness(x) * 0 + torch.tensor([1.0, 0, 0]), "expected outputs that depend on the images"),
+        (lambda x: brightness(x).detach(), "expected outputs with a gradient"),
+        (lambda x: torch.eye(3)[x.flatten(1).sum(1).long() % 3], "expected outputs with a gradient"),
         (lambda x: brightness(x)[:, :2], r"outputs \(B, 3\), as many as there are classes, got \(3, 2\)"),
         (lambda x: brightness(x).repeat(1, 2), r"outputs \(B, 3\), as many as there are classes, got \(3, 6\)"),
         (lambda x: (brightness(x),), r"outputs \(B, 3\), as many as there are classes, got tuple"),
@@ -422,7 +422,7 @@ def test_what_is_no_network_that_can_be_attacked_is_refused(
     tmp_path: Path, network: Callable[[Tensor], Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        run_to_end(evaluation_of(tmp_path / "l", replace(PLAN, attackers=None), Network(network, CLASSES)))
+        run_to_end(evaluation_of(tmp_path / "l", replace(PLAN, attackers=None), NetworkTarget(network, CLASSES)))
 
 
 # Options
@@ -448,8 +448,8 @@ def test_dropping_the_fooled_never_helps_a_gate_that_switches(tmp_path: Path, at
     for drop_fooled in (False, True):
         plan = replace(PLAN, attacks=("bim",), attackers=(attacker,), masking_images=0, images=200, chunk=100)
         plan = replace(plan, eps=0.1, drop_fooled=drop_fooled)
-        subject = Mixture(trained_mixture(3), CLASSES, draws=2)
-        evaluation = evaluation_of(tmp_path / str(drop_fooled), plan, subject, colored(200), loss_fn=None)
+        target = MixtureTarget(trained_mixture(3), CLASSES, draws=2)
+        evaluation = evaluation_of(tmp_path / str(drop_fooled), plan, target, colored(200), loss_fn=None)
         run_to_end(evaluation)
         entries = [e for e in results(evaluation)["accuracy"] if e["attack"] == "bim"]
         accuracies.append({e["judge"]: e["accuracy"] for e in entries if e["judge"] in ("sample", "mean")})
@@ -462,7 +462,7 @@ def test_a_random_network_of_unknown_mean_is_attacked_to_the_end(tmp_path: Path)
     found = []
     for drop_fooled in (False, True):
         plan = replace(PLAN, attacks=("bim",), attackers=None, masking_images=0, drop_fooled=drop_fooled)
-        evaluation = evaluation_of(tmp_path / str(drop_fooled), plan, Network(_blurred, CLASSES, draws=2))
+        evaluation = evaluation_of(tmp_path / str(drop_fooled), plan, NetworkTarget(_blurred, CLASSES, draws=2))
         images, labels = colored().images[:5] / 255, colored().labels[:5]
         torch.manual_seed(0)
         found.append(evaluation.attacked(evaluation.rows[-2], images, labels, 3))
@@ -500,8 +500,8 @@ def test_autoattack_on_a_draw_passes_the_experts_once_a_step(tmp_path: Path) -> 
         return trained_mixture(3).expert_logits(images)
 
     plan = replace(PLAN, attacks=("autoattack",), attackers=("sample",), images=3, eps=0.01, autoattack_steps=7)
-    subject = Mixture(trained_mixture(3), CLASSES, expert_logits=logits)
-    evaluation = evaluation_of(tmp_path / "l", plan, subject, loss_fn=None)
+    target = MixtureTarget(trained_mixture(3), CLASSES, expert_logits=logits)
+    evaluation = evaluation_of(tmp_path / "l", plan, target, loss_fn=None)
     passes.clear()
     evaluation.attacked(evaluation.rows[-1], colored().images[:3] / 255, colored().labels[:3], 1)
     # For the images; and for each of two losses for the start, the steps, and to judge.

@@ -17,7 +17,7 @@ from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.data.datasets import Split
 from immunity_fast.evaluation.results import results
 from immunity_fast.evaluation.runner import ATTACKS, Evaluation, Plan, Row
-from immunity_fast.evaluation.targets import Mixture, Network
+from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget
 from tests import evaluations
 from tests.evaluations import PLAN, SMALL, brightness, colored, evaluation_of, numbers_of, run_to_end, trained_mixture
 from tests.small_runs import CLASSES
@@ -59,7 +59,7 @@ def test_killed_after_every_piece_an_evaluation_ends_bit_for_bit(whole: Evaluati
 
 @pytest.mark.parametrize("call", [2, 15])
 def test_an_evaluation_killed_within_a_piece_loses_that_piece(whole: Evaluation, tmp_path: Path, call: int) -> None:
-    class Dying(Mixture):
+    class Dying(MixtureTarget):
         left = call
 
         def judge(self, images: Tensor, labels: Tensor, generator: Any) -> Any:
@@ -89,14 +89,14 @@ def test_a_piece_does_not_depend_on_what_was_computed_before_it(whole: Evaluatio
 
 
 def test_what_is_finished_is_not_attacked_again(whole: Evaluation) -> None:
-    class Untouchable(Mixture):
+    class Untouchable(MixtureTarget):
         def attacker(self, name: str, generator: Any) -> Any:
             raise AssertionError(name)
 
         def judge(self, images: Tensor, labels: Tensor, generator: Any) -> Any:
             raise AssertionError(images)
 
-    evaluation = evaluation_of(whole.ledger.path, subject=Untouchable(trained_mixture(), CLASSES, draws=2))
+    evaluation = evaluation_of(whole.ledger.path, target=Untouchable(trained_mixture(), CLASSES, draws=2))
     told: list[tuple[Row, int, bool]] = []
     evaluation.run(lambda *arguments: told.append(arguments))
     assert told == [(row, stop - start, False) for row, start, stop in evaluation.pieces()]
@@ -157,15 +157,19 @@ def _with_another_gate() -> ImmunityMoE:
 
 OTHERS: dict[str, Callable[[Path], Evaluation]] = {
     "seed": lambda file: evaluation_of(file, replace(PLAN, seed=6)),
-    "model": lambda file: evaluation_of(file, subject=Mixture(trained_mixture(2, 1), CLASSES, draws=2)),
-    "a weight of the gate": lambda file: evaluation_of(file, subject=Mixture(_with_another_gate(), CLASSES, draws=2)),
-    "draws": lambda file: evaluation_of(file, subject=Mixture(trained_mixture(), CLASSES, draws=3)),
+    "model": lambda file: evaluation_of(file, target=MixtureTarget(trained_mixture(2, 1), CLASSES, draws=2)),
+    "a weight of the gate": lambda file: evaluation_of(
+        file, target=MixtureTarget(_with_another_gate(), CLASSES, draws=2)
+    ),
+    "draws": lambda file: evaluation_of(file, target=MixtureTarget(trained_mixture(), CLASSES, draws=3)),
     "labels": lambda file: evaluation_of(file, test=Split(colored().images, (colored().labels + 1) % 3)),
     "images": lambda file: evaluation_of(file, test=Split(colored().images ^ 1, colored().labels)),
     "fewer images": lambda file: evaluation_of(file, test=Split(colored().images[:22], colored().labels[:22])),
     "how heatmaps are looked at": lambda file: evaluation_of(file, loss_fn=FusedImmunityLoss(0, 0.1, 0.1, size=(9, 9))),
     "no heatmaps": lambda file: evaluation_of(file, loss_fn=None),
-    "a network": lambda file: evaluation_of(file, replace(PLAN, attackers=None), Network(trained_mixture(), CLASSES)),
+    "a network": lambda file: evaluation_of(
+        file, replace(PLAN, attackers=None), NetworkTarget(trained_mixture(), CLASSES)
+    ),
 }
 
 
@@ -213,8 +217,8 @@ def test_a_key_changes_with_what_its_piece_depends_on_alone(tmp_path: Path, name
 
 def test_no_two_pieces_share_a_key(whole: Evaluation, tmp_path: Path) -> None:
     plan = replace(PLAN, attacks=ATTACKS, attackers=None)
-    subject = Mixture(trained_mixture(3), CLASSES, transfer=brightness)
-    for evaluation in (whole, evaluation_of(tmp_path / "l", plan, subject)):
+    target = MixtureTarget(trained_mixture(3), CLASSES, transfer=brightness)
+    for evaluation in (whole, evaluation_of(tmp_path / "l", plan, target)):
         pieces = list(evaluation.pieces())
         assert len({evaluation.key(*piece) for piece in pieces}) == len(pieces)
 
@@ -263,8 +267,8 @@ def test_weights_replaced_behind_a_name_give_new_numbers(tmp_path: Path, kind: s
         if kind == "module":
             own = Tempered(1.0 if first else -1.0)
         elif kind == "transfer":
-            return evaluation_of(file, plan, Network(brightness, CLASSES, name="f", transfer=own))
-        return evaluation_of(file, plan, Network(own, CLASSES, name="f"))
+            return evaluation_of(file, plan, NetworkTarget(brightness, CLASSES, name="f", transfer=own))
+        return evaluation_of(file, plan, NetworkTarget(own, CLASSES, name="f"))
 
     plan = replace(PLAN, attacks=("fgsm",), attackers=None, masking_images=0)
     found = []
@@ -290,12 +294,12 @@ def test_a_switching_gate_in_a_function_stays_the_same_model(switch: Any, own: b
         for seed in (1, 2, 2):
             torch.manual_seed(seed)
             before = torch.get_rng_state()
-            states.append(Network(network, CLASSES).answers(images))
+            states.append(NetworkTarget(network, CLASSES).answers_hash(images))
             assert torch.equal(torch.get_rng_state(), before)
         assert len(set(states)) == 1
     assert model.gate.switch == switch
     assert not own or torch.equal(model.gate.generator.get_state(), torch.Generator().manual_seed(1).get_state())
-    assert len({Mixture(model, CLASSES).answers(images) for _ in range(3)}) == 1
+    assert len({MixtureTarget(model, CLASSES).answers_hash(images) for _ in range(3)}) == 1
 
 
 def test_who_does_not_take_images_is_named() -> None:
@@ -303,12 +307,18 @@ def test_who_does_not_take_images_is_named() -> None:
         raise RuntimeError("two\nlines")
 
     images = torch.rand(2, 3, 5, 6)
-    for name, subject in (("model", Network(fails, 3)), ("transfer", Network(brightness, 3, transfer=fails))):
-        with pytest.raises(ValueError, match=rf"^{name}: it does not take images \(B, 3, 5, 6\) .*two lines\)$"):
-            subject.answers(images)
+    for name, target in (
+        ("model", NetworkTarget(fails, 3)),
+        ("transfer", NetworkTarget(brightness, 3, transfer=fails)),
+    ):
+        message = rf"^{name}: expected a network that takes images \(B, 3, 5, 6\) .*two lines; "
+        with pytest.raises(ValueError, match=message):
+            target.answers_hash(images)
 
 
 def test_the_last_bits_of_an_output_do_not_make_another_model() -> None:
     images = colored().images[:9] / 255
-    same = [Network(lambda x, f=f: brightness(x) * f, CLASSES).answers(images) for f in (1.0, 1 + 1e-7, 1.01)]
+    same = [
+        NetworkTarget(lambda x, f=f: brightness(x) * f, CLASSES).answers_hash(images) for f in (1.0, 1 + 1e-7, 1.01)
+    ]
     assert same[0] == same[1] != same[2]

@@ -62,7 +62,7 @@ def test_a_dead_network_is_trained_to_its_end_and_called_dead(
     assert ended.value.code == 1
     assert error.count("\n") == 1
     assert "training has ended" in error
-    assert "does not depend on the images" in error
+    assert "expected outputs that depend on the images" in error
     assert "smaller --lr" in error
     assert f"go on with: {run.resume_command}" not in output
     assert load_checkpoint(run.checkpoint)[1]["epoch"] == 2
@@ -71,14 +71,14 @@ def test_a_dead_network_is_trained_to_its_end_and_called_dead(
     for record in run.metrics():
         assert record["val_accuracy_mean"] == pytest.approx(5 / 14), "all 14 are taken for the first class"
         assert "val_pgd10_accuracy_mean" not in record
-        assert "does not depend on the images" in record["val_not_measured"]["pgd10"]
+        assert "expected outputs that depend on the images" in record["val_not_measured"]["pgd10"]
         line = f"epoch {record['epoch']}: accuracy under PGD-10 on validation images was not measured: "
         assert line + record["val_not_measured"]["pgd10"] in output
     # Nothing is stuck: the same again, to the same end.
     again = error_line(capsys, train.main, ["--resume", str(run.folder)])
     assert again == error
     assert len(run.metrics()) == 2
-    assert "does not depend on the images" in error_line(capsys, evaluate.main, [str(run.folder)])
+    assert "expected outputs that depend on the images" in error_line(capsys, evaluate.main, [str(run.folder)])
 
 
 def test_outputs_that_are_no_numbers_are_no_accuracy() -> None:
@@ -484,7 +484,7 @@ def test_what_an_attack_warns_of_is_a_line(
 
 def test_a_check_without_memory_does_not_blame_the_learning_rate() -> None:
     assert "smaller --check-images" in train.not_measured_line(3, "heatmaps", "out of memory")
-    assert "smaller --lr" in train.not_measured_line(3, "pgd10", "model: its output does not depend on the images")
+    assert "smaller --lr" in train.not_measured_line(3, "pgd10", "model: expected outputs that depend on the images")
 
 
 def test_a_training_that_refuses_its_input_is_one_line(

@@ -1,0 +1,361 @@
+"""The loop behind all attacks that follow gradients: its settings, `Attack`, and it on one model, `BoundAttack`.
+
+`gradient` has the attacks that are known by a name, as functions. Those of `keep_best`, `drop_fooled` and more restarts
+can only lower the accuracy of a model that is not random. Where a mixture's gate switches at random, they do not judge
+by a draw, whose luck would pass for strength: the exact mean of the gate's permutations says what is worst, and an
+image is dropped when it fools the mixture whatever the gate draws. Of other random models they know nothing: there they
+may raise the accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from immunity_fast.attacks.batch import FOR_GOOD, Batch, State, Step, Worst
+from immunity_fast.attacks.checks import check_finite, check_images, check_range, not_finite
+from immunity_fast.attacks.dependence import check_dependence, image_gradient
+from immunity_fast.attacks.losses import Loss, loss_of
+from immunity_fast.attacks.mixtures import Judge, LabelledModel, Model, asked_modules, judge_of
+from immunity_fast.attacks.projections import Norm, linf_bounds, project_l2, random_start, scaled, unit
+from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.compilation import Compile, Compiled, Log
+
+EPS: dict[Norm, float] = {"Linf": 8 / 255, "L2": 1.0}
+ALPHA: dict[Norm, float] = {"Linf": 2 / 255, "L2": 0.2}
+COMPILED_SIZES = 4  # a compiled step is compiled for the whole batch, for a half, a quarter and an eighth of it
+
+
+class UnmovedWarning(UserWarning):
+    """An attack could not move some images, because the gradient of what it maximises is exactly zero for them."""
+
+
+def radius_of(eps: float | None, norm: Norm) -> float:
+    """The radius of a ball, in units of the images' range: `eps`, or 8/255 for Linf and 1 for L2 where it is None."""
+    return EPS[norm] if eps is None else eps
+
+
+@dataclass(frozen=True)
+class Attack:
+    """The settings of an attack, to be kept, listed or compiled; called, it attacks.
+
+    Args:
+        eps: radius of the ball, in units of the images' range; None is 8/255 for Linf, 1 for L2.
+        alpha: size of a step, in the same units; None is 2/255 for Linf, 0.2 for L2.
+        steps: number of steps.
+        norm: "Linf", steps along the gradient's sign; or "L2", along the gradient.
+        loss: what is maximised: "ce", cross-entropy, "dlr" or "cw", two margins.
+        decay: of MIM's momentum; None is without momentum.
+        random_start: begin at a random point of the ball, not at the image.
+        restarts: how often, the worst of them counting.
+        keep_best: the worst of all images on the way counts, not the last.
+        drop_fooled: an image that fools the model leaves the batch as it then is, and costs nothing more.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    eps: float | None = None
+    alpha: float | None = None
+    steps: int = 10
+    norm: Norm = "Linf"
+    loss: Loss = "ce"
+    decay: float | None = None
+    random_start: bool = False
+    restarts: int = 1
+    keep_best: bool = False
+    drop_fooled: bool = False
+
+    def __post_init__(self) -> None:
+        check_choice("norm", self.norm, Norm)
+        check_choice("loss", self.loss, Loss)
+        object.__setattr__(self, "eps", radius_of(self.eps, self.norm))
+        object.__setattr__(self, "alpha", ALPHA[self.norm] if self.alpha is None else self.alpha)
+        for name, least in (("eps", 0), ("alpha", 0), ("decay", 0), ("steps", 0), ("restarts", 1)):
+            value = getattr(self, name)
+            if name in ("steps", "restarts") and not isinstance(value, int):
+                raise ValueError(f"{name}: expected a whole number, got {value}")
+            if value is not None and not least <= value < math.inf:  # NaN too
+                raise ValueError(f"{name}: expected a finite number of at least {least}, got {value}")
+
+    @property
+    def radius(self) -> float:
+        """`eps`, its default filled in."""
+        return radius_of(self.eps, self.norm)
+
+    def __call__(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Attack some images; arguments, results and errors are those of `pgd`.
+
+        Args:
+            model: images (B, C, H, W) to logits or log-probabilities (B, K), or (draws, B, K).
+            images: (B, C, H, W) floating-point, in [0, 1].
+            labels: (B,) integers in 0..K−1.
+            targets: (B,) classes that the attack is to reach; None is any but the label.
+            generator: of random starts; None is PyTorch's default generator.
+
+        Returns:
+            Adversarial images (B, C, H, W).
+        """
+        return BoundAttack(self, lambda x, _: model(x))(images, labels, targets, generator)
+
+
+class BoundAttack:
+    """An attack on one model, whose step is compiled once and replayed for every batch of that size.
+
+    Args:
+        attack: the settings.
+        model: (images, labels) to outputs: the labels are for attackers whose objective depends on them.
+        judge: by what `keep_best`, `drop_fooled` and restarts judge a random model, see `mixtures.Judge`; "outputs":
+            the model's are not random. None is the model's attribute `exact_judge`, where it has one, or finds out
+            whether a gate switches while the model is asked.
+        elsewhere: (M, C, H, W) images on which the model's outputs are compared, besides made-up ones, where none of a
+            batch has a gradient: if they agree on all, the model does not depend on its input.
+        compile: "on" and "max" compile the step: the model, its gradient and the projection in one graph, without
+            gradients of parameters. Where that fails, the step is eager, and says so.
+        device: where the images will be; only compiling asks for it.
+        log, traceback_file: what takes such a line, and the whole traceback; see `Compiled`.
+
+    Attributes:
+        unmoved: (B,) bool, which images of the last call had a gradient of exactly zero at every step.
+    """
+
+    def __init__(
+        self,
+        attack: Attack,
+        model: LabelledModel,
+        *,
+        judge: Judge | Literal["outputs"] | None = None,
+        elsewhere: Tensor | None = None,
+        compile: Compile = "off",
+        device: torch.device | None = None,
+        log: Log | None = None,
+        traceback_file: Path | None = None,
+    ) -> None:
+        self.attack, self.model, self.elsewhere = attack, model, elsewhere
+        self.judge = getattr(model, "exact_judge", None) if judge is None else judge
+        self.unmoved = torch.zeros(0, dtype=torch.bool)
+        self._step_function = Compiled(self._step, compile, device or torch.device("cpu"), log, traceback_file)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the step is compiled, or will be at its first call."""
+        return self._step_function.active
+
+    def __call__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        start: Tensor | None = None,
+        reference: Tensor | None = None,
+        trusted: bool = False,
+    ) -> Tensor:
+        """Attack a batch.
+
+        Args:
+            images: (B, C, H, W) floating-point, in [0, 1].
+            labels: (B,) integers in 0..K−1.
+            targets: (B,) classes that the attack is to reach; None is any but the label.
+            generator: of random starts; None is PyTorch's default generator.
+            start: (B, C, H, W) where to begin, once projected; None is as the settings say.
+            reference: (B, K) probabilities: instead of `loss`, the KL divergence of the model's from them is maximised.
+            trusted: skip all checks, each of which waits for the device.
+
+        Returns:
+            Adversarial images (B, C, H, W) of the images' dtype, detached, inside the ball and inside [0, 1], exactly.
+
+        Raises:
+            ValueError: see `pgd`; never where `trusted`.
+        """
+        if not trusted:
+            check_images(images, labels, targets)
+        images, labels = images.detach(), labels.long()
+        targets = None if targets is None else targets.long()
+        attack = self.attack
+        self.unmoved = torch.full((len(images),), attack.steps > 0, device=images.device)
+        worst = Worst(images, needed=attack.keep_best or attack.drop_fooled or attack.restarts > 1)
+        for restart in range(attack.restarts if len(images) else 0):
+            begin = self._begin(images, generator, start)
+            batch = self._whole_batch(begin, images, labels, targets, reference)
+            if attack.drop_fooled and restart:
+                batch = batch.select(worst.survivors())
+            self._descend(batch, worst, trusted)
+        if not trusted and bool(self.unmoved.any()):
+            self._warn_of_the_unmoved()
+        return worst.images.clone()
+
+    def _begin(self, images: Tensor, generator: torch.Generator | None, start: Tensor | None) -> Tensor:
+        """Where a descent begins, (B, C, H, W)."""
+        attack = self.attack
+        if start is None and not attack.random_start:
+            return images
+        if start is None:
+            start = random_start(images, attack.radius, attack.norm, generator)
+        if attack.norm == "Linf":
+            return start.detach().clamp(*linf_bounds(images, attack.radius))
+        return project_l2(start.detach(), images, attack.radius)
+
+    def _whole_batch(
+        self, begin: Tensor, images: Tensor, labels: Tensor, targets: Tensor | None, reference: Tensor | None
+    ) -> Batch:
+        """All images, with what a step of these settings needs."""
+        attack, low, high, momentum = self.attack, None, None, None
+        if attack.norm == "Linf":
+            low, high = linf_bounds(images, attack.radius)
+        if attack.decay is not None:
+            momentum = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
+        state = State(begin, images, labels, targets, reference, low, high, momentum)
+        return Batch(torch.arange(len(images), device=images.device), state, len(images))
+
+    def _descend(self, batch: Batch, worst: Worst, trusted: bool) -> None:
+        """One descent of the images in the batch, into `worst`."""
+        attack = self.attack
+        broken = torch.zeros(batch.whole, dtype=torch.bool, device=batch.where.device)
+        judge = self.judge if worst.needed else "outputs"
+        if judge is None and (self.compiled or not attack.steps):  # else the first step finds out
+            judge = judge_of(self.model, batch.state.adversarial[:1], batch.state.labels[:1])
+        for step in range(attack.steps):
+            if not len(batch.where):
+                break
+            with asked_modules() if judge is None else nullcontext() as asked:
+                result = self._take_step(batch)
+            state = batch.state
+            if asked is not None:
+                judge = judge_of(self.model, state.adversarial, state.labels) if asked.random_gates else "outputs"
+            broken[batch.where] |= result.broken
+            self.unmoved[batch.where] &= result.still
+            if not trusted and step == 0:
+                check_range(state.labels, state.targets, result.classes)
+                check_finite(broken)
+                if bool(result.still.all()):
+                    check_dependence(self.model, state.adversarial, state.labels, self.elsewhere)
+            loss, success = result.loss, FOR_GOOD * result.fooled
+            if attack.keep_best or attack.drop_fooled:
+                if judge != "outputs":
+                    loss, success, _ = self._standing(state, judge)
+                worst.update(batch.where, state.adversarial, loss, success)
+            batch.state = state._replace(adversarial=result.adversarial, momentum=result.momentum)
+            if attack.drop_fooled:
+                batch = batch.select((success < FOR_GOOD).nonzero()[:, 0])
+        if not worst.needed:
+            worst.images = batch.state.adversarial
+        elif len(batch.where):
+            loss, success, bad = self._standing(batch.state, judge)
+            broken[batch.where] |= bad
+            worst.update(batch.where, batch.state.adversarial, loss, success)
+        if not trusted:
+            check_finite(broken)
+
+    def _take_step(self, batch: Batch) -> Step:
+        """The step of a batch; a compiled one of a size that it is compiled for."""
+        if not self._step_function.active:
+            return self._step(batch.state)
+        state, size = batch.state, len(batch.where)
+        padded = _compiled_size(size, batch.whole)
+        if padded > size:
+            state = state.select(torch.arange(padded, device=batch.where.device).clamp_max(size - 1))
+        result: Step = self._step_function(state)
+        # CUDA graphs write the next step's results over this one's.
+        cut = [value[:size].clone() if isinstance(value, Tensor) else value for value in result]
+        return Step(*cut)  # type: ignore[arg-type]
+
+    def _step(self, state: State) -> Step:
+        """What an attack does over and over, and all that is compiled of it."""
+        attack, adversarial, momentum = self.attack, state.adversarial, state.momentum
+        gradient, loss, fooled, broken, classes = self._differentiate(state)
+        broken = broken | ~gradient.isfinite().flatten(1).all(1)
+        still = (gradient == 0).flatten(1).all(1)
+        if attack.loss == "dlr":  # which is 1, whatever the logits are, where the label is the third likeliest
+            still = still & ~fooled
+        assert attack.alpha is not None
+        if attack.decay is not None and momentum is not None:
+            gradient = scaled(gradient)
+            magnitude = gradient.abs().mean((1, 2, 3), keepdim=True)
+            # A gradient of exactly zero stays zero; torchattacks divides 0 by 0 here and returns NaN images.
+            momentum = attack.decay * momentum + gradient / torch.where(magnitude > 0, magnitude, 1)
+            gradient = momentum
+        if attack.norm == "Linf" and state.low is not None and state.high is not None:
+            moved = (adversarial + attack.alpha * gradient.sign().to(adversarial.dtype)).clamp(state.low, state.high)
+        else:
+            moved = project_l2(adversarial + attack.alpha * unit(gradient), state.images, attack.radius)
+        return Step(moved, momentum, loss, fooled, broken, still, classes)
+
+    def _differentiate(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """(the loss's gradient (B, C, H, W); `_verdict` of the outputs, each (B,); K)."""
+
+        def objective(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+            outputs = self.model(x, state.labels)
+            loss, fooled, broken = self._verdict(outputs, state)
+            # The sum, not the mean: an image's gradient then does not shrink with the size of its batch.
+            return loss.sum(), (loss.detach(), fooled, broken, outputs.detach())
+
+        if torch.compiler.is_compiling():
+            with torch.no_grad():  # of parameters; the images' is torch.func's
+                gradient, (loss, fooled, broken, outputs) = torch.func.grad(objective, has_aux=True)(state.adversarial)
+            return gradient, loss, fooled, broken, outputs.shape[-1]
+        with torch.enable_grad():
+            x = state.adversarial.detach().requires_grad_()
+            total, (loss, fooled, broken, outputs) = objective(x)
+            return image_gradient(total, x), loss, fooled, broken, outputs.shape[-1]
+
+    def _standing(self, state: State, judge: Judge | Literal["outputs"] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss; success: 0, 1, or 2 where it is `FOR_GOOD`; whether not finite) of images as they are, each (B,)."""
+        with torch.no_grad():
+            if callable(judge):
+                outputs, always = judge(state.adversarial, state.labels, state.targets)
+            else:
+                outputs, always = self.model(state.adversarial, state.labels), None
+            loss, fooled, broken = self._verdict(outputs, state)
+        return loss, FOR_GOOD * fooled if always is None else fooled.int() + (fooled & always), broken
+
+    def _verdict(self, outputs: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, whether the attack has succeeded, whether an output is no number), each (B,)."""
+        last = outputs.shape[-1] - 1
+        # On a GPU a label that is out of range would end the process; `check_range` says it in a sentence.
+        labels = state.labels.clamp(0, last)
+        targets = None if state.targets is None else state.targets.clamp(0, last)
+        draws = outputs if outputs.dim() == 3 else outputs[None]
+        size = (len(draws), *labels.shape)
+        if state.reference is not None:
+            reference = state.reference.expand(draws.shape)
+            loss = F.kl_div(draws.log_softmax(-1), reference, reduction="none").sum(-1).mean(0)
+        else:
+            wanted = None if targets is None else targets.expand(size)
+            loss = loss_of(self.attack.loss, draws, labels.expand(size), wanted).mean(0)
+        predicted = (draws[0] if len(draws) == 1 else draws.detach().softmax(-1).mean(0)).argmax(-1)
+        fooled = predicted != labels if targets is None else predicted == targets
+        return loss, fooled, not_finite(draws)
+
+    def _warn_of_the_unmoved(self) -> None:
+        stuck, whole = int(self.unmoved.sum()), len(self.unmoved)
+        which = f"for all {whole} images" if stuck == whole else f"for {stuck} of {whole} images"
+        warnings.warn(
+            f"the attack cannot move: the gradient of loss {self.attack.loss!r} is exactly zero {which} although the "
+            "model's output depends on them; it may be saturated: try loss='cw' or 'dlr', or an attack without "
+            "gradients",
+            UnmovedWarning,
+            stacklevel=3,
+        )
+
+
+def _compiled_size(size: int, whole: int) -> int:
+    """The smallest of whole, whole/2, whole/4, … that holds `size`."""
+    sizes = [-(-whole // (1 << power)) for power in range(COMPILED_SIZES)]
+    return min(candidate for candidate in sizes if candidate >= size)
