@@ -25,27 +25,30 @@ _BUILDERS: dict[str, Callable[[int], StagedNetwork]] = {
 }
 
 NAMES: tuple[str, ...] = tuple(_BUILDERS)
-"""The architectures that :func:`create` knows by name."""
+"""The architectures that `create` knows by name."""
 
 
 def create(name: str, num_classes: int = 10) -> StagedNetwork:
     """A freshly initialised expert: images (B, 3, H, W) to logits (B, num_classes).
 
-    ``name`` is one of :data:`NAMES`; or the path of a genotype file, ``….json``; or the text of one, as
-    :func:`resolve` gives it.
+    Args:
+        name: one of `NAMES`; or the path of a genotype file, `….json`; or the text of one, as `resolve` gives it.
+        num_classes: K ≥ 2.
 
-    Raises ``ValueError`` if it is none of these, the genotype is wrong, or ``num_classes`` is below 2.
+    Raises:
+        ValueError: `name` is none of these, the genotype is wrong, or `num_classes` is below 2.
     """
     builder = _builder(name)
     if num_classes < 2:
-        raise ValueError(f"num_classes: got {num_classes}, expected at least 2")
+        raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
     return builder(num_classes)
 
 
 def resolve(name: str) -> str:
     """What a run keeps of an architecture's name: of a genotype file its text, so that the run does without the file.
 
-    Raises ``ValueError`` as :func:`create` does.
+    Raises:
+        ValueError: there is no such architecture, or the genotype is wrong.
     """
     if name.endswith(".json"):
         return genotypes.text(name)
@@ -54,7 +57,7 @@ def resolve(name: str) -> str:
 
 
 def title(name: str) -> str:
-    """An architecture in a word, also where :func:`resolve` has made a long text of it."""
+    """An architecture in a word, also where `resolve` has made a long text of it."""
     return genotypes.title(name) if name.startswith("{") else name
 
 
@@ -65,4 +68,4 @@ def _builder(name: str) -> Callable[[int], StagedNetwork]:
         return genotypes.parse(name)
     if name.endswith(".json"):
         return genotypes.load(name)
-    raise ValueError(f"name: got {name!r}, expected one of {', '.join(NAMES)}, or a genotype file, ….json")
+    raise ValueError(f"name: expected one of {', '.join(NAMES)}, or a genotype file, ….json, got {name!r}")

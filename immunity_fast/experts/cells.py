@@ -104,7 +104,14 @@ class Cell(nn.Module):
     """Two maps (B, C0, h0, w0) and (B, C1, h, w) to the concatenation of the nodes (B, 4·channels, h', w').
 
     h0 = h and h' = h, but for h' = ⌈h/2⌉ in a reduction cell, whose operations on inputs 0 and 1 have stride 2, and
-    h = ⌈h0/2⌉ right behind one (``behind_reduction``).
+    h = ⌈h0/2⌉ right behind one.
+
+    Args:
+        before: C0 and C1.
+        channels: of each node.
+        nodes: the edges of each.
+        behind_reduction: whether the cell before the last is twice as high and wide as the last.
+        affine: whether BatchNorm has weights and biases.
     """
 
     def __init__(
@@ -133,10 +140,12 @@ class Cell(nn.Module):
 
 
 class Cells(nn.Module):
-    """A stage of cells, each of which takes the outputs of the two before it.
+    """A stage of cells, each of which takes the outputs of the two before it: side by side, (B, C0 + C1, h, w).
 
-    Takes and returns these two side by side, (B, C0 + C1, h, w), where C0 is ``channels``. None: takes one map as both,
-    which is the stem's. ``is_last``: returns the last cell's output alone, which is what the classifier sees.
+    Args:
+        cells: in their order.
+        channels: C0; None takes one map as both, which is the stem's.
+        is_last: returns the last cell's output alone, which is what the classifier sees.
     """
 
     def __init__(self, cells: Iterable[Cell], channels: int | None, *, is_last: bool) -> None:
@@ -162,25 +171,28 @@ def cell_network(
 ) -> StagedNetwork:
     """A network of cells: images (B, 3, H, W) to logits (B, num_classes).
 
-    Stages: ``stem``, a convolution to 3·channels; ``cells1``, ``cells2`` and ``cells3``, the cells before the first
+    Stages: `stem`, a convolution to 3·channels; `cells1`, `cells2` and `cells3`, the cells before the first
     reduction cell, from there to before the second, and the rest. On 32×32 images their maps are 32×32, 32×32, 16×16
-    and 8×8. What leaves ``cells1`` and ``cells2`` are the last two cells' outputs side by side, because the next cell
+    and 8×8. What leaves `cells1` and `cells2` are the last two cells' outputs side by side, because the next cell
     reads both: Grad-CAM's activations there are those of two cells.
 
-    Weights start as PyTorch draws them, as in the authors' code: no call of ``staged.initialise``, which takes a
+    Weights start as PyTorch draws them, as in the authors' code: no call of `staged.initialise`, which takes a
     depthwise convolution's fan-out for that of a full one.
 
     Args:
         nodes: the edges of each node of a cell, from the cell's number, its channels, and whether it reduces.
+        num_classes: K.
         channels: of each node of the first cells, C; their output has 4·C.
+        cells: how many.
         affine: whether the cells' BatchNorm has weights and biases; the stem's has.
 
-    Raises ``ValueError`` if ``channels`` is below 1 or ``cells`` below :data:`MIN_CELLS`.
+    Raises:
+        ValueError: `channels` is below 1 or `cells` below `MIN_CELLS`.
     """
     if channels < 1:
-        raise ValueError(f"channels: got {channels}, expected at least 1")
+        raise ValueError(f"channels: expected at least 1, got {channels}")
     if cells < MIN_CELLS:
-        raise ValueError(f"number of cells: got {cells}, expected at least {MIN_CELLS}")
+        raise ValueError(f"number of cells: expected at least {MIN_CELLS}, got {cells}")
     reductions = (cells // 3, 2 * cells // 3)
     starts = (0, *reductions)
     stages: OrderedDict[str, nn.Module] = OrderedDict()

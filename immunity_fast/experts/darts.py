@@ -49,7 +49,7 @@ _OPERATIONS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 OPERATIONS: tuple[str, ...] = tuple(_OPERATIONS)
-"""The operations that a :class:`Genotype` may name."""
+"""The operations that a `Genotype` may name."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,13 @@ class Genotype:
     Pairs 2k and 2k + 1 are the two addends of node k. Inputs 0 and 1 are the outputs of the two cells before, inputs 2
     to k + 1 the nodes before. The cell's output is the concatenation of its four nodes.
 
-    Raises ``ValueError`` at another number of pairs, an operation that is not one of :data:`OPERATIONS`, an input that
-    is out of a node's range, or a cell whose output does not depend on its inputs.
+    Args:
+        normal: the pairs of the cells that keep their input's height and width.
+        reduce: of the two that halve it.
+
+    Raises:
+        ValueError: another number of pairs, an operation that is not one of `OPERATIONS`, an input that is out of a
+            node's range, or a cell whose output does not depend on its inputs.
     """
 
     normal: Pairs
@@ -73,16 +78,16 @@ class Genotype:
 
 def _check(cell: str, pairs: Pairs) -> None:
     if len(pairs) != 2 * NODES:
-        raise ValueError(f"{cell}: got {len(pairs)} pairs, expected {2 * NODES}")
+        raise ValueError(f"{cell}: expected {2 * NODES} pairs, got {len(pairs)}")
     for number, (operation, index) in enumerate(pairs):
         if operation not in _OPERATIONS:
-            raise ValueError(f"{cell}[{number}]: got operation {operation!r}, expected one of {', '.join(OPERATIONS)}")
+            raise ValueError(f"{cell}[{number}]: expected an operation of {', '.join(OPERATIONS)}, got {operation!r}")
         highest = number // 2 + 1
         # To Python true is a number, to a reader of the file it is not.
         if type(index) is not int or not 0 <= index <= highest:
-            raise ValueError(f"{cell}[{number}]: got input {index!r}, expected 0 to {highest}")
+            raise ValueError(f"{cell}[{number}]: expected an input of 0 to {highest}, got {index!r}")
     if not reaches_output([index for operation, index in node if operation != "none"] for node in _nodes(pairs)):
-        raise ValueError(f"{cell}: with these none operations, the output does not depend on the inputs")
+        raise ValueError(f"{cell}: expected an output that depends on the inputs, got none operations that cut it off")
 
 
 def _nodes(pairs: Pairs) -> Iterator[Pairs]:
@@ -141,8 +146,17 @@ ADVRUSH = Genotype(
 def darts_network(genotype: Genotype, num_classes: int, channels: int = 36, cells: int = 20) -> StagedNetwork:
     """The evaluation network of a genotype: images (B, 3, H, W) to logits (B, num_classes).
 
-    Without what only its training has, the auxiliary head and drop-path. Stages ``stem``, ``cells1``, ``cells2``,
-    ``cells3``; sizes, errors and what Grad-CAM sees: :func:`immunity_fast.experts.cells.cell_network`.
+    Without what only its training has, the auxiliary head and drop-path. Stages `stem`, `cells1`, `cells2`, `cells3`;
+    sizes and what Grad-CAM sees: `cells.cell_network`.
+
+    Args:
+        genotype: its cells.
+        num_classes: K.
+        channels: of each node of the first cells.
+        cells: how many.
+
+    Raises:
+        ValueError: `channels` or `cells` are too few, see `cells.cell_network`.
     """
 
     def nodes(_: int, channels: int, reduction: bool) -> Iterator[Sequence[Edge]]:
@@ -158,10 +172,10 @@ def darts_network(genotype: Genotype, num_classes: int, channels: int = 36, cell
 
 
 def pdarts(num_classes: int) -> StagedNetwork:
-    """P-DARTS, 36 channels and 20 cells: see :func:`darts_network`."""
+    """P-DARTS, 36 channels and 20 cells: see `darts_network`."""
     return darts_network(PDARTS, num_classes)
 
 
 def advrush(num_classes: int) -> StagedNetwork:
-    """AdvRush, 36 channels and 20 cells: see :func:`darts_network`."""
+    """AdvRush, 36 channels and 20 cells: see `darts_network`."""
     return darts_network(ADVRUSH, num_classes)

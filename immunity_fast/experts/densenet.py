@@ -40,8 +40,8 @@ def _transition(channels: int) -> nn.Sequential:
 def densenet121(num_classes: int) -> StagedNetwork:
     """DenseNet-121 with a 3×3 stem and no pooling, as usual for CIFAR: images (B, 3, H, W) to logits (B, num_classes).
 
-    Images have sides of at least 8 pixels: three transitions halve them. On 32×32 images ``stem`` and ``block1`` give
-    maps of 32×32, ``block2`` 16×16, ``block3`` 8×8, ``block4`` 4×4.
+    Images have sides of at least 8 pixels: three transitions halve them. On 32×32 images `stem` and `block1` give
+    maps of 32×32, `block2` 16×16, `block3` 8×8, `block4` 4×4.
     """
     channels = 2 * GROWTH
     stages: OrderedDict[str, nn.Module] = OrderedDict()

@@ -5,8 +5,8 @@ Either kind of file has all of these members and no others::
     {"kind": "darts", "normal": [["sep_conv_3x3", 0], …], "reduce": […], "channels": 36, "cells": 20}
     {"kind": "robnet", "cells": ["11 11 01 …"], "channels": 36, "layers": 20}
 
-``normal`` and ``reduce`` are the 8 pairs of a :class:`immunity_fast.experts.darts.Genotype`. ``cells`` of a RobNet are
-as many strings of 14 codes as it has layers, or one for all: :func:`immunity_fast.experts.robnet.robnet_network`.
+`normal` and `reduce` are the 8 pairs of a `darts.Genotype`. `cells` of a RobNet are as many strings of 14 codes as it
+has layers, or one for all: `robnet.robnet_network`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ _LARGEST = 1000  # channels or cells; a slip of the pen would fill the memory
 
 
 def load(path: str | os.PathLike[str]) -> Callable[[int], StagedNetwork]:
-    """The network of a genotype file, still without its number of classes: ``load(path)(num_classes)``.
+    """The network of a genotype file, still without its number of classes: `load(path)(num_classes)`.
 
     The file is read and checked here and not again.
 
-    Raises ``ValueError``, in one line that names the file and the member, where it cannot be read, is no JSON, or says
-    anything but what the top of this module shows.
+    Raises:
+        ValueError: it cannot be read, is no JSON, or says anything but what the top of this module shows; in one line
+            that names the file and the member.
     """
     try:
         return parse(Path(path).read_text(encoding="utf-8"))
@@ -45,15 +46,23 @@ def load(path: str | os.PathLike[str]) -> Callable[[int], StagedNetwork]:
 
 
 def parse(text: str) -> Callable[[int], StagedNetwork]:
-    """:func:`load` of a file with this content, ``ValueError`` included."""
+    """`load` of a file with this content.
+
+    Raises:
+        ValueError: see `load`; without the file's name.
+    """
     try:
         return _network(json.loads(text, object_pairs_hook=_members))
     except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        raise ValueError("expected a genotype, got JSON that is nested too deeply") from error
 
 
 def text(path: str | os.PathLike[str]) -> str:
-    """What a genotype file says, in one line and without what JSON does not need; ``ValueError`` as :func:`load`."""
+    """What a genotype file says, in one line and without what JSON does not need.
+
+    Raises:
+        ValueError: see `load`.
+    """
     load(path)
     return _line(json.loads(Path(path).read_text(encoding="utf-8")))
 
@@ -69,10 +78,11 @@ def title(text: str) -> str:
 def reduced(name: str, cells: int, channels: int) -> str:
     """The text of a published network's genotype with fewer cells and channels.
 
-    Raises ``ValueError`` if ``name`` is not pdarts, advrush or robnet_large, whose cells do not depend on their number.
+    Raises:
+        ValueError: `name` is not pdarts, advrush or robnet_large, whose cells do not depend on their number.
     """
     if name not in _PUBLISHED:
-        raise ValueError(f"name: got {name!r}, expected one of {', '.join(_PUBLISHED)}")
+        raise ValueError(f"name: expected one of {', '.join(_PUBLISHED)}, got {name!r}")
     found = _PUBLISHED[name]
     if isinstance(found, Genotype):
         cell = {"normal": found.normal, "reduce": found.reduce}
@@ -89,21 +99,21 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in members if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"{twice}: expected once, got twice")
     return members
 
 
 def _network(description: Any) -> Callable[[int], StagedNetwork]:
     if not isinstance(description, dict):
-        raise ValueError(f"got {_shortened(description)}, expected an object")
+        raise ValueError(f"expected an object, got {_shortened(description)}")
     kind = description.get("kind")
     if not isinstance(kind, str) or kind not in _MEMBERS:
-        raise ValueError(f"kind: got {_shortened(kind)}, expected one of {', '.join(_MEMBERS)}")
+        raise ValueError(f"kind: expected one of {', '.join(_MEMBERS)}, got {_shortened(kind)}")
     expected = {"kind", *_MEMBERS[kind]}
     if missing := expected - description.keys():
-        raise ValueError(f"missing: {', '.join(sorted(missing))}")
+        raise ValueError(f"members: expected {', '.join(_MEMBERS[kind])}, got none of {', '.join(sorted(missing))}")
     if unknown := description.keys() - expected:
-        raise ValueError(f"unknown: {', '.join(map(repr, sorted(unknown)))}, expected {', '.join(_MEMBERS[kind])}")
+        raise ValueError(f"members: expected {', '.join(_MEMBERS[kind])}, got {', '.join(map(repr, sorted(unknown)))}")
 
     channels = _number(description, "channels", 1)
     if kind == "darts":
@@ -113,7 +123,7 @@ def _network(description: Any) -> Callable[[int], StagedNetwork]:
     layers = _number(description, "layers", MIN_CELLS)
     codes = description["cells"]
     if not isinstance(codes, list) or not all(isinstance(cell, str) for cell in codes):
-        raise ValueError(f"cells: got {_shortened(codes)}, expected a list of strings")
+        raise ValueError(f"cells: expected a list of strings, got {_shortened(codes)}")
     parse_cells(codes, layers)
     return lambda num_classes: robnet_network(codes, num_classes, channels, layers)
 
@@ -121,17 +131,17 @@ def _network(description: Any) -> Callable[[int], StagedNetwork]:
 def _number(description: dict[str, Any], name: str, lowest: int) -> int:
     number = description[name]
     if type(number) is not int or not lowest <= number <= _LARGEST:
-        raise ValueError(f"{name}: got {_shortened(number)}, expected a whole number from {lowest} to {_LARGEST}")
+        raise ValueError(f"{name}: expected a whole number from {lowest} to {_LARGEST}, got {_shortened(number)}")
     return number
 
 
 def _pairs(description: dict[str, Any], name: str) -> Pairs:
     pairs = description[name]
     if not isinstance(pairs, list):
-        raise ValueError(f"{name}: got {_shortened(pairs)}, expected a list of pairs [operation, input]")
+        raise ValueError(f"{name}: expected a list of pairs [operation, input], got {_shortened(pairs)}")
     for number, pair in enumerate(pairs):
         if not isinstance(pair, list) or [type(part) for part in pair] != [str, int]:
-            raise ValueError(f"{name}[{number}]: got {_shortened(pair)}, expected a pair [operation, input]")
+            raise ValueError(f"{name}[{number}]: expected a pair [operation, input], got {_shortened(pair)}")
     return tuple((operation, index) for operation, index in pairs)
 
 

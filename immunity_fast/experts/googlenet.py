@@ -20,8 +20,8 @@ def _conv(in_channels: int, out_channels: int, kernel: int) -> nn.Sequential:
 class Inception(nn.Module):
     """Four branches side by side: (B, C, h, w) to (B, n1 + n3 + n5 + pool, h, w).
 
-    The widths are those of the paper's table 1, in its order: ``n1`` the 1×1 branch, ``reduce3`` and ``n3`` the 3×3
-    branch, ``reduce5`` and ``n5`` the 5×5 branch (here two 3×3 convolutions, which see as far), ``pool`` the
+    The widths are those of the paper's table 1, in its order: `n1` the 1×1 branch, `reduce3` and `n3` the 3×3
+    branch, `reduce5` and `n5` the 5×5 branch (here two 3×3 convolutions, which see as far), `pool` the
     pooled one.
     """
 
@@ -39,8 +39,8 @@ class Inception(nn.Module):
 def googlenet(num_classes: int) -> StagedNetwork:
     """GoogLeNet with one 3×3 stem convolution, as usual for CIFAR: images (B, 3, H, W) to logits (B, num_classes).
 
-    Batch normalisation follows each convolution; there are no auxiliary classifiers. On 32×32 images ``stem`` and
-    ``inception3`` give maps of 32×32, ``inception4`` 16×16, ``inception5`` 8×8.
+    Batch normalisation follows each convolution; there are no auxiliary classifiers. On 32×32 images `stem` and
+    `inception3` give maps of 32×32, `inception4` 16×16, `inception5` 8×8.
     """
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     stages["stem"] = _conv(3, 192, 3)

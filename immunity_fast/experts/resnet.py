@@ -31,7 +31,7 @@ class BasicBlock(nn.Module):
 
 
 def _resnet(widths: tuple[int, ...], blocks: int, num_classes: int) -> StagedNetwork:
-    """Stages ``stem``, ``layer1``, …: a layer of ``blocks`` basic blocks for each width, all but the first halving."""
+    """Stages `stem`, `layer1`, …: a layer of `blocks` basic blocks for each width, all but the first halving."""
     channels = widths[0]
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     stages["stem"] = nn.Sequential(
@@ -48,7 +48,7 @@ def _resnet(widths: tuple[int, ...], blocks: int, num_classes: int) -> StagedNet
 def resnet18(num_classes: int) -> StagedNetwork:
     """ResNet-18 with a 3×3 stem and no pooling, as usual for CIFAR: images (B, 3, H, W) to logits (B, num_classes).
 
-    On 32×32 images ``stem`` and ``layer1`` give maps of 32×32, ``layer2`` 16×16, ``layer3`` 8×8, ``layer4`` 4×4.
+    On 32×32 images `stem` and `layer1` give maps of 32×32, `layer2` 16×16, `layer3` 8×8, `layer4` 4×4.
     """
     return _resnet((64, 128, 256, 512), blocks=2, num_classes=num_classes)
 
@@ -56,7 +56,7 @@ def resnet18(num_classes: int) -> StagedNetwork:
 def resnet8(num_classes: int) -> StagedNetwork:
     """The paper's CIFAR form with n = 1, small enough for a CPU: images (B, 3, H, W) to logits (B, num_classes).
 
-    Unlike there, a shortcut that changes the shape is a 1×1 convolution, as in :func:`resnet18`. On 32×32 images
-    ``stem`` and ``layer1`` give maps of 32×32, ``layer2`` 16×16, ``layer3`` 8×8.
+    Unlike there, a shortcut that changes the shape is a 1×1 convolution, as in `resnet18`. On 32×32 images
+    `stem` and `layer1` give maps of 32×32, `layer2` 16×16, `layer3` 8×8.
     """
     return _resnet((16, 32, 64), blocks=1, num_classes=num_classes)

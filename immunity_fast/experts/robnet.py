@@ -50,13 +50,18 @@ def robnet_network(cells_codes: Sequence[str], num_classes: int, channels: int, 
     before. The first bit is a skip connection (where the stride is 2, a factorised reduction), the second a separable
     3×3 convolution; with both the edge is their sum, with none it is not there. A node is the sum of its edges.
 
-    The cells' BatchNorm has no weights and biases. Stages ``stem``, ``cells1``, ``cells2``, ``cells3``; sizes and what
-    Grad-CAM sees: :func:`immunity_fast.experts.cells.cell_network`.
+    The cells' BatchNorm has no weights and biases. Stages `stem`, `cells1`, `cells2`, `cells3`; sizes and what Grad-CAM
+    sees: `cells.cell_network`.
 
     Args:
         cells_codes: a cell for each layer, or one that all layers share.
+        num_classes: K.
+        channels: of each node of the first cells.
+        layers: how many cells.
 
-    Raises ``ValueError`` as :func:`parse_cells` and ``cell_network`` do.
+    Raises:
+        ValueError: the codes are wrong, see `parse_cells`; `channels` or `layers` are too few, see
+            `cells.cell_network`.
     """
     cells = parse_cells(cells_codes, layers)
 
@@ -75,40 +80,43 @@ def robnet_network(cells_codes: Sequence[str], num_classes: int, channels: int, 
 
 
 def parse_cells(cells_codes: Sequence[str], layers: int) -> list[list[list[str]]]:
-    """The codes of each cell's nodes: one cell, or one for each layer; see :func:`robnet_network`.
+    """The codes of each cell's nodes: one cell, or one for each layer; see `robnet_network`.
 
-    Raises ``ValueError`` at another number of cells, a cell that is not 14 codes of two bits, or one whose output does
-    not depend on its inputs.
+    Raises:
+        ValueError: another number of cells, a cell that is not 14 codes of two bits, or one whose output does not
+            depend on its inputs.
     """
     if len(cells_codes) not in (1, layers):
-        raise ValueError(f"cells: got {len(cells_codes)}, expected 1 or one for each of the {layers} layers")
+        raise ValueError(f"cells: expected 1 or one for each of the {layers} layers, got {len(cells_codes)}")
     return [_parse(number, codes) for number, codes in enumerate(cells_codes)]
 
 
 def _parse(number: int, codes: str) -> list[list[str]]:
     found = codes.split()
     if len(found) != EDGES:
-        raise ValueError(f"cells[{number}]: got {len(found)} codes, expected {EDGES}")
+        raise ValueError(f"cells[{number}]: expected {EDGES} codes, got {len(found)}")
     for place, code in enumerate(found):
         if not re.fullmatch("[01]{2}", code):
-            raise ValueError(f"cells[{number}]: code {place}: got {code!r}, expected 00, 01, 10 or 11")
+            raise ValueError(f"cells[{number}]: code {place}: expected 00, 01, 10 or 11, got {code!r}")
     rest = iter(found)
     nodes = [[next(rest) for _ in range(node + 2)] for node in range(NODES)]
     if not reaches_output([index for index, code in enumerate(node) if code != "00"] for node in nodes):
-        raise ValueError(f"cells[{number}]: with these 00 codes, the output does not depend on the inputs")
+        raise ValueError(
+            f"cells[{number}]: expected an output that depends on the inputs, got 00 codes that cut it off"
+        )
     return nodes
 
 
 def robnet_large(num_classes: int) -> StagedNetwork:
-    """RobNet-large-v1, 36 channels and 20 layers: see :func:`robnet_network`."""
+    """RobNet-large-v1, 36 channels and 20 layers: see `robnet_network`."""
     return robnet_network(ROBNET_LARGE, num_classes, channels=36, layers=20)
 
 
 def robnet_large_v2(num_classes: int) -> StagedNetwork:
-    """RobNet-large-v2, 64 channels and 33 layers: see :func:`robnet_network`."""
+    """RobNet-large-v2, 64 channels and 33 layers: see `robnet_network`."""
     return robnet_network(ROBNET_LARGE, num_classes, channels=64, layers=33)
 
 
 def robnet_free(num_classes: int) -> StagedNetwork:
-    """RobNet-free, 36 channels and 20 layers: see :func:`robnet_network`."""
+    """RobNet-free, 36 channels and 20 layers: see `robnet_network`."""
     return robnet_network(ROBNET_FREE, num_classes, channels=36, layers=20)

@@ -15,9 +15,9 @@ from immunity_fast.functional import Layout
 
 
 class StagedNetwork(nn.Sequential):
-    """A chain of named stages followed by a child called ``classifier``.
+    """A chain of named stages followed by a child called `classifier`.
 
-    Built from an ``OrderedDict`` of children whose last key is ``"classifier"``. Maps images (B, 3, H, W) to logits
+    Built from an `OrderedDict` of children whose last key is `"classifier"`. Maps images (B, 3, H, W) to logits
     (B, K); every stage's output is a map (B, C, h, w).
     """
 
@@ -27,24 +27,29 @@ class StagedNetwork(nn.Sequential):
         return tuple(self._modules)[:-1]
 
     def split(self, stage: str) -> tuple[nn.Sequential, nn.Sequential]:
-        """The network cut after ``stage``; see :func:`split`."""
+        """The network cut after `stage`; see `split`."""
         return split(self, stage)
 
 
 def split(network: nn.Sequential, stage: str) -> tuple[nn.Sequential, nn.Sequential]:
-    """Cuts a chain after one of its stages (any child but the last).
+    """Cut a chain after one of its stages.
 
-    Returns ``(trunk, head)``: trunk maps images (B, 3, H, W) to that stage's activations (B, C, h, w), head maps these
-    to logits (B, K). Both share the network's modules and keep their names, so the parameter names of the two together
-    are those of the network.
+    Args:
+        network: images (B, 3, H, W) to logits (B, K).
+        stage: the name of any child but the last.
 
-    Raises ``ValueError`` if ``network`` has no such stage.
+    Returns:
+        (trunk, head): trunk maps images to that stage's activations (B, C, h, w), head maps these to logits. Both share
+        the network's modules and keep their names, so the parameter names of the two together are those of the network.
+
+    Raises:
+        ValueError: `network` has no such stage.
     """
     # Not named_children(): it drops the second use of a module that stands in the chain twice, such as a shared ReLU.
     children = list(network._modules.items())
     stages = [name for name, _ in children[:-1]]
     if stage not in stages:
-        raise ValueError(f"stage: got {stage!r}, expected one of {', '.join(stages)}")
+        raise ValueError(f"stage: expected one of {', '.join(stages)}, got {stage!r}")
     cut = stages.index(stage) + 1
     trunk, head = nn.Sequential(OrderedDict(children[:cut])), nn.Sequential(OrderedDict(children[cut:]))
     # Only the two containers' own flags: train() would also change children that were given a mode of their own.
@@ -61,13 +66,18 @@ def default_stage(
 ) -> str:
     """The last stage whose map exceeds 8×8 on both sides: the Grad-CAM layer of arXiv 2402.18787.
 
-    ``image_size`` is the side of square images in pixels, or (H, W). Any module on images (B, C, H, W) will do: its
-    stages are the direct children that run once in a forward pass and return a map, (B, C, h, w) or as ``layout`` says,
-    in the order in which they run; ``layout=None`` finds out of each. ``like`` is a tensor (B, C, …) of the images'
-    channels, dtype and device; without it they are three, and the network's. The network is left as it is: a copy is
-    run, in eval mode.
+    Any module on images (B, C, H, W) will do: its stages are the direct children that run once in a forward pass and
+    return a map, in the order in which they run.
 
-    Raises ``ValueError`` if no stage's map is that large.
+    Args:
+        network: is left as it is: a copy is run, in eval mode.
+        image_size: the side of square images in pixels, or (H, W).
+        layout: of the maps, "NCHW" for (B, C, h, w) or "NHWC"; None finds out of each.
+        like: a tensor (B, C, …) of the images' channels, dtype and device; without it they are three, and the
+            network's.
+
+    Raises:
+        ValueError: no stage's map is that large.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if like is None:
@@ -87,15 +97,23 @@ def default_stage(
         if min(size) > 8:
             return name
     found_text = ", ".join(f"{name} {h}×{w}" for name, (h, w) in sizes.items()) or "no child returns one"
-    raise ValueError(f"no stage's map exceeds 8×8 for images of {height}×{width} ({found_text}): name a stage")
+    raise ValueError(
+        f"stage: expected a map above 8×8 for images of {height}×{width}, got none ({found_text}); name a stage"
+    )
 
 
 def copied(network: nn.Module, memo: dict[int, Any] | None = None, *, used: bool = False) -> nn.Module:
-    """A deep copy; what is in ``memo``, by the identity of the old, takes the old's place.
+    """A deep copy of a network.
 
-    PyTorch copies no tensor of a graph. A weight that each pass makes anew, of ``nn.utils.weight_norm`` and its like,
-    is copied without its graph; ``used``: so is all that a pass may have left in plain attributes. Raises
-    ``ValueError`` if something else cannot be copied.
+    PyTorch copies no tensor of a graph. A weight that each pass makes anew, of `nn.utils.weight_norm` and its like, is
+    copied without its graph.
+
+    Args:
+        memo: what takes the place of the old, by the old's identity.
+        used: so is copied all that a pass may have left in plain attributes.
+
+    Raises:
+        ValueError: something else cannot be copied.
     """
     try:
         left = [
@@ -107,11 +125,13 @@ def copied(network: nn.Module, memo: dict[int, Any] | None = None, *, used: bool
         made = [value for value in left if not value.is_leaf or is_functorch_wrapped_tensor(value)]
         return copy.deepcopy(network, {id(value): _without_graph(value) for value in made} | (memo or {}))
     except Exception as error:
-        raise ValueError(f"experts: a network holds what cannot be copied ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"experts: expected networks that can be copied, got {type(error).__name__}: {error}"
+        ) from error
 
 
 def _without_graph(value: Tensor) -> Tensor:
-    """A copy; of what a ``torch.vmap`` that has ended left, of all its rows."""
+    """A copy; of what a `torch.vmap` that has ended left, of all its rows."""
     while is_functorch_wrapped_tensor(value):
         value = get_unwrapped(value)
     return value.detach().clone()
@@ -124,10 +144,17 @@ def map_layout(
     *,
     square: bool,
 ) -> Layout | None:
-    """Which axes of a map are space, from its shapes for some images, wider ones and taller ones; None if it is open.
+    """Which axes of a map are space, from its shapes for some images, wider ones and taller ones.
 
-    ``square``: whether the first images are as high as wide. Where the others are unknown, or change nothing, two sides
-    of the map that are equal while the third axis is not are space.
+    Args:
+        shape: for some images; None: it is no tensor.
+        wider: for wider ones; None: it is unknown.
+        taller: for taller ones; None: it is unknown.
+        square: whether the first images are as high as wide. Where the others are unknown, or change nothing, two
+            sides of the map that are equal while the third axis is not are space.
+
+    Returns:
+        None if it is open.
     """
     if shape is None or len(shape) != 4:
         return None
@@ -150,7 +177,7 @@ def _shapes_of_children(
 ) -> dict[str, tuple[int, ...] | None]:
     """Of the direct children that run once in a forward pass, in that order; None for what is no tensor.
 
-    A child that runs twice, such as a shared ReLU, has no one map to take. Unless it is to run as a ``whole``, the
+    A child that runs twice, such as a shared ReLU, has no one map to take. Unless it is to run as a `whole`, the
     network may fail of the images on the way.
     """
     outputs: list[tuple[str, object]] = []
@@ -193,7 +220,7 @@ def classifier(channels: int, num_classes: int) -> nn.Sequential:
 
 
 def initialise(network: StagedNetwork) -> StagedNetwork:
-    """Draws every convolution's weights as He et al. do (arXiv 1502.01852, by fan-out), biases 0; returns the network.
+    """Draw every convolution's weights as He et al. do (arXiv 1502.01852, by fan-out), biases 0; returns the network.
 
     Batch normalisation starts at weight 1 and bias 0, which is PyTorch's default.
     """

@@ -122,13 +122,13 @@ def _with(pairs: Pairs, number: int, pair: Any) -> Pairs:
 @pytest.mark.parametrize(
     ("number", "pair", "message"),
     [
-        (3, ("sep_conv", 0), "[3]: got operation 'sep_conv', expected one of none, skip_connect, max_pool_3x3, "),
-        (0, ("none", 2), "[0]: got input 2, expected 0 to 1"),
-        (1, ("none", -1), "[1]: got input -1, expected 0 to 1"),
-        (5, ("skip_connect", 4), "[5]: got input 4, expected 0 to 3"),
-        (7, ("skip_connect", 5), "[7]: got input 5, expected 0 to 4"),
-        (7, ("skip_connect", True), "[7]: got input True, expected 0 to 4"),
-        (7, ("skip_connect", 1.0), "[7]: got input 1.0, expected 0 to 4"),
+        (3, ("sep_conv", 0), f"[3]: expected an operation of {', '.join(OPERATIONS)}, got 'sep_conv'"),
+        (0, ("none", 2), "[0]: expected an input of 0 to 1, got 2"),
+        (1, ("none", -1), "[1]: expected an input of 0 to 1, got -1"),
+        (5, ("skip_connect", 4), "[5]: expected an input of 0 to 3, got 4"),
+        (7, ("skip_connect", 5), "[7]: expected an input of 0 to 4, got 5"),
+        (7, ("skip_connect", True), "[7]: expected an input of 0 to 4, got True"),
+        (7, ("skip_connect", 1.0), "[7]: expected an input of 0 to 4, got 1.0"),
     ],
 )
 def test_wrong_pairs(number: int, pair: object, message: str) -> None:
@@ -141,13 +141,13 @@ def test_wrong_pairs(number: int, pair: object, message: str) -> None:
 
 @pytest.mark.parametrize("count", [0, 7, 9])
 def test_wrong_number_of_pairs(count: int) -> None:
-    with pytest.raises(ValueError, match=f"^reduce: got {count} pairs, expected 8$"):
+    with pytest.raises(ValueError, match=f"^reduce: expected 8 pairs, got {count}$"):
         Genotype(PDARTS.normal, (*PDARTS.reduce, ("none", 0))[:count])
 
 
 def test_a_cell_that_ignores_its_inputs() -> None:
     dead: Pairs = (("none", 0), ("none", 1)) * 3
-    message = "^normal: with these none operations, the output does not depend on the inputs$"
+    message = "^normal: expected an output that depends on the inputs, got none operations that cut it off$"
     with pytest.raises(ValueError, match=message):
         Genotype((*dead, ("none", 0), ("none", 1)), PDARTS.reduce)
     with pytest.raises(ValueError, match=message):

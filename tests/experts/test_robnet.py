@@ -87,17 +87,20 @@ GOOD = ROBNET_LARGE[0]
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        ([], "cells: got 0, expected 1 or one for each of the 6 layers"),
-        ([GOOD] * 5, "cells: got 5, expected 1 or one for each of the 6 layers"),
-        ([GOOD[:-3]], "cells[0]: got 13 codes, expected 14"),
-        ([GOOD] * 5 + [GOOD + " 11"], "cells[5]: got 15 codes, expected 14"),
-        ([GOOD[:-2] + "12"], "cells[0]: code 13: got '12', expected 00, 01, 10 or 11"),
-        (["0" + GOOD], "cells[0]: code 0: got '011', expected 00, 01, 10 or 11"),
-        (["1" + GOOD[2:]], "cells[0]: code 0: got '1', expected 00, 01, 10 or 11"),
-        ([" ".join(["00"] * 14)], "cells[0]: with these 00 codes, the output does not depend on the inputs"),
+        ([], "cells: expected 1 or one for each of the 6 layers, got 0"),
+        ([GOOD] * 5, "cells: expected 1 or one for each of the 6 layers, got 5"),
+        ([GOOD[:-3]], "cells[0]: expected 14 codes, got 13"),
+        ([GOOD] * 5 + [GOOD + " 11"], "cells[5]: expected 14 codes, got 15"),
+        ([GOOD[:-2] + "12"], "cells[0]: code 13: expected 00, 01, 10 or 11, got '12'"),
+        (["0" + GOOD], "cells[0]: code 0: expected 00, 01, 10 or 11, got '011'"),
+        (["1" + GOOD[2:]], "cells[0]: code 0: expected 00, 01, 10 or 11, got '1'"),
+        (
+            [" ".join(["00"] * 14)],
+            "cells[0]: expected an output that depends on the inputs, got 00 codes that cut it off",
+        ),
         (
             ["00 00 00 00 11 00 00 11 11 00 00 01 10 11"],
-            "cells[0]: with these 00 codes, the output does not depend on the inputs",
+            "cells[0]: expected an output that depends on the inputs, got 00 codes that cut it off",
         ),
     ],
 )
