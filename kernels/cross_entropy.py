@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from immunity_fast.kernels import launch
-from immunity_fast.kernels.scores import refuse_second_derivative
+from immunity_fast.kernels.autograd import refuse_second_derivative
 
 # Rows of `statistics` (3, N, B) float32.
 _LIKELIHOOD = tl.constexpr(0)  # l_i

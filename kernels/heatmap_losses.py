@@ -32,16 +32,15 @@ from torch import Tensor
 
 from immunity_fast.kernels import launch
 from immunity_fast.kernels.arithmetic import moments, power_of_two, relu, resample, resample_adjoint
-from immunity_fast.kernels.group import group_mean
-from immunity_fast.kernels.scores import (
-    broadcast,
+from immunity_fast.kernels.autograd import (
+    broadcast_over_space,
     common_dtype,
     describe,
-    empty_derivatives,
+    empty_grads,
     refuse_second_derivative,
-    scores,
-    scores_backward,
 )
+from immunity_fast.kernels.group import group_mean
+from immunity_fast.kernels.scores import scores, scores_backward
 
 # Rows of `statistics` (7, N, B) float32: what the backward pass needs to know of each map.
 _INVERSE_WEIGHTS = tl.constexpr(0)  # 2^−e of the weights
@@ -427,7 +426,7 @@ def heatmap_losses_backward(
     """
     height, width = activations[0].shape[3:]
     if sums.shape[1] == 0:
-        return empty_derivatives(activations, sums, dtype, needs_activations, needs_sums)
+        return empty_grads(activations, sums, dtype, needs_activations, needs_sums)
     of_scores = _maps_backward(
         of_information, of_stability, all_scores, log_shares, statistics, mean_distances,
         (height, width), normalize, smoothing,
@@ -446,12 +445,12 @@ def heatmap_losses_backward(
 
 @heatmap_losses_backward.register_fake
 def _(_of_information, _of_stability, activations, sums, *rest):
-    return empty_derivatives(activations, sums, *rest[-3:])
+    return empty_grads(activations, sums, *rest[-3:])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     activations, gradients, _, ctx.normalize, ctx.smoothing, ctx.scale, _ = inputs
-    ctx.gradients = describe(gradients)
+    ctx.gradient_specs = describe(gradients)
     ctx.save_for_backward(*activations, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
@@ -462,11 +461,11 @@ def _differentiate(ctx: Any, of_information: Tensor | None, of_stability: Tensor
     needs_activations, needs_gradients = any(ctx.needs_input_grad[0]), any(ctx.needs_input_grad[1])
     of_activations, of_sums = heatmap_losses_backward(
         of_information, of_stability, activations, sums, all_scores, log_shares, statistics, mean_distances,
-        ctx.normalize, ctx.smoothing, ctx.scale, common_dtype(ctx.gradients), needs_activations, needs_gradients,
+        ctx.normalize, ctx.smoothing, ctx.scale, common_dtype(ctx.gradient_specs), needs_activations, needs_gradients,
     )  # fmt: skip
     return (
         of_activations if needs_activations else [None] * len(activations),
-        broadcast(of_sums, ctx.gradients) if needs_gradients else [None] * len(ctx.gradients),
+        broadcast_over_space(of_sums, ctx.gradient_specs) if needs_gradients else [None] * len(ctx.gradient_specs),
         None, None, None, None, None,
     )  # fmt: skip
 

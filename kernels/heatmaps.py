@@ -13,15 +13,14 @@ from torch import Tensor
 
 from immunity_fast.kernels import launch
 from immunity_fast.kernels.arithmetic import power_of_two, resample, resample_adjoint
-from immunity_fast.kernels.scores import (
-    broadcast,
+from immunity_fast.kernels.autograd import (
+    broadcast_over_space,
     common_dtype,
     describe,
-    empty_derivatives,
+    empty_grads,
     refuse_second_derivative,
-    scores,
-    scores_backward,
 )
+from immunity_fast.kernels.scores import scores, scores_backward
 
 
 @triton.jit(do_not_specialize=["maps"])
@@ -131,7 +130,7 @@ def gradcam_heatmaps_backward(
     height, width = activations[0].shape[3:]
     out_height, out_width = of_heatmaps.shape[2:]
     if samples == 0:
-        return empty_derivatives(activations, sums, dtype, needs_activations, needs_sums)
+        return empty_grads(activations, sums, dtype, needs_activations, needs_sums)
     of_scores = torch.empty_like(all_scores)
     row_taps, column_taps = launch.taps(height, out_height), launch.taps(width, out_width)
     block_cells = launch.adjoint_cells(cells, row_taps, column_taps)
@@ -157,12 +156,12 @@ def gradcam_heatmaps_backward(
 
 @gradcam_heatmaps_backward.register_fake
 def _(_of_heatmaps, activations, sums, *rest):
-    return empty_derivatives(activations, sums, *rest[-3:])
+    return empty_grads(activations, sums, *rest[-3:])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     activations, gradients, _, ctx.scale = inputs
-    ctx.gradients = describe(gradients)
+    ctx.gradient_specs = describe(gradients)
     ctx.save_for_backward(*activations, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -176,13 +175,13 @@ def _differentiate(ctx: Any, of_heatmaps: Tensor, *_: None) -> tuple[Any, ...]:
         sums,
         all_scores,
         ctx.scale,
-        common_dtype(ctx.gradients),
+        common_dtype(ctx.gradient_specs),
         needs_activations,
         needs_gradients,
     )
     return (
         of_activations if needs_activations else [None] * len(activations),
-        broadcast(of_sums, ctx.gradients) if needs_gradients else [None] * len(ctx.gradients),
+        broadcast_over_space(of_sums, ctx.gradient_specs) if needs_gradients else [None] * len(ctx.gradient_specs),
         None,
         None,
     )

@@ -11,7 +11,7 @@ compiler sees which loads can be 16 bytes wide. Of the batch only the number of 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from immunity_fast.kernels import launch
 from immunity_fast.kernels.arithmetic import power_of_two
+from immunity_fast.kernels.autograd import empty_grads
 
 
 @triton.jit(do_not_specialize=["first_map", "samples"])
@@ -226,14 +227,6 @@ def _sum_over_space(gradients: Tensor, sums: Tensor, first_map: int, each: launc
     return sums[first : first + experts]
 
 
-def empty_derivatives(
-    activations: Sequence[Tensor], sums: Tensor, dtype: torch.dtype, needs_activations: bool, needs_sums: bool
-) -> tuple[list[Tensor], Tensor]:
-    """What `scores_backward` fills: one tensor a part, laid out as that part is, and one like `sums` in `dtype`."""
-    of_activations = [torch.empty_like(part) for part in activations] if needs_activations else []
-    return of_activations, sums.new_empty(sums.shape if needs_sums else 0, dtype=dtype)
-
-
 def scores_backward(
     of_scores: Tensor,
     inverses: Tensor,
@@ -253,7 +246,7 @@ def scores_backward(
         needs_activations, needs_sums: what is not wanted is an empty list or tensor, and costs nothing.
     """
     samples, channels, height, width = activations[0].shape[1:]
-    of_activations, of_sums = empty_derivatives(activations, sums, dtype, needs_activations, needs_sums)
+    of_activations, of_sums = empty_grads(activations, sums, dtype, needs_activations, needs_sums)
     first_map = 0
     with launch.on_device(sums):
         for part, result in zip(activations, of_activations or activations, strict=True):
@@ -268,37 +261,3 @@ def scores_backward(
             )  # fmt: skip
             first_map += part.shape[0] * samples
     return of_activations, of_sums
-
-
-class Part(NamedTuple):
-    """What is to be remembered of a part of the gradients; the tensor itself need not live until the backward pass."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-def describe(gradients: Sequence[Tensor]) -> list[Part]:
-    """Shape and dtype of each part."""
-    return [Part(part.shape, part.dtype) for part in gradients]
-
-
-def common_dtype(parts: Sequence[Part]) -> torch.dtype:
-    """Of all parts: the kernel then writes their gradient as it is wanted. float32 where they differ."""
-    dtypes = {part.dtype for part in parts}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
-
-
-def broadcast(of_sums: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-    """∂L/∂(∂y/∂A) of each part from (N, B, C): constant over space, so a view of stride 0 and never written out."""
-    pieces: list[Tensor] = list(torch.split(of_sums, [part.shape[0] for part in parts]))
-    return [
-        (piece.to(part.dtype) if len(part.shape) == 3 else piece.to(part.dtype)[..., None, None].expand(part.shape))
-        for piece, part in zip(pieces, parts, strict=True)
-    ]
-
-
-def refuse_second_derivative(ctx: Any, *gradients: Any) -> Any:
-    """The formula of every backward op: none. Without it autograd would raise as well, but less plainly."""
-    raise RuntimeError(
-        "immunity_fast: the Triton kernels have no second derivative; use backend='torch', which has all of them"
-    )

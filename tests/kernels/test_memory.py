@@ -160,7 +160,7 @@ def test_results_are_written_beyond_two_to_the_31_elements(monkeypatch: pytest.M
     arguments = (torch.ones(2), torch.ones(()), [inputs[0]], *saved[2:], True, 0.01, 0.5, torch.float32, True, True)
     expected = heatmap_losses_op.heatmap_losses_backward(*arguments)[0][0]
     far = _far_apart(torch.full_like(inputs[0], torch.nan), (2**31 + 16, 64, 2**30 + 16, 4, 1))
-    monkeypatch.setattr(scores, "empty_derivatives", lambda _parts, sums, *_: ([far], torch.empty_like(sums)))
+    monkeypatch.setattr(scores, "empty_grads", lambda _parts, sums, *_: ([far], torch.empty_like(sums)))
     heatmap_losses_op.heatmap_losses_backward(*arguments)
     assert torch.equal(far, expected)
 
