@@ -224,12 +224,14 @@ def _(_grad_losses, logits, gate, *_):
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps of inputs and outputs what `backward` needs."""
     logits, gate, targets, ctx.alpha = inputs
     ctx.save_for_backward(logits, gate, targets, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def backward(ctx: Any, grad_losses: Tensor, *_: None) -> tuple[Any, ...]:
+    """The derivative with respect to each input, None where there is none, from ∂L/∂CE."""
     return (*mixture_cross_entropy_backward(grad_losses, *ctx.saved_tensors, ctx.alpha), None, None)
 
 

@@ -473,6 +473,7 @@ def _(_grad_information, _grad_stability, activations, sums, *rest):
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keeps of inputs and outputs what `backward` needs."""
     activations, gradients, _, ctx.normalize, ctx.smoothing, ctx.scale, _ = inputs
     ctx.gradient_specs = describe(gradients)
     ctx.save_for_backward(*activations, *output[2:])
@@ -481,6 +482,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def backward(ctx: Any, grad_information: Tensor | None, grad_stability: Tensor | None, *_: None) -> tuple[Any, ...]:
+    """The derivative with respect to each input, None where there is none, from ∂L/∂MI_q and ∂L/∂PS (None: 0)."""
     *activations, sums, all_scores, log_shares, statistics, mean_distances = ctx.saved_tensors
     needs_activations, needs_gradients = any(ctx.needs_input_grad[0]), any(ctx.needs_input_grad[1])
     grad_activations, grad_sums = heatmap_losses_backward(

@@ -187,6 +187,7 @@ def _(_grad_heatmaps, activations, sums, *rest):
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keeps of inputs and outputs what `backward` needs."""
     activations, gradients, _, ctx.scale = inputs
     ctx.gradient_specs = describe(gradients)
     ctx.save_for_backward(*activations, *output[1:])
@@ -194,6 +195,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def backward(ctx: Any, grad_heatmaps: Tensor, *_: None) -> tuple[Any, ...]:
+    """The derivative with respect to each input, None where there is none, from ∂L/∂h."""
     *activations, sums, all_scores = ctx.saved_tensors
     needs_activations, needs_gradients = any(ctx.needs_input_grad[0]), any(ctx.needs_input_grad[1])
     grad_activations, grad_sums = gradcam_heatmaps_backward(
