@@ -6,6 +6,6 @@ Installs as `immunity_fast.kernels`, imports nothing else of it. Names in all ke
     x_ptrs        a block of pointers into it
     x_stride_n    elements from one entry of x to the next along an axis: n experts, b samples, c channels, k classes,
                   h rows, w columns; a tensor without strides is contiguous
-    grad_x        ∂L/∂x; but `gradients` are Grad-CAM's ∂y/∂A, `activations` its A
-    SHOUTED       known when the kernel is compiled, like whatever else is a `tl.constexpr`
+    grad_x        ∂L/∂x; in the losses, `gradients` are Grad-CAM's ∂y/∂A and `activations` its A
+    CAPITALS      known when the kernel is compiled, like whatever else is a `tl.constexpr`
 """

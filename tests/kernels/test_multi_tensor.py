@@ -116,7 +116,7 @@ def test_steps_are_those_of_torch(layout: Any, options: dict[str, Any], max_norm
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a compiler may fuse products and sums, as PyTorch's does elsewhere")
 @pytest.mark.parametrize("options", OPTIONS)
 def test_without_clipping_a_step_has_the_bits_of_torch(options: dict[str, Any]) -> None:
-    """Of its plain implementation, operator by operator, where nothing is fused to one rounding."""
+    """The bits of its plain implementation, operator by operator, where nothing is fused to one rounding."""
     parameters = _parameters()
     twins = _twin(parameters, torch.float32)
     ours = FusedSGD(parameters, 0.125, **_exact(options), backend="triton")
@@ -174,7 +174,7 @@ def test_gradients_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_broken_gradient_breaks_what_clipping_with_it_gives(broken: float) -> None:
-    """As in PyTorch: nothing hides it."""
+    """Nothing hides it, as in PyTorch."""
     parameters, twins = _parameters(shapes=[(5,), (6,)]), _parameters(shapes=[(5,), (6,)])
     for optimizer, owners in (
         (FusedSGD(parameters, 0.1, backend="triton"), parameters),
@@ -347,7 +347,7 @@ def test_anything_but_tensors_is_refused() -> None:
 
 
 def test_clipping_looks_at_all_gradients_whatever_is_updated() -> None:
-    """Of the model, as without the kernels: an optimiser of a part of it knows that part's gradients alone."""
+    """The norm is the model's, as without the kernels; an optimiser of a part knows that part's gradients alone."""
     torch.manual_seed(0)
     model = ImmunityMoE("resnet8", 2, 3, image_size=12).to(DEVICE)
     optimizer = FusedSGD(model.gate.parameters(), 1.0, backend="triton")

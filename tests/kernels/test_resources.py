@@ -86,7 +86,7 @@ def test_large_tensors_are_read_and_written_128_bits_at_a_time(records: list[dic
 
 
 def test_weights_are_read_and_written_128_bits_at_a_time(records: list[dict[str, Any]]) -> None:
-    """But for what is left of a tensor behind its last whole chunk, and where a tensor begins in between."""
+    """All but what is left of a tensor behind its last whole chunk, and tensors that begin between 16 bytes."""
     aligned = [r for r in records if r["kernel"] in UPDATES and r["constants"]["ALIGNED"]]
     for record in aligned:
         constants = record["constants"]
@@ -99,7 +99,7 @@ def test_weights_are_read_and_written_128_bits_at_a_time(records: list[dict[str,
 
 
 def test_the_committed_table_is_of_the_kernels_as_they_are(records: list[dict[str, Any]]) -> None:
-    """Of the versions it was made with; other compilers spend other registers."""
+    """Looked at with the versions that made it alone: other compilers spend other registers."""
     table = json.loads((REPOSITORY / "benchmarks" / "results" / "kernel_resources.json").read_text(encoding="utf-8"))
     import triton
 
