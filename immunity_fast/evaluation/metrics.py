@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from immunity_fast.arguments import stack_experts
 from immunity_fast.data.datasets import Split
 from immunity_fast.data.sampling import batches
-from immunity_fast.functional import label_scores, log_mixture, stack_experts
+from immunity_fast.functional import label_scores, log_mixture
 from immunity_fast.kernels import reference
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.models.gate import Switch
