@@ -28,11 +28,11 @@ from benchmarks.record import header
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.adversarial import InnerAttack, InnerAttackSettings
 from immunity_fast.attacks import Attack, BoundAttack
-from immunity_fast.augmentation import to_float
 from immunity_fast.checkpoint import load_model
-from immunity_fast.data import load
+from immunity_fast.data.augmentation import to_float
+from immunity_fast.data.datasets import load
+from immunity_fast.data.sampling import sample
 from immunity_fast.losses import ALPHA, BETA, GAMMA
-from immunity_fast.metrics import sample
 from immunity_fast.report import Table
 from immunity_fast.runs import Run
 from immunity_fast.step import TrainStep

@@ -27,13 +27,13 @@ from benchmarks.cases import DEVICE, computes
 from benchmarks.outcomes import FAILED, NOT_JUDGED, NOT_RUN, PASSED
 from benchmarks.stages import Job
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.augmentation import draw, move
-from immunity_fast.compilation import keep_caches
+from immunity_fast.data.augmentation import draw, move
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.kernels import launch
-from immunity_fast.precision import Amp, set_float32
+from immunity_fast.runtime.compilation import keep_caches
+from immunity_fast.runtime.precision import Amp, set_float32
+from immunity_fast.runtime.strategies import Batching, DoubleBackprop
 from immunity_fast.step import TrainStep
-from immunity_fast.strategies import Batching, DoubleBackprop
 
 SIDE, SAMPLES, CLASSES, EXPERTS = 16, 8, 4, 2
 CALLS = 3  # of a compiled step the first runs as it is, the second records CUDA graphs, the third replays them

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from immunity_fast.config import TrainConfig
-from immunity_fast.files import write_atomically
+from immunity_fast.runtime.files import write_atomically
 from immunity_fast.train import prepare, train
 
 GRID = (

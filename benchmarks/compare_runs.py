@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import header
-from immunity_fast.adversaries import DESCRIPTIONS
-from immunity_fast.files import write_atomically
+from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS
 from immunity_fast.findings import NAMES
 from immunity_fast.report import Table
 from immunity_fast.reproduction.tables import summarised
 from immunity_fast.runs import Run
+from immunity_fast.runtime.files import write_atomically
 
 MEASURES = {"mutual_information": "mutual information, nats", "cscore": "CScore", "iscore": "IScore"}
 ATTACKERS = {

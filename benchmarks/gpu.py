@@ -95,7 +95,7 @@ def kernels(stage: Stage, take: stages.Take) -> None:
 
 def steps(stage: Stage, take: stages.Take) -> None:
     """`benchmarks.steps`, and what it makes of the package's table."""
-    from immunity_fast.strategies import TABLE
+    from immunity_fast.runtime.strategies import TABLE
 
     before = TABLE.read_bytes()
     try:
@@ -213,7 +213,7 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     from benchmarks.cases import DEVICE
     from benchmarks.record import header
-    from immunity_fast.compilation import keep_caches
+    from immunity_fast.runtime.compilation import keep_caches
 
     if DEVICE.type != "cuda":
         raise SystemExit("error: benchmarks.gpu needs a CUDA GPU, and torch finds none here")

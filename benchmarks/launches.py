@@ -36,13 +36,13 @@ from benchmarks.measure import line
 from benchmarks.record import header, write
 from benchmarks.step_cases import CLASSES, FULL, NAIVE, SIDE, StepCase
 from immunity_fast import FusedImmunityLoss
-from immunity_fast.augmentation import move
 from immunity_fast.averaging import WeightAverage
-from immunity_fast.compilation import keep_caches
-from immunity_fast.data import Split
-from immunity_fast.loader import Batch, TrainLoader
+from immunity_fast.data.augmentation import move
+from immunity_fast.data.datasets import Split
+from immunity_fast.data.loader import Batch, TrainLoader
 from immunity_fast.optimizer import FusedSGD
-from immunity_fast.precision import set_float32
+from immunity_fast.runtime.compilation import keep_caches
+from immunity_fast.runtime.precision import set_float32
 from immunity_fast.step import MEASURED, TrainStep
 
 ARCHS = ("resnet8", "resnet18", "googlenet", "densenet121")

@@ -20,7 +20,7 @@ from benchmarks import machine, timing
 from benchmarks.cases import all_cases, rehearsed_cases
 from benchmarks.measure import measure
 from benchmarks.outcomes import write
-from immunity_fast.compilation import keep_caches
+from immunity_fast.runtime.compilation import keep_caches
 
 NAMED = ("group", "samples", "shape", "dtype", "layout")  # what tells the records of one case from others
 

@@ -18,15 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import naive
 from benchmarks.cases import DEVICE, EXPERTS
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.batching import channels_last_
-from immunity_fast.compilation import Compiled
 from immunity_fast.experts import create
 from immunity_fast.experts.staged import default_stage
 from immunity_fast.functional import mixture_cross_entropy
 from immunity_fast.kernels import launch
 from immunity_fast.losses import ALPHA, BETA, GAMMA
+from immunity_fast.models.stacking import channels_last_
 from immunity_fast.optimizer import FusedSGD
-from immunity_fast.precision import autocast
+from immunity_fast.runtime.compilation import Compiled
+from immunity_fast.runtime.precision import autocast
 from immunity_fast.step import TrainStep
 
 CLASSES = 10

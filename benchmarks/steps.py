@@ -36,9 +36,9 @@ from benchmarks.step_cases import (
     cases,
     rehearsed_cases,
 )
-from immunity_fast.compilation import keep_caches, resolve
-from immunity_fast.precision import set_float32
-from immunity_fast.strategies import TABLE
+from immunity_fast.runtime.compilation import keep_caches, resolve
+from immunity_fast.runtime.precision import set_float32
+from immunity_fast.runtime.strategies import TABLE
 
 # Dense bfloat16 with float32 accumulation, FLOP/s, from NVIDIA's data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}

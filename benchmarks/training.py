@@ -25,17 +25,19 @@ from benchmarks import machine, outcomes
 from benchmarks.cases import DEVICE, computes
 from benchmarks.outcomes import FAILED, NOT_FINISHED, NOT_JUDGED, NOT_RUN, PASSED
 from benchmarks.science import READY, RUNS
-from immunity_fast import adversaries, autoattack, cli
-from immunity_fast.adversarial import frozen
-from immunity_fast.attacks import Attack, BoundAttack, LabelledModel
-from immunity_fast.compilation import Compiled, keep_caches
+from immunity_fast.attacks import Attack, BoundAttack, LabelledModel, autoattack
 from immunity_fast.config import TrainConfig
-from immunity_fast.data import ImageDataset, Split, load
+from immunity_fast.data.datasets import ImageDataset, Split, load
+from immunity_fast.data.loader import Batch
+from immunity_fast.data.sampling import batches, sample
+from immunity_fast.evaluation import gate_attackers
 from immunity_fast.kernels import launch
-from immunity_fast.loader import Batch
-from immunity_fast.metrics import batches, sample, wilson_interval
-from immunity_fast.precision import set_float32
+from immunity_fast.metrics import wilson_interval
+from immunity_fast.models.modes import frozen
 from immunity_fast.runs import Run
+from immunity_fast.runtime import cli
+from immunity_fast.runtime.compilation import Compiled, keep_caches
+from immunity_fast.runtime.precision import set_float32
 from immunity_fast.train import check_finite, synchronize, train
 from immunity_fast.trainer import Trainer
 
@@ -147,7 +149,7 @@ def take_steps(trainer: Trainer, count: int) -> float:
 
 def exact_mean(trainer: Trainer) -> LabelledModel:
     """What is attacked, and what judges: the exact expectation of the gate's permutations, or the single network."""
-    return adversaries.attacker(trainer.model, "mean")
+    return gate_attackers.attacker(trainer.model, "mean")
 
 
 def gradient_seconds(trainer: Trainer, images: Tensor, labels: Tensor) -> float:
@@ -218,7 +220,7 @@ def autoattacked(
             late = f"not run: {AUTOATTACK_BATCH} images would take {needed:.0f} s"
             return found | {"rest": late} if found else late
         begin = time.monotonic()
-        adversarial = autoattack.autoattack(lambda x: outputs(x, x), images, labels, num_classes=classes, **options)
+        adversarial = autoattack(lambda x: outputs(x, x), images, labels, num_classes=classes, **options)
         needed = SLACK * (time.monotonic() - begin)
         right += answered(outputs, adversarial, labels)
         seen += len(labels)

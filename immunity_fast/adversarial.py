@@ -10,16 +10,17 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from immunity_fast.attacks import Attack, BoundAttack
-from immunity_fast.compilation import Announce, Compile
 from immunity_fast.functional import mixture_cross_entropy, mixture_log_probabilities
-from immunity_fast.gate import Switch
 from immunity_fast.metrics import wilson_interval
-from immunity_fast.model import ImmunityMoE
-from immunity_fast.precision import Amp, autocast
+from immunity_fast.models.gate import Switch
+from immunity_fast.models.modes import evaluating, frozen
+from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.runtime.compilation import Announce, Compile
+from immunity_fast.runtime.precision import Amp, autocast
 
 Adversarial = Literal["off", "pgd", "trades", "fgsm-rs"]
 BatchNormMode = Literal["eval", "train"]
@@ -107,31 +108,6 @@ class InnerAttack:
         with autocast(self.amp, self.device):
             outputs: Tensor = self.model(images)
         return outputs
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients of the model's own tensors in a `with` block: an attack has no use for them."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in a `with` block, and then again the mode that each module was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from immunity_fast.experts import create
-from immunity_fast.files import parse_json, shown, write_atomically
-from immunity_fast.model import ImmunityMoE, SingleNetwork
+from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
+from immunity_fast.runtime.files import parse_json, shown, write_atomically
 
 FORMAT = 2
 LAST = Path("checkpoints") / "last.safetensors"  # in a run folder

@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from immunity_fast.adversarial import Adversarial, BatchNormMode, InnerAttackSettings
-from immunity_fast.compilation import Compile
-from immunity_fast.data import NAMES as DATASETS
+from immunity_fast.data.datasets import NAMES as DATASETS
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve
-from immunity_fast.files import shown
 from immunity_fast.functional import Score, WeightScale
-from immunity_fast.gate import Switch
 from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
-from immunity_fast.precision import Amp, Float32
-from immunity_fast.strategies import Batching, DoubleBackprop
+from immunity_fast.models.gate import Switch
+from immunity_fast.runtime.compilation import Compile
+from immunity_fast.runtime.files import shown
+from immunity_fast.runtime.precision import Amp, Float32
+from immunity_fast.runtime.strategies import Batching, DoubleBackprop
 
 Flip = Literal["auto", "on", "off"]
 

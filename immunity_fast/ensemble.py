@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from immunity_fast import cli
 from immunity_fast.checkpoint import load_model, module_tensors, save_checkpoint
 from immunity_fast.experts import title
-from immunity_fast.model import ImmunityMoE
+from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runs import Run
+from immunity_fast.runtime import cli
 
 
 def join(folders: Sequence[Path], out: Path) -> Run:

@@ -14,25 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from immunity_fast import cli
-from immunity_fast.adversarial import frozen
 from immunity_fast.attacks import Model
 from immunity_fast.checkpoint import check_classes, load_info, load_model, model_file, not_finite
-from immunity_fast.compilation import Compile, Compiled, at_size, keep_caches
 from immunity_fast.config import TrainConfig, number
-from immunity_fast.data import NAMES as DATASETS
-from immunity_fast.data import ImageDataset, fingerprint, load
+from immunity_fast.data.datasets import NAMES as DATASETS
+from immunity_fast.data.datasets import ImageDataset, fingerprint, load
 from immunity_fast.evaluation_report import About, Outputs, write
 from immunity_fast.experts import title
 from immunity_fast.findings import worst_case
 from immunity_fast.ledger import Ledger
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.model import ImmunityMoE
-from immunity_fast.precision import set_float32
+from immunity_fast.models.modes import frozen
+from immunity_fast.models.moe import ExactMean, ImmunityMoE
 from immunity_fast.robustness import ATTACKS, CLEAN_CHUNK, SETS, Evaluation, Plan, Row
 from immunity_fast.runs import Run
+from immunity_fast.runtime import cli
+from immunity_fast.runtime.compilation import Compile, Compiled, at_size, keep_caches
+from immunity_fast.runtime.precision import set_float32
 from immunity_fast.subjects import Mixture, Network, Subject, load_callable
 
 MOST_DRAWS = 10_000  # for EOT
@@ -191,19 +190,6 @@ def evaluate_run(
     loss_fn = None if single else config.loss_fn(dataset.image_size)
     with frozen(model):
         return evaluate(subject, dataset, plan, outputs, about, loss_fn)
-
-
-class ExactMean(torch.nn.Module):
-    """A mixture by the exact mean of its gate; of one network, that network."""
-
-    def __init__(self, model: ImmunityMoE) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        with self.model.gate.switched("mean"):
-            outputs: Tensor = self.model(images)
-        return outputs
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunity_fast.adversarial import frozen
-from immunity_fast.augmentation import to_float
-from immunity_fast.compilation import TRACEBACKS
-from immunity_fast.data import ImageDataset
+from immunity_fast.data.augmentation import to_float
+from immunity_fast.data.datasets import ImageDataset
+from immunity_fast.data.sampling import sample
 from immunity_fast.figures import heatmap_figure, training_curves
-from immunity_fast.files import write_atomically
 from immunity_fast.findings import find, percent, results, tables, to_csv
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.metrics import expert_maps, sample
+from immunity_fast.metrics import expert_maps
+from immunity_fast.models.modes import frozen
 from immunity_fast.report import Table, write_report
 from immunity_fast.robustness import Evaluation
 from immunity_fast.robustness_figures import attacked_heatmap_figure, robustness_figure
+from immunity_fast.runtime.compilation import TRACEBACKS
+from immunity_fast.runtime.files import write_atomically
 from immunity_fast.subjects import Mixture
 
 FIGURE_ROWS = 6

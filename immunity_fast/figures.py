@@ -23,7 +23,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
-from immunity_fast.files import write_atomically
+from immunity_fast.runtime.files import write_atomically
 
 DPI = 256  # a power of two: whole pixels are exact as inches, and an image's pixels stay equal squares
 FONT_SIZE = 7.0  # points

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from immunity_fast.adversaries import DESCRIPTIONS
 from immunity_fast.attacks import EPS
+from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS
 from immunity_fast.metrics import HeatmapSums, combined, wilson_interval
 from immunity_fast.report import Table
 from immunity_fast.robustness import Evaluation, Row, bits, mean_loss

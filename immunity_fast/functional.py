@@ -7,13 +7,14 @@ in float32 (autocast included), float64 stays float64. Equation numbers: arXiv 2
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from immunity_fast.kernels import reference
+from immunity_fast.runtime.checks import check_choice, check_weight
 
 try:
     from immunity_fast.kernels import cross_entropy as fused_cross_entropy
@@ -294,18 +295,6 @@ def check_targets(targets: Tensor, samples: int, classes: int) -> Tensor:
         if smallest < 0 or largest >= classes:
             raise ValueError(f"targets: expected labels in [0, {classes}), got {smallest} to {largest}")
     return targets.long()
-
-
-def check_weight(name: str, value: float) -> None:
-    """A coefficient must be a finite number ≥ 0."""
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-
-
-def check_choice(name: str, value: str, choices: object) -> None:
-    """`value` must be one of a `Literal`'s words."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name}: expected one of {', '.join(get_args(choices))}, got {value!r}")
 
 
 def check_heatmap_options(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from immunity_fast.files import append_to, end_of_lines, lock_byte, named, parse_json, unlock_byte
+from immunity_fast.runtime.files import append_to, end_of_lines, lock_byte, named, parse_json, unlock_byte
 
 Piece = TypeVar("Piece")
 WRITING = 0  # the byte of the file that is locked by who writes to it; those behind it are claims

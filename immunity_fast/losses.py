@@ -17,18 +17,17 @@ from immunity_fast.functional import (
     WeightScale,
     channels_back,
     channels_first,
-    check_choice,
     check_distinct,
     check_heatmap_options,
     check_targets,
-    check_weight,
     heatmap_loss_gradients,
     heatmap_losses,
     join_experts,
     label_scores,
     mixture_cross_entropy,
 )
-from immunity_fast.strategies import DoubleBackprop
+from immunity_fast.runtime.checks import check_choice, check_weight
+from immunity_fast.runtime.strategies import DoubleBackprop
 
 Classification = Callable[[Tensor, Tensor | None], Tensor]
 

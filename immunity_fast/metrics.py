@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from immunity_fast.augmentation import to_float
-from immunity_fast.data import Split
+from immunity_fast.data.datasets import Split
+from immunity_fast.data.sampling import batches
 from immunity_fast.functional import label_scores, log_mixture, stack_experts
-from immunity_fast.gate import Switch
 from immunity_fast.kernels import reference
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.model import ImmunityMoE
-from immunity_fast.readers import SPLIT_SEED
-
-EVALUATION_BATCH = 250  # images at once: it bounds memory, no result depends on it but by rounding
-
-
-def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images (B, 3, H, W) in [0, 1], labels (B,)) of a split in order, `size` at a time, the rest last."""
-    for start in range(0, len(split), size):
-        yield to_float(split.images[start : start + size]), split.labels[start : start + size]
-
-
-def sample(split: Split, count: int) -> Split:
-    """A fixed random sample of at most `count` images: a stored order may be sorted by class."""
-    indices = sample_order(split, count).to(split.labels.device)
-    return Split(split.images[indices], split.labels[indices])
-
-
-def sample_order(split: Split, count: int) -> Tensor:
-    """The indices of `sample`'s images, int64 on the CPU; of a larger sample they are the first."""
-    return torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(split))[:count])
+from immunity_fast.models.gate import Switch
+from immunity_fast.models.moe import ImmunityMoE
 
 
 def correct(

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import SGD
 
 from immunity_fast.functional import HAS_TRITON, Backend
-from immunity_fast.precision import begin_momentum
+from immunity_fast.runtime.precision import begin_momentum
 
 if HAS_TRITON:
     from immunity_fast.kernels import multi_tensor

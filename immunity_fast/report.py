@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jinja2
 
-from immunity_fast.failures import readable
-from immunity_fast.files import write_atomically
+from immunity_fast.runtime.failures import readable
+from immunity_fast.runtime.files import write_atomically
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 NUMBER = re.compile(r"[-+−±]?\s*[\d.]*\d")

@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from immunity_fast import cli
 from immunity_fast.checkpoint import load_model
 from immunity_fast.config import add_options, resolve_architecture
-from immunity_fast.data import load
-from immunity_fast.files import write_atomically
+from immunity_fast.data.datasets import load
 from immunity_fast.report import Table, write_report
 from immunity_fast.reproduction import figure2 as figure2_files
 from immunity_fast.reproduction import tables as paper
@@ -30,6 +28,8 @@ from immunity_fast.reproduction.charts import Panel, dot_chart, sweep_figure
 from immunity_fast.reproduction.experiments import SCALES, Entry, Experiments, jobs_of
 from immunity_fast.reproduction.gallery import Gallery, collect
 from immunity_fast.reproduction.jobs import Done, Job, Queue
+from immunity_fast.runtime import cli
+from immunity_fast.runtime.files import write_atomically
 
 Points = Sequence[tuple[float, Entry]]
 

@@ -18,15 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunity_fast import autoattack
-from immunity_fast.attacks import EPS, Attack, BoundAttack, LabelledModel, NotFiniteError, UnmovedWarning
-from immunity_fast.augmentation import to_float
-from immunity_fast.data import Split
-from immunity_fast.files import is_number
+from immunity_fast.attacks import (
+    EPS,
+    Attack,
+    BoundAttack,
+    LabelledModel,
+    NotFiniteError,
+    UnmovedWarning,
+    autoattack,
+    square,
+)
+from immunity_fast.attacks.autoattack import DRAWS
+from immunity_fast.attacks.projections import Norm
+from immunity_fast.data.augmentation import to_float
+from immunity_fast.data.datasets import Split
+from immunity_fast.data.sampling import sample_order
 from immunity_fast.ledger import Ledger, key_of
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.metrics import heatmap_sums, sample_order
-from immunity_fast.projections import Norm
+from immunity_fast.metrics import heatmap_sums
+from immunity_fast.runtime.files import is_number
 from immunity_fast.subjects import Mixture, Subject
 
 VERSION = 2  # of what a piece is: a change makes earlier ones unknown
@@ -252,16 +262,14 @@ class Evaluation:
         if row.attack == "square":
             outputs = self.subject.attacker(row.attacker, gate)
         else:
-            outputs = self.subject.drawn(row.attacker, autoattack.DRAWS, gate)
+            outputs = self.subject.drawn(row.attacker, DRAWS, gate)
 
         def model(x: Tensor) -> Tensor:
             return outputs(x, labels)  # of these two, the labels are for "worst" alone
 
         if row.attack == "square":
-            return autoattack.square(
-                model, images, labels, eps=plan.radius, norm=plan.norm, queries=plan.queries, seed=seed
-            )
-        return autoattack.autoattack(
+            return square(model, images, labels, eps=plan.radius, norm=plan.norm, queries=plan.queries, seed=seed)
+        return autoattack(
             model,
             images,
             labels,

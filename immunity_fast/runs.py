@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from immunity_fast.checkpoint import BEST, LAST, load_info
-from immunity_fast.compilation import TRACEBACKS
 from immunity_fast.config import TrainConfig
-from immunity_fast.files import append_line, is_number, locked_folder, parse_json, write_atomically
+from immunity_fast.runtime.compilation import TRACEBACKS
+from immunity_fast.runtime.files import append_line, is_number, locked_folder, parse_json, write_atomically
 
 NOTES = "val_not_measured"  # what of a record is no number, but texts by name
 

@@ -15,17 +15,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from immunity_fast import strategies
 from immunity_fast.adversarial import InnerAttack, trades_losses
-from immunity_fast.augmentation import move
-from immunity_fast.batching import channels_last_
-from immunity_fast.compilation import Announce, Compile, Compiled
+from immunity_fast.data.augmentation import move
 from immunity_fast.functional import mixture_cross_entropy
 from immunity_fast.losses import Classification, FusedImmunityLoss, ImmunityTerms
-from immunity_fast.model import ImmunityMoE
+from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.models.stacking import channels_last_
 from immunity_fast.optimizer import FusedSGD
-from immunity_fast.precision import Amp, autocast, begin_momentum, grad_scaler
-from immunity_fast.strategies import DoubleBackprop
+from immunity_fast.runtime import strategies
+from immunity_fast.runtime.compilation import Announce, Compile, Compiled
+from immunity_fast.runtime.precision import Amp, autocast, begin_momentum, grad_scaler
+from immunity_fast.runtime.strategies import DoubleBackprop
 
 MEASURED = ("loss", "cross_entropy", "mutual_information_loss", "position_stability")
 

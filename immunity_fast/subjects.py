@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from immunity_fast import adversaries
-from immunity_fast.adversaries import Judge
 from immunity_fast.attacks import LabelledModel, Model, NotFiniteError
-from immunity_fast.autoattack import seeded
+from immunity_fast.attacks.autoattack import seeded
+from immunity_fast.attacks.mixtures import Judge, exact_judge, exact_means, trained_gate
+from immunity_fast.evaluation import gate_attackers
 from immunity_fast.functional import log_mixture
-from immunity_fast.model import ImmunityMoE
+from immunity_fast.models.moe import ImmunityMoE
 
 
 class Subject(Protocol):
@@ -90,7 +90,7 @@ class Mixture:
         self.model, self.num_classes, self.draws, self.transfer = model, num_classes, draws, transfer
         self.expert_logits = expert_logits or model.expert_logits
         experts = tuple(f"expert {i + 1}" for i in range(model.num_experts))
-        self.attackers = (*adversaries.KNOWLEDGE, *experts, *(("transfer",) if transfer is not None else ()))
+        self.attackers = (*gate_attackers.KNOWLEDGE, *experts, *(("transfer",) if transfer is not None else ()))
         self.judges = ("switching", "mean", "fixed", "worst", *experts)
 
     def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
@@ -98,28 +98,26 @@ class Mixture:
             other = self.transfer
             return lambda images, labels: other(images)
         knowledge: Any = int(name.removeprefix("expert ")) - 1 if name.startswith("expert ") else name
-        return adversaries.attacker(
+        return gate_attackers.attacker(
             self.model, knowledge, draws=self.draws, generator=generator, expert_logits=self.expert_logits
         )
 
     def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         with torch.no_grad():
             logits = self.expert_logits(images)
-            gate = adversaries.trained_gate(self.model, images)
+            gate = trained_gate(self.model, images)
             _check_outputs(logits, self.num_classes)
             loss = F.nll_loss(log_mixture(logits), labels, reduction="none")
-            return adversaries.judge(logits, gate, labels, generator), loss
+            return gate_attackers.judge(logits, gate, labels, generator), loss
 
     def best_by(self, name: str) -> Judge | Literal["outputs"] | None:
         # The exact mean, too: whoever fools that alone may still be answered rightly while the gate switches.
-        return (
-            adversaries.exact_judge(self.model, self.expert_logits) if name in ("single", "eot", "mean") else "outputs"
-        )
+        return exact_judge(self.model, self.expert_logits) if name in ("single", "eot", "mean") else "outputs"
 
     def drawn(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
         if name != "single":
             return self.attacker(name, generator)
-        return adversaries.attacker(
+        return gate_attackers.attacker(
             self.model, "eot", draws=draws, generator=generator, expert_logits=self.expert_logits
         )
 
@@ -128,7 +126,7 @@ class Mixture:
         return f"{_fingerprint(self.model)}-{self.draws}-{other}"
 
     def answers(self, images: Tensor) -> str:
-        own = (self.model.expert_logits, partial(adversaries.trained_gate, self.model))
+        own = (self.model.expert_logits, partial(trained_gate, self.model))
         return _answers([("model", own[0]), ("model", own[1]), ("transfer", self.transfer)], images)
 
 
@@ -164,7 +162,7 @@ class Network:
 
     def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
         if name == "eot" and self.draws is not None:
-            return adversaries.averaged(self.model, self.draws)
+            return gate_attackers.averaged(self.model, self.draws)
         model = self.transfer if name == "transfer" and self.transfer is not None else self.model
         return lambda images, labels: model(images)
 
@@ -232,7 +230,7 @@ def _answers(models: Sequence[tuple[str, Model | None]], images: Tensor) -> str:
         if model is None:
             continue
         try:
-            with torch.no_grad(), seeded(0), adversaries.exact_means():
+            with torch.no_grad(), seeded(0), exact_means():
                 outputs = model(images)
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):

@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 
-from immunity_fast import cli, distributed, interrupts
 from immunity_fast.adversarial import collapsed
 from immunity_fast.checkpoint import load_model, not_finite, save_checkpoint
-from immunity_fast.compilation import keep_caches
 from immunity_fast.config import PRESETS, TrainConfig, add_options, resolve_architecture
-from immunity_fast.data import load
+from immunity_fast.data.datasets import load
 from immunity_fast.evaluate import AFTER_TRAINING, chunk_of, evaluate_run
 from immunity_fast.experts import create, title
-from immunity_fast.failures import kept_traceback, one_line
-from immunity_fast.files import write_atomically
-from immunity_fast.memory import check_fits
-from immunity_fast.precision import set_float32
-from immunity_fast.profiling import profiled
 from immunity_fast.runs import Run
+from immunity_fast.runtime import cli, distributed, interrupts
+from immunity_fast.runtime.compilation import keep_caches
+from immunity_fast.runtime.failures import kept_traceback, one_line
+from immunity_fast.runtime.files import write_atomically
+from immunity_fast.runtime.memory import check_fits
+from immunity_fast.runtime.precision import set_float32
+from immunity_fast.runtime.profiling import profiled
 from immunity_fast.trainer import Trainer, training_means, validate
 
 # Settings that may differ when a run goes on: where, and by which of several exact ways.

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunity_fast import distributed
-from immunity_fast.adversarial import InnerAttack, frozen
+from immunity_fast.adversarial import InnerAttack
 from immunity_fast.attacks import Attack, NotFiniteError
 from immunity_fast.averaging import WeightAverage
 from immunity_fast.checkpoint import (
@@ -26,18 +25,21 @@ from immunity_fast.checkpoint import (
     optimizer_tensors,
     under,
 )
-from immunity_fast.compilation import Announce, Compiled, at_size, resolve
 from immunity_fast.config import TrainConfig
-from immunity_fast.data import ImageDataset, Split
-from immunity_fast.failures import one_line
-from immunity_fast.files import shown
+from immunity_fast.data.datasets import ImageDataset, Split
+from immunity_fast.data.loader import Batch, TrainLoader
+from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample
 from immunity_fast.functional import log_mixture
-from immunity_fast.loader import Batch, TrainLoader
-from immunity_fast.metrics import EVALUATION_BATCH, batches, correct, heatmap_metrics, sample
-from immunity_fast.model import ImmunityMoE, SingleNetwork
+from immunity_fast.metrics import correct, heatmap_metrics
+from immunity_fast.models.modes import frozen
+from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 from immunity_fast.optimizer import FusedSGD
+from immunity_fast.runtime import distributed
+from immunity_fast.runtime.compilation import Announce, Compiled, at_size, resolve
+from immunity_fast.runtime.failures import one_line
+from immunity_fast.runtime.files import shown
+from immunity_fast.runtime.strategies import fastest
 from immunity_fast.step import MEASURED, TrainStep, cosine_lr
-from immunity_fast.strategies import fastest
 
 CUDA_STATE = 16  # bytes of a GPU's generator
 

@@ -25,12 +25,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from immunity_fast import cli, evaluate, evaluation_report, train
+from immunity_fast import evaluate, evaluation_report, train
 from immunity_fast.checkpoint import load_checkpoint
 from immunity_fast.config import TrainConfig
 from immunity_fast.reproduction import tables
 from immunity_fast.reproduction.jobs import Job, Queue
 from immunity_fast.runs import Run
+from immunity_fast.runtime import cli
 from immunity_fast.trainer import Trainer
 from tests.small_runs import options, saved, trained, write_data
 

@@ -20,11 +20,12 @@ from typing import Any
 
 from torch.utils import tensorboard  # noqa: F401  for the processes to come
 
-from immunity_fast import cli, train
+from immunity_fast import train
 from immunity_fast.checkpoint import load_checkpoint
 from immunity_fast.experts import create
 from immunity_fast.experts.staged import default_stage
 from immunity_fast.runs import Run
+from immunity_fast.runtime import cli
 from immunity_fast.trainer import Trainer
 from tests.small_runs import go_on, options
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from immunity_fast import cli, train
+from immunity_fast import train
 from immunity_fast.checkpoint import load_checkpoint
-from immunity_fast.data import ImageDataset, Split
+from immunity_fast.data.datasets import ImageDataset, Split
 from immunity_fast.runs import Run
+from immunity_fast.runtime import cli
 from immunity_fast.trainer import Trainer
 
 CLASSES = 3

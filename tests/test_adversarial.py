@@ -28,12 +28,12 @@ from immunity_fast.adversarial import (
     trades_losses,
 )
 from immunity_fast.attacks import pgd
-from immunity_fast.augmentation import draw, move
 from immunity_fast.checkpoint import load_checkpoint, load_model
 from immunity_fast.config import PRESETS, TrainConfig, add_options, number
+from immunity_fast.data.augmentation import draw, move
 from immunity_fast.experts.staged import GlobalAveragePool
-from immunity_fast.gate import Switch
-from immunity_fast.model import SingleNetwork
+from immunity_fast.models.gate import Switch
+from immunity_fast.models.moe import SingleNetwork
 from immunity_fast.runs import Run
 from immunity_fast.step import TrainStep
 from immunity_fast.trainer import Trainer, validate

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from immunity_fast import attack_losses
-from immunity_fast.attack_losses import LOSSES
+from immunity_fast.attacks import losses as attack_losses
+from immunity_fast.attacks.losses import LOSSES
 from tests.oracle import assert_matches
 
 TARGETED = pytest.mark.parametrize("targeted", [False, True], ids=["any", "target"])

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from immunity_fast import ImmunityMoE, attacks
 from immunity_fast.attacks import BoundAttack, NotFiniteError, UnmovedWarning, bim, fgsm, mim, pgd
-from immunity_fast.gate import Switch
+from immunity_fast.attacks.gradient import _bucket
+from immunity_fast.models.gate import Switch
 from tests.oracle import assert_matches
 from tests.test_attack_losses import loss_of
 
@@ -811,7 +812,7 @@ def test_a_compiled_attack_is_called_with_few_sizes(called: list[Call]) -> None:
 
 @pytest.mark.parametrize(("whole", "sizes"), [(1, {1}), (2, {1, 2}), (7, {1, 2, 4, 7}), (64, {8, 16, 32, 64})])
 def test_what_is_left_fits_and_fills_more_than_half_of_its_size(whole: int, sizes: set[int]) -> None:
-    found = {left: attacks._bucket(left, whole) for left in range(1, whole + 1)}
+    found = {left: _bucket(left, whole) for left in range(1, whole + 1)}
     assert set(found.values()) == sizes
     for left, size in found.items():
         assert left <= size

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from immunity_fast.augmentation import augment, to_float, warp
+from immunity_fast.data.augmentation import augment, to_float, warp
 
 SIZES = [(32, 32), (28, 28), (9, 14), (17, 8), (1, 1)]
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from immunity_fast import ImmunityMoE, RandomSwitchGate
 from immunity_fast.attacks import NotFiniteError, pgd
-from immunity_fast.autoattack import _Network, _Parts, _tileable, autoattack, square
-from immunity_fast.projections import Norm
+from immunity_fast.attacks.autoattack import _Network, _Parts, _tileable, autoattack, square
+from immunity_fast.attacks.projections import Norm
 
 torchattacks = pytest.importorskip("torchattacks")
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.batching import stack_modules
 from immunity_fast.experts import create
 from immunity_fast.experts.cells import FactorizedReduce, Node
 from immunity_fast.experts.darts import ADVRUSH, PDARTS, Genotype, advrush, darts_network, pdarts
@@ -25,7 +24,8 @@ from immunity_fast.experts.robnet import (
     robnet_network,
 )
 from immunity_fast.experts.staged import StagedNetwork, default_stage
-from immunity_fast.strategies import Batching
+from immunity_fast.models.stacking import stack_modules
+from immunity_fast.runtime.strategies import Batching
 from tests.cell_reference import images, stir
 
 CHANNELS, CELLS, CLASSES = 4, 6, 3

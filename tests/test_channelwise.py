@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from immunity_fast import ImmunityMoE
-from immunity_fast.batching import call_stacked, channels_last_, run_stacked, stack_modules, unstack_modules
 from immunity_fast.experts.staged import GlobalAveragePool
-from immunity_fast.strategies import Batching
+from immunity_fast.models.stacking import call_stacked, channels_last_, run_stacked, stack_modules, unstack_modules
+from immunity_fast.runtime.strategies import Batching
 from tests.fake_cuda import FakeTensorMode, to_fake_cuda
 
 EXPERTS, SAMPLES, CHANNELS, SIDE = 3, 4, 4, 8

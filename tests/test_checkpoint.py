@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch.optim import SGD
 
 from immunity_fast import ImmunityMoE
-from immunity_fast.batching import channels_last_
 from immunity_fast.checkpoint import (
     load_checkpoint,
     load_model,
@@ -26,6 +25,7 @@ from immunity_fast.checkpoint import (
     under,
     write_atomically,
 )
+from immunity_fast.models.stacking import channels_last_
 from tests.small_runs import as_bytes
 
 INFO = {"epoch": 3, "model": {"arch": "resnet8"}, "name": "größer"}

@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from immunity_fast import cli, ensemble, evaluate, reproduce, train
+from immunity_fast import ensemble, evaluate, reproduce, train
 from immunity_fast.experts.genotypes import reduced
+from immunity_fast.runtime import cli
 from tests.small_runs import error_line, options, trained, write_data
 
 ROOT = Path(__file__).parents[1]
@@ -116,10 +117,11 @@ def test_cuda_is_refused_where_there_is_none() -> None:
 
 @pytest.mark.parametrize("missing", ["matplotlib", "safetensors", "rich", "jinja2"])
 def test_a_missing_package_is_one_line(missing: str, tmp_path: Path) -> None:
+    file = str(ROOT / "immunity_fast" / "runtime" / "cli.py")
     program = (
         f"import sys, types; sys.modules['torch'] = types.ModuleType('torch'); sys.modules[{missing!r}] = None\n"
         "import importlib.util\n"
-        f"spec = importlib.util.spec_from_file_location('cli', {str(ROOT / 'immunity_fast' / 'cli.py')!r})\n"
+        f"spec = importlib.util.spec_from_file_location('cli', {file!r})\n"
         "spec.loader.exec_module(importlib.util.module_from_spec(spec))\n"
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch._inductor.runtime import cache_dir_utils
 from torch.optim import SGD
 
-from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate, strategies
-from immunity_fast.augmentation import draw
-from immunity_fast.compilation import Compiled, innermost_cause, keep_caches, resolve
+from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
+from immunity_fast.data.augmentation import draw
 from immunity_fast.experts.staged import GlobalAveragePool
-from immunity_fast.profiling import RECORDED
+from immunity_fast.runtime import strategies
+from immunity_fast.runtime.compilation import Compiled, innermost_cause, keep_caches, resolve
+from immunity_fast.runtime.profiling import RECORDED
 from immunity_fast.step import TrainStep
 from immunity_fast.trainer import Trainer
 from tests.small_runs import TIMINGS, options, saved, trained, write_data

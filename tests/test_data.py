@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from immunity_fast.data import NAMES, ImageDataset, Split, load
+from immunity_fast.data.datasets import NAMES, ImageDataset, Split, load
 
 Arrays = dict[str, Any]
 
@@ -179,7 +179,9 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 
 
 def test_import_needs_torch_and_numpy_only() -> None:
-    code = "import sys; import immunity_fast.data; print(*{'sklearn', 'torchvision', 'PIL'} & set(sys.modules))"
+    code = (
+        "import sys; import immunity_fast.data.datasets; print(*{'sklearn', 'torchvision', 'PIL'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == ""
 
@@ -556,7 +558,7 @@ def test_folder_is_read_alike_in_any_locale(tmp_path: Path) -> None:
         for number in range(4):
             write_image(tmp_path / os.fsdecode(name) / f"{number}.png", value=40 * index + number)
     program = (
-        "import sys; from immunity_fast.data import load; found = load('folder', sys.argv[1])\n"
+        "import sys; from immunity_fast.data.datasets import load; found = load('folder', sys.argv[1])\n"
         "print(ascii(found.classes), found.fingerprint())"
     )
     for locale in ({"PYTHONUTF8": "1"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):

@@ -31,7 +31,7 @@ WORKER = """
 import sys
 import torch
 from torch.optim import SGD
-from immunity_fast import FusedImmunityLoss, ImmunityMoE, distributed
+from immunity_fast import FusedImmunityLoss, ImmunityMoE; from immunity_fast.runtime import distributed
 from immunity_fast.step import TrainStep
 
 out, double_backprop, compile, backend = sys.argv[1:]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from immunity_fast import ensemble, evaluate, train
-from immunity_fast.augmentation import to_float
 from immunity_fast.checkpoint import load_model
-from immunity_fast.gate import Switch
+from immunity_fast.data.augmentation import to_float
+from immunity_fast.models.gate import Switch
 from immunity_fast.runs import Run
 from tests.small_runs import arrays, change_config, error_line, options, split, trained, write_data
 

@@ -30,15 +30,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from immunity_fast import cli, evaluate, evaluation_report, robustness, train
+from immunity_fast import evaluate, evaluation_report, robustness, train
 from immunity_fast.attacks import fgsm, pgd
 from immunity_fast.checkpoint import load_checkpoint, load_model, save_checkpoint
-from immunity_fast.data import load
+from immunity_fast.data.datasets import load
+from immunity_fast.data.sampling import sample, sample_order
 from immunity_fast.evaluation_report import About, Outputs
 from immunity_fast.findings import tables, to_csv
-from immunity_fast.metrics import sample, sample_order
 from immunity_fast.robustness import Evaluation, Plan
 from immunity_fast.runs import Run
+from immunity_fast.runtime import cli
 from immunity_fast.subjects import Network
 from tests.small_runs import CLASSES, arrays, change_config, dataset, error_line, options, split, trained, write_data
 
@@ -586,7 +587,7 @@ import torch
 from torch import nn
 
 from immunity_fast.checkpoint import load_model
-from immunity_fast.model import ImmunityMoE, SingleNetwork
+from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 
 MADE = []
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from immunity_fast import ensemble, evaluate, memory, reproduce, train
+from immunity_fast import ensemble, evaluate, reproduce, train
 from immunity_fast.config import TrainConfig
 from immunity_fast.experts import create
-from immunity_fast.failures import in_units, kept_traceback, one_line, out_of_memory
 from immunity_fast.robustness import Evaluation
+from immunity_fast.runtime import memory
+from immunity_fast.runtime.failures import in_units, kept_traceback, one_line, out_of_memory
 from immunity_fast.step import TrainStep
 from tests.small_runs import error_line, options, trained, write_data
 
@@ -106,7 +107,7 @@ def test_bytes_have_units(size: float, text: str) -> None:
 def test_a_process_has_the_memory_that_it_may_have() -> None:
     program = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (40 << 30, 40 << 30))\n"
-        "import torch\nfrom immunity_fast import memory\nprint(memory.total(torch.device('cpu')))"
+        "import torch\nfrom immunity_fast.runtime import memory\nprint(memory.total(torch.device('cpu')))"
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -166,7 +167,7 @@ def test_images_larger_than_memory_are_refused_before_one_is_made(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = _photos(tmp_path / "photos")
-    monkeypatch.setattr("immunity_fast.readers._read_image", None)
+    monkeypatch.setattr("immunity_fast.data.readers._read_image", None)
     if command == "train":
         arguments = ["--dataset", "folder", "--data", str(photos), "--image-size", "100000", "--device", "cpu"]
         line = error_line(capsys, train.main, [*arguments, "--out", str(tmp_path / "run")])

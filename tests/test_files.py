@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from immunity_fast import files
-from immunity_fast.files import append_line, locked, locked_folder, parse_json, write_atomically
+from immunity_fast.runtime import files
+from immunity_fast.runtime.files import append_line, locked, locked_folder, parse_json, write_atomically
 
 # Of files.py alone: a process that has imported PyTorch takes seconds to begin.
 START = f"""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from immunity_fast import RandomSwitchGate
-from immunity_fast.gate import Switch
+from immunity_fast.models.gate import Switch
 
 SWITCHES: list[Switch] = ["call", "sample", "off", "mean"]
 

@@ -21,8 +21,8 @@ from benchmarks import check, gpu, outcomes, science, stages, training
 from benchmarks.outcomes import FAILED, NOT_FINISHED, NOT_JUDGED, NOT_RUN, PASSED
 from benchmarks.stages import STAGES, Job
 from benchmarks.step_cases import CROSS_ENTROPY, DETACHED, FULL, StepCase
-from immunity_fast.precision import Amp
-from immunity_fast.strategies import Batching, DoubleBackprop
+from immunity_fast.runtime.precision import Amp
+from immunity_fast.runtime.strategies import Batching, DoubleBackprop
 from tests.small_runs import write_data
 
 REPOSITORY = Path(__file__).parents[1]

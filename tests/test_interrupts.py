@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from immunity_fast import cli, ensemble, evaluate, interrupts, reproduce, train
+from immunity_fast import ensemble, evaluate, reproduce, train
 from immunity_fast.checkpoint import load_checkpoint
 from immunity_fast.reproduction import jobs
 from immunity_fast.robustness import Evaluation
 from immunity_fast.runs import Run
+from immunity_fast.runtime import cli, interrupts
 from immunity_fast.trainer import Trainer
 from tests.small_runs import error_line, options, saved, trained, write_data
 from tests.test_distributed import _launch
@@ -200,7 +201,8 @@ def test_a_package_that_is_imported_changes_no_handler() -> None:
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://none", "nonsense"])
 def test_a_backend_of_matplotlib_s_that_is_not_there_does_not_matter(backend: str, tmp_path: Path) -> None:
     program = (
-        "import sys, torch; from pathlib import Path; from immunity_fast import cli, figures\n"
+        "import sys, torch; from pathlib import Path\n"
+        "from immunity_fast.runtime import cli; from immunity_fast import figures\n"
         "figures.training_curves([{'epoch': 1, 'loss': 1.0}], Path(sys.argv[1]))"
     )
     file = tmp_path / "figure.png"
@@ -239,7 +241,7 @@ def test_an_environment_of_several_processes_that_is_not_torchrun_s_is_named(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("immunity_fast.distributed.TIMEOUT", train.distributed.timedelta(seconds=2))
+    monkeypatch.setattr("immunity_fast.runtime.distributed.TIMEOUT", train.distributed.timedelta(seconds=2))
     line = error_line(capsys, train.main, [*options(data), "--out", str(tmp_path / "run")])
     assert expected in line
     assert not (tmp_path / "run").exists()
@@ -265,7 +267,7 @@ def test_torchrun_is_told_what_was_wrong_and_the_first_process_alone_says_it(
 
 LEFT = """
 import sys, torch
-from immunity_fast import cli, distributed
+from immunity_fast.runtime import cli, distributed
 def main():
     with distributed.processes(torch.device("cpu")):
         if distributed.rank() == 0:

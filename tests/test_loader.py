@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from immunity_fast.augmentation import move
-from immunity_fast.data import Split
-from immunity_fast.loader import Batch, TrainLoader
+from immunity_fast.data.augmentation import move
+from immunity_fast.data.datasets import Split
+from immunity_fast.data.loader import Batch, TrainLoader
 
 
 def _split(count: int) -> Split:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, ImmunityTerms
-from immunity_fast.batching import stack_modules
+from immunity_fast.models.stacking import stack_modules
 from tests import oracle
 from tests.oracle import assert_matches
 

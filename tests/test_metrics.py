@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.data import Split
+from immunity_fast.data.datasets import Split
+from immunity_fast.data.sampling import batches, sample
 from immunity_fast.experts.staged import StagedNetwork
-from immunity_fast.metrics import batches, correct, expert_maps, heatmap_metrics, sample, wilson_interval
+from immunity_fast.metrics import correct, expert_maps, heatmap_metrics, wilson_interval
 from tests.small_runs import CLASSES, split
 
 EXPERTS = 3

@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
-from immunity_fast.batching import Batching
+from immunity_fast.models.stacking import Batching
 
 BOTH: list[Batching] = ["loop", "vmap"]
 TARGETS = torch.tensor([0, 3, 1, 2])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from immunity_fast.attacks import pgd
-from immunity_fast.projections import linf_bounds, project_l2, random_start
+from immunity_fast.attacks.projections import linf_bounds, project_l2, random_start
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 RADII = [0.0, 1 / 255, 8 / 255, 0.5, 2.0]

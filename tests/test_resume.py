@@ -383,7 +383,7 @@ def test_files_that_may_not_grow_stop_it_with_one_line(whole: dict[str, Any], da
     # The first checkpoint, which has no momentum, is half as large as those after a step: room for it alone.
     program = (
         "import resource, sys\n"
-        "from immunity_fast import cli, train\n"
+        "from immunity_fast.runtime import cli; from immunity_fast import train\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
         "cli.run_command(lambda: train.main(sys.argv[1:]))\n"
     )

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate, attacks, findings, robustness
-from immunity_fast.data import Split, fingerprint
+from immunity_fast.data.datasets import Split, fingerprint
+from immunity_fast.data.sampling import sample
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.findings import results, tables, to_csv
 from immunity_fast.ledger import Ledger
-from immunity_fast.metrics import heatmap_metrics, sample
+from immunity_fast.metrics import heatmap_metrics
 from immunity_fast.robustness import ATTACKS, Evaluation, Plan, Row, attack_rows, bits, curve_rows, mean_loss
 from immunity_fast.subjects import Mixture, Network, Subject
 from tests.small_runs import CLASSES, arrays, as_bytes

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from immunity_fast import evaluate, files, train
+from immunity_fast import evaluate, train
 from immunity_fast.reproduction.jobs import Job, Queue
 from immunity_fast.runs import Run
+from immunity_fast.runtime import files
 from immunity_fast.trainer import Trainer
 from tests.sharing import ALONE, JOBS, KEYS
 from tests.small_runs import error_line, options, saved, trained, write_data
@@ -218,7 +219,7 @@ def test_a_lock_ends_with_its_process(half: Path, finished: Path, tmp_path: Path
     shutil.copytree(half, folder)
     program = (
         "import signal, sys\n"
-        "from immunity_fast import cli, train\n"
+        "from immunity_fast.runtime import cli; from immunity_fast import train\n"
         "from immunity_fast.trainer import Trainer\n"
         "Trainer.advance = lambda *_: (print('training', flush=True), signal.pause())\n"
         "cli.console.quiet = True\n"

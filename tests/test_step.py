@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.augmentation import draw, move
+from immunity_fast.data.augmentation import draw, move
 from immunity_fast.experts.staged import GlobalAveragePool, split
 from immunity_fast.optimizer import FusedSGD
 from immunity_fast.step import MEASURED, TrainStep, cosine_lr

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import memory, steps, timing
 from benchmarks.step_cases import CROSS_ENTROPY, DETACHED, FULL, NAIVE, WAYS, StepCase, cases, rehearsed_cases
-from immunity_fast import strategies
+from immunity_fast.runtime import strategies
 
 CASE = StepCase("resnet8", None, 4, amp="off")
 

@@ -13,8 +13,8 @@ from benchmarks import launches
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.adversarial import InnerAttack, InnerAttackSettings
 from immunity_fast.attacks import Attack, BoundAttack
-from immunity_fast.augmentation import draw
 from immunity_fast.averaging import WeightAverage
+from immunity_fast.data.augmentation import draw
 from immunity_fast.kernels.multi_tensor import same_strides
 from immunity_fast.optimizer import FusedSGD
 from immunity_fast.step import TrainStep

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
-from immunity_fast.batching import Batching
-from immunity_fast.gate import Switch
+from immunity_fast.models.gate import Switch
+from immunity_fast.models.stacking import Batching
 
 THREADS = 4
 TARGETS = torch.tensor([0, 3, 1, 2])

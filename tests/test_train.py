@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from immunity_fast import cli, evaluate, train
+from immunity_fast import evaluate, train
 from immunity_fast import trainer as trainer_module
-from immunity_fast.augmentation import move
 from immunity_fast.checkpoint import load_checkpoint, load_model, save_checkpoint
 from immunity_fast.config import TrainConfig
-from immunity_fast.data import ImageDataset, Split
+from immunity_fast.data.augmentation import move
+from immunity_fast.data.datasets import ImageDataset, Split
 from immunity_fast.experts.genotypes import reduced
 from immunity_fast.kernels import reference
 from immunity_fast.runs import Run
+from immunity_fast.runtime import cli
 from immunity_fast.step import TrainStep
 from immunity_fast.trainer import Trainer, channel_statistics, training_means, validate
 from tests.small_runs import arrays, dataset, error_line, options, saved, split, trained, weights, write_data

@@ -6,7 +6,8 @@ python .ci/rehearsal/interrupted.py FOLDER -m immunity_fast.train arguments…
 import sys
 from pathlib import Path
 
-from immunity_fast import cli, train
+from immunity_fast import train
+from immunity_fast.runtime import cli
 
 
 def main() -> None:

@@ -17,10 +17,10 @@ import torch
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.adversarial import InnerAttack, InnerAttackSettings
-from immunity_fast.augmentation import draw
-from immunity_fast.compilation import keep_caches
+from immunity_fast.data.augmentation import draw
 from immunity_fast.experts.genotypes import reduced
 from immunity_fast.optimizer import FusedSGD
+from immunity_fast.runtime.compilation import keep_caches
 from immunity_fast.step import TrainStep
 
 

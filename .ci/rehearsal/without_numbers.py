@@ -12,7 +12,8 @@ import sys
 import torch
 from torch import Tensor
 
-from immunity_fast import attacks, cli, subjects, train
+from immunity_fast import attacks, subjects, train
+from immunity_fast.runtime import cli
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from immunity_fast.files import write_atomically
 from immunity_fast.reproduction.gallery import Gallery
 from immunity_fast.reproduction.gallery_figure import draw, to_bytes
 from immunity_fast.reproduction.gallery_page import page
+from immunity_fast.runtime.files import write_atomically
 
 
 def write(galleries: Sequence[Gallery], folder: Path, stem: str = "figure2") -> list[Path]:

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from immunity_fast.adversarial import evaluating
-from immunity_fast.data import Split
+from immunity_fast.data.datasets import Split
+from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample_order
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.metrics import EVALUATION_BATCH, batches, expert_maps, sample_order
-from immunity_fast.model import ImmunityMoE
+from immunity_fast.metrics import expert_maps
+from immunity_fast.models.modes import evaluating
+from immunity_fast.models.moe import ImmunityMoE
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 
-from immunity_fast import cli, ensemble, evaluate, train
+from immunity_fast import ensemble, evaluate, train
 from immunity_fast.config import TrainConfig
-from immunity_fast.data import fingerprint, load
+from immunity_fast.data.datasets import fingerprint, load
 from immunity_fast.experts import title
-from immunity_fast.files import locked, parse_json, write_atomically
 from immunity_fast.runs import Run
+from immunity_fast.runtime import cli
+from immunity_fast.runtime.files import locked, parse_json, write_atomically
 from immunity_fast.train import MOVABLE
 
 LOCKS = ".locks"

@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.data import Split
+from immunity_fast.data.datasets import Split
+from immunity_fast.data.sampling import sample_order
 from immunity_fast.experts.staged import StagedNetwork
-from immunity_fast.metrics import sample_order
-from immunity_fast.model import SingleNetwork
+from immunity_fast.models.moe import SingleNetwork
 from immunity_fast.reproduction.figure2 import write
 from immunity_fast.reproduction.gallery import Gallery, choose, collect
 from immunity_fast.reproduction.gallery_figure import CROSS, WIDTH, draw

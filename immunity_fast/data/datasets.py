@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from immunity_fast.readers import SPLIT_SEED, Parts, read_cifar, read_digits, read_folder, read_npz
+from immunity_fast.data.readers import SPLIT_SEED, Parts, read_cifar, read_digits, read_folder, read_npz
 
 NAMES = ("cifar10", "cifar100", "digits", "npz", "folder")
 
@@ -78,8 +78,8 @@ def load(
     name         path                                                  notes
     cifar10/100  the folder torchvision downloads to (default "data")  downloaded where it is missing
     digits       None                                                  scikit-learn's 8×8 digits at 32×32
-    npz          an .npz file in MedMNIST's layout                     see :func:`immunity_fast.readers.read_npz`
-    folder       root/train/<class>/*, root/test/<class>/*, or only    see :func:`immunity_fast.readers.read_folder`
+    npz          an .npz file in MedMNIST's layout                     see :func:`.read_npz`
+    folder       root/train/<class>/*, root/test/<class>/*, or only    see :func:`.read_folder`
                  root/<class>/*
 
     The training images come in a fixed random order. A set without a validation split gives up 10 % of its training

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from immunity_fast.files import write_atomically
+from immunity_fast.runtime.files import write_atomically
 
 SKIPPED, RECORDED = 5, 5  # steps; the first ones compile and warm up
 ROWS = 40  # of the table

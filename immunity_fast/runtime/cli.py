@@ -69,8 +69,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
     Interrupted by a signal, it ends with the status that shells give such a process, 130 or 143.
     """
-    from immunity_fast.compilation import keep_caches  # not at the top, where missing packages are asked for
-    from immunity_fast.interrupts import raised, status_of
+    from immunity_fast.runtime.compilation import keep_caches  # not at the top, where missing packages are asked for
+    from immunity_fast.runtime.interrupts import raised, status_of
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -127,7 +127,7 @@ def path(text: str) -> Path:
 @contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
     """Running out of memory in a `with` block or a decorated function, on any device, is one line: what to "try"."""
-    from immunity_fast.failures import out_of_memory  # not at the top, as above
+    from immunity_fast.runtime.failures import out_of_memory  # not at the top, as above
 
     try:
         yield
@@ -140,7 +140,7 @@ def enough_memory(advice: str) -> Iterator[None]:
 
 def resumable(module: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Of a command's main, whose work is kept piece by piece: an interrupt is told with the command that goes on."""
-    from immunity_fast.interrupts import told
+    from immunity_fast.runtime.interrupts import told
 
     def wrap(main: Callable[P, None]) -> Callable[P, None]:
         @wraps(main)

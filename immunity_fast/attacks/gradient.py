@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,28 +44,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from immunity_fast.adversaries import Judge, asked_modules, exact_means, judge_of
-from immunity_fast.attack_losses import Loss, loss_of
-from immunity_fast.compilation import Announce, Compile, Compiled
-from immunity_fast.functional import check_choice
-from immunity_fast.projections import Norm, linf_bounds, project_l2, random_start, scaled, unit
-
-Model = Callable[[Tensor], Tensor]
-LabelledModel = Callable[[Tensor, Tensor], Tensor]
+from immunity_fast.attacks.checks import check_finite, check_images, check_range
+from immunity_fast.attacks.losses import Loss, loss_of
+from immunity_fast.attacks.mixtures import Judge, LabelledModel, Model, asked_modules, exact_means, judge_of
+from immunity_fast.attacks.projections import Norm, linf_bounds, project_l2, random_start, scaled, unit
+from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.compilation import Announce, Compile, Compiled
 
 EPS: dict[Norm, float] = {"Linf": 8 / 255, "L2": 1.0}
 ALPHA: dict[Norm, float] = {"Linf": 2 / 255, "L2": 0.2}
 FOR_GOOD = 2  # of an image that fools a model: it does, whatever a random model draws
 AT_ONCE = 32  # images, where outputs are compared
 BUCKETS = 4  # a compiled step is compiled for the whole batch, for a half, a quarter and an eighth of it
-
-
-class NotFiniteError(ValueError):
-    """A model's output or gradient is no number; `sample` is the image's index in the batch."""
-
-    def __init__(self, sample: int) -> None:
-        super().__init__(f"model: its output or its gradient for sample {sample} is NaN or infinite")
-        self.sample = sample
 
 
 class UnmovedWarning(UserWarning):
@@ -219,7 +208,7 @@ class BoundAttack:
             gradients of parameters. Where that fails, the step is eager, and says so.
         judge: by what `keep_best`, `drop_fooled` and restarts judge a random model, see `adversaries.Judge`; "outputs":
             the model's are not random. None is the model's `exact_judge`, see `adversaries.attacker`, or finds out
-            whether a `RandomSwitchGate` switches while the model is asked.
+            whether a gate switches while the model is asked.
         elsewhere: (M, C, H, W) images on which the model's outputs are compared, besides made-up ones, where none of a
             batch has a gradient: if they agree on all, the model does not depend on its input.
         device: where the images will be; only compiling asks for it.
@@ -271,7 +260,7 @@ class BoundAttack:
             trusted: skip all checks, each of which waits for the device.
         """
         if not trusted:
-            _check(images, labels, targets)
+            check_images(images, labels, targets)
         images, labels = images.detach(), labels.long()
         targets = None if targets is None else targets.long()
         attack = self.attack
@@ -313,8 +302,8 @@ class BoundAttack:
             broken[batch.where] |= bad
             self.unmoved[batch.where] &= still
             if not trusted and step == 0:
-                _check_range(batch.labels, batch.targets, classes)
-                _check_finite(broken)
+                check_range(batch.labels, batch.targets, classes)
+                check_finite(broken)
                 if bool(still.all()):
                     self._check_that_it_depends(batch)
             success = FOR_GOOD * fooled
@@ -332,7 +321,7 @@ class BoundAttack:
             broken[batch.where] |= bad
             result.take(batch.where, batch.adversarial, loss, success)
         if not trusted:
-            _check_finite(broken)
+            check_finite(broken)
 
     def _look(self, batch: _Batch, judge: Judge | Literal["outputs"] | None) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, success: 0, 1, or 2 where it is `FOR_GOOD`, whether not finite) of the batch as it is, each (B,)."""
@@ -413,7 +402,7 @@ class BoundAttack:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, whether the attack has succeeded, whether an output is no number), each (B,)."""
         last = outputs.shape[-1] - 1
-        # On a GPU a label that is out of range would end the process; `_check_range` says it in a sentence.
+        # On a GPU a label that is out of range would end the process; `check_range` says it in a sentence.
         labels = labels.clamp(0, last)
         targets = None if targets is None else targets.clamp(0, last)
         draws = outputs if outputs.dim() == 3 else outputs[None]
@@ -554,27 +543,3 @@ def _bucket(size: int, whole: int) -> int:
     """The smallest of whole, whole/2, whole/4, … that holds `size`."""
     sizes = [-(-whole // (1 << power)) for power in range(BUCKETS)]
     return min(candidate for candidate in sizes if candidate >= size)
-
-
-def _check(images: Tensor, labels: Tensor, targets: Tensor | None) -> None:
-    if images.dim() != 4 or not images.is_floating_point():
-        raise ValueError(f"images: expected floating-point (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
-    for name, classes in (("labels", labels), ("targets", targets)):
-        if classes is not None and (classes.shape != images.shape[:1] or classes.is_floating_point()):
-            raise ValueError(
-                f"{name}: expected integers ({images.shape[0]},), got {classes.dtype} {tuple(classes.shape)}"
-            )
-    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError(f"images: expected values in [0, 1], got {images.min():.4g} to {images.max():.4g}")
-
-
-def _check_range(labels: Tensor, targets: Tensor | None, classes: int) -> None:
-    for name, given in (("labels", labels), ("targets", targets)):
-        if given is not None and len(given) and not (given.min() >= 0 and given.max() < classes):
-            wrong = int(((given < 0) | (given >= classes)).nonzero()[0, 0])
-            raise ValueError(f"{name}: expected 0 to {classes - 1}, got {int(given[wrong])} for sample {wrong}")
-
-
-def _check_finite(broken: Tensor) -> None:
-    if bool(broken.any()):
-        raise NotFiniteError(int(broken.nonzero()[0, 0]))

@@ -36,11 +36,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from immunity_fast.adversaries import asked_modules, drawn
-from immunity_fast.attack_losses import dlr
-from immunity_fast.attacks import Attack, Model, _check, _check_finite, _check_range
-from immunity_fast.functional import check_choice
-from immunity_fast.projections import Norm, largest_magnitude, linf_bounds, project_l2
+from immunity_fast.attacks.checks import check_finite, check_images, check_range
+from immunity_fast.attacks.gradient import Attack
+from immunity_fast.attacks.losses import dlr
+from immunity_fast.attacks.mixtures import Model, asked_modules, drawn
+from immunity_fast.attacks.projections import Norm, largest_magnitude, linf_bounds, project_l2
+from immunity_fast.runtime.checks import check_choice
 
 Version = Literal["standard", "rand"]
 
@@ -293,7 +294,7 @@ def _attack(
         return adversarial
     with seeded(seed):
         outputs = _first_outputs(parts.network, images, num_classes)
-        _check_range(labels, None, outputs.shape[1])
+        check_range(labels, None, outputs.shape[1])
         survivors = (outputs.argmax(1) == labels).nonzero()[:, 0]
         for part in order:
             if not len(survivors):
@@ -319,14 +320,14 @@ def _first_outputs(network: _Network, images: Tensor, num_classes: int | None) -
         if outputs.dim() != 2 or len(outputs) != len(images) or num_classes not in (None, outputs.shape[1]):
             expected = f"({len(images)}, {'K' if num_classes is None else num_classes})"
             raise ValueError(f"model: expected outputs {expected}, got {tuple(outputs.shape)}")
-        _check_finite(_broken(outputs))
+        check_finite(_broken(outputs))
         if gradients:
             slope = torch.autograd.grad(outputs.sum(), inputs, allow_unused=True)[0] if outputs.requires_grad else None
             if slope is None:
                 raise ValueError(
                     "model: its output has no gradient with respect to the images, which autoattack needs; take square"
                 )
-            _check_finite(~slope.isfinite().flatten(1).all(1))
+            check_finite(~slope.isfinite().flatten(1).all(1))
     return outputs.detach()
 
 
@@ -386,4 +387,4 @@ def _check_settings(images: Tensor, labels: Tensor, eps: float, norm: Norm, **co
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}")
-    _check(images, labels, None)
+    check_images(images, labels, None)

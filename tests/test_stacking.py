@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.batching import (
+from immunity_fast.experts import create
+from immunity_fast.models.stacking import (
     _as_laid_out,
     channels_last_,
     run_stacked,
@@ -19,8 +20,7 @@ from immunity_fast.batching import (
     stack_modules,
     unstack_modules,
 )
-from immunity_fast.experts import create
-from immunity_fast.strategies import Batching, choose
+from immunity_fast.runtime.strategies import Batching, choose
 
 BOTH: list[Batching] = ["loop", "vmap"]
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
-from immunity_fast.batching import Batching
 from immunity_fast.experts import create
 from immunity_fast.experts.staged import StagedNetwork
 from immunity_fast.functional import mixture_log_probabilities
-from immunity_fast.gate import Switch
-from immunity_fast.model import CIFAR10_MEAN, CIFAR10_STD
+from immunity_fast.models.gate import Switch
+from immunity_fast.models.moe import CIFAR10_MEAN, CIFAR10_STD
+from immunity_fast.models.stacking import Batching
 
 BOTH: list[Batching] = ["loop", "vmap"]
 TARGETS = torch.tensor([0, 3, 1, 2])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from immunity_fast.failures import in_units
+from immunity_fast.runtime.failures import in_units
 
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 

@@ -13,22 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from immunity_fast import ImmunityMoE, RandomSwitchGate, adversaries
-from immunity_fast.adversaries import (
-    DESCRIPTIONS,
-    KNOWLEDGE,
-    always_fooled,
-    attacker,
-    averaged,
-    judge,
-    permuted,
-    trained_gate,
-    worst_margins,
-    worst_weights,
-)
+from immunity_fast import ImmunityMoE, RandomSwitchGate
 from immunity_fast.attacks import Attack, BoundAttack, pgd
+from immunity_fast.attacks.mixtures import trained_gate
+from immunity_fast.evaluation import gate_attackers
+from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS, KNOWLEDGE, attacker, averaged, judge
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.functional import mixture_log_probabilities
+from immunity_fast.permutations import always_fooled, permuted, worst_margins, worst_weights
 from tests import oracle
 
 CLASSES = 4
@@ -389,7 +381,7 @@ def test_an_attack_by_eot_over_every_permutation_once_steps_along_the_exact_aver
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     orders = itertools.cycle(itertools.permutations(range(3)))
-    monkeypatch.setattr(adversaries, "permuted", lambda gate, generator: gate[:, list(next(orders))])
+    monkeypatch.setattr(gate_attackers, "permuted", lambda gate, generator: gate[:, list(next(orders))])
     model, images = _model(), _images()
     outputs, exact = attacker(model, "eot", draws=6), _gradients_of_all_permutations(model, images).mean(0)
     torch.testing.assert_close(_loss_and_gradient(outputs, images, LABELS)[1], exact, rtol=1e-9, atol=1e-12)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from immunity_fast.compilation import append_traceback, shortened
+from immunity_fast.runtime.compilation import append_traceback, shortened
 
 # What PyTorch's allocators and libraries say where they raise a plain RuntimeError.
 _NO_MEMORY = re.compile(

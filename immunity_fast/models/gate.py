@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast.experts.staged import GlobalAveragePool
-from immunity_fast.functional import check_choice
+from immunity_fast.permutations import random_orders
+from immunity_fast.runtime.checks import check_choice
 
 Switch = Literal["call", "sample", "off", "mean"]
 
@@ -104,18 +105,7 @@ class RandomSwitchGate(nn.Module):
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         if self.training or self.switch == "off":
             return weights
-        return weights.gather(-1, self._permutations(images.shape[0], weights.device))
-
-    def _permutations(self, samples: int, device: torch.device) -> Tensor:
-        """(B, N) int64: each row a uniformly random permutation, the same in all rows for "call"."""
-        rows = samples if self.switch == "sample" else 1
-        source = device if self.generator is None else self.generator.device
-        keys = torch.rand(rows, self.num_experts, generator=self.generator, device=source, dtype=torch.float64)
-        return without_waiting(keys.argsort(-1), device).expand(samples, -1)
-
-
-def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor brought to a device; from a CPU to a GPU without the host waiting for what is under way there."""
-    if tensor.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        samples = images.shape[0]
+        rows = samples if self.switch == "sample" else 1  # "call": the same in all rows
+        orders = random_orders(rows, self.num_experts, self.generator, weights.device)
+        return weights.gather(-1, orders.expand(samples, -1))

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from immunity_fast.failures import readable
-from immunity_fast.memory import check_fits
+from immunity_fast.runtime.failures import readable
+from immunity_fast.runtime.memory import check_fits
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 SPLIT_SEED = 18787  # of every split this package cuts: a fixed property of the data, not of a run

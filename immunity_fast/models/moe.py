@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from immunity_fast import probe
-from immunity_fast.batching import (
+from immunity_fast.experts import create
+from immunity_fast.experts.staged import StagedNetwork, default_stage, split
+from immunity_fast.functional import Experts, Layout, channels_back, channels_first, log_mixture
+from immunity_fast.models import probe
+from immunity_fast.models.gate import RandomSwitchGate, Switch
+from immunity_fast.models.stacking import (
     call,
     call_stacked,
     expert_by_expert,
@@ -21,11 +25,8 @@ from immunity_fast.batching import (
     stack_modules,
     unstack_modules,
 )
-from immunity_fast.experts import create
-from immunity_fast.experts.staged import StagedNetwork, default_stage, split
-from immunity_fast.functional import Experts, Layout, channels_back, channels_first, check_choice, log_mixture
-from immunity_fast.gate import RandomSwitchGate, Switch
-from immunity_fast.strategies import Batching, choose
+from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.strategies import Batching, choose
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -373,6 +374,19 @@ class SingleNetwork(ImmunityMoE):
         network = create(arch, num_classes)
         stage = default_stage(network, image_size) if stage is None else stage
         self._assemble([network], gate, stage, batching, Normalize(mean, std))
+
+
+class ExactMean(nn.Module):
+    """A mixture by the exact mean of its gate; of one network, that network."""
+
+    def __init__(self, model: ImmunityMoE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        with self.model.gate.switched("mean"):
+            outputs: Tensor = self.model(images)
+        return outputs
 
 
 class _ToRead(nn.Module):

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from immunity_fast.augmentation import draw
-from immunity_fast.data import Split
+from immunity_fast.data.augmentation import draw
+from immunity_fast.data.datasets import Split
 
 
 class Batch(NamedTuple):

@@ -1,0 +1,160 @@
+"""What an attack may ask of a mixture whose gate switches at random, whoever wrote it.
+
+A gate and a mixture are known by what they can do, `RandomGate` and `Mixture`; `ImmunityMoE` and its gate are such. A
+judge says to an attack which images are worst.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from threading import get_ident
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from immunity_fast.functional import log_mixture
+from immunity_fast.permutations import always_fooled
+
+Model = Callable[[Tensor], Tensor]
+LabelledModel = Callable[[Tensor, Tensor], Tensor]
+
+# By what an attack judges a model that is random: (images (B, C, H, W), labels (B,), targets (B,) or None) to (outputs
+# (B, K) that are not random, (B,) bool: whether the attack has succeeded whatever the model draws).
+Judge = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
+
+
+@runtime_checkable
+class RandomGate(Protocol):
+    """A module that weighs experts; in evaluation mode it draws a permutation while `switch` is "call" or "sample"."""
+
+    training: bool
+    switch: Any
+
+    def switched(self, switch: Any) -> AbstractContextManager[None]:
+        """Another `switch` for the length of a `with` block: "off" for the trained weights, "mean" for 1/N each."""
+
+
+@runtime_checkable
+class Mixture(Protocol):
+    """A module from images (B, C, H, W) to log-probabilities (B, K), of N experts that a gate weighs."""
+
+    gate: Any
+
+    def expert_logits(self, images: Tensor) -> Tensor:
+        """Logits (N, B, K) of each expert."""
+
+    def gate_weights(self, images: Tensor) -> Tensor:
+        """The gate's weights (B, N)."""
+
+
+def drawn(model: Mixture, draws: int) -> Model:
+    """What the mixture answers at `draws` calls, its gate as it is: (draws, B, K), by one pass over the experts."""
+
+    def outputs(images: Tensor) -> Tensor:
+        logits = model.expert_logits(images)
+        return torch.stack([log_mixture(logits, model.gate_weights(images)) for _ in range(draws)])
+
+    return outputs
+
+
+def exact_judge(model: Mixture, expert_logits: Callable[[Tensor], Tensor] | None = None) -> Judge:
+    """Of a mixture whose gate switches: the exact mean's log-probabilities, and who is fooled by every permutation.
+
+    Args:
+        model: in evaluation mode. Its switch does not matter.
+        expert_logits: what computes the model's, if compiled code is to; None is `model.expert_logits`.
+    """
+
+    def judge(images: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits, gate = (expert_logits or model.expert_logits)(images), trained_gate(model, images)
+        return log_mixture(logits), always_fooled(logits, gate, labels, targets)
+
+    return judge
+
+
+def judge_of(model: LabelledModel, images: Tensor, labels: Tensor) -> Judge | Literal["outputs"]:
+    """What judges anything with gates, found by one pass: exactly if it is a mixture and nothing else.
+
+    Of what does more with a mixture than to ask it, only the outputs for the exact means of its gates are known: nobody
+    is then fooled whatever the gate draws. "outputs": no gate switches.
+    """
+    with torch.no_grad(), exact_means() as asked:
+        outputs = model(images, labels)
+    if not asked.switching:
+        return "outputs"
+    if (mixture := asked.only(images, outputs)) is not None:
+        return exact_judge(mixture)
+
+    def judge(images: Tensor, labels: Tensor, _targets: Tensor | None) -> tuple[Tensor, Tensor]:
+        with exact_means():
+            return model(images, labels), torch.zeros_like(labels, dtype=torch.bool)
+
+    return judge
+
+
+@dataclass
+class Asked:
+    """The gates that were asked and would draw, and the mixtures that were, with the images and outputs of each."""
+
+    switching: list[RandomGate] = field(default_factory=list)
+    mixtures: list[tuple[Mixture, Any, Any]] = field(default_factory=list)
+
+    def only(self, images: Tensor, outputs: Tensor) -> Mixture | None:
+        """The mixture that was shown these images and has said this, and so is all that was asked."""
+        found = (mixture for mixture, shown, said in self.mixtures if shown is images and said is outputs)
+        return next(found, None)
+
+
+@contextmanager
+def asked_modules(gate: Callable[[RandomGate], Any] | None = None) -> Iterator[Asked]:
+    """Listen to this thread's gates and mixtures in a `with` block, wherever in a model they are.
+
+    Args:
+        gate: is called with each gate that would draw, before it does.
+    """
+    asked, thread = Asked(), get_ident()
+
+    def heard() -> bool:  # a compiler that meets a hook has to trace it
+        return not torch.compiler.is_compiling() and get_ident() == thread
+
+    def before(module: nn.Module, _inputs: Any) -> None:
+        if not heard():
+            return
+        # Inside compiled code nobody is heard: a compiled module's gates may all be asked.
+        for asking in module.modules() if hasattr(module, "_orig_mod") else (module,):
+            if isinstance(asking, RandomGate) and not asking.training and asking.switch in ("call", "sample"):
+                asked.switching.append(asking)
+                if gate is not None:
+                    gate(asking)
+
+    def after(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        module = getattr(module, "_orig_mod", module)
+        if heard() and isinstance(module, Mixture):
+            asked.mixtures.append((module, inputs[0] if inputs else None, outputs))
+
+    hooks = register_module_forward_pre_hook(before), register_module_forward_hook(after)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using `torch.compile")  # of hooks that fire twice
+            yield asked
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def exact_means() -> Iterator[Asked]:
+    """Gates that would draw, wherever in a model they are, answer by their exact mean in a `with` block."""
+    with ExitStack() as stack, asked_modules(lambda gate: stack.enter_context(gate.switched("mean"))) as asked:
+        yield asked
+
+
+def trained_gate(model: Mixture, images: Tensor) -> Tensor:
+    """The gate's weights (B, N) as they were trained."""
+    with model.gate.switched("off"):
+        return model.gate_weights(images)

@@ -1,0 +1,32 @@
+"""Which images of a split are looked at, and how many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from immunity_fast.data.augmentation import to_float
+from immunity_fast.data.datasets import Split
+from immunity_fast.data.readers import SPLIT_SEED
+
+EVALUATION_BATCH = 250  # images at once: it bounds memory, no result depends on it but by rounding
+
+
+def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images (B, 3, H, W) in [0, 1], labels (B,)) of a split in order, `size` at a time, the rest last."""
+    for start in range(0, len(split), size):
+        yield to_float(split.images[start : start + size]), split.labels[start : start + size]
+
+
+def sample(split: Split, count: int) -> Split:
+    """A fixed random sample of at most `count` images: a stored order may be sorted by class."""
+    indices = sample_order(split, count).to(split.labels.device)
+    return Split(split.images[indices], split.labels[indices])
+
+
+def sample_order(split: Split, count: int) -> Tensor:
+    """The indices of `sample`'s images, int64 on the CPU; of a larger sample they are the first."""
+    return torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(split))[:count])

@@ -1,0 +1,78 @@
+"""The N! permutations of a gate's weights: random ones, and the worst of all without trying one.
+
+Shapes: N experts, B images, K classes.
+"""
+
+import torch
+from torch import Tensor
+
+
+def random_orders(rows: int, num_experts: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """(rows, N) int64 on `device`: each row a uniformly random order of the experts.
+
+    Args:
+        rows: how many.
+        num_experts: N.
+        generator: where they come from, on any device; None is PyTorch's default generator of `device`.
+        device: where they are to be.
+    """
+    source = device if generator is None else generator.device
+    keys = torch.rand(rows, num_experts, generator=generator, device=source, dtype=torch.float64)
+    orders = keys.argsort(-1)
+    if source.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+        orders = orders.pin_memory()  # else the host would wait for what is under way on the GPU
+    return orders.to(device, non_blocking=True)
+
+
+def permuted(gate: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Each row of the weights (B, N) in a random order of its own, as `RandomSwitchGate` with `switch="sample"`."""
+    return gate.gather(-1, random_orders(gate.shape[0], gate.shape[1], generator, gate.device))
+
+
+def worst_margins(logits: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
+    """max over all N! permutations π of Σ_i g_π(i) (p_im − p_i,label), for each class m: (B, K); −∞ for the label.
+
+    A class wins under some permutation if and only if its margin is positive. No permutation is tried: a sum of
+    products is largest where both factors are in the same order (the rearrangement inequality), so sorting finds it.
+
+    Args:
+        logits: (N, B, K) of the experts; gate: (B, N) weights; labels: (B,) integers.
+    """
+    differences = _differences(logits, labels).sort(0).values
+    weights = gate.sort(-1).values.T[..., None].to(differences.dtype)
+    margins = (weights * differences).sum(0)
+    return margins.scatter(-1, labels[:, None], -torch.inf)
+
+
+def always_fooled(logits: Tensor, gate: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
+    """(B,) bool: images that fool the mixture under every one of the N! permutations.
+
+    With targets: that are the target then, exactly. Without: that are, each time, less likely the label than some class
+    that is the same for all of them; images for which it would have to be another each time are left out.
+
+    Args:
+        logits: (N, B, K) of the experts; gate: (B, N) weights; labels, targets: (B,) integers.
+    """
+    if targets is not None:
+        return worst_margins(logits, gate, targets).amax(-1) < 0
+    # The least sum of products: factors in opposite orders.
+    differences = _differences(logits, labels).sort(0).values
+    weights = gate.sort(-1, descending=True).values.T[..., None].to(differences.dtype)
+    return (weights * differences).sum(0).amax(-1) > 0  # of the label itself it is 0
+
+
+def worst_weights(logits: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
+    """The gate's weights (B, N), for each image in the order that gives the largest of `worst_margins`."""
+    with torch.no_grad():
+        rival = worst_margins(logits, gate, labels).argmax(-1)
+        differences = _differences(logits, labels)
+        towards = differences.gather(-1, rival.expand(len(logits), -1)[..., None])[..., 0].T
+        ranks = towards.argsort(-1).argsort(-1)
+    return gate.sort(-1).values.gather(-1, ranks)
+
+
+def _differences(logits: Tensor, labels: Tensor) -> Tensor:
+    """p_im − p_i,label: (N, B, K)."""
+    probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    own = probabilities.gather(-1, labels.expand(len(logits), -1)[..., None])
+    return probabilities - own
