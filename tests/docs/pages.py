@@ -13,7 +13,7 @@ FOLDERS = (".", "docs", "docs/api", "benchmarks", ".github", ".github/ISSUE_TEMP
 PAGES = sorted(page for folder in FOLDERS for page in (REPOSITORY / folder).glob("*.md"))
 
 FENCE = re.compile(r"^( *)(`{3,}|~{3,})\s*(\{?[\w-]*\}?)")
-CODE_SPAN = re.compile(r"(`+)(?!`)(.+?)(?<!`)\1(?!`)")
+CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)((?:(?!\n\s*\n).)+?)(?<!`)\1(?!`)", re.DOTALL)
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(\s*([^()\s]+(?:\([^()]*\)[^()\s]*)?)(?:\s+\"[^\"]*\")?\s*\)")
 COMMENT = re.compile(r"<!--\s*(.*?)\s*-->\s*$")
 
@@ -117,10 +117,8 @@ def anchors(page: Path) -> set[str]:
 
 def links(page: Path) -> Iterator[tuple[int, str]]:
     """(line, target) of each link and image, outside of code."""
-    # Links may be wrapped: the text is searched as a whole.
-    text = "\n".join(
-        CODE_SPAN.sub(lambda span: "`" + "x" * (len(span.group(0)) - 2) + "`", line) for line in prose(page)
-    )
+    # As a whole, since links and code may be wrapped.
+    text = CODE_SPAN.sub(lambda span: re.sub(r"[^`\n]", "x", span.group(0)), "\n".join(prose(page)))
     for match in LINK.finditer(text):
         yield text.count("\n", 0, match.start(1)) + 1, match.group(1)
 

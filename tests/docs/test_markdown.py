@@ -61,6 +61,14 @@ def test_every_relative_link_and_anchor_exists(page: Path) -> None:
             assert anchor in anchors(there), f"{where}: {sorted(anchors(there))}"
 
 
+def test_links_are_found_beside_code_that_is_wrapped(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "from `a\n--b` writes [a table](x.json), and `c`\n[`d`](y.md#e)\n\n`[f](z)` is code\n", encoding="utf-8"
+    )
+    assert list(links(page)) == [(2, "x.json"), (3, "y.md#e")]
+
+
 @pytest.fixture
 def index_description(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What setup.py makes of the README for a package index."""
