@@ -15,7 +15,7 @@ quickstart: $(VENV)/.train
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-# On the oldest versions that setup.py allows; TESTS="tests/kernels tests/test_step.py" runs these alone.
+# On the oldest versions that setup.py allows; TESTS="tests/kernels tests/training/test_step.py" runs these alone.
 test-oldest: $(OLDEST)/.test
 	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile $(TESTS)
 

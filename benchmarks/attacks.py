@@ -26,16 +26,16 @@ from benchmarks.measure import ratio, summary
 from benchmarks.outcomes import write
 from benchmarks.record import header
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.adversarial import InnerAttack, InnerAttackSettings
 from immunity_fast.attacks import Attack, BoundAttack
-from immunity_fast.checkpoint import load_model
 from immunity_fast.data.augmentation import to_float
 from immunity_fast.data.datasets import load
 from immunity_fast.data.sampling import sample
 from immunity_fast.losses import ALPHA, BETA, GAMMA
-from immunity_fast.report import Table
-from immunity_fast.runs import Run
-from immunity_fast.step import TrainStep
+from immunity_fast.reporting.html import Table
+from immunity_fast.training.adversarial import InnerAttack, InnerAttackSettings
+from immunity_fast.training.checkpoint import load_model
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.step import TrainStep
 
 EPS, STEP = 8 / 255, 2 / 255
 PAIRS: dict[str, tuple[Callable[[nn.Module], Any], Attack]] = {
@@ -107,7 +107,7 @@ def speed(model: nn.Module, images: Tensor, labels: Tensor, rounds: int, compile
             "eager": _bound(BoundAttack(ours, lambda x, _: model(x)), images, labels),
         }
         if compile != "off":
-            compiled = BoundAttack(ours, lambda x, _: model(x), compile=compile, device=DEVICE, announce=_refuse)
+            compiled = BoundAttack(ours, lambda x, _: model(x), compile=compile, device=DEVICE, log=_refuse)
             calls["compiled"] = _bound(compiled, images, labels)
         seconds = in_turns(calls, rounds)
         for way, measured in seconds.items():
@@ -155,8 +155,8 @@ def training(model: ImmunityMoE, images: Tensor, labels: Tensor, rounds: int, co
         FusedImmunityLoss(size=size),
         SGD(ours.parameters(), 1e-3, 0.9, nesterov=True, fused=True),
         compile=compile,
-        announce=_refuse,
-        attack=InnerAttack(ours, InnerAttackSettings("pgd"), compile=compile, announce=_refuse),
+        log=_refuse,
+        attack=InnerAttack(ours, InnerAttackSettings("pgd"), compile=compile, log=_refuse),
     )
     seconds = in_turns(
         {

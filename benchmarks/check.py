@@ -27,13 +27,13 @@ from benchmarks.cases import DEVICE, computes
 from benchmarks.outcomes import FAILED, NOT_JUDGED, NOT_RUN, PASSED
 from benchmarks.stages import Job
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.data.augmentation import draw, move
+from immunity_fast.data.augmentation import apply_affine, draw_affine
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.kernels import launch
 from immunity_fast.runtime.compilation import keep_caches
 from immunity_fast.runtime.precision import Amp, set_float32
 from immunity_fast.runtime.strategies import Batching, DoubleBackprop
-from immunity_fast.step import TrainStep
+from immunity_fast.training.step import TrainStep
 
 SIDE, SAMPLES, CLASSES, EXPERTS = 16, 8, 4, 2
 CALLS = 3  # of a compiled step the first runs as it is, the second records CUDA graphs, the third replays them
@@ -103,7 +103,7 @@ def jobs(python: Sequence[str], cores: int, rehearse: bool) -> list[Job]:
         *compiled[: len(compiled) // 2],
         Job("tests of kernels", [*tests, "tests/kernels", *chosen], 150, cores=max(workers, 1), after="device"),
         *compiled[len(compiled) // 2 :],
-        Job("tests of steps", [*tests, "tests/test_step_gpu.py", *chosen], 300, cores=max(workers, 1)),
+        Job("tests of steps", [*tests, "tests/training/test_step_gpu.py", *chosen], 300, cores=max(workers, 1)),
         Job("determinism", [*repeat, *(["--small"] if rehearse else [])], 60),
         Job("racecheck", [*sanitizer, "racecheck", *repeat, "--small"], 60),
     ]
@@ -136,10 +136,10 @@ def mixture(batching: str = "loop") -> ImmunityMoE:
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 images, labels and motion, on the CPU."""
+    """uint8 images, labels and the numbers of their affine maps, on the CPU."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(256, (SAMPLES, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
-    return images, torch.arange(SAMPLES) % CLASSES, draw(SAMPLES, generator, flip=True)
+    return images, torch.arange(SAMPLES) % CLASSES, draw_affine(SAMPLES, generator, flip=True)
 
 
 def _step(model: ImmunityMoE, **options: Any) -> TrainStep:
@@ -155,8 +155,8 @@ def _gradient(model: nn.Module) -> Tensor:
 def expected() -> tuple[float, Tensor]:
     """Loss and gradient of the eager step in float64 on the CPU."""
     model = mixture().double()
-    images, labels, motion = batch()
-    measured = _step(model, double_backprop="reverse")(move(images, motion).double(), labels)
+    images, labels, affine = batch()
+    measured = _step(model, double_backprop="reverse")(apply_affine(images, affine).double(), labels)
     return float(measured[0]), _gradient(model)
 
 
@@ -169,11 +169,11 @@ def taken(way: Combination) -> tuple[float, Tensor]:
     model = mixture(way.batching).to(DEVICE)
     refused: list[str] = []
 
-    def announce(text: str) -> None:
+    def log(text: str) -> None:
         error = sys.exc_info()[1]  # what compiling has raised
         refused.append(text if error is None else f"{outcomes.innermost_cause(error)} ({text})")
 
-    step = _step(model, amp=way.amp, double_backprop=way.double_backprop, compile=way.compile, announce=announce)
+    step = _step(model, amp=way.amp, double_backprop=way.double_backprop, compile=way.compile, log=log)
     if way.amp == "fp16":
         step.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=SCALE)
     arguments = [tensor.to(DEVICE) for tensor in batch()]

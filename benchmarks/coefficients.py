@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from immunity_fast.config import TrainConfig
 from immunity_fast.runtime.files import write_atomically
-from immunity_fast.train import prepare, train
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.loop import train
+from immunity_fast.training.preparation import prepare
 
 GRID = (
     # α, β, γ: the plain mixture, mutual information alone, γ in steps of ten, then β and α around the best

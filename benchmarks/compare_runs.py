@@ -14,11 +14,11 @@ from typing import Any
 
 from benchmarks.record import header
 from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS
-from immunity_fast.findings import NAMES
-from immunity_fast.report import Table
+from immunity_fast.evaluation.results import NAMES
+from immunity_fast.reporting.html import Table
 from immunity_fast.reproduction.tables import summarised
-from immunity_fast.runs import Run
 from immunity_fast.runtime.files import write_atomically
+from immunity_fast.training.run_folder import Run
 
 MEASURES = {"mutual_information": "mutual information, nats", "cscore": "CScore", "iscore": "IScore"}
 ATTACKERS = {

@@ -36,14 +36,14 @@ from benchmarks.measure import line
 from benchmarks.record import header, write
 from benchmarks.step_cases import CLASSES, FULL, NAIVE, SIDE, StepCase
 from immunity_fast import FusedImmunityLoss
-from immunity_fast.averaging import WeightAverage
-from immunity_fast.data.augmentation import move
+from immunity_fast.data.augmentation import apply_affine
 from immunity_fast.data.datasets import Split
 from immunity_fast.data.loader import Batch, TrainLoader
-from immunity_fast.optimizer import FusedSGD
 from immunity_fast.runtime.compilation import keep_caches
 from immunity_fast.runtime.precision import set_float32
-from immunity_fast.step import MEASURED, TrainStep
+from immunity_fast.training.ema import WeightAverage
+from immunity_fast.training.optimizer import FusedSGD
+from immunity_fast.training.step import MEASURED, TrainStep
 
 ARCHS = ("resnet8", "resnet18", "googlenet", "densenet121")
 SAMPLES = 32
@@ -173,7 +173,7 @@ def _naive(case: StepCase, batches: Iterator[Batch], sums: Tensor) -> Phases:
 
     def whole() -> None:
         batch = next(batches)
-        move(batch.images, batch.motion)
+        apply_affine(batch.images, batch.affine)
         step()  # of images of its own
         clip_grad_norm_(together.parameters(), MAX_NORM)
         average.update_parameters(together)
@@ -202,7 +202,7 @@ def _ours(case: StepCase, choices: tuple[Any, Any], amp: Any, batches: Iterator[
         amp=amp,
         double_backprop="reverse",
         compile=compile,
-        announce=_refuse,
+        log=_refuse,
     )
     measured = torch.zeros_like(sums)
 

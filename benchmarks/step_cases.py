@@ -24,10 +24,10 @@ from immunity_fast.functional import mixture_cross_entropy
 from immunity_fast.kernels import launch
 from immunity_fast.losses import ALPHA, BETA, GAMMA
 from immunity_fast.models.stacking import channels_last_
-from immunity_fast.optimizer import FusedSGD
 from immunity_fast.runtime.compilation import Compiled
 from immunity_fast.runtime.precision import autocast
-from immunity_fast.step import TrainStep
+from immunity_fast.training.optimizer import FusedSGD
+from immunity_fast.training.step import TrainStep
 
 CLASSES = 10
 SIDE = 32  # of images and heatmaps
@@ -123,7 +123,7 @@ class StepCase:
         model = self.model().to(DEVICE)
         model.batching = way.batching  # type: ignore[assignment]
         images, labels = self.batch()
-        options: dict[str, Any] = {"amp": self.amp, "compile": way.compile, "announce": _refuse}
+        options: dict[str, Any] = {"amp": self.amp, "compile": way.compile, "log": _refuse}
         if loss == CROSS_ENTROPY:
             return _plain_step(model, images, labels, **options), model
         step = TrainStep(
@@ -184,7 +184,7 @@ def _default_stage(arch: str, side: int) -> str:
     return default_stage(create(arch, CLASSES), side)
 
 
-def _plain_step(model: ImmunityMoE, images: Tensor, labels: Tensor, amp: Any, compile: Any, announce: Any) -> Step:
+def _plain_step(model: ImmunityMoE, images: Tensor, labels: Tensor, amp: Any, compile: Any, log: Any) -> Step:
     """Forward, cross-entropy, backward, optimiser: no Grad-CAM."""
     if CUDA:
         channels_last_(model)
@@ -195,7 +195,7 @@ def _plain_step(model: ImmunityMoE, images: Tensor, labels: Tensor, amp: Any, co
             logits, weights = model.expert_logits(images), model.gate_weights(images)
         return mixture_cross_entropy(logits, weights, labels, ALPHA).mean()
 
-    function, optimizer = Compiled(loss, compile, DEVICE, announce), _optimizer(model)
+    function, optimizer = Compiled(loss, compile, DEVICE, log), _optimizer(model)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -26,20 +26,20 @@ from benchmarks.cases import DEVICE, computes
 from benchmarks.outcomes import FAILED, NOT_FINISHED, NOT_JUDGED, NOT_RUN, PASSED
 from benchmarks.science import READY, RUNS
 from immunity_fast.attacks import Attack, BoundAttack, LabelledModel, autoattack
-from immunity_fast.config import TrainConfig
 from immunity_fast.data.datasets import ImageDataset, Split, load
 from immunity_fast.data.loader import Batch
 from immunity_fast.data.sampling import batches, sample
 from immunity_fast.evaluation import gate_attackers
+from immunity_fast.evaluation.metrics import wilson_interval
 from immunity_fast.kernels import launch
-from immunity_fast.metrics import wilson_interval
 from immunity_fast.models.modes import frozen
-from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compiled, keep_caches
 from immunity_fast.runtime.precision import set_float32
-from immunity_fast.train import check_finite, synchronize, train
-from immunity_fast.trainer import Trainer
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.loop import check_finite, synchronize, train
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
 
 EPOCHS = {"standard": 16, "fgsm-rs": 15}
 BATCH, LR = 512, 0.2  # 0.05 for 128 images, as the preset "fast" has it, in proportion
@@ -245,11 +245,11 @@ def prepared(name: str, options: argparse.Namespace) -> LimitedTrainer:
     begin = time.perf_counter()
     said: list[str] = []
 
-    def announce(text: str) -> None:
+    def log(text: str) -> None:
         error = sys.exc_info()[1]
         said.append(outcomes.shortened(text if error is None else f"{outcomes.innermost_cause(error)} ({text})"))
 
-    trainer = LimitedTrainer(config, data_of(options.data, options.rehearse), DEVICE, announce)
+    trainer = LimitedTrainer(config, data_of(options.data, options.rehearse), DEVICE, log)
     # A few passes an epoch: compiling them takes longer than they do.
     trainer._expert_logits = Compiled(trainer.model.expert_logits, "off", trainer.device)
     loaded = time.perf_counter()

@@ -7,189 +7,30 @@ the same command started twice shares the work.
 import argparse
 import math
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from immunity_fast.attacks import Model
-from immunity_fast.checkpoint import check_classes, load_info, load_model, model_file, not_finite
-from immunity_fast.config import TrainConfig, number
 from immunity_fast.data.datasets import NAMES as DATASETS
-from immunity_fast.data.datasets import ImageDataset, fingerprint, load
-from immunity_fast.evaluation_report import About, Outputs, write
-from immunity_fast.experts import title
-from immunity_fast.findings import worst_case
-from immunity_fast.ledger import Ledger
-from immunity_fast.losses import FusedImmunityLoss
+from immunity_fast.data.datasets import ImageDataset, load
+from immunity_fast.evaluation.pipeline import evaluate
+from immunity_fast.evaluation.report import About, Outputs
+from immunity_fast.evaluation.runner import ATTACKS, SETS, Plan
+from immunity_fast.evaluation.targets import Mixture, Network, Subject, load_callable
 from immunity_fast.models.modes import frozen
 from immunity_fast.models.moe import ExactMean, ImmunityMoE
-from immunity_fast.robustness import ATTACKS, CLEAN_CHUNK, SETS, Evaluation, Plan, Row
-from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
-from immunity_fast.runtime.compilation import Compile, Compiled, at_size, keep_caches
-from immunity_fast.runtime.precision import set_float32
-from immunity_fast.subjects import Mixture, Network, Subject, load_callable
+from immunity_fast.runtime.compilation import keep_caches
+from immunity_fast.training.checkpoint import check_classes, load_info, load_model, model_file, not_finite
+from immunity_fast.training.config import number
+from immunity_fast.training.run_evaluation import chunk_of, evaluate_run
+from immunity_fast.training.run_folder import Run
 
 MOST_DRAWS = 10_000  # for EOT
-CHUNK = {"cpu": 50, "cuda": 250}  # images at once
 LARGEST = 2**63 - 1  # of whole numbers
-
-# What a training run ends with: minutes on a CPU. The command finds out more.
-AFTER_TRAINING = Plan(
-    attacks=SETS["quick"],
-    attackers=("single", "mean"),
-    masking_images=32,
-    curve_eps=(0.25, 1, 4, 32),
-    curve_steps=(1, 5, 20),
-)
-
-
-def evaluate(
-    subject: Subject,
-    dataset: ImageDataset,
-    plan: Plan,
-    outputs: Outputs,
-    about: About,
-    loss_fn: FusedImmunityLoss | None = None,
-) -> dict[str, Any]:
-    """Carry out a plan on the test split, taking over what is finished; write results.json, tables, figures, report.
-
-    Args:
-        subject: in evaluation mode, on the data's device.
-        dataset: whose test split is attacked.
-        plan: what to find out.
-        outputs: the folder, which is made where it is missing.
-        about: for the report.
-        loss_fn: how the heatmaps of a mixture of at least 2 experts are looked at.
-
-    Returns:
-        `findings.results`.
-
-    Raises:
-        ValueError: a model that cannot be attacked or whose output is not finite.
-    """
-    set_float32("ieee")  # the numbers that are kept are not to depend on the device
-    evaluation = Evaluation(
-        subject,
-        dataset.test,
-        plan,
-        Ledger(outputs.ledger),
-        data=fingerprint(dataset.test),
-        loss_fn=loss_fn,
-    )
-    outputs.figures.mkdir(parents=True, exist_ok=True)
-    for pair in evaluation.left_out:
-        cli.console.print(f"left out: {pair['attack']} by {pair['attacker']}: {pair['why']}")
-    _run(evaluation)
-    found, shown = write(evaluation, dataset, outputs, about)
-    for table in shown:
-        cli.console.print()
-        cli.console.print(table.to_markdown())
-    cli.console.print(f"\nreport: {outputs.report}")
-    return found
-
-
-def _run(evaluation: Evaluation) -> None:
-    """With a progress bar, or now and then a line; and after the first images an estimate of what will come out."""
-    pieces = list(evaluation.pieces())
-    remaining = sum(
-        stop - start for row, start, stop in pieces if evaluation.key(row, start, stop) not in evaluation.ledger
-    )
-    if len(pieces) and remaining < sum(stop - start for _, start, stop in pieces):
-        cli.console.print(f"going on with {evaluation.ledger.path}")
-    judge = evaluation.subject.judges[0]
-    begin, estimated, done, status = time.perf_counter(), False, 0, ""
-    total = sum(stop - start for _, start, stop in pieces)
-
-    def told() -> str:
-        minutes = (time.perf_counter() - begin) / 60
-        return f"evaluation: {done:,} of {total:,} images after {minutes:.0f} min" + (f"; {status}" if status else "")
-
-    with cli.progress_bar() as progress, cli.telling(told):
-        task = progress.add_task("evaluation", total=total, status="")
-
-        def advance(row: Row, images: int, new: bool) -> None:
-            nonlocal estimated, done, status
-            done += images
-            progress.advance(task, images)
-            if row != evaluation.rows[-1]:
-                return
-            so_far = worst_case(evaluation, judge)
-            low, high = so_far["interval"]
-            status = (
-                f"worst case so far {100 * so_far['accuracy']:.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f}), "
-                f"{so_far['images']} images"
-            )
-            progress.update(task, status=status)
-            if new and not estimated and so_far["images"] < len(evaluation.order):
-                estimated = True
-                seconds = time.perf_counter() - begin
-                progress.console.print(f"{status}; these took {seconds:.0f} s")
-
-        evaluation.run(advance)
-
-
-def evaluate_run(
-    run: Run,
-    model: ImmunityMoE,
-    dataset: ImageDataset,
-    config: TrainConfig,
-    plan: Plan,
-    outputs: Outputs | None = None,
-    *,
-    draws: int = 20,
-    transfer: ImmunityMoE | None = None,
-    compile: Compile = "off",
-) -> dict[str, Any]:
-    """Evaluate the model of a training run, in evaluation mode, on its data set's test split.
-
-    Writes into the run's folder, or `outputs`. `transfer`: an independently trained model, attacked for its images.
-    """
-    outputs = outputs or Outputs(run.folder)
-    other = None if transfer is None else ExactMean(transfer)
-    single = model.num_experts == 1
-    if single:
-        subject: Subject = Network(ExactMean(model), dataset.num_classes, transfer=other)
-        what = title(config.arch)
-    else:
-        # One compiled function for all attacks and attackers: what each makes of the experts' logits is little.
-        device = next(model.parameters()).device
-        logits = Compiled(model.expert_logits, compile, device, cli.console.print, outputs.tracebacks)
-        size = max(plan.chunk, CLEAN_CHUNK)
-        subject = Mixture(
-            model,
-            dataset.num_classes,
-            draws=draws,
-            transfer=other,
-            expert_logits=(lambda images: at_size(logits, images, size)) if logits.active else None,
-        )
-        what = f"{config.experts} × {title(config.arch)}"
-    trained = "" if config.adversarial == "off" else f", adversarially ({config.adversarial})"
-    weights = (
-        ""
-        if single
-        else f" α\u00a0=\u00a0{config.alpha:g}, β\u00a0=\u00a0{config.beta:g}, γ\u00a0=\u00a0{config.gamma:g}."
-    )
-    about = About(
-        title=f"Immunity: {what} on {config.dataset}",
-        lead=(
-            f"{what}, trained for {config.epochs} epochs on {len(dataset.train):,} images{trained}, and judged on "
-            f"{len(dataset.test):,} test images.{weights}"
-        ),
-        settings=config.to_json() | {"classes": ", ".join(dataset.classes)},
-        commands={
-            "Evaluate this run again, with more attacks": run.evaluate_command,
-            "Go on with it, if it was interrupted": run.resume_command,
-        },
-        records=run.metrics(),
-    )
-    loss_fn = None if single else config.loss_fn(dataset.image_size)
-    with frozen(model):
-        return evaluate(subject, dataset, plan, outputs, about, loss_fn)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -269,11 +110,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             f"--eps: images are in [0, 1], so at most 1, got {options.eps:g}; of 255 levels: {options.eps:g}/255"
         )
     return options
-
-
-def chunk_of(device: torch.device) -> int:
-    """How many images are attacked at once."""
-    return CHUNK.get(device.type, CHUNK["cuda"])
 
 
 def plan_of(options: argparse.Namespace, images: int, seed: int, device: torch.device) -> Plan:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,3 +26,11 @@ def caches_stay_where_they_are() -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny data set in MedMNIST's layout, as a file."""
+    from tests.small_runs import write_data
+
+    return write_data(tmp_path_factory.mktemp("data") / "data.npz")

@@ -25,14 +25,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from immunity_fast import evaluate, evaluation_report, train
-from immunity_fast.checkpoint import load_checkpoint
-from immunity_fast.config import TrainConfig
+from immunity_fast import evaluate, train
+from immunity_fast.evaluation import report
 from immunity_fast.reproduction import tables
 from immunity_fast.reproduction.jobs import Job, Queue
-from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
-from immunity_fast.trainer import Trainer
+from immunity_fast.training.checkpoint import load_checkpoint
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
 from tests.small_runs import options, saved, trained, write_data
 
 SECONDS = 30
@@ -366,8 +367,8 @@ def main(folder: Path, first: int, last: int) -> None:
     answers, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115  for good
     cli.console.file = sys.stdout
     train.tensorboard = lambda *_: None  # type: ignore[assignment]
-    evaluation_report._figures = lambda *_: []  # type: ignore[assignment]
-    evaluation_report.write_report = lambda *_, **__: None
+    report._figures = lambda *_: []  # type: ignore[assignment]
+    report.write_report = lambda *_, **__: None
     os.fsync = lambda _descriptor: None
     folder.mkdir(parents=True, exist_ok=True)
     print(json.dumps(prepare(folder)), file=answers, flush=True)

@@ -21,12 +21,12 @@ from typing import Any
 from torch.utils import tensorboard  # noqa: F401  for the processes to come
 
 from immunity_fast import train
-from immunity_fast.checkpoint import load_checkpoint
 from immunity_fast.experts import create
 from immunity_fast.experts.staged import default_stage
-from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
-from immunity_fast.trainer import Trainer
+from immunity_fast.training.checkpoint import load_checkpoint
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
 from tests.small_runs import go_on, options
 
 EPOCHS = 16
@@ -39,10 +39,10 @@ STEP, WRITE = b".", b"w"
 
 def start(arguments: list[str], folder: Path) -> tuple[int, int]:
     """A process that trains: its id, and the end of the pipe where it tells of its steps and writings."""
-    hearing, telling = os.pipe()
+    hearing, pipe = os.pipe()
     process = os.fork()
     if process:
-        os.close(telling)
+        os.close(pipe)
         return process, hearing
     code = 1
     try:
@@ -50,8 +50,8 @@ def start(arguments: list[str], folder: Path) -> tuple[int, int]:
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        Trainer.advance = _telling(telling, STEP, Trainer.advance)  # type: ignore[method-assign]
-        os.fsync = _telling(telling, WRITE, os.fsync)
+        Trainer.advance = telling(pipe, STEP, Trainer.advance)  # type: ignore[method-assign]
+        os.fsync = telling(pipe, WRITE, os.fsync)
         try:
             cli.run_command(lambda: train.main(arguments))
         except SystemExit as end:
@@ -60,7 +60,9 @@ def start(arguments: list[str], folder: Path) -> tuple[int, int]:
         os._exit(code)
 
 
-def _telling(pipe: int, what: bytes, function: Callable[..., Any]) -> Callable[..., Any]:
+def telling(pipe: int, what: bytes, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, each call of which is told of through the pipe before it does its work."""
+
     def told(*arguments: Any) -> Any:
         os.write(pipe, what)
         return function(*arguments)

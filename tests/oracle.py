@@ -171,3 +171,22 @@ def assert_matches(actual: Tensor, expected: Tensor, tolerance: float = 1e-10, f
     if expected.numel():
         error = float((actual.detach().double() - expected.detach().double()).abs().max())
         assert error <= tolerance * max(float(expected.detach().abs().max()), floor)
+
+
+def attack_loss(z: Tensor, label: int, target: int | None, loss: str) -> Tensor:
+    """The loss of one sample's logits (K,), in the graph, from the papers' formulas, with Python's max and sorted."""
+    values = z.tolist()
+    if loss == "ce":
+        chosen = label if target is None else target
+        highest = max(values)
+        cross_entropy = torch.log(sum(torch.exp(z[k] - highest) for k in range(len(z)))) + highest - z[chosen]
+        return cross_entropy if target is None else -cross_entropy
+    if loss == "cw":
+        chosen = label if target is None else target
+        other = max((k for k in range(len(z)) if k != chosen), key=values.__getitem__)
+        return z[other] - z[label] if target is None else z[target] - z[other]
+    p = sorted(range(len(z)), key=values.__getitem__, reverse=True)  # π of the paper, from 0
+    if target is None:
+        other = p[1] if p[0] == label else p[0]
+        return -(z[label] - z[other]) / (z[p[0]] - z[p[2]] + 1e-12)
+    return -(z[label] - z[target]) / (z[p[0]] - (z[p[2]] + z[p[3]]) / 2 + 1e-12)

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from immunity_fast import ensemble, evaluate, train
-from immunity_fast.config import TrainConfig
-from immunity_fast.ledger import Ledger
+from immunity_fast.evaluation.ledger import Ledger
+from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.reproduction.jobs import Job, Queue
-from immunity_fast.robustness import Evaluation
-from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
-from immunity_fast.trainer import Trainer
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
 
 KEYS = [f"piece {number}" for number in range(12)]
 WORK = 0.001  # seconds

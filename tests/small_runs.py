@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from immunity_fast import train
-from immunity_fast.checkpoint import load_checkpoint
 from immunity_fast.data.datasets import ImageDataset, Split
-from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
-from immunity_fast.trainer import Trainer
+from immunity_fast.training.checkpoint import load_checkpoint
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
 
+CPU = torch.device("cpu")
 CLASSES = 3
 STEPS = 10  # of a run with `options`: 5 an epoch, 2 epochs
 TIMINGS = ("images_per_second", "seconds")
+CONFIG = TrainConfig(experts=2, batch_size=4, epochs=1, check_images=0)  # with `dataset`
 
 
 def arrays(*, seed: int = 0, size: int = 12, train: int = 40, validation: int = 14, test: int = 30) -> dict[str, Any]:
@@ -68,6 +71,41 @@ def trained(arguments: list[str]) -> tuple[Trainer, Run]:
     return trainer, run
 
 
+class Killed(BaseException):
+    """The end of the process, as far as one process can stand in for another."""
+
+
+def counted(function: Callable[..., Any], count: int, error: BaseException, *, after: bool) -> Callable[..., Any]:
+    """`function`, whose call number `count`, from 1, raises `error`, before or after it has done its work."""
+    calls = 0
+
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count and not after:
+            raise error
+        result = function(*arguments, **keywords)
+        if calls == count:
+            raise error
+        return result
+
+    return wrapped
+
+
+def interrupted(where: tuple[Any, str], count: int, arguments: list[str], *, after: bool = False) -> None:
+    """Train until the `count`-th call of a function, and be killed there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*where, counted(getattr(*where), count, Killed(), after=after))
+        with pytest.raises(Killed):
+            trained(arguments)
+
+
+def half_trained(data: Path, folder: Path) -> Path:
+    """A run that is killed in its second epoch, after step 7; its folder."""
+    interrupted((Trainer, "advance"), 8, [*options(data, checkpoint_every=1), "--out", str(folder)])
+    return folder
+
+
 def go_on(folder: Path, arguments: list[str]) -> list[str]:
     """The command line that a user gives next: the same one where the run folder is not there yet."""
     return ["--resume", str(folder)] if folder.exists() else [*arguments, "--out", str(folder)]
@@ -78,6 +116,18 @@ def saved(folder: Path) -> dict[str, Any]:
     tensors, info = load_checkpoint(Run(folder).checkpoint)
     records = [{k: v for k, v in record.items() if k not in TIMINGS} for record in Run(folder).metrics()]
     return {"tensors": {name: as_bytes(tensor) for name, tensor in tensors.items()}, "info": info, "records": records}
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """What a command that is refused must leave as it was: all files, with the time of their last change."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+def without_seconds(file: Path) -> Any:
+    """An evaluation's accuracies, and the rest of its results; but for the time they took."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in found.pop("accuracy")], found
 
 
 def as_bytes(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:

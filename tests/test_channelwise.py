@@ -18,6 +18,7 @@ from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.models.stacking import call_stacked, channels_last_, run_stacked, stack_modules, unstack_modules
 from immunity_fast.runtime.strategies import Batching
 from tests.fake_cuda import FakeTensorMode, to_fake_cuda
+from tests.tensors import noise
 
 EXPERTS, SAMPLES, CHANNELS, SIDE = 3, 4, 4, 8
 
@@ -123,9 +124,7 @@ def _experts(layer: str, training: bool) -> list[nn.Module]:
 
 
 def _images(seed: int = 0) -> Tensor:
-    return torch.rand(
-        SAMPLES, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).requires_grad_()
+    return noise(SAMPLES, SIDE, seed=seed).requires_grad_()
 
 
 def _derivatives(outputs: Tensor, images: Tensor, parameters: list[Tensor]) -> list[Tensor]:
@@ -178,7 +177,7 @@ def test_a_head_may_begin_with_any_of_them(batching: Batching) -> None:
                 torch.testing.assert_close(buffers[name], after, rtol=1e-10, atol=1e-10, msg=layer)
 
 
-def test_a_plain_mean_over_batches_leaves_no_trace_where_experts_part() -> None:
+def test_a_mean_over_batches_leaves_no_trace_where_experts_part() -> None:
     twin = unstack_modules(stack_modules(_experts("batch, no momentum", True)), EXPERTS)[0]
     assert "forward" not in twin[1].__dict__
     assert twin[1].momentum is None
@@ -203,7 +202,7 @@ def test_a_forward_of_somebodys_own_is_left_to_them(own: str) -> None:
         assert ("forward" in twin[1].__dict__) == ("forward" in expert[1].__dict__)
 
 
-def test_a_mixture_with_a_plain_mean_over_batches_is_copied_and_pickled() -> None:
+def test_a_mixture_of_means_over_batches_is_copied_and_pickled() -> None:
     def expert() -> nn.Module:
         normalization = nn.BatchNorm2d(4, momentum=None)
         return nn.Sequential(nn.Conv2d(3, 4, 3), normalization, nn.ReLU(), GlobalAveragePool(), nn.Linear(4, 3))

@@ -22,8 +22,9 @@ from immunity_fast import FusedImmunityLoss
 from immunity_fast.losses import ALPHA, BETA, GAMMA
 from tests import oracle
 from tests.oracle import assert_matches
+from tests.places import REPOSITORY
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = REPOSITORY / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def _double_experts(drop_in: ModuleType, *, training: bool) -> tuple[nn.ModuleLi
     return experts.train(training), images[32:36].double(), labels[32:36]
 
 
-def test_the_hooked_loss_and_its_gradients_match_the_oracle_on_networks_cut_by_hand(drop_in: ModuleType) -> None:
+def test_the_hooked_loss_matches_the_oracle_of_cut_networks(drop_in: ModuleType) -> None:
     experts, images, labels = _double_experts(drop_in, training=False)
     parameters = tuple(experts.parameters())
     activations = drop_in.hook_outputs([expert.layer1 for expert in experts])
@@ -136,7 +137,7 @@ def test_the_hooked_loss_and_its_gradients_match_the_oracle_on_networks_cut_by_h
         assert_matches(ours, theirs)
 
 
-def test_its_gradient_is_that_of_finite_differences_with_batch_norm_in_training_mode(drop_in: ModuleType) -> None:
+def test_its_gradient_is_the_slope_with_batch_norm_in_training(drop_in: ModuleType) -> None:
     """With respect to all weights at once, along a random direction, and through torchvision's in-place ReLUs."""
     experts, images, labels = _double_experts(drop_in, training=True)
     parameters = list(experts.parameters())
@@ -213,7 +214,7 @@ def lightning_module(drop_in: ModuleType) -> ModuleType:
     return importlib.import_module("lightning_module")
 
 
-def test_the_lightning_module_trains_validates_and_logs_the_terms(
+def test_the_lightning_module_trains_validates_and_logs_terms(
     drop_in: ModuleType, lightning_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from immunity_fast import FusedImmunityLoss
 from immunity_fast.forward_mode import ExactTangents, batch_norm, instance_norm, layer_norm
+from tests.tensors import normal
 
 LAYERS = {
     "batch norm": lambda: nn.BatchNorm2d(5),
@@ -29,25 +30,21 @@ LAYERS = {
 }
 
 
-def _normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def _network(layer: nn.Module) -> nn.Module:
     """A head around a layer, with weights and statistics that are not their first values."""
     torch.manual_seed(1)
     head = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), layer, nn.Tanh(), nn.Flatten(), nn.LazyLinear(4)).double()
-    head(_normal(2, 3, 4, 3))
+    head(normal(2, 3, 4, 3))
     for index, tensor in enumerate([*head.parameters(), *head.buffers()]):
         if tensor.is_floating_point():
-            tensor.data.copy_(_normal(*tensor.shape, seed=index).abs() + 0.3)
+            tensor.data.copy_(normal(*tensor.shape, seed=index).abs() + 0.3)
     return head
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_both_ways_give_the_same_gradients(kind: str) -> None:
     head = _network(LAYERS[kind]())
-    maps = _normal(2, 6, 3, 4, 3).requires_grad_()
+    maps = normal(2, 6, 3, 4, 3).requires_grad_()
     targets = torch.tensor([0, 1, 2, 3, 1, 2])
     loss_fn = FusedImmunityLoss(0.5, 1.3, 0.4, size=(5, 6))
 
@@ -67,10 +64,10 @@ def test_both_ways_give_the_same_gradients(kind: str) -> None:
 def test_the_gradient_is_the_slope_of_the_loss() -> None:
     """Central differences of the loss along a direction in the weights, BatchNorm in training mode."""
     head = _network(nn.BatchNorm2d(5))
-    maps = _normal(2, 6, 3, 4, 3)
+    maps = normal(2, 6, 3, 4, 3)
     loss_fn = FusedImmunityLoss(0.5, 1.3, 0.4, size=(5, 6))
     weights = {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
-    direction = {name: _normal(*p.shape, seed=7) for name, p in weights.items()}
+    direction = {name: normal(*p.shape, seed=7) for name, p in weights.items()}
 
     def loss(moved: float, way: str) -> Tensor:
         def run(maps: Tensor) -> Tensor:
@@ -105,7 +102,7 @@ def test_the_gradient_is_the_slope_of_the_loss() -> None:
 )
 def test_a_layer_that_would_be_wrong_is_an_error(layer: type[nn.Module]) -> None:
     head = nn.Sequential(layer(), nn.Flatten(), nn.Linear(12, 4)).double()
-    maps = _normal(2, 3, 3, 2, 2).requires_grad_()
+    maps = normal(2, 3, 3, 2, 2).requires_grad_()
 
     def run(maps: Tensor) -> Tensor:
         return torch.stack([head(part) for part in maps])
@@ -122,8 +119,8 @@ class _Direct(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(6, 5, 4, 3), (6, 5, 4), (6, 5)])
 def test_the_primitives_are_pytorch_s_functions(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x = (3 * _normal(*shape) + 1).to(dtype)
-    weight, bias, mean, variance = (_normal(5, seed=seed).abs().float() + 0.5 for seed in range(4))
+    x = (3 * normal(*shape) + 1).to(dtype)
+    weight, bias, mean, variance = (normal(5, seed=seed).abs().float() + 0.5 for seed in range(4))
     if dtype == torch.float64:
         weight, bias, mean, variance = (tensor.double() for tensor in (weight, bias, mean, variance))
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
@@ -144,7 +141,7 @@ def test_the_primitives_are_pytorch_s_functions(shape: tuple[int, ...], dtype: t
                 F.instance_norm(x, mean.clone(), variance.clone(), weight, bias, training, 0.1, 1e-3),
             )
     last = shape[1:]
-    weights = [_normal(*last, seed=seed).to(dtype) for seed in (5, 6)]
+    weights = [normal(*last, seed=seed).to(dtype) for seed in (5, 6)]
     same(layer_norm(x, last, *weights), F.layer_norm(x, last, *weights))
 
 
@@ -152,5 +149,5 @@ def test_running_statistics_are_left_alone() -> None:
     layer = nn.BatchNorm2d(3)
     before = {name: buffer.clone() for name, buffer in layer.named_buffers() if buffer.is_floating_point()}
     with ExactTangents():
-        layer(_normal(2, 3, 4, 4).float())
+        layer(normal(2, 3, 4, 4).float())
     assert all(torch.equal(dict(layer.named_buffers())[name], value) for name, value in before.items())

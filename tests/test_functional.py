@@ -21,12 +21,9 @@ from immunity_fast.functional import (
 )
 from tests import oracle
 from tests.oracle import assert_matches
+from tests.tensors import normal
 
 seeded = settings(max_examples=40, deadline=None, derandomize=True, database=None)
-
-
-def _normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def _labels(samples: int, classes: int, seed: int = 0) -> Tensor:
@@ -46,7 +43,7 @@ class Maps(NamedTuple):
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         """Activations and gradients."""
-        activations, gradients = _normal(*self.shape, seed=self.seed), _normal(*self.shape, seed=self.seed + 1)
+        activations, gradients = normal(*self.shape, seed=self.seed), normal(*self.shape, seed=self.seed + 1)
         if self.rectified:  # as behind a ReLU, where scores are often exactly 0
             activations = activations.relu()
         return activations.requires_grad_(), gradients.requires_grad_()
@@ -64,12 +61,12 @@ class Mixture(NamedTuple):
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Logits, gate, the gate's rows as the oracle takes them, labels."""
         experts, samples, classes = self.shape
-        logits = (self.scale * _normal(*self.shape, seed=self.seed)).requires_grad_()
+        logits = (self.scale * normal(*self.shape, seed=self.seed)).requires_grad_()
         labels = _labels(samples, classes, self.seed)
         if self.gate == "none":
             return logits, None, torch.full((samples, experts), 1 / experts, dtype=torch.float64), labels
         shape = (experts,) if self.gate == "row" else (samples, experts)
-        gate = _normal(*shape, seed=self.seed + 1).softmax(-1).requires_grad_()
+        gate = normal(*shape, seed=self.seed + 1).softmax(-1).requires_grad_()
         return logits, gate, gate.expand(samples, experts), labels
 
 
@@ -96,7 +93,7 @@ mixtures = st.builds(
 
 
 def _assert_same_gradients(actual: Tensor, expected: Tensor, leaves: tuple[Tensor, ...], seed: int = 5) -> None:
-    upstream = _normal(*actual.shape, seed=seed)
+    upstream = normal(*actual.shape, seed=seed)
     if not expected.requires_grad:  # an empty batch: the oracle adds nothing up
         expected = expected + sum((leaf * 0).sum() for leaf in leaves)
     ours = torch.autograd.grad(actual, leaves, upstream, retain_graph=True)
@@ -147,20 +144,20 @@ def test_mixture_cross_entropy_matches_the_oracle(case: Mixture) -> None:
     _assert_same_gradients(actual, expected, (logits,) if gate is None else (logits, gate))
 
 
-def test_cross_entropy_is_the_likelihood_of_the_mixtures_log_probabilities() -> None:
-    logits, gate, labels = _normal(3, 4, 5), _normal(4, 3, seed=1).softmax(-1), _labels(4, 5)
+def test_cross_entropy_is_the_mixture_s_likelihood() -> None:
+    logits, gate, labels = normal(3, 4, 5), normal(4, 3, seed=1).softmax(-1), _labels(4, 5)
     likelihoods = mixture_log_probabilities(logits, gate)[torch.arange(4), labels]
     assert_matches(mixture_cross_entropy(logits, gate, labels, 0.0), -likelihoods, 1e-15)
 
 
 def test_mixture_probabilities_sum_to_one() -> None:
-    total = mixture_log_probabilities(_normal(3, 4, 5), _normal(4, 3, seed=1).softmax(-1)).exp().sum(-1)
+    total = mixture_log_probabilities(normal(3, 4, 5), normal(4, 3, seed=1).softmax(-1)).exp().sum(-1)
     assert_matches(total, torch.ones(4, dtype=torch.float64), 1e-14)
 
 
 def test_lists_of_tensors_give_what_stacked_tensors_give() -> None:
-    logits, labels = _normal(3, 4, 5), _labels(4, 5)
-    activations, gradients = _normal(3, 4, 2, 3, 3), _normal(3, 4, 2, 3, 3, seed=1)
+    logits, labels = normal(3, 4, 5), _labels(4, 5)
+    activations, gradients = normal(3, 4, 2, 3, 3), normal(3, 4, 2, 3, 3, seed=1)
     assert torch.equal(mixture_log_probabilities(list(logits)), mixture_log_probabilities(logits))
     assert torch.equal(
         mixture_cross_entropy(tuple(logits), None, labels, 1.0), mixture_cross_entropy(logits, None, labels, 1.0)
@@ -173,7 +170,7 @@ def test_lists_of_tensors_give_what_stacked_tensors_give() -> None:
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("size", [None, (4, 3), (1, 2)])
 def test_gradcheck_and_gradgradcheck_where_maps_are_positive(normalize: bool, size: tuple[int, int] | None) -> None:
-    leaves = (_normal(2, 2, 2, 2, 3).exp().requires_grad_(), _normal(2, 2, 2, 2, 3, seed=1).exp().requires_grad_())
+    leaves = (normal(2, 2, 2, 2, 3).exp().requires_grad_(), normal(2, 2, 2, 2, 3, seed=1).exp().requires_grad_())
 
     def losses(activations: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         return heatmap_losses(activations, gradients, size=size, normalize=normalize)
@@ -188,14 +185,14 @@ def test_gradcheck_and_gradgradcheck_of_the_mixture() -> None:
     def loss(logits: Tensor, gate: Tensor) -> Tensor:
         return mixture_cross_entropy(logits, gate, labels, 0.5)
 
-    leaves = (_normal(3, 2, 4).requires_grad_(), _normal(2, 3, seed=1).softmax(-1).requires_grad_())
+    leaves = (normal(3, 2, 4).requires_grad_(), normal(2, 3, seed=1).softmax(-1).requires_grad_())
     assert torch.autograd.gradcheck(loss, leaves)
     assert torch.autograd.gradgradcheck(loss, leaves)
 
 
 def test_strided_inputs_give_what_contiguous_ones_give() -> None:
     """channels-last maps, and vmap's memory (B, N·C, h, w) seen as (N, B, C, h, w)."""
-    activations, gradients = _normal(3, 4, 5, 6, 7), _normal(3, 4, 5, 6, 7, seed=1)
+    activations, gradients = normal(3, 4, 5, 6, 7), normal(3, 4, 5, 6, 7, seed=1)
     expected = heatmap_losses(activations, gradients, size=(9, 9))
     last = [x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) for x in (activations, gradients)]
     grouped = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (activations, gradients)]
@@ -206,9 +203,9 @@ def test_strided_inputs_give_what_contiguous_ones_give() -> None:
 
 
 def test_gradients_that_are_broadcast_over_space_are_welcome() -> None:
-    gradients = _normal(2, 3, 4, 1, 1).expand(2, 3, 4, 5, 5)
-    expected = heatmap_losses(_normal(2, 3, 4, 5, 5), gradients.contiguous())
-    for one, other in zip(heatmap_losses(_normal(2, 3, 4, 5, 5), gradients), expected, strict=True):
+    gradients = normal(2, 3, 4, 1, 1).expand(2, 3, 4, 5, 5)
+    expected = heatmap_losses(normal(2, 3, 4, 5, 5), gradients.contiguous())
+    for one, other in zip(heatmap_losses(normal(2, 3, 4, 5, 5), gradients), expected, strict=True):
         assert_matches(one, other, 1e-12)
 
 
@@ -223,7 +220,7 @@ DEAD = {
 @pytest.mark.parametrize("smoothing", [0.0, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dead_maps_count_as_uniform(dead: str, smoothing: float, dtype: torch.dtype) -> None:
-    leaves = [_normal(3, 2, 4, 3, 5, seed=seed, dtype=dtype) for seed in (0, 1)]
+    leaves = [normal(3, 2, 4, 3, 5, seed=seed, dtype=dtype) for seed in (0, 1)]
     leaves = [x.requires_grad_() for x in DEAD[dead](*leaves)]
     information, stability = heatmap_losses(*leaves, size=(6, 10), smoothing=smoothing)
     assert information.tolist() == pytest.approx([3 * math.log(3)] * 2, rel=1e-6)
@@ -235,7 +232,7 @@ def test_dead_maps_count_as_uniform(dead: str, smoothing: float, dtype: torch.dt
 @pytest.mark.parametrize("normalize", [True, False])
 def test_dead_maps_of_one_expert_have_no_gradient(dead: str, smoothing: float, normalize: bool) -> None:
     """The other expert lives; zero inputs give an exact zero, negative scores one of rounding where smoothed."""
-    activations, gradients = _normal(2, 3, 4, 3, 5), _normal(2, 3, 4, 3, 5, seed=1)
+    activations, gradients = normal(2, 3, 4, 3, 5), normal(2, 3, 4, 3, 5, seed=1)
     activations[0], gradients[0] = DEAD[dead](activations[0], gradients[0])
     leaves = (activations.requires_grad_(), gradients.requires_grad_())
     information, stability = heatmap_losses(*leaves, size=(6, 10), smoothing=smoothing, normalize=normalize)
@@ -258,7 +255,7 @@ def test_one_hot_maps_that_are_disjoint_share_nothing() -> None:
 
 @pytest.mark.parametrize("experts", [2, 3, 5])
 def test_identical_maps_share_everything(experts: int) -> None:
-    activations, gradients = (_normal(1, 4, 3, 5, 5, seed=seed).expand(experts, -1, -1, -1, -1) for seed in (0, 1))
+    activations, gradients = (normal(1, 4, 3, 5, 5, seed=seed).expand(experts, -1, -1, -1, -1) for seed in (0, 1))
     information, stability = heatmap_losses(activations, gradients, size=(8, 8))
     assert_matches(information, torch.full((4,), experts * math.log(experts), dtype=torch.float64), 1e-13)
     assert float(stability.detach()) == 0
@@ -271,7 +268,7 @@ def test_extreme_magnitudes_in_float32_equal_the_oracle(
     of_activations: float, of_gradients: float, smoothing: float
 ) -> None:
     leaves = [
-        (_normal(3, 2, 4, 3, 5, seed=seed, dtype=torch.float32) * scale).requires_grad_()
+        (normal(3, 2, 4, 3, 5, seed=seed, dtype=torch.float32) * scale).requires_grad_()
         for seed, scale in ((0, of_activations), (1, of_gradients))
     ]
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -287,7 +284,7 @@ def test_extreme_magnitudes_in_float32_equal_the_oracle(
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_losses_do_not_change_with_the_scale_of_their_inputs(scale: float) -> None:
-    activations, gradients = _normal(3, 2, 4, 3, 5), _normal(3, 2, 4, 3, 5, seed=1)
+    activations, gradients = normal(3, 2, 4, 3, 5), normal(3, 2, 4, 3, 5, seed=1)
     expected = heatmap_losses(activations, gradients)
     for inputs in ((activations * scale, gradients), (activations, gradients * scale)):
         for one, other in zip(heatmap_losses(*inputs), expected, strict=True):
@@ -307,13 +304,13 @@ def test_an_empty_batch_gives_zeros_and_empty_gradients(normalize: bool, size: t
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs_are_computed_in_float32(dtype: torch.dtype) -> None:
-    activations, gradients = (_normal(2, 3, 4, 5, 5, seed=seed, dtype=dtype) for seed in (0, 1))
+    activations, gradients = (normal(2, 3, 4, 5, 5, seed=seed, dtype=dtype) for seed in (0, 1))
     actual = [*heatmap_losses(activations, gradients), gradcam_heatmaps(activations, gradients)]
     expected = [
         *heatmap_losses(activations.float(), gradients.float()),
         gradcam_heatmaps(activations.float(), gradients.float()),
     ]
-    logits, gate, labels = _normal(2, 3, 4, dtype=dtype), _normal(3, 2, dtype=dtype).softmax(-1), _labels(3, 4)
+    logits, gate, labels = normal(2, 3, 4, dtype=dtype), normal(3, 2, dtype=dtype).softmax(-1), _labels(3, 4)
     actual += [mixture_log_probabilities(logits, gate), mixture_cross_entropy(logits, gate, labels, 1.0)]
     expected += [
         mixture_log_probabilities(logits.float(), gate.float()),
@@ -325,7 +322,7 @@ def test_half_precision_inputs_are_computed_in_float32(dtype: torch.dtype) -> No
 
 
 def test_half_precision_leaves_get_half_precision_gradients() -> None:
-    leaves = [_normal(2, 3, 4, 5, 5, seed=seed, dtype=torch.bfloat16).requires_grad_() for seed in (0, 1)]
+    leaves = [normal(2, 3, 4, 5, 5, seed=seed, dtype=torch.bfloat16).requires_grad_() for seed in (0, 1)]
     information, stability = heatmap_losses(*leaves)
     (information.sum() + stability).backward()
     for leaf in leaves:
@@ -336,8 +333,8 @@ def test_half_precision_leaves_get_half_precision_gradients() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
-    activations, gradients = (_normal(2, 3, 4, 5, 5, seed=seed, dtype=dtype) for seed in (0, 1))
-    logits, gate, labels = _normal(2, 3, 4, dtype=dtype), _normal(3, 2, dtype=dtype).softmax(-1), _labels(3, 4)
+    activations, gradients = (normal(2, 3, 4, 5, 5, seed=seed, dtype=dtype) for seed in (0, 1))
+    logits, gate, labels = normal(2, 3, 4, dtype=dtype), normal(3, 2, dtype=dtype).softmax(-1), _labels(3, 4)
 
     def everything() -> list[Tensor]:
         return [
@@ -369,7 +366,7 @@ def test_cross_entropy_where_every_probability_underflows(dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("chosen", [0, 1, 2])
 def test_a_one_hot_gate_is_the_chosen_expert(chosen: int) -> None:
-    logits, labels = _normal(3, 4, 5).requires_grad_(), _labels(4, 5)
+    logits, labels = normal(3, 4, 5).requires_grad_(), _labels(4, 5)
     gate = torch.eye(3, dtype=torch.float64)[chosen].requires_grad_()
     loss = mixture_cross_entropy(logits, gate, labels, 0.0)
     assert_matches(loss, torch.nn.functional.cross_entropy(logits[chosen], labels, reduction="none"), 1e-14)
@@ -380,7 +377,7 @@ def test_a_one_hot_gate_is_the_chosen_expert(chosen: int) -> None:
 
 
 def test_label_scores_sum_what_gradcam_differentiates() -> None:
-    logits, labels = _normal(3, 4, 5), _labels(4, 5)
+    logits, labels = normal(3, 4, 5), _labels(4, 5)
     picked = [logits[i, q, label] for i in range(3) for q, label in enumerate(labels.tolist())]
     assert float(label_scores(logits, labels, "logit")) == pytest.approx(float(sum(picked)), rel=1e-12)
     picked = [logits[i, q].softmax(0)[label] for i in range(3) for q, label in enumerate(labels.tolist())]
@@ -488,7 +485,7 @@ GATES: list[tuple[str, Any, str]] = [
 def test_a_gate_that_is_no_distribution_is_named(values: Any, text: str, rows: bool, dtype: torch.dtype) -> None:
     row = torch.tensor(values, dtype=dtype)
     gate = torch.stack([torch.full((3,), 1 / 3, dtype=dtype), row]) if rows else row
-    logits, labels = _normal(3, 2, 4), _labels(2, 4)
+    logits, labels = normal(3, 2, 4), _labels(2, 4)
     with pytest.raises(ValueError, match=text):
         mixture_log_probabilities(logits, gate)
     with pytest.raises(ValueError, match=text):
@@ -498,19 +495,19 @@ def test_a_gate_that_is_no_distribution_is_named(values: Any, text: str, rows: b
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("experts", [3, 5, 9])
 def test_a_gate_of_half_precision_sums_to_one_well_enough(dtype: torch.dtype, experts: int) -> None:
-    gate = (4 * _normal(50, experts)).to(dtype).softmax(-1)
-    assert mixture_log_probabilities(_normal(experts, 50, 4), gate).isfinite().all()
+    gate = (4 * normal(50, experts)).to(dtype).softmax(-1)
+    assert mixture_log_probabilities(normal(experts, 50, 4), gate).isfinite().all()
 
 
-def test_weights_that_a_diverged_network_computed_go_on_into_the_loss() -> None:
-    logits, scores = _normal(3, 2, 4), _normal(2, 3, seed=1).requires_grad_()
+def test_weights_of_a_diverged_network_go_on_into_the_loss() -> None:
+    logits, scores = normal(3, 2, 4), normal(2, 3, seed=1).requires_grad_()
     gate = (scores * math.nan).softmax(-1)
     assert mixture_cross_entropy(logits, gate, _labels(2, 4), 0.5).isnan().all()
     assert mixture_log_probabilities(logits * math.nan, gate.detach()).isnan().all()
 
 
 def test_a_gate_is_taken_under_transforms() -> None:
-    logits, gate = _normal(3, 2, 4), _normal(2, 3, seed=1).softmax(-1)
+    logits, gate = normal(3, 2, 4), normal(2, 3, seed=1).softmax(-1)
     expected = mixture_log_probabilities(logits, gate)
     one = torch.vmap(lambda x: mixture_log_probabilities(logits, x))(gate[None])
     assert_matches(one[0], expected)
@@ -520,7 +517,7 @@ def test_a_gate_is_taken_under_transforms() -> None:
 
 @pytest.mark.parametrize("how", ["the same object", "the same memory"])
 def test_one_tensor_that_stands_for_two_experts_is_named(how: str) -> None:
-    maps, slopes = _normal(3, 2, 4, 5, 6), _normal(3, 2, 4, 5, 6, seed=1)
+    maps, slopes = normal(3, 2, 4, 5, 6), normal(3, 2, 4, 5, 6, seed=1)
     first = maps[0]
     twice = [first, maps[1], first if how == "the same object" else maps[0]]
     for function in (gradcam_heatmaps, heatmap_losses):
@@ -534,9 +531,9 @@ def test_one_tensor_that_stands_for_two_experts_is_named(how: str) -> None:
 @pytest.mark.parametrize("summed", [True, False])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_maps_with_channels_last_are_those_with_channels_first(stacked: bool, summed: bool, backend: Any) -> None:
-    maps, slopes = _normal(3, 2, 4, 5, 6, dtype=torch.float32), _normal(3, 2, 4, 5, 6, seed=1, dtype=torch.float32)
+    maps, slopes = normal(3, 2, 4, 5, 6, dtype=torch.float32), normal(3, 2, 4, 5, 6, seed=1, dtype=torch.float32)
     gradients = slopes.sum((-2, -1)) if summed else slopes
-    of_information, of_stability = _normal(2, seed=2).float(), torch.tensor(0.3)
+    of_information, of_stability = normal(2, seed=2).float(), torch.tensor(0.3)
     found = []
     for layout in ("NCHW", "NHWC"):
         last = layout == "NHWC"
@@ -559,7 +556,7 @@ def test_maps_with_channels_last_are_those_with_channels_first(stacked: bool, su
 
 
 def test_a_wrong_layout_is_named() -> None:
-    maps = _normal(3, 2, 4, 5, 6)
+    maps = normal(3, 2, 4, 5, 6)
     for function in (gradcam_heatmaps, heatmap_losses):
         with pytest.raises(ValueError, match=r"layout: .*NCHW, NHWC.*'NCWH'"):
             function(maps, maps, layout="NCWH")  # type: ignore[operator]

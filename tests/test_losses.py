@@ -20,13 +20,10 @@ from immunity_fast import FusedImmunityLoss, ImmunityMoE, ImmunityTerms
 from immunity_fast.models.stacking import stack_modules
 from tests import oracle
 from tests.oracle import assert_matches
+from tests.tensors import normal
 
 WAYS = ("reverse", "forward")
 SCORES: list[Any] = ["logit", "probability"]
-
-
-def _normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Experts(NamedTuple):
@@ -54,11 +51,11 @@ class Experts(NamedTuple):
 
 
 def _experts(experts: int = 3, samples: int = 4) -> Experts:
-    trunk, hidden, last = (_normal(experts, *shape, seed=seed) for seed, shape in enumerate([(3, 24), (24, 7), (7, 4)]))
-    gate = _normal(samples, experts, seed=3).softmax(-1)
+    trunk, hidden, last = (normal(experts, *shape, seed=seed) for seed, shape in enumerate([(3, 24), (24, 7), (7, 4)]))
+    gate = normal(samples, experts, seed=3).softmax(-1)
     targets = torch.randint(4, (samples,), generator=torch.Generator().manual_seed(4))
     leaves = [leaf.requires_grad_() for leaf in (trunk, hidden / 4, last, gate)]
-    return Experts(*leaves, _normal(samples, 3, seed=5), targets)
+    return Experts(*leaves, normal(samples, 3, seed=5), targets)
 
 
 def _gradients(loss: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -115,7 +112,7 @@ def test_a_gate_for_all_rows_or_none_matches_the_oracle(gate: str) -> None:
     experts = _experts()
     maps = torch.stack(experts.maps())
     logits = experts.head(maps)
-    row = torch.full((3,), 1 / 3, dtype=torch.float64) if gate == "none" else _normal(3).softmax(-1).requires_grad_()
+    row = torch.full((3,), 1 / 3, dtype=torch.float64) if gate == "none" else normal(3).softmax(-1).requires_grad_()
     loss = FusedImmunityLoss(0.5, 0.0, 0.0)(logits, maps, experts.targets, None if gate == "none" else row)
     expected = oracle.cross_entropy(logits, row.expand(4, 3), experts.targets, 0.5).mean()
     _assert_same(loss, expected, experts.leaves if gate == "none" else (*experts.leaves, row))
@@ -181,7 +178,7 @@ def test_gradient_through_gradcam_is_that_of_finite_differences(experts: int, sc
             assert slope == pytest.approx(float(difference), rel=2e-5, abs=1e-6)
 
 
-def test_detaching_the_weights_changes_the_gradient_but_not_the_value() -> None:
+def test_detached_weights_change_the_gradient_and_not_the_value() -> None:
     model, images, targets = _model(2, training=True)
     losses, gradients = [], []
     for detach in (False, True):
@@ -231,9 +228,9 @@ def test_an_empty_batch_gives_zero_and_zero_gradients(
 def test_dead_experts_give_finite_gradients() -> None:
     """Activations behind a ReLU that is shut everywhere."""
     inputs = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    weights = (-_normal(2, 5, 3).abs().float()).requires_grad_()
+    weights = (-normal(2, 5, 3).abs().float()).requires_grad_()
     maps = torch.einsum("nck,bkhw->nbchw", weights, inputs).relu()
-    logits = maps.mean((-2, -1)) @ _normal(2, 5, 4).float()
+    logits = maps.mean((-2, -1)) @ normal(2, 5, 4).float()
     for smoothing in (0.0, 0.01):
         loss, terms = FusedImmunityLoss(1.0, 1.0, 1.0, (6, 6), smoothing=smoothing)(
             logits, maps, torch.arange(4), return_terms=True
@@ -244,8 +241,8 @@ def test_dead_experts_give_finite_gradients() -> None:
         assert float(terms.position_stability.detach()) == pytest.approx(0, abs=1e-9)
 
 
-def test_inputs_in_half_precision_give_what_their_values_give_in_float32() -> None:
-    maps = _normal(2, 3, 4, 5, 5).bfloat16().float().requires_grad_()
+def test_half_precision_gives_what_its_values_give_in_float32() -> None:
+    maps = normal(2, 3, 4, 5, 5).bfloat16().float().requires_grad_()
     half = maps.detach().bfloat16().requires_grad_()
     head = torch.eye(4)
     targets = torch.tensor([0, 1, 2])
@@ -259,7 +256,7 @@ def test_inputs_in_half_precision_give_what_their_values_give_in_float32() -> No
     assert half.grad.dtype == torch.bfloat16
 
 
-def test_autocast_round_the_loss_changes_neither_its_value_nor_its_gradients() -> None:
+def test_autocast_round_the_loss_changes_no_value_or_gradient() -> None:
     """Grad-CAM's inner backward pass runs in the loss, so it must run in the dtypes of the forward pass."""
     experts = _experts()
     experts = Experts(*(leaf.detach().float().requires_grad_() for leaf in experts.leaves), *experts[4:])
@@ -275,7 +272,7 @@ def test_autocast_round_the_loss_changes_neither_its_value_nor_its_gradients() -
         assert torch.equal(one, other)
 
 
-def test_a_whole_step_under_autocast_is_finite_and_close_to_float32() -> None:
+def test_a_step_under_autocast_is_finite_and_close_to_float32() -> None:
     torch.manual_seed(0)
     model = ImmunityMoE("resnet8", 2, 4, image_size=12)
     images, targets = torch.rand(4, 3, 12, 12), torch.tensor([0, 3, 1, 2])
@@ -292,7 +289,7 @@ def test_a_whole_step_under_autocast_is_finite_and_close_to_float32() -> None:
     assert float(values[1].detach()) == pytest.approx(float(values[0].detach()), rel=0.05)
 
 
-def test_without_heatmap_terms_activations_need_not_be_in_the_graph() -> None:
+def test_without_heatmap_terms_activations_need_no_graph() -> None:
     experts = _experts()
     maps = torch.stack(experts.maps())
     logits = experts.head(maps)
@@ -373,11 +370,11 @@ def _applied(head: nn.Module) -> Callable[[Tensor], Tensor]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("score", SCORES)
-def test_from_head_equals_forward_for_vmapped_heads_with_batch_norm(way: Any, score: Any) -> None:
+def test_from_head_equals_forward_for_vmapped_batch_norm(way: Any, score: Any) -> None:
     head = _head(3)
     run = _applied(head)
-    leaves = (_normal(3, 6, 3, 4, 4, seed=1).requires_grad_(), *head.parameters())
-    targets, gate = torch.tensor([0, 1, 2, 3, 0, 1]), _normal(6, 3, seed=2).softmax(-1)
+    leaves = (normal(3, 6, 3, 4, 4, seed=1).requires_grad_(), *head.parameters())
+    targets, gate = torch.tensor([0, 1, 2, 3, 0, 1]), normal(6, 3, seed=2).softmax(-1)
     loss = FusedImmunityLoss(0.5, 1.0, 0.05, size=(7, 7), score=score)
     expected = loss(run(leaves[0]), leaves[0], targets, gate)
     actual = loss.from_head(run, leaves[0], targets, gate, double_backprop=way)
@@ -390,8 +387,8 @@ def test_from_head_equals_forward_for_vmapped_heads_with_batch_norm(way: Any, sc
 def test_from_head_compiles_to_one_graph_backward_included(way: Any, score: Any) -> None:
     head = _head(2)
     run = _applied(head)
-    leaves = (_normal(2, 4, 3, 4, 4, seed=1).requires_grad_(), *head.parameters())
-    targets, gate = torch.tensor([0, 1, 2, 3]), _normal(4, 2, seed=2).softmax(-1)
+    leaves = (normal(2, 4, 3, 4, 4, seed=1).requires_grad_(), *head.parameters())
+    targets, gate = torch.tensor([0, 1, 2, 3]), normal(4, 2, seed=2).softmax(-1)
     loss = FusedImmunityLoss(0.5, 1.0, 0.05, size=(7, 7), score=score)
 
     def step(maps: Tensor) -> tuple[Tensor, ImmunityTerms]:
@@ -578,7 +575,7 @@ def test_maps_with_channels_last_match_the_oracle(way: Any, detach_weights: bool
 
 
 def test_from_head_compiles_with_channels_last() -> None:
-    maps, targets = _normal(2, 4, 4, 5, 3).requires_grad_(), torch.tensor([0, 1, 2, 0])
+    maps, targets = normal(2, 4, 4, 5, 3).requires_grad_(), torch.tensor([0, 1, 2, 0])
     loss = FusedImmunityLoss(0.5, 1.0, 0.05, size=(7, 7), layout="NHWC")
 
     def step(maps: Tensor) -> Tensor:
@@ -591,8 +588,8 @@ def test_from_head_compiles_with_channels_last() -> None:
 
 def test_maps_that_belong_to_no_expert_are_named() -> None:
     """Two of one expert's, none of the other's, all of them in the graph."""
-    first = [_normal(2, 3, 4, 5, seed=seed).requires_grad_() for seed in range(2)]
-    second = _normal(2, 3, 4, 5, seed=3).requires_grad_()
+    first = [normal(2, 3, 4, 5, seed=seed).requires_grad_() for seed in range(2)]
+    second = normal(2, 3, 4, 5, seed=3).requires_grad_()
     maps = [first[0] * 2, first[1] * 3, second * 4]
     logits = [(maps[0] * maps[1]).tanh().mean((-2, -1)), maps[2].tanh().mean((-2, -1))]
     targets = torch.tensor([0, 1])

@@ -2,7 +2,6 @@
 
 import runpy
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.places import REPOSITORY
 
 
 @pytest.fixture

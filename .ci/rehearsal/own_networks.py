@@ -7,7 +7,7 @@ from torch.optim import SGD
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.attacks import pgd
-from immunity_fast.step import TrainStep
+from immunity_fast.training.step import TrainStep
 
 
 class Residual(nn.Module):

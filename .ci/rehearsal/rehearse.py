@@ -108,8 +108,8 @@ def cases() -> list[Case]:
         Case("examples/drop_in.py", "values", "{root}/examples/drop_in.py --steps 3 --batch-size 4"),
         Case("examples/lightning_module.py", "values", "{root}/examples/lightning_module.py --steps 3"),
         Case(
-            "tests/test_step_gpu.py, what needs no compiler", "values",
-            f"{TESTS} tests/test_step_gpu.py -k 'channels_last or torch_does or laid_out and off'",
+            "tests/training/test_step_gpu.py, what needs no compiler", "values",
+            f"{TESTS} tests/training/test_step_gpu.py -k 'channels_last or torch_does or laid_out and off'",
         ),
         Case("benchmarks.record", "values", "-m benchmarks.record --rehearse --out {folder}/record.json"),
         Case("benchmarks.steps", "values", "-m benchmarks.steps --rehearse --out {folder}/steps.json"),

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import torch
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.adversarial import InnerAttack, InnerAttackSettings
-from immunity_fast.data.augmentation import draw
+from immunity_fast.data.augmentation import draw_affine
 from immunity_fast.experts.genotypes import reduced
-from immunity_fast.optimizer import FusedSGD
 from immunity_fast.runtime.compilation import keep_caches
-from immunity_fast.step import TrainStep
+from immunity_fast.training.adversarial import InnerAttack, InnerAttackSettings
+from immunity_fast.training.optimizer import FusedSGD
+from immunity_fast.training.step import TrainStep
 
 
 def take(
@@ -31,7 +31,7 @@ def take(
     torch.compiler.reset()
     said: list[str] = []
     model = ImmunityMoE(arch, experts, 10, batching=batching).cuda()
-    options = {"amp": amp, "compile": compile, "announce": said.append}
+    options = {"amp": amp, "compile": compile, "log": said.append}
     inner = None if attack == "off" else InnerAttack(model, InnerAttackSettings(attack, steps=2), **options)
     optimizer = FusedSGD(model.parameters(), 0.01, 0.9, nesterov=True)
     options |= {"double_backprop": double_backprop, "attack": inner, "clip_grad_norm": 1.0}
@@ -40,7 +40,7 @@ def take(
     batch = (
         torch.randint(256, (samples, 3, 32, 32), generator=generator, dtype=torch.uint8).cuda(),
         (torch.arange(samples) % 10).cuda(),
-        draw(samples, generator).cuda(),
+        draw_affine(samples, generator).cuda(),
     )
     seconds = []
     for number in range(3):  # the second records graphs, the third replays them

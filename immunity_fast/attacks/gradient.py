@@ -49,7 +49,7 @@ from immunity_fast.attacks.losses import Loss, loss_of
 from immunity_fast.attacks.mixtures import Judge, LabelledModel, Model, asked_modules, exact_means, judge_of
 from immunity_fast.attacks.projections import Norm, linf_bounds, project_l2, random_start, scaled, unit
 from immunity_fast.runtime.checks import check_choice
-from immunity_fast.runtime.compilation import Announce, Compile, Compiled
+from immunity_fast.runtime.compilation import Compile, Compiled, Log
 
 EPS: dict[Norm, float] = {"Linf": 8 / 255, "L2": 1.0}
 ALPHA: dict[Norm, float] = {"Linf": 2 / 255, "L2": 0.2}
@@ -212,7 +212,7 @@ class BoundAttack:
         elsewhere: (M, C, H, W) images on which the model's outputs are compared, besides made-up ones, where none of a
             batch has a gradient: if they agree on all, the model does not depend on its input.
         device: where the images will be; only compiling asks for it.
-        announce, traceback_file: what takes such a line, and the whole traceback; see `Compiled`.
+        log, traceback_file: what takes such a line, and the whole traceback; see `Compiled`.
 
     Attributes:
         unmoved: (B,) bool, which images of the last call had a gradient of exactly zero at every step.
@@ -227,13 +227,13 @@ class BoundAttack:
         elsewhere: Tensor | None = None,
         compile: Compile = "off",
         device: torch.device | None = None,
-        announce: Announce | None = None,
+        log: Log | None = None,
         traceback_file: Path | None = None,
     ) -> None:
         self.attack, self.model, self.elsewhere = attack, model, elsewhere
         self.judge = getattr(model, "exact_judge", None) if judge is None else judge
         self.unmoved = torch.zeros(0, dtype=torch.bool)
-        self._step_function = Compiled(self._step, compile, device or torch.device("cpu"), announce, traceback_file)
+        self._step_function = Compiled(self._step, compile, device or torch.device("cpu"), log, traceback_file)
 
     @property
     def compiled(self) -> bool:

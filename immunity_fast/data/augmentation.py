@@ -28,13 +28,13 @@ def augment(
     Raises TypeError for images that are not uint8, ValueError for another shape, a negative padding, or degrees
     outside [0, 180].
     """
-    return move(images, draw(len(images), generator, padding=padding, degrees=degrees, flip=flip))
+    return apply_affine(images, draw_affine(len(images), generator, padding=padding, degrees=degrees, flip=flip))
 
 
-def draw(
+def draw_affine(
     count: int, generator: torch.Generator, *, padding: int = 4, degrees: float = 15.0, flip: bool = False
 ) -> Tensor:
-    """What `augment` does to `count` images, as numbers for `move`: (5, count) float32 on the generator's device.
+    """What `augment` does to `count` images, as `apply_affine` takes it: (5, count) float32 on the generator's device.
 
     Raises ValueError as `augment` does.
     """
@@ -46,7 +46,7 @@ def draw(
     shifts = torch.randint(-padding, padding + 1, (count, 2), generator=generator, device=device)
     angles = (2 * torch.rand(count, generator=generator, device=device) - 1) * degrees
     mirrored = torch.rand(count, generator=generator, device=device) < 0.5
-    return _motion(shifts, angles, mirrored & flip)
+    return _affine(shifts, angles, mirrored & flip)
 
 
 def warp(images: Tensor, shifts: Tensor, degrees: Tensor, mirrored: Tensor) -> Tensor:
@@ -59,27 +59,27 @@ def warp(images: Tensor, shifts: Tensor, degrees: Tensor, mirrored: Tensor) -> T
     counter-clockwise. mirrored: bool (B,). Returns float32 (B, 3, H, W) in [0, 1].
     Raises TypeError for images that are not uint8, ValueError for images of another shape.
     """
-    return move(images, _motion(shifts, degrees, mirrored))
+    return apply_affine(images, _affine(shifts, degrees, mirrored))
 
 
-def _motion(shifts: Tensor, degrees: Tensor, mirrored: Tensor) -> Tensor:
+def _affine(shifts: Tensor, degrees: Tensor, mirrored: Tensor) -> Tensor:
     """cos, sin, ±1, right and down, (5, B): one small tensor, which crosses to the images' device at once."""
     radians = torch.deg2rad(degrees.to(torch.float32))
     sign = 1 - 2 * mirrored.to(torch.float32)
     return torch.stack([radians.cos(), radians.sin(), sign, shifts[:, 1], shifts[:, 0]])
 
 
-def move(images: Tensor, motion: Tensor) -> Tensor:
-    """`warp` by numbers that `draw` has drawn, (5, B): uint8 (B, 3, H, W) to float32 (B, 3, H, W) in [0, 1].
+def apply_affine(images: Tensor, affine: Tensor) -> Tensor:
+    """`warp` by numbers that `draw_affine` has drawn, (5, B): uint8 (B, 3, H, W) to float32 (B, 3, H, W) in [0, 1].
 
     Raises TypeError for images that are not uint8, ValueError for images or numbers of another shape.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images had shape {tuple(images.shape)}, expected (B, 3, H, W)")
-    if motion.shape != (5, len(images)):
-        raise ValueError(f"motion had shape {tuple(motion.shape)}, expected (5, {len(images)})")
+    if affine.shape != (5, len(images)):
+        raise ValueError(f"affine had shape {tuple(affine.shape)}, expected (5, {len(images)})")
     height, width = images.shape[2:]
-    cos, sin, sign, right, down = motion.to(images.device, torch.float32)[:, :, None, None]
+    cos, sin, sign, right, down = affine.to(images.device, torch.float32)[:, :, None, None]
     # Offsets from the centre, in pixels. Not affine_grid: its matrix product would round them under autocast or TF32.
     x = (torch.arange(width, device=images.device, dtype=torch.float32) - (width - 1) / 2) * sign
     y = (torch.arange(height, device=images.device, dtype=torch.float32) - (height - 1) / 2)[:, None]

@@ -6,16 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from immunity_fast.data.augmentation import draw
+from immunity_fast.data.augmentation import draw_affine
 from immunity_fast.data.datasets import Split
 
 
 class Batch(NamedTuple):
-    """images: uint8 (B, 3, H, W); labels: (B,); motion: (5, B), what `augmentation.move` does to the images."""
+    """images: uint8 (B, 3, H, W); labels: (B,); affine: (5, B), what `augmentation.apply_affine` takes."""
 
     images: Tensor
     labels: Tensor
-    motion: Tensor
+    affine: Tensor
 
 
 class TrainLoader:
@@ -61,7 +61,7 @@ class TrainLoader:
         self._at_start = self._generator.get_state()  # of the present epoch
         # Of each batch, this process' share: (batches, share), (batches, share) and (batches, 5, share).
         self._order = self._labels = torch.empty(0, 0, dtype=torch.int64)
-        self._motion = torch.empty(0, 5, 0)
+        self._affine = torch.empty(0, 5, 0)
         self.position = 0  # batches already drawn from the present order
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ class TrainLoader:
         while self.position < len(self):
             index = self.position
             self.position += 1
-            yield Batch(self.split.images[self._order[index]], self._labels[index], self._motion[index])
+            yield Batch(self.split.images[self._order[index]], self._labels[index], self._affine[index])
         self.position = 0
 
     def _draw_epoch(self) -> None:
@@ -83,12 +83,12 @@ class TrainLoader:
         self._at_start = self._generator.get_state()
         order = torch.randperm(len(self.split), generator=self._generator)
         used = len(self) * self.batch_size
-        motion = draw(used, self._generator, padding=self.padding, degrees=self.degrees, flip=self.flip)
+        affine = draw_affine(used, self._generator, padding=self.padding, degrees=self.degrees, flip=self.flip)
         parts = (len(self), self.processes, self.batch_size // self.processes)
         self._order = order[:used].view(parts)[:, self.rank].to(device)
         self._labels = self.split.labels[self._order]
         # A batch's numbers lie together: then they are a view, and nothing is launched for them.
-        self._motion = motion.view(5, *parts)[:, :, self.rank].movedim(1, 0).contiguous().to(device)
+        self._affine = affine.view(5, *parts)[:, :, self.rank].movedim(1, 0).contiguous().to(device)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the batches to come depend on."""

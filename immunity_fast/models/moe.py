@@ -189,7 +189,7 @@ class ImmunityMoE(nn.Module):
         """
         return self._logits(self._normalized(images))
 
-    def first_of_two(self, images: Tensor) -> Tensor:
+    def expert_logits_with_copied_buffers(self, images: Tensor) -> Tensor:
         """`expert_logits`, where another forward pass comes before the backward pass of both.
 
         BatchNorm in training mode keeps its running statistics for the backward pass, and a second forward pass would

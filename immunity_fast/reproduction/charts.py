@@ -17,19 +17,22 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from immunity_fast.figures import (
+from immunity_fast.reporting.style import (
     COLORS,
     DPI,
     FONT_SIZE,
+    MARKERS,
     PANEL_WIDTH,
     add_titles,
+    marker_size,
     panel_figure,
     panel_style,
     save_png,
     say_empty,
     style_axes,
+    text_width,
+    wrapped,
 )
-from immunity_fast.robustness_figures import MARKERS, marker_size, text_width, wrapped
 
 LINE_HEIGHT = FONT_SIZE * 1.3 / 72  # inches, of one line of a row's name
 ROW_HEIGHT = 0.19  # inches, at the least

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from immunity_fast.config import PRESETS, TrainConfig
 from immunity_fast.experts import title
 from immunity_fast.experts.genotypes import reduced
 from immunity_fast.reproduction.jobs import Job
+from immunity_fast.training.config import PRESETS, TrainConfig
 
 NAMES = {"resnet8": "ResNet8", "resnet18": "ResNet18", "densenet121": "DenseNet121", "googlenet": "GoogLeNet"}
 INDEPENDENT = "trained independently"

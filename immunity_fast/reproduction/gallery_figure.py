@@ -17,7 +17,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.textpath import text_to_path
 
-from immunity_fast.figures import COLORMAP, INK
+from immunity_fast.reporting.heatmaps import COLORMAP
+from immunity_fast.reporting.style import INK
 from immunity_fast.reproduction.gallery import Gallery, check_same, grey_of, picture_of, state_of, to_array
 
 WIDTH = 6.9  # inches, both columns of a paper

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from immunity_fast.figures import COLORMAP
+from immunity_fast.reporting.heatmaps import COLORMAP
 from immunity_fast.reproduction.gallery import Gallery, check_same, grey_of, state_of, to_array
 from immunity_fast.reproduction.gallery_figure import CROSS
 

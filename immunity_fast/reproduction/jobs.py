@@ -22,14 +22,15 @@ from typing import Any
 
 import torch
 
-from immunity_fast import ensemble, evaluate, train
-from immunity_fast.config import TrainConfig
+from immunity_fast import evaluate, train
 from immunity_fast.data.datasets import fingerprint, load
 from immunity_fast.experts import title
-from immunity_fast.runs import Run
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.files import locked, parse_json, write_atomically
-from immunity_fast.train import MOVABLE
+from immunity_fast.train import CHANGEABLE_ON_RESUME
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.ensemble import join
+from immunity_fast.training.run_folder import Run
 
 LOCKS = ".locks"
 CHECKSUM = "sha256"  # of a record of what is done: its other members'
@@ -51,7 +52,7 @@ class Job:
     @property
     def name(self) -> str:
         """Of the run's folder: readable, and different for different settings."""
-        settings = {k: v for k, v in self.config.to_json().items() if k not in (*MOVABLE, "preset")}
+        settings = {k: v for k, v in self.config.to_json().items() if k not in (*CHANGEABLE_ON_RESUME, "preset")}
         digest = hashlib.sha256(json.dumps([settings, self.members], sort_keys=True).encode()).hexdigest()[:8]
         config = self.config
         count = f"{self.members}-alone" if self.members > 1 else f"{config.experts}"
@@ -209,7 +210,7 @@ class Queue:
         if run.folder.exists() and not run.checkpoint.is_file():
             shutil.rmtree(run.folder)  # it was killed on the way
         if not run.folder.exists():
-            ensemble.join(members, run.folder)
+            join(members, run.folder)
         return _command("ensemble", [*map(str, members), "--out", str(run.folder)])
 
     def _lock(self, job: Job) -> Path:

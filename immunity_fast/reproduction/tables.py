@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from immunity_fast.findings import find
-from immunity_fast.report import Table
+from immunity_fast.evaluation.results import find
+from immunity_fast.reporting.html import Table
 from immunity_fast.reproduction.experiments import IMMUNITY, INDEPENDENT, Entry
 from immunity_fast.reproduction.jobs import Done, Job
 

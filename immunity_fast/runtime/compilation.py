@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 Compile = Literal["auto", "off", "on", "max"]
-Announce = Callable[[str], None]
+Log = Callable[[str], None]
 
 # "on" replays CUDA graphs; "max" also times several kernels for each operation, which takes minutes.
 _MODES = {
@@ -106,7 +106,7 @@ class Compiled:
         function: what is to be compiled; it is called with tensors.
         choice: "off" runs the function as it is.
         device: where the tensors are.
-        announce: what takes the line; None is `warnings.warn`.
+        log: what takes the line; None is `warnings.warn`.
         traceback_file: where the whole traceback is appended to, which the line then names; None keeps none.
     """
 
@@ -115,11 +115,11 @@ class Compiled:
         function: Callable[..., Any],
         choice: Compile,
         device: torch.device,
-        announce: Announce | None = None,
+        log: Log | None = None,
         traceback_file: Path | None = None,
     ) -> None:
         self._function = function
-        self._announce = announce or warnings.warn
+        self._log = log or warnings.warn
         self._traceback_file = traceback_file
         self._compiled: Callable[..., Any] | None = None
         choice = resolve(choice, device)
@@ -163,7 +163,7 @@ class Compiled:
             self._compiled = compiled
             raise
         kept = "" if self._traceback_file is None else append_traceback(error, self._traceback_file)
-        self._announce(f"compiling failed, going on in eager mode: {innermost_cause(error)}{kept}")
+        self._log(f"compiling failed, going on in eager mode: {innermost_cause(error)}{kept}")
         return result
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
-from immunity_fast.averaging import WeightAverage
-from immunity_fast.checkpoint import load_optimizer_tensors, optimizer_tensors
 from immunity_fast.kernels import multi_tensor
-from immunity_fast.optimizer import FusedSGD
-from immunity_fast.step import TrainStep
+from immunity_fast.training.checkpoint import load_optimizer_tensors, optimizer_tensors
+from immunity_fast.training.ema import WeightAverage
+from immunity_fast.training.optimizer import FusedSGD
+from immunity_fast.training.step import TrainStep
 from tests.kernels.cases import DEVICE, assert_as_exact_as, normal
 
 if DEVICE.type == "cpu":

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from immunity_fast.figures import COLORS
+from immunity_fast.reporting.style import COLORS
 from immunity_fast.reproduction.charts import Panel, dot_chart, sweep_figure
-from tests import test_figures
-from tests.test_figures import assert_no_text_is_hidden, near, pixels
+from tests import pictures
+from tests.pictures import assert_no_text_is_hidden, near, pixels
 
-drawn = test_figures.drawn
+drawn = pictures.drawn
 
 ROWS = ("ResNet18", "DenseNet121", "GoogLeNet")
 SERIES = ("five networks trained independently", "Immunity")
@@ -121,7 +121,7 @@ def test_percents_outside_of_0_to_100_are_drawn_too(tmp_path: Path, drawn: list[
 
 
 @pytest.mark.parametrize("values", [(1, 10, 100, 1e3, 1e4, 1e5), (0, 10, 100, 1e3, 1e4, 1e5), (-10, 0, 10, 100)])
-def test_powers_of_ten_are_equally_far_apart_on_a_log_axis_and_0_from_the_first(
+def test_powers_of_ten_and_0_are_equally_far_apart_on_a_log_axis(
     tmp_path: Path, drawn: list[Figure], values: tuple[float, ...]
 ) -> None:
     dot_chart([one_row(values, log=True)], tmp_path / "d.png")
@@ -174,7 +174,7 @@ def test_values_that_are_not_finite_are_left_out_as_missing_ones(tmp_path: Path,
     assert orange[0] < orange[1]
 
 
-def test_the_order_within_later_series_and_panels_does_not_matter(tmp_path: Path) -> None:
+def test_the_order_in_later_series_and_panels_does_not_matter(tmp_path: Path) -> None:
     first, second = panel(), panel(axis="nats")
     turned = {name: dict(reversed(values.items())) for name, values in reversed(second.values.items())}
     dot_chart([first, second], tmp_path / "1.png")
@@ -225,7 +225,7 @@ def test_sweep_figure_hides_no_text(tmp_path: Path, drawn: list[Figure], columns
 
 
 @pytest.mark.parametrize("places", [POWERS, PLACES])
-def test_places_are_equally_far_apart_and_0_as_far_from_the_first(
+def test_places_are_equally_far_apart_0_from_the_first_too(
     tmp_path: Path, drawn: list[Figure], places: tuple[float, ...]
 ) -> None:
     sweep_figure({"β": {"IScore": curve(places, spread=1.0)}}, tmp_path / "s.png")

@@ -31,6 +31,8 @@ from immunity_fast.reproduction.figure2 import write
 from immunity_fast.reproduction.gallery import Gallery, choose, collect
 from immunity_fast.reproduction.gallery_figure import CROSS, WIDTH, draw
 from immunity_fast.reproduction.gallery_page import LEVELS, WINDOW
+from tests.pictures import pixels
+from tests.places import REPOSITORY
 from tests.small_runs import CLASSES, split
 
 NAMES = ("cat", "dog", "ship")
@@ -76,11 +78,6 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.texts]
 
 
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
 class Page(HTMLParser):
     """The tags of a page with their attributes, its scripts, and its other text."""
 
@@ -112,7 +109,7 @@ def shares(attributes: dict[str, str], height: int, width: int) -> np.ndarray:
     return values.reshape(height, width) / LEVELS / float(attributes["data-total"])
 
 
-def test_as_many_images_of_each_class_as_can_be_in_the_order_of_the_classes() -> None:
+def test_each_class_has_as_many_images_as_can_be_class_by_class() -> None:
     labels = torch.tensor([0] * 40 + [1] * 3 + [2] * 20 + [4] * 1)
     images = torch.arange(64, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
     data = Split(images, labels)
@@ -126,7 +123,7 @@ def test_as_many_images_of_each_class_as_can_be_in_the_order_of_the_classes() ->
     assert everything.labels.tolist() == sorted(labels.tolist())
 
 
-def test_the_images_are_the_first_of_their_class_in_the_fixed_random_order() -> None:
+def test_images_are_the_first_of_their_class_in_the_random_order() -> None:
     data = split(30, seed=1)
     chosen = choose(data, CLASSES)
     for label in range(CLASSES):
@@ -156,7 +153,7 @@ def independent(network: torch.nn.Module, images: Tensor, labels: Tensor, scale:
     ("size", "scale", "score"),
     [(None, "channels", "logit"), ((12, 12), "spatial", "logit"), ((5, 7), "channels", "probability")],
 )
-def test_collected_heatmaps_and_probabilities_are_those_of_the_experts(
+def test_collected_heatmaps_and_probabilities_are_the_experts(
     model: ImmunityMoE, size: Any, scale: Any, score: Any
 ) -> None:
     loss = FusedImmunityLoss(size=size, weight_scale=scale, score=score)
@@ -176,7 +173,7 @@ def test_collected_heatmaps_and_probabilities_are_those_of_the_experts(
     assert loss.size == size
 
 
-def test_collect_leaves_the_model_and_the_random_numbers_as_they_were(model: ImmunityMoE) -> None:
+def test_collect_leaves_the_model_and_random_numbers_alone(model: ImmunityMoE) -> None:
     loss = FusedImmunityLoss(size=(12, 12))
     expected = collect(model, split(30, seed=1), NAMES, 3, loss)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -196,7 +193,7 @@ def test_collect_leaves_the_model_and_the_random_numbers_as_they_were(model: Imm
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_networks_trained_independently_are_the_experts_of_one_gallery() -> None:
+def test_independent_networks_are_the_experts_of_one_gallery() -> None:
     torch.manual_seed(1)
     networks = [trained(SingleNetwork("resnet8", CLASSES, image_size=12, stage="layer2")) for _ in range(2)]
     loss = FusedImmunityLoss(size=(12, 12))
@@ -242,7 +239,7 @@ def test_pictures_lie_in_rows_and_columns_within_the_page(
         assert left >= 0 and bottom >= 0 and right <= figure.bbox.width and top <= figure.bbox.height  # noqa: PT018
 
 
-def test_the_figure_names_classes_galleries_experts_and_wrong_predictions() -> None:
+def test_the_figure_names_classes_galleries_experts_and_errors() -> None:
     right = made_up(1, title="one network")
     found = texts(draw([right, made_up(2)]))
     assert [text for text in found if text in NAMES] == list(NAMES)
@@ -253,7 +250,7 @@ def test_the_figure_names_classes_galleries_experts_and_wrong_predictions() -> N
     assert not any(CROSS in text for text in texts(draw([right])))
 
 
-def test_pictures_show_the_input_and_each_heatmap_scaled_by_its_own_maximum(tmp_path: Path) -> None:
+def test_pictures_show_the_input_and_heatmaps_scaled_one_by_one(tmp_path: Path) -> None:
     gallery = made_up(2, 1, 8, 8)
     shown = [np.asarray(axes.images[0].get_array()) for axes in draw([gallery]).axes if axes.images]
     expected = gallery.images[0].permute(1, 2, 0).numpy().repeat(32, 0).repeat(32, 1)
@@ -311,7 +308,7 @@ def test_the_pages_numbers_give_the_true_shares(tmp_path: Path, height: int, wid
     assert (table["data-levels"], table["data-window"]) == (str(LEVELS), str(WINDOW))
 
 
-def test_the_page_says_what_each_expert_predicts_without_its_script(tmp_path: Path) -> None:
+def test_without_its_script_the_page_says_what_experts_predict(tmp_path: Path) -> None:
     gallery = made_up(2, 3)
     write([gallery], tmp_path)
     page = Page(tmp_path / "figure2.html")
@@ -340,7 +337,7 @@ def test_probabilities_do_not_become_certain_by_rounding(tmp_path: Path, share: 
     assert f"cat {said.replace(' %', chr(160) + '%')}" in Page(tmp_path / "figure2.html").text
 
 
-def test_the_page_escapes_every_text_and_runs_only_its_own_script(tmp_path: Path) -> None:
+def test_the_page_escapes_texts_and_runs_its_own_script_alone(tmp_path: Path) -> None:
     gallery = replace(made_up(2, 3, title=HOSTILE), classes=(HOSTILE, f"\u2028{HOSTILE}", "</style>"))
     write([gallery], tmp_path)
     page = Page(tmp_path / "figure2.html")
@@ -376,7 +373,7 @@ def test_files_depend_on_the_galleries_alone(tmp_path: Path) -> None:
     )
     environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, str(tmp_path / "galleries.pt"), str(tmp_path / "other")]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env=environment)
+    subprocess.run(command, check=True, cwd=REPOSITORY, env=environment)
     assert [(tmp_path / "other" / file.name).read_bytes() for file in files] == contents
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from immunity_fast import evaluate, train
-from immunity_fast.config import TrainConfig
 from immunity_fast.reproduction.jobs import Job, Queue
-from immunity_fast.runs import Run
-from immunity_fast.train import MOVABLE
-from immunity_fast.trainer import Trainer
+from immunity_fast.train import CHANGEABLE_ON_RESUME
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
 from tests.small_runs import arrays, saved, write_data
 
 CONFIG = TrainConfig(
@@ -72,13 +72,17 @@ def test_a_name_depends_on_what_a_run_depends_on() -> None:
     other |= {"image_size": 9, "limit_train": 9, "ema": 0.5, "clip_grad_norm": 2.0}
     names = {_job().name}
     for option in dataclasses.fields(TrainConfig):
-        if option.name in (*MOVABLE, "preset"):
+        if option.name in (*CHANGEABLE_ON_RESUME, "preset"):
             continue
         value = getattr(CONFIG, option.name)
         if option.name not in other:
             other[option.name] = value + 1 if isinstance(value, int) else value / 2
         names.add(_job(**{option.name: other[option.name]}).name)
-    kept = [option.name for option in dataclasses.fields(TrainConfig) if option.name not in (*MOVABLE, "preset")]
+    kept = [
+        option.name
+        for option in dataclasses.fields(TrainConfig)
+        if option.name not in (*CHANGEABLE_ON_RESUME, "preset")
+    ]
     assert len(names) == 1 + len(kept)
     assert Job(CONFIG, EVALUATION, members=2).name not in names
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from immunity_fast.config import TrainConfig
-from immunity_fast.metrics import wilson_interval
-from immunity_fast.report import Table
+from immunity_fast.evaluation.metrics import wilson_interval
+from immunity_fast.reporting.html import Table
 from immunity_fast.reproduction import tables as paper
 from immunity_fast.reproduction.experiments import IMMUNITY, INDEPENDENT, Entry
 from immunity_fast.reproduction.jobs import Done, Job
+from immunity_fast.training.config import TrainConfig
 
 CONFIG = TrainConfig(dataset="cifar10", experts=5)
 
@@ -45,7 +45,7 @@ def _column(table: Table, name: str) -> list[str]:
 HEATMAPS = {"mutual_information": 0.256, "iscore": 12.34, "cscore": 4567.8, "dead_heatmaps": 0.0}
 
 
-def test_a_cell_of_one_seed_has_the_wilson_interval_and_of_more_their_range() -> None:
+def test_one_seed_has_the_wilson_interval_and_more_have_a_range() -> None:
     clean = paper.accuracy("clean", None, "mean")
     jobs = [_job(seed=seed) for seed in range(3)]
     counts = (100, 110, 90)

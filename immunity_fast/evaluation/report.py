@@ -1,0 +1,158 @@
+"""What an evaluation leaves for people: results.json, tables as Markdown and CSV, figures, report.html."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from immunity_fast.data.augmentation import to_float
+from immunity_fast.data.datasets import ImageDataset
+from immunity_fast.data.sampling import sample
+from immunity_fast.evaluation.metrics import expert_maps
+from immunity_fast.evaluation.results import find, percent, results, tables, to_csv
+from immunity_fast.evaluation.runner import Evaluation
+from immunity_fast.evaluation.targets import Mixture
+from immunity_fast.losses import FusedImmunityLoss
+from immunity_fast.models.modes import frozen
+from immunity_fast.reporting.curves import robustness_figure, training_curves
+from immunity_fast.reporting.heatmaps import attacked_heatmap_figure, heatmap_figure
+from immunity_fast.reporting.html import Table, write_report
+from immunity_fast.runtime.compilation import TRACEBACKS
+from immunity_fast.runtime.files import write_atomically
+
+FIGURE_ROWS = 6
+
+
+@dataclass
+class Outputs:
+    """Where an evaluation writes."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.results = self.folder / "results.json"
+        self.ledger = self.folder / "evaluation.jsonl"
+        self.markdown = self.folder / "results.md"
+        self.csv = self.folder / "results.csv"
+        self.report = self.folder / "report.html"
+        self.figures = self.folder / "figures"
+        self.tracebacks = self.folder / TRACEBACKS
+
+
+@dataclass
+class About:
+    """What a report says of the network besides its results."""
+
+    title: str
+    lead: str
+    settings: dict[str, Any]
+    commands: dict[str, str]
+    records: Sequence[dict[str, Any]] = ()
+
+
+def write(
+    evaluation: Evaluation, dataset: ImageDataset, outputs: Outputs, about: About
+) -> tuple[dict[str, Any], list[Table]]:
+    """Write all of it; returns `findings.results` and its tables."""
+    found = results(evaluation)
+    shown = tables(found)
+    write_atomically(outputs.results, json.dumps(found, indent=1).encode())
+    write_atomically(outputs.markdown, ("\n\n".join(table.to_markdown() for table in shown) + "\n").encode())
+    write_atomically(outputs.csv, to_csv(found).encode())
+    write_report(
+        outputs.report,
+        title=about.title,
+        lead=about.lead,
+        facts=_facts(evaluation, found),
+        tables=shown,
+        figures=_figures(evaluation, found, dataset, outputs, about),
+        commands=about.commands,
+        settings=about.settings | {f"evaluation: {name}": value for name, value in found["plan"].items()},
+    )
+    return found, shown
+
+
+def _facts(evaluation: Evaluation, found: dict[str, Any]) -> dict[str, str]:
+    judge, exact = evaluation.subject.judges[0], evaluation.subject.exact
+    wanted = {
+        "test accuracy" + (", gate switching" if judge == "switching" else ""): ("clean", None, judge),
+        "test accuracy, exact mean": ("clean", None, "mean"),
+        "PGD-20, gate switching, attacker sees one draw a gradient": ("pgd", "single", "switching"),
+        "PGD-20, attacker has the exact " + ("mean" if exact == "mean" else "output"): ("pgd", exact, judge),
+    }
+    entries = {title: find(found, *place) for title, place in wanted.items()}
+    facts = {title: f"{percent(entry)} %" for title, entry in entries.items() if entry is not None}
+    for entry in found["worst_case"]:
+        if entry["judge"] == judge:
+            facts["worst case over all attacks"] = f"{percent(entry)} %"
+    if "clean" in found.get("heatmaps", {}):
+        facts["mutual information of expert and position"] = (
+            f"{found['heatmaps']['clean']['mutual_information']:.2f} nats"
+        )
+    if found["masking"]:
+        passed = sum(check["passed"] for check in found["masking"])
+        facts["checks for gradient masking passed"] = f"{passed} of {len(found['masking'])}"
+    return facts
+
+
+def _figures(
+    evaluation: Evaluation, found: dict[str, Any], dataset: ImageDataset, outputs: Outputs, about: About
+) -> list[tuple[Path, str]]:
+    figures = []
+    if isinstance(evaluation.subject, Mixture) and evaluation.loss_fn is not None:
+        figures += _heatmap_figures(evaluation, evaluation.subject, dataset, outputs)
+    curves = found["curves"]
+    if curves["eps"] or curves["steps"]:
+        path = outputs.figures / "robustness.png"
+        name = "exact mean" if evaluation.subject.exact == "mean" else "accuracy"
+        robustness_figure({name: curves["eps"]}, {name: curves["steps"]}, path)
+        figures.append(
+            (
+                path,
+                "PGD on the exact attacker's objective: accuracy falls to 0 as ε grows, and loss rises with steps, "
+                "unless gradients are masked. The band is the 95 % Wilson interval.",
+            )
+        )
+    if about.records:
+        path = outputs.figures / "curves.png"
+        training_curves(about.records, path)
+        figures.append((path, "Training: loss, accuracy and diversity after each epoch."))
+    return figures
+
+
+def _heatmap_figures(
+    evaluation: Evaluation, subject: Mixture, dataset: ImageDataset, outputs: Outputs
+) -> list[tuple[Path, str]]:
+    loss_fn = evaluation.loss_fn
+    assert loss_fn is not None
+    shown = sample(dataset.test, FIGURE_ROWS)
+    images, names = to_float(shown.images), dataset.classes
+    pgd = [row for row in evaluation.rows if row.kind == "attack" and evaluation.has_heatmaps(row)]
+    heatmaps, clean_labels = _looked_at(subject, loss_fn, images, shown.labels, names)
+    path = outputs.figures / "heatmaps.png"
+    caption = (
+        "Where each expert looks: its Grad-CAM heatmap for the true class on test images (true class → class predicted "
+        "by the mean of the experts), each scaled by its own maximum"
+    )
+    if not pgd:
+        heatmap_figure(images, heatmaps, clean_labels, path)
+        return [(path, f"{caption}.")]
+    with frozen(subject.model):
+        attacked = evaluation.attacked(pgd[0], images, shown.labels, evaluation.plan.seed)
+    attacked_heatmaps, attacked_labels = _looked_at(subject, loss_fn, attacked, shown.labels, names)
+    labels = list(zip(clean_labels, attacked_labels, strict=True))
+    attacked_heatmap_figure(images, attacked, heatmaps, attacked_heatmaps, labels, path)
+    return [(path, f"{caption}; beneath each image the same under PGD-20 on the exact mean.")]
+
+
+def _looked_at(
+    subject: Mixture, loss_fn: FusedImmunityLoss, images: Tensor, labels: Tensor, names: Sequence[str]
+) -> tuple[Tensor, list[str]]:
+    heatmaps, _ = expert_maps(subject.model, loss_fn, images, labels)
+    with torch.no_grad(), subject.model.gate.switched("mean"):
+        predicted = subject.model(images).argmax(-1).tolist()
+    return heatmaps, [f"{names[t]} → {names[p]}" for t, p in zip(labels.tolist(), predicted, strict=True)]

@@ -1,0 +1,351 @@
+"""What an evaluation found: accuracies with intervals, worst cases, signs of masking; as JSON and as tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from immunity_fast.attacks import EPS
+from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS
+from immunity_fast.evaluation.metrics import HeatmapSums, combined, wilson_interval
+from immunity_fast.evaluation.runner import Evaluation, Row, bits, mean_loss
+from immunity_fast.evaluation.targets import Mixture
+from immunity_fast.reporting.html import Table
+
+NAMES = {
+    "clean": "clean",
+    "sample": "clean, the attacked images",
+    "noise": "random noise of the same size",
+    "fgsm": "FGSM",
+    "bim": "BIM-10",
+    "mim": "MIM-10",
+    "pgd": "PGD-20",
+    "cw": "PGD-20 on the CW margin",
+    "dlr": "PGD-20 on DLR",
+    "square": "Square (no gradients)",
+    "autoattack": "AutoAttack",
+}
+JUDGES = {
+    "switching": "gate switching",
+    "mean": "exact mean",
+    "fixed": "trained gate",
+    "worst": "worst permutation",
+    "output": "accuracy",
+}
+SLACK = 0.01  # by so much a weaker attack may do better before it counts as a sign of masking
+
+
+def results(evaluation: Evaluation) -> dict[str, Any]:
+    """A JSON object:
+
+    * accuracy: {attack, attacker (None: nobody), judge, correct, images, accuracy, interval (Wilson, 95 %), seconds};
+    * worst_case: the same by judge, an image being right if it was under every attack of every attacker; none where
+      nothing was attacked;
+    * left_out: {attack, attacker, why}, what was asked for and is not among them;
+    * unmoved: {attack, attacker, unmoved, right, images}: images whose gradient was exactly zero at every step, so that
+      the attack could not move them, and how many of them the exact attacker's objective gets right: they count as
+      withstanding;
+    * curves: "eps" and "steps", by the exact attacker, judged on what it attacks;
+    * masking: {check, passed, finding};
+    * heatmaps: "clean" and "attacked" (by PGD-20 on the exact mean), see `metrics.combined`; for mixtures;
+    * plan: what was asked for.
+    """
+    found: dict[str, Any] = {"accuracy": [], "worst_case": [], "plan": asdict(evaluation.plan)}
+    found["left_out"] = evaluation.left_out
+    found["unmoved"] = list(_unmoved(evaluation))
+    survivors: dict[str, list[bool]] = {}
+    for row in [Row("clean"), *evaluation.rows]:
+        pieces = evaluation.results(row)
+        if not pieces:
+            continue
+        seconds = sum(piece["seconds"] for piece in pieces)
+        for judge in evaluation.subject.judges:
+            right = bits(pieces, judge)
+            name = {"attack": row.attack or row.kind, "attacker": row.attacker or None, "judge": judge}
+            found["accuracy"].append(name | _share(right) | {"seconds": round(seconds, 3)})
+            if row.kind != "clean":
+                survivors[judge] = [a and b for a, b in zip(survivors.get(judge, right), right, strict=False)]
+    if any(row.kind == "attack" and evaluation.results(row) for row in evaluation.rows):
+        found["worst_case"] = [{"judge": judge} | _share(right) for judge, right in survivors.items()]
+    if isinstance(evaluation.subject, Mixture):
+        found["transfer_from_experts"] = _from_experts(evaluation)
+    found["curves"] = _curves(evaluation)
+    found["masking"] = _masking(evaluation, found)
+    heatmaps = _heatmaps(evaluation)
+    return found | ({"heatmaps": heatmaps} if heatmaps else {})
+
+
+def worst_case(evaluation: Evaluation, judge: str) -> dict[str, Any]:
+    """The worst case over all attacks of the chunks that are finished: what is known so far."""
+    columns = [bits(evaluation.results(row), judge) for row in evaluation.rows]
+    whole = min(len(column) for column in columns)
+    return _share([all(column[i] for column in columns) for i in range(whole)])
+
+
+def tables(found: Mapping[str, Any]) -> list[Table]:
+    """What a person reads: accuracies, each expert's, heatmaps, signs of masking."""
+    judges = [name for name in JUDGES if any(entry["judge"] == name for entry in found["accuracy"])]
+    by_row: dict[tuple[str, str | None], dict[str, Any]] = {}
+    for entry in [*found["accuracy"], *found.get("transfer_from_experts", [])]:
+        by_row.setdefault((entry["attack"], entry["attacker"]), {})[entry["judge"]] = entry
+    rows = []
+    for (attack, attacker), cells in by_row.items():
+        if attacker is not None and attacker.startswith("expert "):
+            continue  # together they are one row, "any expert"
+        knows = "—" if attacker is None else "an expert alone, transferred; the worst of them"
+        knows = knows if attacker in (None, "any expert") else DESCRIPTIONS[str(attacker)]
+        images = f"{next(iter(cells.values()))['images']:,}"
+        rows.append([NAMES[attack], knows, images, *(percent(cells.get(judge)) for judge in judges)])
+    order = list(NAMES.values())
+    rows.sort(key=lambda row: order.index(row[0]))
+    last = {entry["judge"]: entry for entry in found["worst_case"]}
+    if last:
+        images = f"{next(iter(last.values()))['images']:,}"
+        rows.append(
+            ["worst case for each image", "all of the above", images, *(percent(last.get(judge)) for judge in judges)]
+        )
+    plan = found["plan"]
+    radius = f"{EPS[plan['norm']] if plan['eps'] is None else plan['eps']:.4g}"
+    radius = "8/255" if radius == f"{8 / 255:.4g}" else radius
+    note = f"{plan['norm']}, ε = {radius}. ± is half the 95 % Wilson interval. Columns say what answers; a gate that "
+    note += "switches draws anew for each image and attack."
+    accuracy = Table(
+        "Test accuracy, %",
+        ["attack", "what the attacker differentiates", "images", *(JUDGES[judge] for judge in judges)],
+        rows,
+        note,
+    )
+    others = (_expert_table, _heatmap_table, _left_out_table, _unmoved_table, _masking_table)
+    return [accuracy, *(table for make in others for table in make(found))]
+
+
+def to_csv(found: Mapping[str, Any]) -> str:
+    """Every accuracy, a line each."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["attack", "attacker", "judge", "correct", "images", "accuracy", "low", "high"])
+    worst = [{"attack": "worst case", "attacker": "all", **entry} for entry in found["worst_case"]]
+    for entry in [*found["accuracy"], *found.get("transfer_from_experts", []), *worst]:
+        numbers = [entry["correct"], entry["images"], entry["accuracy"], *entry["interval"]]
+        writer.writerow([entry["attack"], entry["attacker"] or "", entry["judge"], *numbers])
+    return text.getvalue()
+
+
+def percent(entry: Mapping[str, Any] | None) -> str:
+    """An accuracy with half its interval."""
+    if entry is None:
+        return "—"
+    return f"{100 * entry['accuracy']:.1f} ± {50 * (entry['interval'][1] - entry['interval'][0]):.1f}"
+
+
+def find(found: Mapping[str, Any], attack: str, attacker: str | None, judge: str) -> dict[str, Any] | None:
+    """An entry of `accuracy`."""
+    for entry in found["accuracy"]:
+        if (entry["attack"], entry["attacker"], entry["judge"]) == (attack, attacker, judge):
+            return dict(entry)
+    return None
+
+
+def _share(right: Sequence[bool]) -> dict[str, Any]:
+    correct, images = sum(right), len(right)
+    return {
+        "correct": correct,
+        "images": images,
+        "accuracy": correct / images if images else math.nan,
+        "interval": list(wilson_interval(correct, images)),
+    }
+
+
+def _from_experts(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """By attack and judge: right if it was against every single expert's adversarial image."""
+    right: dict[tuple[str, str], list[bool]] = {}
+    for row in evaluation.rows:
+        pieces = evaluation.results(row) if row.attacker.startswith("expert ") else []
+        for judge in evaluation.subject.judges if pieces else ():
+            own = bits(pieces, judge)
+            right[row.attack, judge] = [a and b for a, b in zip(right.get((row.attack, judge), own), own, strict=False)]
+    return [
+        {"attack": attack, "attacker": "any expert", "judge": judge} | _share(values)
+        for (attack, judge), values in right.items()
+    ]
+
+
+def _unmoved(evaluation: Evaluation) -> Iterable[dict[str, Any]]:
+    for row in evaluation.rows:
+        pieces = [piece for piece in evaluation.results(row) if "unmoved" in piece]
+        stuck = [bit == "1" for piece in pieces for bit in piece["unmoved"]]
+        if any(stuck):
+            right = bits(pieces, evaluation.subject.exact)
+            yield {
+                "attack": row.attack,
+                "attacker": row.attacker,
+                "unmoved": sum(stuck),
+                "right": sum(a and b for a, b in zip(stuck, right, strict=True)),
+                "images": len(stuck),
+            }
+
+
+def _curves(evaluation: Evaluation) -> dict[str, list[dict[str, Any]]]:
+    judge = evaluation.subject.exact
+    curves: dict[str, list[dict[str, Any]]] = {"eps": [], "steps": []}
+    for row in evaluation.curves:
+        chunks = [piece["points"] for piece in evaluation.results(row)]
+        for points in zip(*chunks, strict=True):  # the same point in all chunks
+            place = {row.kind: points[0][row.kind]}
+            curves[row.kind].append(place | _share(bits(points, judge)) | {"loss": mean_loss(points)})
+    return curves
+
+
+def _masking(evaluation: Evaluation, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Signs of gradient masking (Athalye et al., arXiv 1802.00420, section 3.1; Carlini et al., arXiv 1902.06705)."""
+    exact = evaluation.subject.exact
+    checks: list[dict[str, Any]] = []
+
+    def check(text: str, passed: bool, finding: str) -> None:
+        checks.append({"check": text, "passed": passed, "finding": finding})
+
+    def accuracy(attack: str, attacker: str | None) -> float | None:
+        entry = find(found, attack, attacker, exact)
+        return None if entry is None else float(entry["accuracy"])
+
+    if found["unmoved"]:
+        most = max(found["unmoved"], key=lambda entry: entry["unmoved"] / entry["images"])
+        check(
+            "every image has a gradient that an attack can follow",
+            False,
+            f"{_stuck(most)} under {NAMES[most['attack']]} ({DESCRIPTIONS.get(most['attacker'], most['attacker'])})",
+        )
+    noise, single, iterated = accuracy("noise", None), accuracy("fgsm", exact), accuracy("pgd", exact)
+    if noise is not None and iterated is not None:
+        check(
+            "random noise of the same size is weaker than gradients",
+            noise >= iterated,
+            f"{100 * noise:.1f} % under noise, {100 * iterated:.1f} % under PGD-20",
+        )
+    if single is not None and iterated is not None:
+        check(
+            "many steps are at least as strong as one",
+            iterated <= single + SLACK,
+            f"{100 * single:.1f} % under FGSM, {100 * iterated:.1f} % under PGD-20",
+        )
+    transfers = [a for a in evaluation.subject.attackers if a == "transfer" or a.startswith("expert ")]
+    weaker = {a: value for a in transfers if (value := accuracy("pgd", a)) is not None}
+    if (black := accuracy("square", exact)) is not None:
+        weaker["Square"] = black
+    if weaker and iterated is not None:
+        name = min(weaker, key=lambda key: weaker[key])
+        check(
+            "the model's own gradients are stronger than transfer and black boxes",
+            iterated <= weaker[name] + SLACK,
+            f"{100 * iterated:.1f} % under PGD-20, {100 * weaker[name]:.1f} % from {name}",
+        )
+    steps, radii = found["curves"]["steps"], found["curves"]["eps"]
+    if steps:
+        losses = [point["loss"] for point in steps]
+        rising = all(later >= 0.98 * earlier for earlier, later in itertools.pairwise(losses))
+        check(
+            "loss rises with the number of steps",
+            rising and losses[-1] > losses[0],
+            ", ".join(f"{point['loss']:.2f} after {point['steps']}" for point in steps),
+        )
+    if radii:
+        values = [point["accuracy"] for point in radii]
+        falling = all(later <= earlier + SLACK for earlier, later in itertools.pairwise(values))
+        check(
+            "success rises with ε, to 100 %",
+            falling and values[-1] == 0,
+            f"accuracy {', '.join(f'{100 * value:.0f}' for value in values)} %",
+        )
+    return checks
+
+
+def _heatmaps(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    found = {}
+    for row in evaluation.rows:
+        pieces = [piece for piece in evaluation.results(row) if "heatmaps" in piece]
+        if pieces:
+            name = "clean" if row.kind == "sample" else "attacked"
+            found[name] = combined([HeatmapSums.from_json(piece["heatmaps"]) for piece in pieces])
+    return found
+
+
+def _expert_table(found: Mapping[str, Any]) -> Iterable[Table]:
+    experts = list(dict.fromkeys(entry["judge"] for entry in found["accuracy"] if entry["judge"].startswith("expert ")))
+    if not experts:
+        return
+    rows = []
+    for attack in NAMES:
+        for attacker in (None, "mean"):
+            cells = [find(found, attack, attacker, judge) for judge in experts]
+            if any(cells):
+                knows = "—" if attacker is None else DESCRIPTIONS[attacker]
+                rows.append([NAMES[attack], knows, *(percent(cell) for cell in cells)])
+        own = [find(found, attack, judge, judge) for judge in experts]
+        if any(own):
+            rows.append([NAMES[attack], "this expert alone", *(percent(cell) for cell in own)])
+    yield Table("Accuracy of each expert alone, %", ["attack", "what the attacker differentiates", *experts], rows)
+
+
+def _heatmap_table(found: Mapping[str, Any]) -> Iterable[Table]:
+    measured = found.get("heatmaps", {})
+    if not measured:
+        return
+    titles = {"clean": "clean images", "attacked": "under PGD-20 on the exact mean"}
+    shown = [name for name in titles if name in measured]
+    lines = {
+        "mutual_information": ("mutual information, nats", "{:.3f}", "0: all experts look at the same place"),
+        "iscore": ("IScore", "{:.1f}", "mean squared difference of two experts' heatmaps"),
+        "cscore": ("CScore, pixels⁴", "{:,.0f}", "how much the distance between two focuses varies"),
+        "dead_heatmaps": ("dead heatmaps", "{:.1%}", "heatmaps that are zero everywhere"),
+    }
+    rows = [
+        [title, *(form.format(measured[name][key]) for name in shown), says]
+        for key, (title, form, says) in lines.items()
+    ]
+    yield Table("The experts' heatmaps", ["measure", *(titles[name] for name in shown), "what it says"], rows)
+
+
+def _left_out_table(found: Mapping[str, Any]) -> Iterable[Table]:
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for pair in found.get("left_out", []):
+        by_reason.setdefault((pair["attack"], pair["why"]), []).append(pair["attacker"])
+    rows = [[NAMES[attack], ", ".join(names), why] for (attack, why), names in by_reason.items()]
+    if rows:
+        yield Table("Left out: not attacked, and in no worst case", ["attack", "attackers", "why"], rows)
+
+
+def _unmoved_table(found: Mapping[str, Any]) -> Iterable[Table]:
+    rows = []
+    for entry in found.get("unmoved", []):
+        knows = DESCRIPTIONS.get(entry["attacker"], entry["attacker"])
+        rows.append([NAMES[entry["attack"]], knows, _stuck(entry), f"{entry['right']:,}"])
+    if rows:
+        yield Table(
+            "Images that could not be attacked: their gradient is exactly zero",
+            ["attack", "what the attacker differentiates", "not moved", "of them counted as withstanding"],
+            rows,
+            "They stay where the attack began, and say nothing of how robust the model is; attacks on other losses, or "
+            "without gradients, may fool it on them.",
+        )
+
+
+def _stuck(entry: Mapping[str, Any]) -> str:
+    share = 100 * entry["unmoved"] / entry["images"]
+    return f"{entry['unmoved']:,} of {entry['images']:,} images ({share:.1f} %)"
+
+
+def _masking_table(found: Mapping[str, Any]) -> Iterable[Table]:
+    rows = [[c["check"], "passed" if c["passed"] else "NOT PASSED", c["finding"]] for c in found["masking"]]
+    if rows:
+        yield Table(
+            "Signs of gradient masking",
+            ["what an honest defence shows", "here", "found"],
+            rows,
+            "Accuracies of what the exact attacker attacks. A check that is not passed means that attacks which follow "
+            "gradients may understate how weak the model is.",
+        )

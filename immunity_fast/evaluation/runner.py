@@ -1,0 +1,439 @@
+"""An evaluation, piece by piece: every attack with every knowledge, image by image, and what may give masking away.
+
+The attacked images are cut into chunks; a piece is one attack by one attacker on one chunk. It depends on nothing but
+what its key describes, and its randomness is seeded by that key, so an evaluation that was killed goes on where it was,
+one with more attacks or more images takes over what is there, and neither changes a number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from immunity_fast.attacks import (
+    EPS,
+    Attack,
+    BoundAttack,
+    LabelledModel,
+    NotFiniteError,
+    UnmovedWarning,
+    autoattack,
+    square,
+)
+from immunity_fast.attacks.autoattack import DRAWS
+from immunity_fast.attacks.projections import Norm
+from immunity_fast.data.augmentation import to_float
+from immunity_fast.data.datasets import Split
+from immunity_fast.data.sampling import sample_order
+from immunity_fast.evaluation.ledger import Ledger, key_of
+from immunity_fast.evaluation.metrics import heatmap_sums
+from immunity_fast.evaluation.targets import Mixture, Subject
+from immunity_fast.losses import FusedImmunityLoss
+from immunity_fast.runtime.files import is_number
+
+VERSION = 2  # of what a piece is: a change makes earlier ones unknown
+PROBES = 16  # test images that a model is told apart by
+COMPARED = 128  # test images of which a model answers some otherwise, or it does not depend on them
+CLEAN_CHUNK = 250  # images of the whole test split at once
+GRADIENT_ATTACKS = ("fgsm", "bim", "mim", "pgd", "cw", "dlr")
+OTHER_ATTACKS = ("square", "autoattack")
+ATTACKS = (*GRADIENT_ATTACKS, *OTHER_ATTACKS)
+SETS = {"quick": ("fgsm", "pgd"), "default": ("fgsm", "bim", "mim", "pgd"), "all": ATTACKS}
+LARGEST = 1e300  # in the place of an infinite loss, for which JSON has no number
+CURVE_STEPS = 20  # of PGD at each ε
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be found out.
+
+    attacks: of `ATTACKS`; attackers: of the subject's, None is all of them.
+    images: how many of the test split, in its fixed random order, are attacked.
+    eps: of the ball; None is 8/255 for Linf, 1 for L2.
+    masking_images: how many of them the curves against ε and against steps are made of; 0 leaves them out.
+    curve_eps: multiples of the radius; curve_steps: numbers of PGD's steps.
+    drop_fooled: see `Attack`; an image that has fooled its attacker's own objective is then not attacked further: for
+        good, where that is the switching gate's. Objectives that are random in another way are attacked to the end.
+    queries: of Square; autoattack_steps: of AutoAttack's gradient attacks.
+    """
+
+    attacks: tuple[str, ...] = SETS["default"]
+    attackers: tuple[str, ...] | None = None
+    images: int = 1000
+    eps: float | None = None
+    norm: Norm = "Linf"
+    masking_images: int = 64
+    curve_eps: tuple[float, ...] = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
+    curve_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    drop_fooled: bool = False
+    queries: int = 5000
+    autoattack_steps: int = 100
+    seed: int = 0
+    chunk: int = 50
+
+    @property
+    def radius(self) -> float:
+        """`eps`, its default filled in."""
+        return EPS[self.norm] if self.eps is None else self.eps
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attack by one attacker; `kind`: "clean", "sample", "noise", "attack", and the curves "eps" and "steps"."""
+
+    kind: str
+    attack: str = ""
+    attacker: str = ""
+    settings: Attack | None = None
+
+
+def gradient_attack(name: str, plan: Plan) -> Attack:
+    """The settings behind a name; steps are a quarter (Linf) or a fifth (L2) of the radius, as torchattacks'."""
+    eps = plan.radius
+    step = eps / 4 if plan.norm == "Linf" else eps / 5
+    base = Attack(eps, step, norm=plan.norm, keep_best=plan.drop_fooled, drop_fooled=plan.drop_fooled)
+    changes: dict[str, dict[str, Any]] = {
+        "fgsm": {"alpha": eps, "steps": 1},
+        "bim": {"steps": 10},
+        "mim": {"steps": 10, "decay": 1.0},
+        "pgd": {"steps": 20, "random_start": True},
+        "cw": {"steps": 20, "random_start": True, "loss": "cw"},
+        "dlr": {"steps": 20, "random_start": True, "loss": "dlr"},
+    }
+    return replace(base, **changes[name])
+
+
+def attack_rows(subject: Subject, plan: Plan) -> list[Row]:
+    """All rows of the table, in its order."""
+    rows = [Row("sample"), Row("noise")]
+    for attack, attacker in _pairs(subject, plan):
+        if _why_not(subject, attack, attacker) is None:
+            settings = gradient_attack(attack, plan) if attack in GRADIENT_ATTACKS else None
+            rows.append(Row("attack", attack, attacker, settings))
+    return rows
+
+
+def left_out(subject: Subject, plan: Plan) -> list[dict[str, str]]:
+    """What a plan asks for and no row is made of: {attack, attacker, why}."""
+    return [
+        {"attack": attack, "attacker": attacker, "why": why}
+        for attack, attacker in _pairs(subject, plan)
+        if (why := _why_not(subject, attack, attacker)) is not None
+    ]
+
+
+def _pairs(subject: Subject, plan: Plan) -> list[tuple[str, str]]:
+    attackers = [name for name in subject.attackers if plan.attackers is None or name in plan.attackers]
+    return [(attack, attacker) for attack in plan.attacks for attacker in attackers]
+
+
+def _why_not(subject: Subject, attack: str, attacker: str) -> str | None:
+    """Why an attack is not for an attacker; None if it is."""
+    if attack == "dlr" and subject.num_classes < 3:
+        return "its ratio is not defined for fewer than 3 classes"
+    if attack == "square" and attacker not in ("mean", "single", "output"):
+        return "it asks what answers, and differentiates nothing: it is for mean, single and output"
+    if attack == "autoattack" and attacker not in ("fixed", "mean", "single", "output"):
+        return "its standard version is for fixed, mean and output, its randomised one for single"
+    return None
+
+
+def curve_rows(subject: Subject, plan: Plan) -> list[Row]:
+    """The rows of both curves: PGD on the attacker whose objective is not random."""
+    return [Row(kind, "", subject.exact) for kind in ("steps", "eps")] if plan.masking_images else []
+
+
+class Evaluation:
+    """Runs the pieces of a plan.
+
+    Args:
+        subject: what is attacked.
+        test: the test split, on the device.
+        plan: what is to be found out.
+        ledger: what is finished, and where more is written down.
+        data: fingerprint of the test split.
+        loss_fn: how heatmaps are looked at, for mixtures of at least 2 experts; None leaves them out.
+
+    Raises:
+        ValueError: attacks are asked for, and none of them is for any of the attackers; the model does not take images.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        test: Split,
+        plan: Plan,
+        ledger: Ledger,
+        *,
+        data: str,
+        loss_fn: FusedImmunityLoss | None = None,
+    ) -> None:
+        self.subject, self.test, self.plan, self.ledger, self.loss_fn = subject, test, plan, ledger, loss_fn
+        self.order = sample_order(test, plan.images)
+        self.rows = attack_rows(subject, plan)
+        self.left_out = left_out(subject, plan)
+        if plan.attacks and all(row.kind != "attack" for row in self.rows):
+            reasons = "; ".join(f"{pair['attack']} by {pair['attacker']}: {pair['why']}" for pair in self.left_out)
+            raise ValueError(f"attacks: nothing is left to attack with ({reasons or 'there is no such attacker'})")
+        self._compared = self._images(sample_order(test, COMPARED))
+        self.curves = curve_rows(subject, plan)
+        self._identity = {
+            "version": VERSION,
+            "subject": subject.fingerprint(),
+            "answers": subject.answers(self._compared[:PROBES]),
+            "data": data,
+            "seed": plan.seed,
+            "heatmaps": repr(loss_fn) if loss_fn is None else repr((loss_fn, loss_fn.smoothing, loss_fn.score)),
+        }
+        for row, start, stop in self.pieces():
+            key = self.key(row, start, stop)
+            if key in ledger and not self._is_whole(ledger[key], row, stop - start):
+                ledger.forget(key)
+
+    def pieces(self) -> Iterator[tuple[Row, int, int]]:
+        """(row, first, last + 1 of its images), in the order in which they are computed: all rows of a chunk first."""
+        for start, stop in _chunks(len(self.order), self.plan.chunk):
+            yield from ((row, start, stop) for row in self.rows)
+        yield from ((Row("clean"), start, stop) for start, stop in _chunks(len(self.test), CLEAN_CHUNK))
+        for start, stop in _chunks(min(len(self.order), self.plan.masking_images), self.plan.chunk):
+            yield from ((row, start, stop) for row in self.curves)
+
+    def key(self, row: Row, start: int, stop: int) -> str:
+        """Of a piece."""
+        return key_of(self._identity | self._description(row) | {"start": start, "stop": stop})
+
+    def run(self, advance: Callable[[Row, int, bool], None]) -> None:
+        """Compute what the ledger does not have; `advance` is told a piece's row, its images, and whether it was new.
+
+        Other processes may do the same: what one of them is at comes last here.
+
+        Raises:
+            ValueError: the model cannot be attacked; NaN, with the image's number in the test split.
+        """
+        for row, start, stop in self.ledger.shared(self.pieces(), lambda piece: self.key(*piece)):
+            key = self.key(row, start, stop)
+            new = key not in self.ledger
+            if new:
+                chosen = torch.arange(start, stop) if row.kind == "clean" else self.order[start:stop]
+                try:
+                    self.ledger.add(key, self._piece(row, chosen, self._seed(row, start)))
+                except NotFiniteError as error:
+                    raise ValueError(
+                        f"model: its output or gradient for test image {int(chosen[error.sample])} is NaN or infinite"
+                    ) from None
+            advance(row, stop - start, new)
+
+    def results(self, row: Row) -> list[dict[str, Any]]:
+        """The finished pieces of a row, in order, up to the first that is not: rows are compared image by image."""
+        size, chunk = len(self.order), self.plan.chunk
+        if row.kind == "clean":
+            size, chunk = len(self.test), CLEAN_CHUNK
+        elif row.kind in ("eps", "steps"):
+            size = min(size, self.plan.masking_images)
+        keys = [self.key(row, start, stop) for start, stop in _chunks(size, chunk)]
+        return [self.ledger[key] for key in itertools.takewhile(self.ledger.__contains__, keys)]
+
+    def attacked(
+        self, row: Row, images: Tensor, labels: Tensor, seed: int, unmoved: list[Tensor] | None = None
+    ) -> Tensor:
+        """The row's adversarial images of a batch; of an attack by gradients, `unmoved` gets `BoundAttack.unmoved`."""
+        plan = self.plan
+        generator = torch.Generator().manual_seed(seed)
+        gate = torch.Generator().manual_seed(seed + 1)
+        if row.kind in ("clean", "sample"):
+            return images
+        if row.kind == "noise":
+            noise = Attack(plan.radius, norm=plan.norm, steps=0, random_start=True)
+            return noise(lambda x: x, images, labels, generator=generator)
+        if row.settings is not None:
+            bound = self._bound(row.settings, row.attacker, self.subject.attacker(row.attacker, gate))
+            found = _quietly(bound, images, labels, generator=generator)
+            if unmoved is not None:
+                unmoved.append(bound.unmoved)
+            return found
+        if row.attack == "square":
+            outputs = self.subject.attacker(row.attacker, gate)
+        else:
+            outputs = self.subject.drawn(row.attacker, DRAWS, gate)
+
+        def model(x: Tensor) -> Tensor:
+            return outputs(x, labels)  # of these two, the labels are for "worst" alone
+
+        if row.attack == "square":
+            return square(model, images, labels, eps=plan.radius, norm=plan.norm, queries=plan.queries, seed=seed)
+        return autoattack(
+            model,
+            images,
+            labels,
+            num_classes=self.subject.num_classes,
+            eps=plan.radius,
+            norm=plan.norm,
+            version="rand" if row.attacker in self.subject.random else "standard",
+            seed=seed,
+            steps=plan.autoattack_steps,
+            queries=plan.queries,
+        )
+
+    def _bound(self, attack: Attack, attacker: str, outputs: LabelledModel) -> BoundAttack:
+        judge = self.subject.best_by(attacker)
+        if judge is None and attacker in self.subject.random:  # which image is worst would be a matter of luck
+            attack = replace(attack, keep_best=False, drop_fooled=False)
+        return BoundAttack(attack, outputs, judge=judge, elsewhere=self._compared)
+
+    def _images(self, chosen: Tensor) -> Tensor:
+        return to_float(self.test.images[chosen.to(self.test.labels.device)])
+
+    def _piece(self, row: Row, chosen: Tensor, seed: int) -> dict[str, Any]:
+        images, labels = self._images(chosen), self.test.labels[chosen.to(self.test.labels.device)]
+        with torch.random.fork_rng():  # for what is random in a user's model
+            torch.manual_seed(seed)
+            if row.kind in ("eps", "steps"):
+                return {"points": list(self._points(row, images, labels, seed))}
+            begin = time.perf_counter()
+            unmoved: list[Tensor] = []
+            attacked = self.attacked(row, images, labels, seed, unmoved)
+            seconds = time.perf_counter() - begin
+            piece = self._judged(attacked, labels, seed)
+        if unmoved:
+            piece["unmoved"] = _written(unmoved[0])
+        if self.loss_fn is not None and isinstance(self.subject, Mixture) and self.has_heatmaps(row):
+            piece["heatmaps"] = heatmap_sums(self.subject.model, self.loss_fn, attacked, labels).to_json()
+        return piece | {"seconds": seconds}
+
+    def _points(self, row: Row, images: Tensor, labels: Tensor, seed: int) -> Iterator[dict[str, Any]]:
+        """What is judged along a curve."""
+        outputs = self.subject.attacker(row.attacker, torch.Generator().manual_seed(seed + 1))
+        pgd, plan = gradient_attack("pgd", self.plan), self.plan
+        if row.kind == "steps":  # one descent, looked at on its way
+            attacked, taken = self.attacked(Row("noise"), images, labels, seed), 0
+            for steps in plan.curve_steps:
+                more = replace(pgd, steps=steps - taken, keep_best=False, drop_fooled=False)
+                attacked = _quietly(self._bound(more, row.attacker, outputs), images, labels, start=attacked)
+                taken = steps
+                yield {"steps": steps} | self._judged(attacked, labels, seed)
+        else:
+            for factor in plan.curve_eps:
+                eps = _curve_radius(plan, factor)
+                # 2.5 times as far as the ball's radius. Who is fooled stays so: accuracy is all that is asked for.
+                attack = replace(
+                    pgd, eps=eps, alpha=2.5 * eps / CURVE_STEPS, steps=CURVE_STEPS, keep_best=True, drop_fooled=True
+                )
+                generator = torch.Generator().manual_seed(seed)
+                attacked = _quietly(self._bound(attack, row.attacker, outputs), images, labels, generator=generator)
+                yield {"eps": eps} | self._judged(attacked, labels, seed)
+
+    def _judged(self, images: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+        right, loss = self.subject.judge(images, labels, torch.Generator().manual_seed(seed + 2))
+        return {
+            "right": {name: _written(each) for name, each in right.items()},
+            "loss": min(float(loss.double().sum()), LARGEST),
+        }
+
+    def _is_whole(self, piece: dict[str, Any], row: Row, images: int) -> bool:
+        """Whether what a file says of a piece has the form of one; one that has not is computed again."""
+        if row.kind == "steps":
+            return self._are_points(piece, "steps", self.plan.curve_steps, images)
+        if row.kind == "eps":
+            return self._are_points(piece, "eps", [_curve_radius(self.plan, x) for x in self.plan.curve_eps], images)
+        heatmaps = piece.get("heatmaps")
+        if self.loss_fn is not None and isinstance(self.subject, Mixture) and self.has_heatmaps(row):
+            if not _are_heatmap_sums(heatmaps, self.subject.model.num_experts, images):
+                return False
+        elif "heatmaps" in piece:
+            return False
+        return self._is_judged(piece, images) and is_number(piece.get("seconds"))
+
+    def _are_points(self, piece: dict[str, Any], name: str, places: Sequence[float], images: int) -> bool:
+        points = piece.get("points")
+        return (
+            isinstance(points, list)
+            and all(self._is_judged(point, images) for point in points)
+            and [point.get(name) for point in points] == list(places)
+        )
+
+    def _is_judged(self, found: Any, images: int) -> bool:
+        right = found.get("right") if isinstance(found, dict) else None
+        return (
+            isinstance(right, dict)
+            and right.keys() == set(self.subject.judges)
+            and all(_are_bits(value, images) for value in right.values())
+            and _are_bits(found.get("unmoved", "0" * images), images)
+            and is_number(found.get("loss"))
+        )
+
+    def has_heatmaps(self, row: Row) -> bool:
+        """Whether heatmaps are measured on a row's images: the clean ones, and PGD's on the exact mean."""
+        return row.kind == "sample" or (row.kind == "attack" and (row.attack, row.attacker) == ("pgd", "mean"))
+
+    def _description(self, row: Row) -> dict[str, Any]:
+        description: dict[str, Any] = {"kind": row.kind, "attacker": row.attacker}
+        if row.kind in ("clean", "sample"):
+            return description
+        ball: dict[str, Any] = {"eps": self.plan.radius, "norm": self.plan.norm}
+        if row.kind in ("eps", "steps"):
+            return description | ball | {"points": [self.plan.curve_eps, self.plan.curve_steps]}
+        if row.settings is not None:
+            return description | {"settings": asdict(row.settings)}
+        others = {"attack": row.attack, "queries": self.plan.queries, "steps": self.plan.autoattack_steps}
+        return description | ball | (others if row.kind == "attack" else {})
+
+    def _seed(self, row: Row, start: int) -> int:
+        parts = [self.plan.seed, row.kind, row.attack, row.attacker, start]
+        return int(key_of({"seed of": parts})[:12], 16)
+
+
+def _quietly(attack: BoundAttack, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Without a warning of images that could not be moved: a report counts them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnmovedWarning)
+        return attack(images, labels, **options)
+
+
+def _written(each: Tensor) -> str:
+    """A bool of each image, as 0s and 1s."""
+    return "".join("1" if one else "0" for one in each.tolist())
+
+
+def _chunks(size: int, chunk: int) -> list[tuple[int, int]]:
+    return [(start, min(start + chunk, size)) for start in range(0, size, chunk)]
+
+
+def _are_bits(value: Any, images: int) -> bool:
+    return isinstance(value, str) and len(value) == images and set(value) <= {"0", "1"}
+
+
+def _curve_radius(plan: Plan, factor: float) -> float:
+    return min(factor * plan.radius, 1) if plan.norm == "Linf" else factor * plan.radius
+
+
+def _are_heatmap_sums(value: Any, experts: int, images: int) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"information", "dead", "iscore", "centres"}:
+        return False
+    centres = value["centres"] if isinstance(value["centres"], list) else []
+    rows = [row for row in centres if isinstance(row, list)]
+    pairs = [pair for row in rows if len(row) == images for pair in row]
+    return (
+        all(is_number(value[name]) for name in ("information", "dead", "iscore"))
+        and len(centres) == experts
+        and len(pairs) == experts * images
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in pairs)
+    )
+
+
+def bits(pieces: Sequence[dict[str, Any]], judge: str) -> list[bool]:
+    """Of each image of some pieces, whether the judge was right."""
+    return [bit == "1" for piece in pieces for bit in piece["right"][judge]]
+
+
+def mean_loss(pieces: Sequence[dict[str, Any]]) -> float:
+    """The mean cross-entropy of the images of some pieces; NaN where there are none."""
+    images = sum(len(next(iter(piece["right"].values()))) for piece in pieces)
+    return sum(piece["loss"] for piece in pieces) / images if images else math.nan

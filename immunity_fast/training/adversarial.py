@@ -1,0 +1,181 @@
+"""Adversarial training: the attack inside a training step, TRADES' losses, and the collapse of single-step training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from immunity_fast.attacks import Attack, BoundAttack
+from immunity_fast.evaluation.metrics import wilson_interval
+from immunity_fast.functional import mixture_cross_entropy, mixture_log_probabilities
+from immunity_fast.models.gate import Switch
+from immunity_fast.models.modes import evaluating, frozen
+from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.runtime.compilation import Compile, Log
+from immunity_fast.runtime.precision import Amp, autocast
+
+Adversarial = Literal["off", "pgd", "trades", "fgsm-rs"]
+BatchNormMode = Literal["eval", "train"]
+
+FGSM_RS_STEP = 1.25  # of eps: Wong et al., arXiv 2001.03994
+TRADES_START = 1e-3  # standard deviation of the noise that TRADES' attack starts from
+
+
+@dataclass(frozen=True)
+class InnerAttackSettings:
+    """What is attacked in a training step, and how.
+
+    method: "pgd" (Madry et al., arXiv 1706.06083): from a random point of the ball, cross-entropy of the mixture;
+        "trades" (Zhang et al., arXiv 1901.08573): from the image with a little noise, KL divergence from the clean
+        output; "fgsm-rs" (Wong et al., arXiv 2001.03994): one step of 1.25·eps from a random point.
+    eps, alpha, steps: Linf; "fgsm-rs" has a step of its own.
+    batchnorm: "eval" attacks with running statistics; "train" with those of the batch, as it is trained, but without
+        counting them in the running ones.
+    gate: what the attacked mixture is weighed by: the trained gate ("off"), a permutation ("call", "sample"), or 1/N.
+    """
+
+    method: Literal["pgd", "trades", "fgsm-rs"]
+    eps: float = 8 / 255
+    alpha: float = 2 / 255
+    steps: int = 10
+    batchnorm: BatchNormMode = "eval"
+    gate: Switch = "off"
+
+    def attack(self) -> Attack:
+        """The attack's own settings."""
+        if self.method == "fgsm-rs":
+            return Attack(self.eps, FGSM_RS_STEP * self.eps, steps=1, random_start=True)
+        return Attack(self.eps, self.alpha, self.steps, random_start=self.method == "pgd")
+
+
+class InnerAttack:
+    """Adversarial images of a batch, made against a model that is being trained, which is left as it was.
+
+    Args:
+        model: the mixture.
+        settings: see there.
+        amp: the number format of the attacked model's convolutions and products.
+        compile, log, traceback_file: see `BoundAttack`.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        model: ImmunityMoE,
+        settings: InnerAttackSettings,
+        *,
+        amp: Amp = "off",
+        compile: Compile = "off",
+        device: torch.device | None = None,
+        log: Log | None = None,
+        traceback_file: Path | None = None,
+    ) -> None:
+        self.model, self.settings, self.amp = model, settings, amp
+        self.device = device or next(model.parameters()).device
+        self._attack = BoundAttack(
+            settings.attack(),
+            self._outputs,
+            compile=compile,
+            device=self.device,
+            log=log,
+            traceback_file=traceback_file,
+        )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the attack's step is compiled, or will be at its first call."""
+        return self._attack.compiled
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial images (B, 3, H, W) of `images`, floating-point in [0, 1], and their labels (B,)."""
+        with frozen(self.model), attacked_mode(self.model, self.settings):
+            if self.settings.method != "trades":
+                return self._attack(images, labels, trusted=True)
+            with torch.no_grad():
+                reference = self._outputs(images, labels).softmax(-1)
+            start = images + TRADES_START * torch.randn_like(images)
+            return self._attack(images, labels, start=start, reference=reference, trusted=True)
+
+    def _outputs(self, images: Tensor, _labels: Tensor) -> Tensor:
+        with autocast(self.amp, self.device):
+            outputs: Tensor = self.model(images)
+        return outputs
+
+
+@contextmanager
+def attacked_mode(model: ImmunityMoE, settings: InnerAttackSettings) -> Iterator[None]:
+    """Evaluation mode, but for the gate and BatchNorm that the settings name, in a `with` block."""
+    with evaluating(model), model.gate.switched(settings.gate):
+        tracking: list[_BatchNorm] = []
+        if settings.batchnorm == "train":
+            for module in model.modules():
+                if isinstance(module, _BatchNorm) and module.track_running_stats:
+                    module.training = True
+                    module.track_running_stats = False  # it would update the running ones
+                    tracking.append(module)
+        try:
+            yield
+        finally:
+            for batchnorm in tracking:
+                batchnorm.track_running_stats = True
+
+
+def trades_losses(
+    clean: tuple[Tensor, Tensor | None],
+    adversarial: tuple[Tensor, Tensor | None],
+    labels: Tensor,
+    alpha: float,
+    weight: float,
+) -> Tensor:
+    """TRADES' loss (arXiv 1901.08573, eq. 5) in the place of eq. (2): cross-entropy of the clean images, and λ times
+    the KL divergence of the adversarial output from the clean one; both of the mixture and, by α, of each expert.
+
+    Args:
+        clean, adversarial: (logits (N, B, K), gate (B, N)) of the same images.
+        labels: (B,) integers.
+        alpha: weight of the experts' own.
+        weight: λ; the authors' 1/λ.
+
+    Returns:
+        (B,) in nats, differentiable in both.
+    """
+    losses = mixture_cross_entropy(*clean, labels, alpha)
+    drift = divergence(mixture_log_probabilities(*clean), mixture_log_probabilities(*adversarial))
+    if alpha > 0:
+        dtype = torch.promote_types(clean[0].dtype, torch.float32)
+        experts = divergence(*(logits.log_softmax(-1, dtype=dtype) for logits in (clean[0], adversarial[0])))
+        drift = drift + alpha * experts.sum(0)
+    return losses + weight * drift
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) over the last axis, of logarithms."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def collapsed(records: Sequence[Mapping[str, float]], images: int) -> float | None:
+    """The PGD accuracy that was lost, if the last epoch's record shows catastrophic overfitting; None if it does not.
+
+    That is (Wong et al., arXiv 2001.03994, section 5.4): accuracy under PGD has fallen, by half or more and beyond the
+    chance of so few images, and to half or less of that under FGSM: the network is robust against single steps alone.
+
+    Args:
+        records: of the epochs so far, with `val_pgd10_accuracy_mean` and `val_fgsm_accuracy_mean`.
+        images: how many were attacked.
+    """
+    if not records or not {"val_fgsm_accuracy_mean", "val_pgd10_accuracy_mean"} <= records[-1].keys():
+        return None
+    under_pgd = [record["val_pgd10_accuracy_mean"] for record in records if "val_pgd10_accuracy_mean" in record]
+    best, last = max(under_pgd), under_pgd[-1]
+    apart = wilson_interval(round(last * images), images)[1] < wilson_interval(round(best * images), images)[0]
+    if apart and last <= best / 2 and last <= records[-1]["val_fgsm_accuracy_mean"] / 2:
+        return best
+    return None

@@ -1,0 +1,252 @@
+"""A training run's settings: one frozen dataclass, its presets, its JSON and its command-line options."""
+
+import argparse
+import dataclasses
+import math
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from immunity_fast.data.datasets import NAMES as DATASETS
+from immunity_fast.experts import NAMES as ARCHITECTURES
+from immunity_fast.experts import resolve
+from immunity_fast.functional import Score, WeightScale
+from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
+from immunity_fast.models.gate import Switch
+from immunity_fast.runtime.compilation import Compile
+from immunity_fast.runtime.files import shown
+from immunity_fast.runtime.precision import Amp, Float32
+from immunity_fast.runtime.strategies import Batching, DoubleBackprop
+from immunity_fast.training.adversarial import Adversarial, BatchNormMode, InnerAttackSettings
+
+Flip = Literal["auto", "on", "off"]
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a run; `from_json` and the command line check names and types, construction checks the ranges.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    preset: str = _option("quickstart", "settings to start from; the other options change single ones")
+    dataset: str = _option("digits", "what to train on", DATASETS)
+    data: str | None = _option(None, "file (npz), folder of images (folder), or download folder (cifar10, cifar100)")
+    image_size: int | None = _option(None, "for --dataset folder: scale and crop images to this many pixels a side")
+    limit_train: int | None = _option(None, "use so many training images")
+    arch: str = _option("resnet8", f"the experts' architecture: {', '.join(ARCHITECTURES)}, or a genotype file, ….json")
+    experts: int = _option(5, "number of experts; 1: a single network, by its cross-entropy alone")
+    stage: str | None = _option(None, "stage Grad-CAM looks at; default: the last whose map exceeds 8×8")
+    alpha: float = _option(ALPHA, "weight of each expert's own cross-entropy")
+    beta: float = _option(BETA, "weight of the mutual-information loss")
+    gamma: float = _option(GAMMA, "weight of the position-stability loss (in pixels⁴, so it depends on the image size)")
+    smoothing: float = _option(0.01, "smoothing of the heatmaps' distributions")
+    weight_scale: WeightScale = _option("channels", "factor of Grad-CAM's channel weights")
+    score: Score = _option("logit", "what Grad-CAM differentiates")
+    detach_weights: bool = _option(False, "treat Grad-CAM's weights as constants: cheaper, approximate gradient")
+    adversarial: Adversarial = _option("off", "train on attacked images")
+    eps: float = _option(8 / 255, "Linf radius of the training's and the epoch's attacks")
+    attack_alpha: float = _option(2 / 255, "step of the training's attack; fgsm-rs takes 1.25 eps")
+    attack_steps: int = _option(10, "steps of the training's attack; fgsm-rs takes 1")
+    attack_batchnorm: BatchNormMode = _option("eval", "BatchNorm in the training's attack: running or batch statistics")
+    attack_gate: Switch = _option("off", "gate in the training's attack; off: the trained weights")
+    trades_weight: float = _option(6.0, "lambda of TRADES")
+    ema: float | None = _option(None, "evaluate an average of the weights with this decay; default: the weights")
+    epochs: int = _option(12, "passes over the training images")
+    batch_size: int = _option(32, "images a step")
+    lr: float = _option(0.05, "learning rate at the start of its cosine")
+    momentum: float = _option(0.9, "Nesterov momentum of SGD")
+    weight_decay: float = _option(5e-4, "weight decay of SGD")
+    clip_grad_norm: float | None = _option(None, "clip the gradient's norm to this; default: no clipping")
+    crop_padding: int = _option(4, "random crops move by up to so many pixels")
+    rotation: float = _option(15.0, "random rotations turn by up to so many degrees")
+    flip: Flip = _option("auto", "mirror half of the images; auto: where the data set is known to allow it")
+    seed: int = _option(0, "seed of weights, batches, augmentation and gate")
+    device: str = _option("auto", "cpu, cuda, cuda:1, …; auto: CUDA if there is any")
+    compile: Compile = _option("auto", "compile the step; max: try kernels out, takes long; auto: on, on a GPU")
+    batching: Batching = _option("auto", "how the experts run at once; auto: what was measured to be faster")
+    double_backprop: DoubleBackprop = _option("auto", "how to differentiate Grad-CAM, both exact; auto: likewise")
+    amp: Amp = _option("off", "half precision for convolutions and products")
+    float32: Float32 = _option("tf32", "factors of a GPU's float32 convolutions and products in training")
+    profile: bool = _option(False, "write a trace of some steps and a table of operators to the run folder")
+    check_images: int = _option(256, "validation images attacked by PGD-10 after each epoch; 0: none")
+    attack_images: int = _option(1000, "test images attacked at the end of the run")
+    checkpoint_every: int = _option(500, "steps between checkpoints; the end of an epoch always writes one")
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "checkpoint_every", "attack_images"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        _check(
+            self, "arch", _is_architecture(self.arch), f"one of {', '.join(ARCHITECTURES)}, or a genotype file, ….json"
+        )
+        _check(self, "experts", self.experts >= 1, "at least 1")
+        _check(self, "limit_train", self.limit_train is None or self.limit_train >= 1, "at least 1")
+        for name in ("alpha", "beta", "gamma", "smoothing", "weight_decay"):
+            _check(self, name, 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
+        for name in ("eps", "attack_alpha"):
+            _check(self, name, 0 <= getattr(self, name) <= 1, "0 to 1, in units of the images' range")
+        _check(self, "attack_steps", self.attack_steps >= 1, "at least 1")
+        _check(self, "trades_weight", 0 <= self.trades_weight < math.inf, "a finite number of at least 0")
+        _check(self, "ema", self.ema is None or 0 <= self.ema < 1, "at least 0 and below 1")
+        _check(self, "lr", 0 < self.lr < math.inf, "a finite number above 0")
+        _check(self, "momentum", 0 < self.momentum < 1, "a number between 0 and 1")
+        _check(self, "clip_grad_norm", self.clip_grad_norm is None or self.clip_grad_norm > 0, "a number above 0")
+        for name in ("crop_padding", "check_images"):
+            _check(self, name, getattr(self, name) >= 0, "at least 0")
+        _check(self, "seed", self.seed >= 0, "0 to 2⁶³ − 1")
+        _check(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1 pixel")
+        _check(self, "rotation", 0 <= self.rotation <= 180, "0 to 180 degrees")
+        for option in dataclasses.fields(self):
+            choices = _choices(option)
+            value = getattr(self, option.name)
+            if isinstance(value, int):  # more is no 64-bit integer, which tensors and generators take
+                _check(self, option.name, value < 2**63, "0 to 2⁶³ − 1" if option.name == "seed" else "less than 2⁶³")
+            _check(self, option.name, not choices or value in choices, f"one of {', '.join(choices)}")
+
+    def loss_fn(self, image_size: tuple[int, int], group_name: str = "") -> FusedImmunityLoss:
+        """The loss of these settings, with heatmaps of the images' size (H, W), for a process group or this process."""
+        return FusedImmunityLoss(
+            self.alpha,
+            self.beta,
+            self.gamma,
+            size=image_size,
+            smoothing=self.smoothing,
+            weight_scale=self.weight_scale,
+            score=self.score,
+            detach_weights=self.detach_weights,
+            group_name=group_name,
+        )
+
+    @property
+    def inner_attack(self) -> InnerAttackSettings | None:
+        """The attack in a training step, if there is one."""
+        if self.adversarial == "off":
+            return None
+        return InnerAttackSettings(
+            self.adversarial,
+            self.eps,
+            self.attack_alpha,
+            self.attack_steps,
+            self.attack_batchnorm,
+            self.attack_gate,
+        )
+
+    def options(self) -> list[str]:
+        """The options of `immunity_fast.train` that mean these settings."""
+        preset = PRESETS[self.preset]
+        words = ["--preset", self.preset]
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if option.name == "preset" or value == getattr(preset, option.name):
+                continue
+            flag = option.name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value is None:
+                raise ValueError(f"--{flag}: no option takes away what the preset {self.preset} says")
+            else:
+                words += [f"--{flag}", str(value)]
+        return words
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object of all settings."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
+        """The inverse of `to_json`; ValueError where a setting is missing, unknown or of the wrong type."""
+        expected = typing.get_type_hints(cls)
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object of settings, got {shown(values)}")
+        if values.keys() != expected.keys():
+            different = ", ".join(sorted(values.keys() ^ expected.keys()))
+            raise ValueError(f"settings missing or unknown: {shown(different)}")
+        for name, value in values.items():
+            kinds = _plain_types(expected[name])
+            # To Python true is a number, to a reader of the file it is not.
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise ValueError(f"setting {name}: got {shown(value)}")
+        return cls(**values)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """One option a setting, none with a default of the parser's: the namespace then holds what the user gave."""
+    hints = typing.get_type_hints(TrainConfig)
+    for option in dataclasses.fields(TrainConfig):
+        default = getattr(PRESETS["quickstart"], option.name)
+        text = option.metadata["help"] + ("" if default is None else f" [{default}]")
+        keywords: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": text}
+        if hints[option.name] is bool:
+            keywords["action"] = argparse.BooleanOptionalAction
+        elif option.name == "preset":
+            keywords["choices"] = tuple(PRESETS)
+        elif choices := _choices(option):
+            keywords["choices"] = choices
+        else:
+            kind = next(kind for kind in (float, int, str) if kind in _plain_types(hints[option.name]))
+            keywords["type"] = number if kind is float else kind
+            keywords["metavar"] = kind.__name__.upper()
+        parser.add_argument(f"--{option.name.replace('_', '-')}", **keywords)
+
+
+def resolve_architecture(given: dict[str, Any]) -> None:
+    """In the place of a genotype file's name, what it says; ValueError for an architecture that there is not."""
+    if "arch" in given:
+        try:
+            name = given["arch"]
+            given["arch"] = resolve(os.path.expanduser(name) if name.endswith(".json") else name)
+        except ValueError as error:
+            raise ValueError(f"--arch {given['arch']}: {error}") from error
+
+
+def number(text: str) -> float:
+    """A number of a command line, also as a fraction: 8/255."""
+    numerator, _, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator or 1)
+    except ZeroDivisionError:
+        raise ValueError(f"{text}: a fraction of zero") from None
+
+
+def _choices(option: "dataclasses.Field[Any]") -> tuple[str, ...]:
+    hint = typing.get_type_hints(TrainConfig)[option.name]
+    listed: tuple[str, ...] = option.metadata["choices"]
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else listed
+
+
+def _plain_types(hint: Any) -> tuple[type, ...]:
+    """What a value of this annotation may be in JSON."""
+    if typing.get_origin(hint) is Literal:
+        return (str,)
+    if isinstance(hint, types.UnionType):
+        return tuple(kind for part in typing.get_args(hint) for kind in _plain_types(part))
+    return (int, float) if hint is float else (hint,)
+
+
+def _is_architecture(arch: str) -> bool:
+    """A name, or a genotype's text: of its file a run would depend."""
+    if arch in ARCHITECTURES:
+        return True
+    return arch.startswith("{") and resolve(arch) == arch
+
+
+def _check(config: TrainConfig, name: str, fits: bool, expected: str) -> None:
+    if not fits:
+        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {shown(getattr(config, name))}")
+
+
+PRESETS: dict[str, TrainConfig] = {
+    # Minutes on two CPU cores, on data that scikit-learn ships.
+    "quickstart": TrainConfig(check_images=100, attack_images=200),
+    # The paper's recipe as far as it is published; 200 epochs want a GPU.
+    "paper": TrainConfig(preset="paper", dataset="cifar10", arch="googlenet", epochs=200, batch_size=32, lr=0.01),
+    # CIFAR-10 in a sitting on one GPU: larger batches, fewer epochs, a smaller network.
+    "fast": TrainConfig(preset="fast", dataset="cifar10", arch="resnet18", epochs=30, batch_size=128, lr=0.05),
+}

@@ -1,0 +1,126 @@
+"""Everything that can go wrong with what the user gave, before the first step."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from immunity_fast.data.datasets import load
+from immunity_fast.experts import create, title
+from immunity_fast.runtime import cli, distributed
+from immunity_fast.runtime.compilation import keep_caches
+from immunity_fast.runtime.files import write_atomically
+from immunity_fast.runtime.memory import check_fits
+from immunity_fast.runtime.precision import set_float32
+from immunity_fast.training.checkpoint import not_finite
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
+
+# Those that may differ as well once the loss has diverged: without it, no run could ever go on from there.
+CHANGEABLE_AFTER_DIVERGENCE = ("lr", "clip_grad_norm")
+MEMORY_ADVICE = "a smaller --batch-size, fewer --experts, a smaller --arch or smaller images"
+
+
+def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, Run]:
+    """Everything that can go wrong with what the user gave, before the first step.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: one clear line.
+    """
+    keep_caches()  # before anything imports the compiler, as torchvision does
+    device = cli.pick_device(config.device)
+    if config.dataset in ("npz", "folder") and config.data is None:
+        raise ValueError(f"--data: missing; --dataset {config.dataset} needs the path of what it reads")
+    if config.dataset == "folder" and config.image_size is not None:  # before all images are made so large
+        check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
+    with distributed.first_of_all():  # a data set that is missing is downloaded once
+        dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
+    check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
+    set_float32(config.float32)
+    trainer = Trainer(config, dataset, device, cli.console.print, Run(folder).tracebacks)
+    if not resume:
+        if distributed.rank():
+            return trainer, Run(folder)
+        return trainer, Run.create(folder, config, numbered=is_default(folder, config))
+    run = Run.open(folder)
+    if run.checkpoint.is_file():
+        trainer.load(run.checkpoint)
+        trainer.kept = trainer.step
+        wrong = not_finite(trainer.tensors())
+        if wrong is not None:  # momentum and averages too: from these the next step would make the same of the weights
+            raise ValueError(
+                f"{run.checkpoint}: holds weights that are NaN or infinite, from which nothing can go on "
+                f"({wrong}); begin a new run, with a smaller --lr"
+            )
+    run.check_goes_on(trainer.epoch)
+    take_remedies(run, config)
+    return trainer, run
+
+
+def take_remedies(run: Run, config: TrainConfig) -> None:
+    """Write down with what a run goes on that has diverged, if that is not what it began with."""
+    begun = run.config()
+    changed = {
+        name: getattr(config, name)
+        for name in CHANGEABLE_AFTER_DIVERGENCE
+        if getattr(config, name) != getattr(begun, name)
+    }
+    if changed and distributed.rank() == 0:
+        now = dataclasses.replace(begun, **changed)
+        write_atomically(run.config_file, json.dumps(now.to_json(), indent=2).encode())
+        run.diverged.unlink(missing_ok=True)
+
+
+def check_trainable(
+    config: TrainConfig, image_size: tuple[int, int], num_classes: int, images: int, device: torch.device
+) -> None:
+    """ValueError where so many images of (H, W) pixels do not suit the settings; next to nothing is computed.
+
+    They are too small for the architecture or for its random crops, or a step cannot fit into the device's memory.
+    """
+    batch = min(config.batch_size, images)
+    height, width = image_size
+    if config.crop_padding >= min(height, width):
+        raise ValueError(
+            f"--crop-padding: expected less than {min(height, width)} for images of {height}×{width}, of which else "
+            f"nothing may be left, got {config.crop_padding}"
+        )
+    values = 0  # that one expert's layers put out for a batch
+
+    def count(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        nonlocal values
+        values += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    try:
+        with torch.device("meta"):
+            expert = create(config.arch, num_classes).train()
+            for module in expert.modules():
+                if not list(module.children()):
+                    module.register_forward_hook(count)
+            expert(torch.empty(batch, 3, height, width))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"--arch {title(config.arch)}: cannot be trained on images of {height}×{width}, {batch} at a time ({error})"
+        ) from error
+    # Weights, their gradients and momentum in float32; and half of what the layers put out, which is kept for the
+    # backward pass, in half precision at least.
+    weights = sum(parameter.numel() for parameter in expert.parameters())
+    size = config.experts * (12 * weights + values / distributed.count())
+    what = f"{config.experts} × {title(config.arch)}, {batch} images of {height}×{width} a step,"
+    check_fits(size, device, what, MEMORY_ADVICE)
+
+
+def is_default(folder: Path, config: TrainConfig) -> bool:
+    """Whether nobody chose this name, so that another one will do if a run of the same second has taken it."""
+    return folder.parent == Path("runs") and bool(
+        re.fullmatch(rf"{re.escape(default_name(config))}\d{{8}}-\d{{6}}(-\d+)?", folder.name)
+    )
+
+
+def default_name(config: TrainConfig) -> str:
+    """What a run's name begins with where the user gave none; the time follows."""
+    return f"{config.dataset}-{title(config.arch)}-"

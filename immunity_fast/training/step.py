@@ -1,0 +1,258 @@
+"""One training step: augmentation, forward, loss through Grad-CAM, backward, clipping, optimiser."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from immunity_fast.data.augmentation import apply_affine
+from immunity_fast.functional import mixture_cross_entropy
+from immunity_fast.losses import Classification, FusedImmunityLoss, ImmunityTerms
+from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.models.stacking import channels_last_
+from immunity_fast.runtime import strategies
+from immunity_fast.runtime.compilation import Compile, Compiled, Log
+from immunity_fast.runtime.precision import Amp, autocast, begin_momentum, grad_scaler
+from immunity_fast.runtime.strategies import DoubleBackprop
+from immunity_fast.training.adversarial import InnerAttack, trades_losses
+from immunity_fast.training.optimizer import FusedSGD
+
+MEASURED = ("loss", "cross_entropy", "mutual_information_loss", "position_stability")
+
+
+class TrainStep:
+    """Updates a model on a batch. All up to the gradient is one function, which can be compiled to one graph.
+
+    Nothing in a step waits for the device: the learning rate is read from the optimiser's `param_groups`, a gradient is
+    clipped where it is, and what is measured stays there.
+
+    Args:
+        model: on its device, which is fixed from here on. On a GPU its weights are laid out channels-last.
+        loss_fn: what is minimised.
+        optimizer: over the model's parameters; a fused one, or else float16's scaler waits for the device. A `FusedSGD`
+            clips and updates in a launch each.
+        clip_grad_norm: the gradient's norm is brought down to it where it is larger; None does not clip.
+        amp: "bf16" and "fp16" run convolutions and products in half precision; see `precision`.
+        double_backprop: see `FusedImmunityLoss.from_head`; "auto" is what was measured to be faster, see `strategies`.
+        compile: "on" and "max" compile; "auto" does on a GPU. Where that fails, the step is eager, and says so.
+        log, traceback_file: what takes such a line, and the whole traceback; see `Compiled`.
+        attack: what makes adversarial images of a batch, on which the whole of the loss is then minimised; None trains
+            on the images as they are. With TRADES' attack, cross-entropy is that of `adversarial.trades_losses`.
+        trades_weight: λ of TRADES.
+        group: processes that train together, each on as many samples of its own; None is this one alone. Then
+            `loss_fn.group_name` is to be this group's.
+    """
+
+    def __init__(
+        self,
+        model: ImmunityMoE,
+        loss_fn: FusedImmunityLoss,
+        optimizer: Optimizer,
+        *,
+        clip_grad_norm: float | None = None,
+        amp: Amp = "off",
+        double_backprop: DoubleBackprop = "auto",
+        compile: Compile = "off",
+        log: Log | None = None,
+        traceback_file: Path | None = None,
+        attack: InnerAttack | None = None,
+        trades_weight: float = 6.0,
+        group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.clip_grad_norm = model, optimizer, clip_grad_norm
+        device = next(model.parameters()).device
+        self.scaler = grad_scaler(amp, device)
+        if device.type == "cuda":
+            channels_last_(model)
+        if double_backprop == "auto":
+            double_backprop = strategies.fastest(device.type, model.arch).double_backprop
+        self.attack = attack
+        trades = trades_weight if attack is not None and attack.settings.method == "trades" else None
+        compiled = partial(Compiled, choice=compile, device=device, log=log, traceback_file=traceback_file)
+        self.objective = _Objective(model, loss_fn, amp, double_backprop, device, compiled, trades)
+        self._forward: nn.Module = self.objective
+        if group is not None:
+            self._forward = _distributed(self.objective, group)
+        self._has_run_compiled = False
+        optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self._optimises_all = optimised == {id(parameter) for parameter in model.parameters()}
+        self._one: Tensor | None = None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the step runs compiled code, or will from its first call on."""
+        return self.objective.function.active
+
+    def __call__(self, images: Tensor, labels: Tensor, affine: Tensor | None = None) -> Tensor:
+        """Update the model, in training mode.
+
+        Args:
+            images: (B, 3, H, W) floating-point in [0, 1]; or uint8, where `affine` is given.
+            labels: (B,) integers.
+            affine: (5, B), of `augmentation.draw_affine`; None leaves the images as they are.
+
+        Returns:
+            (4,) float64 on the model's device: what `MEASURED` names, of this batch, before the update.
+        """
+        batch: tuple[Tensor | None, ...] = (images, labels, affine)
+        if self.attack is not None:
+            if affine is not None:
+                images = apply_affine(images, affine)
+            clean = images if self.objective.trades_weight is not None else None
+            batch = (self.attack(images, labels), labels, None, clean)
+        measured = (
+            self._first_compiled_step(*batch)
+            if self.compiled and not self._has_run_compiled
+            else self._backward(*batch)
+        )
+        self.update()
+        # A CUDA graph's result lies in memory that its next replay writes: this one is the caller's to keep.
+        return measured.clone() if self.compiled and measured.is_cuda else measured
+
+    def update(self) -> None:
+        """Clip the gradients that a backward pass has left, and take the optimiser's step."""
+        if self.scaler.is_enabled():  # in each step: a weight's first gradient may come late, and that step be skipped
+            begin_momentum(self.optimizer)
+        if self.clip_grad_norm is None:
+            self.scaler.step(self.optimizer)
+        elif isinstance(self.optimizer, FusedSGD) and self._optimises_all and self.optimizer.clips:
+            self.scaler.step(self.optimizer, max_norm=self.clip_grad_norm)
+        else:
+            self.scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def _backward(self, *batch: Tensor | None) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, measured = self._forward(*batch)
+        scaled = self.scaler.scale(loss)
+        if self._one is None or self._one.dtype != scaled.dtype:
+            self._one = torch.ones_like(scaled)
+        scaled.backward(self._one)  # otherwise a kernel would make it anew
+        taken: Tensor = measured
+        return taken
+
+    def _first_compiled_step(self, *batch: Tensor | None) -> Tensor:
+        """The first compiled pass: a backward pass that fails to compile must not count a batch twice in BatchNorm."""
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        try:
+            measured = self._backward(*batch)
+        except Exception as error:
+            for buffer, value in zip(self.model.buffers(), before, strict=True):
+                buffer.copy_(value)
+            measured = self.objective.function.fall_back(error, lambda: self._backward(*batch))
+        self._has_run_compiled = True
+        return measured
+
+
+class _Objective(nn.Module):
+    """From a batch to (loss (), measured (4,)): what `DistributedDataParallel` wraps, and what is compiled."""
+
+    def __init__(
+        self,
+        model: ImmunityMoE,
+        loss_fn: FusedImmunityLoss,
+        amp: Amp,
+        double_backprop: DoubleBackprop,
+        device: torch.device,
+        compiled: Callable[[Callable[..., Any]], Compiled],
+        trades_weight: float | None,
+    ) -> None:
+        super().__init__()
+        self.model, self.loss_fn, self.trades_weight = model, loss_fn, trades_weight
+        self.amp, self.double_backprop, self.device = amp, double_backprop, device
+        self.function = compiled(self._loss)
+
+    def forward(
+        self, images: Tensor, labels: Tensor, affine: Tensor | None = None, clean: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = self.function(images, labels, affine, clean)
+        return result
+
+    def _loss(
+        self, images: Tensor, labels: Tensor, affine: Tensor | None, clean: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if affine is not None:
+            images = apply_affine(images, affine)
+        if self.device.type == "cuda":
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(self.amp, self.device):
+            loss, terms = self._terms(images, labels, None if clean is None else self._trades(clean, labels))
+        return loss, torch.stack([loss.detach(), *(term.detach() for term in terms)]).double()
+
+    def _trades(self, clean: Tensor, labels: Tensor) -> Classification:
+        """TRADES' losses of adversarial outputs, beside those of the clean images."""
+        assert self.trades_weight is not None
+        weight = self.trades_weight
+        if self.device.type == "cuda":
+            clean = clean.contiguous(memory_format=torch.channels_last)
+        outputs = (self.model.expert_logits_with_copied_buffers(clean), self.model.gate_weights(clean))
+        # One network alone has no experts besides.
+        alpha = self.loss_fn.alpha if self.model.num_experts > 1 else 0.0
+
+        def losses(logits: Tensor, gate: Tensor | None) -> Tensor:
+            return trades_losses(outputs, (logits, gate), labels, alpha, weight)
+
+        return losses
+
+    def _terms(
+        self, images: Tensor, labels: Tensor, classification: Classification | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if self.model.num_experts == 1:
+            return self._single(images, labels, classification)
+        if not self.model.has_head:
+            logits, activations, gate = self.model.expert_outputs(images)
+            result: tuple[Tensor, tuple[Tensor, ...]] = self.loss_fn(
+                logits, activations, labels, gate, return_terms=True, classification=classification
+            )
+            return result
+        maps, gate = self.model.trunk_outputs(images)
+        result, buffers = self.loss_fn.from_head(
+            self.model.head_outputs,
+            maps,
+            labels,
+            gate,
+            return_terms=True,
+            has_aux=True,
+            double_backprop=self.double_backprop,
+            classification=classification,
+        )
+        self.model.update_head(buffers)
+        return result
+
+    def _single(
+        self, images: Tensor, labels: Tensor, classification: Classification | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Of one network, the baseline: it has no other to be apart from, and its cross-entropy counts once."""
+        logits = self.model.expert_logits(images)
+        losses = partial(mixture_cross_entropy, targets=labels, alpha=0.0) if classification is None else classification
+        loss = losses(logits, None).mean()
+        return loss, ImmunityTerms(loss, torch.zeros_like(loss), torch.zeros_like(loss))
+
+
+def _distributed(objective: _Objective, group: torch.distributed.ProcessGroup) -> DistributedDataParallel:
+    # It would cut the graph where its buckets of gradients end.
+    torch._dynamo.config.optimize_ddp = False
+    # Of what a process measures of its samples in BatchNorm, the mean is taken when it is needed. The older name is
+    # deprecated where the newer one is known.
+    known = inspect.signature(DistributedDataParallel).parameters
+    options: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
+    return DistributedDataParallel(objective, process_group=group, gradient_as_bucket_view=True, **options)
+
+
+def cosine_lr(lr: float, step: int, steps: int) -> float:
+    """The learning rate of step 0..steps−1: half a cosine from `lr` to almost 0 (Loshchilov & Hutter, 1608.03983)."""
+    return lr * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,0 +1,198 @@
+"""Genotype files: the networks they make, and one line for everything that may be wrong with one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from immunity_fast import ImmunityMoE
+from immunity_fast.experts import create, resolve, title
+from immunity_fast.experts.darts import ADVRUSH, advrush, darts_network
+from immunity_fast.experts.genotypes import load, reduced
+from immunity_fast.experts.robnet import ROBNET_FREE, ROBNET_LARGE, robnet_free, robnet_network
+
+DARTS: dict[str, Any] = {
+    "kind": "darts",
+    "normal": [list(pair) for pair in ADVRUSH.normal],
+    "reduce": [list(pair) for pair in ADVRUSH.reduce],
+    "channels": 4,
+    "cells": 6,
+}
+ROBNET: dict[str, Any] = {"kind": "robnet", "cells": list(ROBNET_LARGE), "channels": 4, "layers": 6}
+
+
+def _file(folder: Path, description: object) -> Path:
+    path = folder / "my_cell.json"
+    path.write_text(json.dumps(description), encoding="utf-8")
+    return path
+
+
+def test_darts(tmp_path: Path) -> None:
+    network = load(_file(tmp_path, DARTS))(3)
+    assert repr(network) == repr(darts_network(ADVRUSH, 3, 4, 6))
+    with torch.device("meta"):
+        published = load(_file(tmp_path, DARTS | {"channels": 36, "cells": 20}))(10)
+        assert repr(published) == repr(advrush(10))
+
+
+def test_robnet(tmp_path: Path) -> None:
+    assert repr(load(_file(tmp_path, ROBNET))(3)) == repr(robnet_network(ROBNET_LARGE, 3, 4, 6))
+    with torch.device("meta"):
+        free = {"kind": "robnet", "cells": list(ROBNET_FREE), "channels": 36, "layers": 20}
+        assert repr(load(_file(tmp_path, free))(10)) == repr(robnet_free(10))
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    path = _file(tmp_path, ROBNET)
+    build = load(path)
+    path.unlink()
+    first, second = build(3), build(3)
+    assert not torch.equal(first.get_parameter("stem.0.weight"), second.get_parameter("stem.0.weight"))
+
+
+def test_a_text_says_the_same_and_needs_no_file(tmp_path: Path) -> None:
+    for description, expected in (
+        (DARTS, darts_network(ADVRUSH, 3, 4, 6)),
+        (ROBNET, robnet_network(ROBNET_LARGE, 3, 4, 6)),
+    ):
+        path = _file(tmp_path, description)
+        name = resolve(str(path))
+        path.unlink()
+        assert json.loads(name) == description
+        assert resolve(name) == name
+        assert repr(create(name, 3)) == repr(expected)
+    # However it is laid out in the file.
+    path.write_text(json.dumps(ROBNET, indent=4), encoding="utf-8")
+    assert resolve(str(path)) == name
+    assert resolve("resnet8") == "resnet8"
+    with pytest.raises(ValueError, match="expected one of resnet18"):
+        resolve("resnet9")
+    with pytest.raises(ValueError, match="channels"):
+        create(name.replace('"channels":4', '"channels":0'))
+
+
+def test_a_title_is_a_word_and_tells_genotypes_apart(tmp_path: Path) -> None:
+    assert title("resnet8") == "resnet8"
+    titles = [title(reduced(name, 6, 4)) for name in ("pdarts", "advrush", "robnet_large")]
+    titles.append(title(reduced("pdarts", 8, 4)))
+    assert len(set(titles)) == 4
+    assert all(re.fullmatch(r"(darts|robnet)-[68]x4-[0-9a-f]{4}", text) for text in titles)
+    assert title(resolve(str(_file(tmp_path, DARTS)))) == titles[1]
+
+
+@pytest.mark.parametrize("name", ["pdarts", "advrush", "robnet_large"])
+def test_a_published_network_with_fewer_cells_and_channels(name: str) -> None:
+    with torch.device("meta"):
+        assert repr(create(reduced(name, 20, 36))) == repr(create(name))
+    assert create(reduced(name, 5, 2), 3)(torch.rand(2, 3, 8, 8)).shape == (2, 3)
+
+
+def test_a_network_of_cells_all_different_cannot_be_reduced() -> None:
+    with pytest.raises(ValueError, match="'robnet_free', expected one of pdarts, advrush, robnet_large"):
+        reduced("robnet_free", 8, 8)
+
+
+def test_create(tmp_path: Path) -> None:
+    path = str(_file(tmp_path, DARTS))
+    assert create(path, 7)(torch.rand(2, 3, 9, 9)).shape == (2, 7)
+    model = ImmunityMoE(path, 2, 4, image_size=20)
+    assert model.stage == "cells2"
+    assert model(torch.rand(2, 3, 20, 20)).shape == (2, 4)
+    with pytest.raises(ValueError, match="num_classes: got 1"):
+        create(path, 1)
+    with pytest.raises(ValueError, match=r"my_cell'.*robnet_large_v2, or a genotype file, ….json$"):
+        create(path.removesuffix(".json"))
+
+
+def _wrong(text: str | bytes, message: str, folder: Path) -> None:
+    path = folder / "my_cell.json"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    for read in (load, create):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {message}") as raised:
+            read(str(path))
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "Expecting value"),
+        ('{"kind": "darts",}', "Illegal trailing comma|Expecting property name"),
+        (b'{"kind": "\xff"}', "'utf-8' codec"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[1, 2]", r"got \[1, 2\], expected an object$"),
+        ("null", "got null, expected an object$"),
+        (json.dumps("x" * 1000), 'got "x{59}…, expected an object$'),
+        ('{"kind": "darts", "cells": 6, "cells": 7}', "'cells' is there twice$"),
+        ("{}", "kind: got null, expected one of darts, robnet$"),
+        ('{"kind": "nas\\nnet"}', r'kind: got "nas\\nnet", expected one of darts, robnet$'),
+        ('{"kind": ["darts"]}', r'kind: got \["darts"\], expected one of darts, robnet$'),
+        ('{"kind": "darts", "cells": 6}', "missing: channels, normal, reduce$"),
+        ('{"kind": "robnet", "cells": 6}', "missing: channels, layers$"),
+    ],
+)
+def test_no_genotype(text: str | bytes, message: str, tmp_path: Path) -> None:
+    _wrong(text, message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"auxiliary": 1}, "unknown: 'auxiliary', expected normal, reduce, channels, cells$"),
+        ({"channels": 0}, "channels: got 0, expected a whole number from 1 to 1000$"),
+        ({"channels": 1001}, "channels: got 1001, expected"),
+        ({"channels": 4.0}, "channels: got 4.0, expected"),
+        ({"channels": float("nan")}, "channels: got NaN, expected"),
+        ({"channels": "4"}, 'channels: got "4", expected'),
+        ({"channels": True}, "channels: got true, expected"),
+        ({"cells": 4}, "cells: got 4, expected a whole number from 5 to 1000$"),
+        ({"cells": 10**30}, "cells: got 1000.*, expected a whole number from 5 to 1000$"),
+        ({"cells": None}, "cells: got null, expected"),
+        ({"normal": "sep_conv_3x3"}, r'normal: got "sep_conv_3x3", expected a list of pairs \[operation, input\]$'),
+        ({"reduce": {}}, "reduce: got {}, expected a list"),
+        ({"reduce": []}, "reduce: got 0 pairs, expected 8$"),
+        ({"normal": DARTS["normal"][:7]}, "normal: got 7 pairs, expected 8$"),
+        ({"normal": [["sep_conv_3x3"]] * 8}, r'normal\[0\]: got \["sep_conv_3x3"\], expected a pair'),
+        ({"normal": [["sep_conv_3x3", 0, 1]] * 8}, r"normal\[0\]: got .*, expected a pair"),
+        ({"normal": [{"none": 0}] * 8}, r"normal\[0\]: got .*, expected a pair"),
+        ({"normal": [[0, "none"]] * 8}, r"normal\[0\]: got .*, expected a pair"),
+        ({"normal": [["none", True]] * 8}, r'normal\[0\]: got \["none", true\], expected a pair'),
+        ({"normal": [["none", 0.0]] * 8}, r"normal\[0\]: got .*, expected a pair"),
+        ({"reduce": [["conv\n", 0]] * 8}, r"reduce\[0\]: got operation 'conv\\n', expected one of none, skip_connect"),
+        ({"reduce": [["skip_connect", 2]] * 8}, r"reduce\[0\]: got input 2, expected 0 to 1$"),
+        ({"reduce": [["none", 1]] * 8}, "reduce: with these none operations, the output does not depend"),
+    ],
+)
+def test_wrong_darts(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    _wrong(json.dumps(DARTS | change), message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"normal": []}, "unknown: 'normal', expected cells, channels, layers$"),
+        ({"channels": -4}, "channels: got -4, expected a whole number from 1 to 1000$"),
+        ({"layers": 4}, "layers: got 4, expected a whole number from 5 to 1000$"),
+        ({"cells": ROBNET_LARGE[0]}, 'cells: got "11 11 .*, expected a list of strings$'),
+        ({"cells": [ROBNET_LARGE]}, r'cells: got \[\["11 11 .*, expected a list of strings$'),
+        ({"cells": []}, "cells: got 0, expected 1 or one for each of the 6 layers$"),
+        ({"cells": list(ROBNET_FREE)}, "cells: got 20, expected 1 or one for each of the 6 layers$"),
+        ({"cells": ["11 11"]}, r"cells\[0\]: got 2 codes, expected 14$"),
+        ({"cells": ["11 " * 13 + "1x"]}, r"cells\[0\]: code 13: got '1x', expected 00, 01, 10 or 11$"),
+    ],
+)
+def test_wrong_robnet(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    _wrong(json.dumps(ROBNET | change), message, tmp_path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    for path, message in [(tmp_path / "none.json", "No such file"), (tmp_path / "folder.json", "Is a directory")]:
+        (tmp_path / "folder.json").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {message}") as raised:
+            create(str(path))
+        assert "\n" not in str(raised.value)

@@ -1,0 +1,217 @@
+"""The command that reproduces the paper, at the scale that takes minutes: what it writes, and what it does once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from immunity_fast import reproduce, train
+from immunity_fast.reproduction.experiments import BASELINES, SCALES, Experiments, jobs_of
+from immunity_fast.train import parse
+from immunity_fast.training.config import PRESETS, TrainConfig
+from tests.small_runs import error_line
+
+pytest.importorskip("torchattacks", reason="Table 2 holds AutoAttack")
+
+QUICK = ["--scale", "smoke", "--device", "cpu"]
+TABLES = ("table1", "table2", "table3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of it, once."""
+    out = tmp_path_factory.mktemp("reproduction") / "out"
+    reproduce.main(["all", *QUICK, "--out", str(out)])
+    return out
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_is_written_in_every_form(folder: Path, table: str) -> None:
+    record = json.loads((folder / f"{table}.json").read_text(encoding="utf-8"))
+    markdown = (folder / f"{table}.md").read_text(encoding="utf-8")
+    html = (folder / f"{table}.html").read_text(encoding="utf-8")
+    with (folder / f"{table}.csv").open(encoding="utf-8") as file:
+        lines = list(csv.reader(file))
+    assert (folder / f"{table}.png").read_bytes().startswith(b"\x89PNG")
+    assert not record["failed"]
+    for written in record["tables"]:
+        assert written["columns"] in lines
+        for row in written["rows"]:
+            assert row in lines
+            assert "not done" not in row
+            assert all(cell in markdown and cell in html for cell in row)
+    for run in record["runs"].values():
+        assert run["device"].startswith("CPU")
+        assert run["training_seconds"] > 0
+        assert run["attack_seconds"] > 0
+        assert run["settings"]["dataset"] == "digits"
+        assert all("immunity_fast" in command for command in run["commands"])
+    assert "immunity_fast.reproduce all --scale smoke" in markdown
+    assert "training: " in markdown
+
+
+def test_the_rows_are_those_of_the_paper(folder: Path) -> None:
+    rows = {table: _rows(folder, table) for table in TABLES}
+    assert [row[:2] for row in rows["table1"]] == [["ResNet8", "trained independently"], ["ResNet8", "Immunity"]]
+    networks = [f"{name}, 5 cells" for name in BASELINES] + ["Immunity, gate switching", "Immunity, exact mean"]
+    assert [row[1:3] for row in rows["table2"]] == [[t, n] for t in ("standard", "PGD") for n in networks]
+    expected = ["MoE", "MoE + MI", "MoE + PS", "full", "full, detached weights"]
+    assert [row[0] for row in rows["table3"]] == expected
+    captions = [t["caption"] for t in json.loads((folder / "table3.json").read_text(encoding="utf-8"))["tables"]]
+    assert captions == ["Table 3", "What answers, by what the attacker knows", "Sweep of β", "Sweep of γ"]
+
+
+def test_figure_2_is_a_figure_and_a_page(folder: Path) -> None:
+    assert (folder / "figure2.pdf").read_bytes().startswith(b"%PDF")
+    assert (folder / "figure2.png").read_bytes().startswith(b"\x89PNG")
+    html = (folder / "figure2.html").read_text(encoding="utf-8")
+    assert "trained independently" in html
+    assert "Immunity" in html
+    rows = _rows(folder, "figure2")
+    assert len(rows) == 2 * 2 * 3, "two galleries of two experts, three images"
+    assert "python -m immunity_fast.ensemble" in (folder / "figure2.md").read_text(encoding="utf-8")
+
+
+def test_the_same_command_trains_nothing_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(_arguments: list[str]) -> None:
+        raise AssertionError("trained again")
+
+    before = {file: file.read_bytes() for file in folder.glob("table*.json")}
+    monkeypatch.setattr(train, "fit", fit)
+    reproduce.main(["all", *QUICK, "--out", str(folder)])
+    after = {file: json.loads(file.read_bytes()) for file in before}
+    assert after == {file: json.loads(content) for file, content in before.items()}
+
+
+def test_the_table_of_what_is_done_so_far(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "fit", None)
+    rows = _rows(folder, "table3")
+    kept = tmp_path / "kept"
+    shutil.copytree(folder, kept)
+    job = Experiments(SCALES["smoke"], {}).table3()[0].jobs[0]
+    shutil.rmtree(kept / "runs" / job.name)
+    reproduce.main(["table3", *QUICK, "--done-only", "--out", str(kept)])
+    found = _rows(kept, "table3")
+    assert set(found[0][1:]) == {"not done"}
+    assert found[1:] == rows[1:]
+    assert "runs are done" in capsys.readouterr().out
+    assert not (kept / "runs" / job.name).exists()
+    reproduce.main(["all", *QUICK, "--done-only", "--out", str(tmp_path / "nothing")])
+    assert "table1: 0 of 2 runs are done" in capsys.readouterr().out
+
+
+def test_a_failed_run_is_reported_and_the_table_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = train.fit
+
+    def sometimes(arguments: list[str]) -> Any:
+        if "--detach-weights" in arguments:
+            raise MemoryError("no memory left")
+        return fit(arguments)
+
+    monkeypatch.setattr(train, "fit", sometimes)
+    arguments = ["table3", *QUICK, "--out", str(tmp_path / "out"), "--limit-train", "20", "--batch-size", "10"]
+    line = error_line(capsys, reproduce.main, arguments)
+    assert "1 failed, the same command" in line
+    rows = {row[0]: row[1:] for row in _rows(tmp_path / "out", "table3")}
+    assert set(rows["full, detached weights"]) == {"not done"}
+    assert "not done" not in rows["full"]
+    for form in ("md", "html"):
+        assert "no memory left" in (tmp_path / "out" / f"table3.{form}").read_text(encoding="utf-8")
+
+
+# What is trained
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_run_is_one_that_the_train_command_accepts(scale: str) -> None:
+    experiments = Experiments(SCALES[scale], {})
+    entries = [*experiments.table1(), *experiments.table2(), *experiments.table3(), *experiments.figure2()]
+    entries += [entry for name in ("beta", "gamma") for _, entry in experiments.sweep(name)]
+    for job in jobs_of(entries):
+        _, _, config = parse([*job.config.options(), "--out", "nowhere"])
+        assert config == job.config
+
+
+def test_the_paper_scale_is_the_papers_recipe() -> None:
+    experiments = Experiments(SCALES["paper"], {})
+    table1 = {entry.labels: entry for entry in experiments.table1()}
+    assert {labels[0] for labels in table1} == {"ResNet18", "DenseNet121", "GoogLeNet"}
+    job = table1["GoogLeNet", "Immunity"].jobs[0]
+    assert job.config == TrainConfig(
+        **{**PRESETS["paper"].to_json(), "check_images": job.config.check_images, "attack_images": 1000}
+    )
+    alone = table1["GoogLeNet", "trained independently"].jobs[1]
+    assert alone.members == 5
+    assert [member.config.seed for member in alone.alone()] == [5, 6, 7, 8, 9]
+    assert alone.config.experts == 1
+    table2 = {entry.labels: entry.jobs[0].config for entry in experiments.table2()}
+    assert {labels[0] for labels in table2} == {"cifar10", "cifar100"}
+    assert table2["cifar100", "PGD", "AdvRush"].arch == "advrush"
+    assert table2["cifar100", "PGD", "AdvRush"].adversarial == "pgd"
+    assert all("autoattack" in ",".join(job.evaluation) for entry in experiments.table2() for job in entry.jobs)
+
+
+def test_tables_share_their_runs() -> None:
+    experiments = Experiments(SCALES["small"], {})
+    full = next(entry for entry in experiments.table3() if entry.labels == ("full",))
+    immunity = next(e for e in experiments.table1() if e.labels[1] == "Immunity")
+    standard = next(e for e in experiments.table2() if e.labels[1:] == ("standard", "Immunity"))
+    names = {tuple(job.name for job in entry.jobs) for entry in (full, immunity, standard)}
+    assert len(names) == 1
+    swept = {job.name for name in ("beta", "gamma") for _, e in experiments.sweep(name) for job in e.jobs}
+    assert {job.name for job in full.jobs} <= swept
+
+
+def test_options_change_every_run_but_not_what_is_compared() -> None:
+    experiments = Experiments(SCALES["small"], {"epochs": 3, "beta": 0.7, "arch": "resnet18", "seed": 4}, 2, "cifar100")
+    for entry in (*experiments.table1(), *experiments.table3()):
+        assert [job.config.seed for job in entry.jobs] == [4, 5]
+        assert {(job.config.epochs, job.config.dataset) for job in entry.jobs} == {(3, "cifar100")}
+        assert {job.config.arch for job in entry.jobs} == {"resnet18"}
+    betas = {entry.labels[0]: entry.jobs[0].config.beta for entry in experiments.table3()}
+    assert betas == {"MoE": 0, "MoE + MI": 0.7, "MoE + PS": 0, "full": 0.7, "full, detached weights": 0.7}
+    assert 0.7 in [value for value, _ in experiments.sweep("beta")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["table3", "--preset", "fast"], "--preset"),
+        (["table3", "--seeds", "0"], "--seeds: expected at least 1, got 0"),
+        (["table3", "--seeds", str(10**30)], "--seeds: expected at most 1000, got 1"),
+        (["table2", "--seed", str(2**63 - 1), "--seeds", "2"], "--seed: expected 0 to 2⁶³ − 1"),
+        (["figure2", "--seed", str(2**63 - 1)], "--seed: expected 0 to 2⁶³ − 1"),
+        (["table3", "--epochs", str(2**63)], "--epochs: expected less than 2⁶³"),
+        (["table3", "--experts", "1"], "--experts: expected at least 2, got 1"),
+        (["table3", "--epochs", "0"], "--epochs: expected at least 1, got 0"),
+        (["table1", "--dataset", "npz"], "--data: missing"),
+        (["table3", "--device", "nonsense"], "--device nonsense"),
+        (["table3", "--dataset", "npz", "--data", "none.npz"], "none.npz"),
+        (["table3", "--arch", "none.json"], "--arch none.json"),
+        (["table3", "--arch", "resnet9"], "--arch resnet9"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    line = error_line(capsys, reproduce.main, [*arguments, "--out", str(tmp_path / "out")])
+    assert expected in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_table_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "table4" in error_line(capsys, reproduce.main, ["table4"], code=2)
+
+
+def _rows(folder: Path, table: str) -> list[list[str]]:
+    rows: list[list[str]] = json.loads((folder / f"{table}.json").read_text(encoding="utf-8"))["tables"][0]["rows"]
+    return rows

@@ -1,0 +1,182 @@
+"""Settings: their ranges, their JSON and their options agree."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import typing
+from typing import Any
+
+import pytest
+
+from immunity_fast.losses import ALPHA, BETA, GAMMA
+from immunity_fast.training.config import PRESETS, TrainConfig, add_options
+from tests.typed_settings import FIELDS, GIVEN, option_of
+
+
+def _parse(*arguments: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_options(parser)
+    return vars(parser.parse_args(arguments))
+
+
+def test_every_setting_is_tried_here() -> None:
+    assert GIVEN.keys() == FIELDS.keys()
+    assert all(value != getattr(TrainConfig(), name) for name, (_, value) in GIVEN.items())
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_is_an_option_that_sets_it_alone(name: str) -> None:
+    typed, meant = GIVEN[name]
+    given = _parse(option_of(name), *typed)
+    assert given == {name: meant}
+    assert type(given[name]) is type(meant)
+    assert getattr(TrainConfig(**given), name) == meant
+
+
+def test_no_option_gives_nothing() -> None:
+    assert _parse() == {}
+
+
+def test_a_flag_can_be_taken_back() -> None:
+    assert _parse("--no-detach-weights") == {"detach_weights": False}
+
+
+def test_help_explains_every_option() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    text = " ".join(parser.format_help().split())
+    for name, field in FIELDS.items():
+        assert option_of(name) in text
+        assert field.metadata["help"].split(";")[0] in text
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.type in (float, "float")])
+def test_every_number_may_have_a_fraction_where_it_is_a_float(name: str) -> None:
+    assert _parse(option_of(name), "0.5") == {name: 0.5}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_json(name: str) -> None:
+    config = PRESETS[name]
+    assert config.preset == name
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_all_settings_survive_json() -> None:
+    config = TrainConfig(**{name: meant for name, (_, meant) in GIVEN.items()})
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_the_paper_preset_is_the_paper_s_recipe() -> None:
+    paper = PRESETS["paper"]
+    assert (paper.arch, paper.experts, paper.epochs, paper.batch_size, paper.lr) == ("googlenet", 5, 200, 32, 0.01)
+    assert paper.dataset == "cifar10"
+    assert paper.score == "logit"
+    assert paper.weight_scale == "channels"
+    assert not paper.detach_weights
+
+
+def test_the_quickstart_needs_no_download() -> None:
+    assert PRESETS["quickstart"].dataset == "digits"
+    assert PRESETS["quickstart"].data is None
+
+
+def test_the_loss_s_weights_default_to_its_own() -> None:
+    assert (TrainConfig().alpha, TrainConfig().beta, TrainConfig().gamma) == (ALPHA, BETA, GAMMA)
+
+
+KINDS = typing.get_type_hints(TrainConfig)
+OUT_OF_RANGE: list[tuple[str, Any]] = [
+    ("epochs", 0),
+    ("batch_size", 0),
+    ("checkpoint_every", 0),
+    ("attack_images", 0),
+    ("experts", 0),
+    ("eps", -0.1),
+    ("eps", 1.5),
+    ("attack_alpha", -0.1),
+    ("attack_steps", 0),
+    ("trades_weight", -1.0),
+    ("ema", 1.0),
+    ("limit_train", 0),
+    ("alpha", -1.0),
+    ("beta", math.inf),
+    ("gamma", math.nan),
+    ("smoothing", -0.1),
+    ("weight_decay", -1e-9),
+    ("lr", 0.0),
+    ("lr", math.inf),
+    ("momentum", 0.0),
+    ("momentum", 1.0),
+    ("clip_grad_norm", 0.0),
+    ("clip_grad_norm", math.nan),
+    ("crop_padding", -1),
+    ("check_images", -1),
+    ("rotation", 180.5),
+    ("rotation", math.nan),
+    ("seed", -1),
+    ("seed", 2**63),
+    ("arch", "resnet9"),
+    ("dataset", "mnist"),
+    ("image_size", 0),
+    *((name, "other") for name, kind in KINDS.items() if typing.get_origin(kind) is typing.Literal),
+]
+
+
+def test_every_setting_that_has_a_range_is_tried_out_of_it() -> None:
+    free = {"preset", "data", "stage", "device"} | {name for name, kind in KINDS.items() if kind is bool}
+    assert {name for name, _ in OUT_OF_RANGE} == FIELDS.keys() - free
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_by_its_option_s_name(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{option_of(name)}: expected .*, got "):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("value", [[], {}, 1j, b""], ids=["list", "object", "complex", "bytes"])
+def test_json_of_a_wrong_type_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        TrainConfig.from_json(TrainConfig().to_json() | {name: value})
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_json_null_is_refused_unless_none_is_a_value(name: str) -> None:
+    values = TrainConfig().to_json() | {name: None}
+    if type(None) in typing.get_args(KINDS[name]):
+        assert getattr(TrainConfig.from_json(values), name) is None
+    else:
+        with pytest.raises(ValueError, match=name):
+            TrainConfig.from_json(values)
+
+
+@pytest.mark.parametrize(("name", "value"), [("epochs", True), ("lr", True), ("detach_weights", 1), ("epochs", 1.0)])
+def test_json_does_not_mix_truth_and_numbers(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name):
+        TrainConfig.from_json(TrainConfig().to_json() | {name: value})
+
+
+def test_json_may_write_a_float_without_a_fraction() -> None:
+    assert TrainConfig.from_json(TrainConfig().to_json() | {"lr": 1}).lr == 1
+
+
+@pytest.mark.parametrize("values", [None, [], "text", 3])
+def test_json_that_is_no_object_is_refused(values: Any) -> None:
+    with pytest.raises(ValueError, match="expected an object"):
+        TrainConfig.from_json(values)
+
+
+def test_a_missing_and_an_unknown_setting_are_named() -> None:
+    values = TrainConfig().to_json() | {"colour": "red"}
+    del values["lr"]
+    with pytest.raises(ValueError, match="colour, lr"):
+        TrainConfig.from_json(values)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().lr = 1.0  # type: ignore[misc]

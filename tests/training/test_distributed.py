@@ -1,0 +1,117 @@
+"""Two processes on a CPU, by gloo: loss and gradients are those of one process on the joined batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from immunity_fast import FusedImmunityLoss, ImmunityMoE
+from immunity_fast.training.checkpoint import load_checkpoint
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.step import MEASURED
+from tests.processes import failing_after, launch
+from tests.small_runs import options, saved, trained, write_data
+
+# Each process takes its half of the batch, and the first writes what came out. BatchNorm is in evaluation mode: in
+# training mode it would normalise with the statistics of half a batch.
+WORKER = """
+import sys
+import torch
+from torch.optim import SGD
+from immunity_fast import FusedImmunityLoss, ImmunityMoE; from immunity_fast.runtime import distributed
+from immunity_fast.training.step import TrainStep
+
+out, double_backprop, compile, backend = sys.argv[1:]
+real_compile = torch.compile
+torch.compile = lambda function, **_: real_compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+def main():
+    with distributed.processes(torch.device("cpu")):
+        torch.manual_seed(0)
+        model = ImmunityMoE("resnet8", 3, 3, image_size=12)
+        model = (model if backend == "triton" else model.double()).eval()
+        model.gate.switch = "off"
+        group = distributed.group()
+        loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-2, size=(11, 13), backend=backend, group_name=group.group_name)
+        step = TrainStep(
+            model, loss_fn, SGD(model.parameters(), 0.0), double_backprop=double_backprop, compile=compile, group=group
+        )
+        images = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        labels = torch.tensor([0, 1, 2, 0, 1, 2])
+        mine = slice(3 * distributed.rank(), 3 * distributed.rank() + 3)
+        images = images.to(next(model.parameters()).dtype)
+        measured = distributed.mean(step(images[mine], labels[mine]))
+        assert step.compiled == (compile == "on")
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        if distributed.rank() == 0:
+            torch.save((measured, gradients), out)
+
+main()  # what holds the process group ends here: at the interpreter's end its threads could not give tensors back
+"""
+
+
+def _alone(dtype: torch.dtype) -> tuple[list[float], dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = ImmunityMoE("resnet8", 3, 3, image_size=12).to(dtype).eval()
+    model.gate.switch = "off"
+    images = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    logits, activations, gate = model.expert_outputs(images)
+    loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-2, size=(11, 13))
+    loss, terms = loss_fn(logits, activations, labels, gate, return_terms=True)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return [loss.item(), *(term.item() for term in terms)], gradients
+
+
+@pytest.mark.parametrize(
+    ("double_backprop", "compile", "backend"),
+    [
+        ("reverse", "off", "torch"),
+        ("forward", "off", "torch"),
+        ("reverse", "off", "triton"),
+        ("forward", "off", "triton"),
+        ("reverse", "on", "torch"),
+    ],
+)
+def test_two_processes_are_one_with_the_joined_batch(
+    double_backprop: str, compile: str, backend: str, tmp_path: Path
+) -> None:
+    launch("-c", WORKER, str(tmp_path / "out.pt"), double_backprop, compile, backend)
+    measured, gradients = torch.load(tmp_path / "out.pt")
+    dtype, tolerance = (torch.float32, 1e-4) if backend == "triton" else (torch.float64, 1e-9)
+    expected, wanted = _alone(dtype)
+    assert dict(zip(MEASURED, measured.tolist(), strict=True)) == pytest.approx(
+        dict(zip(MEASURED, expected, strict=True)), rel=tolerance
+    )
+    assert gradients.keys() == wanted.keys()
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=tolerance, atol=tolerance * largest, msg=name)
+
+
+def test_a_run_of_two_processes_goes_on_in_one_and_in_two_again(tmp_path: Path) -> None:
+    """Records once an epoch, by the first process; the same images as in one process; ready for any number."""
+    data = write_data(tmp_path / "data.npz")
+    settings: dict[str, Any] = {"epochs": 3, "check_images": 4}
+    folder = tmp_path / "several"
+    stop = "import sys; from tests.processes import stopped; stopped(sys.argv[1:])"
+    launch("-c", stop, *options(data, **settings), "--out", str(folder))
+    assert load_checkpoint(Run(folder).checkpoint)[1]["step"] == 5
+    with failing_after(2):
+        trained(["--resume", str(folder)])
+    run = Run(folder)
+    assert load_checkpoint(run.checkpoint)[1]["step"] == 10
+    printed = launch("-m", "immunity_fast.train", "--resume", str(folder))
+    assert "cpu × 2" in printed
+    assert printed.count("Test accuracy") == 1
+    assert [record["epoch"] for record in run.metrics()] == [1, 2, 3]
+    assert all(record["step"] == 5 * record["epoch"] for record in run.metrics())
+    assert json.loads(run.results_file.read_text())["accuracy"]
+    alone = trained([*options(data, **settings), "--out", str(tmp_path / "alone")])[1]
+    # The batches are the same, BatchNorm's statistics are not: the losses are close in the first epoch, no more.
+    assert run.metrics()[0]["cross_entropy"] == pytest.approx(alone.metrics()[0]["cross_entropy"], rel=0.3)
+    assert saved(folder)["tensors"]["loader/generator"] == saved(alone.folder)["tensors"]["loader/generator"]

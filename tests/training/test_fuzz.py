@@ -1,0 +1,56 @@
+"""Spoilt checkpoints and run files: each gives one line of error or the right result, never a traceback, a hang or a
+signal.
+
+IMMUNITY_FUZZ="FIRST LAST" tries other cases, such as "0 2000", than those of the suite.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.places import REPOSITORY
+
+CASES = os.environ.get("IMMUNITY_FUZZ", "0 100").split()
+
+
+def wrong(case: dict[str, Any], right: dict[str, Any]) -> str | None:
+    """What is wrong with how a case has ended."""
+    status, said, target = case["status"], case["said"], case["target"]
+    if status not in (0, 1):
+        return f"ended with {status}"
+    if status == 1:
+        if not said.startswith("error: ") or said.count("\n") != 1:
+            return "not one line of error"
+        # What wrong numbers do, such as NaN among the weights, is said of the model or the loss.
+        named = target in ("checkpoint", "metrics") and case["kind"] not in ("bytes", "values")
+        return "the run is not named" if named and case["run"] not in said else None
+    if said and ("UserWarning" not in said or "Traceback" in said):  # of a network that cannot be attacked
+        return "said something"
+    # Other numbers where numbers were are no damage that anybody could see; what a record or piece has to be is.
+    seen = target in ("metrics", "done") or (target == "ledger" and case["kind"] not in ("bytes", "value"))
+    return "another result" if seen and case["found"] != right[case["command"]] else None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded PyTorch")
+def test_what_is_spoilt_is_one_line_or_the_right_result(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.fuzzing", str(tmp_path / "runs"), *CASES]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=REPOSITORY, env=alone, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    right, *cases = map(json.loads, ended.stdout.splitlines())
+    failed = [(text, case) for case in cases if (text := wrong(case, right)) is not None]
+    assert not failed, failed[:5]
+    count = int(CASES[1]) - int(CASES[0])
+    assert len(cases) == count
+    if count >= 100:  # both ends are there, of every file
+        outcomes = Counter((case["target"], case["status"]) for case in cases)
+        assert {("checkpoint", 1), ("metrics", 1), ("config", 1), ("ledger", 0), ("done", 0)} <= outcomes.keys()
