@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from immunity_fast import functional, info
 from immunity_fast.experts import NAMES
 from immunity_fast.runtime.strategies import choose
+from tests.places import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[1]
 SECTIONS = ["versions", "system", "devices", "backends", "auto", "caches"]
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.places import REPOSITORY
+
 FOLDERS = (".", "docs", "docs/api", "benchmarks", ".github", ".github/ISSUE_TEMPLATE")
 PAGES = sorted(page for folder in FOLDERS for page in (REPOSITORY / folder).glob("*.md"))
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.docs.pages import PAGES, REPOSITORY, anchors, cells, links, name, tables
+from tests.docs.pages import PAGES, anchors, cells, links, name, tables
+from tests.places import REPOSITORY
 
 pages = pytest.mark.parametrize("page", PAGES, ids=name)
 
@@ -67,6 +68,22 @@ def test_links_are_found_beside_code_that_is_wrapped(tmp_path: Path) -> None:
         "from `a\n--b` writes [a table](x.json), and `c`\n[`d`](y.md#e)\n\n`[f](z)` is code\n", encoding="utf-8"
     )
     assert list(links(page)) == [(2, "x.json"), (3, "y.md#e")]
+
+
+# Where a file may lie that is named without its folder: the page says which it means.
+FOLDERS = ("", "immunity_fast", "kernels", "benchmarks", "examples", "tests")
+OF_OTHERS = {"immunity_fast/experts/NAME.py"}
+
+
+@pages
+def test_a_file_that_is_named_is_there_and_holds_the_name(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for file, name_in_it in re.findall(r"`([\w/.-]+\.py)`(?:: `([\w.]+)`)?", text):
+        found = [path for folder in FOLDERS if (path := REPOSITORY / folder / file).is_file()]
+        assert found or file in OF_OTHERS, f"{name(page)}: {file}"
+        if name_in_it:
+            last = name_in_it.rpartition(".")[2]
+            assert any(re.search(rf"\b{last}\b", path.read_text(encoding="utf-8")) for path in found), name_in_it
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import immunity_fast
-from tests.docs.pages import REPOSITORY, name
+from tests.docs.pages import name
+from tests.places import REPOSITORY
 
 yaml = pytest.importorskip("yaml", reason="PyYAML reads the files that are looked at here")
 

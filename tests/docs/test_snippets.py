@@ -21,7 +21,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.docs.pages import PAGES, REPOSITORY, Block, blocks, name
+from immunity_fast.evaluation.gate_attackers import KNOWLEDGE
+from immunity_fast.evaluation.runner import ATTACKS, SETS
+from tests.docs.pages import PAGES, Block, blocks, name
+from tests.places import REPOSITORY
 
 ALL = [block for page in PAGES for block in blocks(page)]
 SHELL = [block for block in ALL if block.language == "sh"]
@@ -69,6 +72,9 @@ def test_python_is_no_wider_than_code(page: Path) -> None:
 class Parsed(BaseException):
     """A command line was read without an error."""
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+
 
 def commands(block: Block) -> Iterator[list[str]]:
     """The words of each command: lines joined, comments gone, variables put in."""
@@ -91,13 +97,16 @@ def parse(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
     read = argparse.ArgumentParser.parse_args
 
     def parse_args(self: argparse.ArgumentParser, *given: object, **keywords: object) -> None:
-        read(self, *given, **keywords)  # type: ignore[call-overload]
-        raise Parsed
+        raise Parsed(read(self, *given, **keywords))  # type: ignore[call-overload]
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
-    with pytest.raises(Parsed):
+    with pytest.raises(Parsed) as parsed:
         runpy.run_module(module, run_name="__main__")
+    # Lists are read later, by whom they are for.
+    for option, known in (("attacks", (*ATTACKS, *SETS)), ("attackers", (*KNOWLEDGE, "experts", "transfer"))):
+        if given := getattr(parsed.value.options, option, None):
+            assert set(given.split(",")) <= set(known), f"--{option} {given}"
 
 
 def extras() -> set[str]:
