@@ -29,6 +29,8 @@ exclude_patterns = ["README.md"]
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
@@ -72,10 +74,13 @@ SHOWN = {"../CONTRIBUTING.md": "contribute.md", "../CHANGELOG.md": "changelog.md
 def setup(app: Sphinx) -> None:
     """On GitHub links lead to the files themselves; here to the pages that show them."""
 
-    def lead(_app: Sphinx, _page: str, source: list[str]) -> None:
+    def lead(_app: Sphinx, page: str, source: list[str]) -> None:
+        if "/" in page:  # whose .. is docs/
+            return
+
         def inside(match: re.Match[str]) -> str:
-            page = SHOWN.get(match["file"])
-            return match["text"] if page is None else f"[{match['text']}]({page}{match['anchor']})"
+            here = SHOWN.get(match["file"])
+            return match["text"] if here is None else f"[{match['text']}]({here}{match['anchor']})"
 
         source[0] = re.sub(r"\[(?P<text>[^\]]*)\]\((?P<file>\.\./[\w/]+\.md)(?P<anchor>[^)]*)\)", inside, source[0])
 
