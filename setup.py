@@ -34,7 +34,7 @@ DEV = [*TEST, *DOCS, "build>=1.2", "mypy>=1.10", "ruff>=0.6"]
 
 
 def index_description(readme: str) -> str:
-    """The README as a package index can show it: of links to files of the repository the text, and no figures.
+    """The README as a package index can show it: of links to files and of figures of the repository the text.
 
     An index does not know where the repository is. What looks like a link in code is none.
     """
@@ -44,7 +44,7 @@ def index_description(readme: str) -> str:
     def shown(match: re.Match[str]) -> str:
         if match["text"] is None:
             return match[0]
-        return "" if match["figure"] else match["text"]
+        return f"*Figure, in the repository: {match['text']}.*" if match["figure"] else match["text"]
 
     return re.sub(f"{code}|{link}", shown, readme, flags=re.DOTALL | re.MULTILINE)
 
@@ -59,7 +59,9 @@ setup(
     python_requires=">=3.10",
     packages=[
         "immunity_fast",
-        "immunity_fast.data.datasets",
+        "immunity_fast.attacks",
+        "immunity_fast.data",
+        "immunity_fast.evaluation",
         "immunity_fast.experts",
         "immunity_fast.kernels",
         "immunity_fast.models",

@@ -105,7 +105,9 @@ def test_an_index_sees_no_relative_link(index_description: Any) -> None:
 def test_of_a_relative_link_the_text_is_left(index_description: Any) -> None:
     text = "see [the *page*](docs/a.md#b), [arXiv](https://arxiv.org/abs/1), ![a figure](a.png) and `x[0](1)`\n"
     code = "```python\nparts[0](images)\n```\n"
-    expected = "see the *page*, [arXiv](https://arxiv.org/abs/1),  and `x[0](1)`\n"
+    expected = (
+        "see the *page*, [arXiv](https://arxiv.org/abs/1), *Figure, in the repository: a figure.* and `x[0](1)`\n"
+    )
     assert index_description(text + code) == expected + code
 
 

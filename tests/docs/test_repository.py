@@ -22,6 +22,7 @@ FILES = sorted(
     for pattern in (".github/**/*.yml", ".pre-commit-config.yaml", "CITATION.cff")
     for file in REPOSITORY.glob(pattern)
 )
+KERNELS = Path("immunity_fast/kernels")  # a link, which a search for files need not follow
 WORKFLOW = REPOSITORY / ".github" / "workflows" / "ci.yml"
 
 
@@ -91,6 +92,19 @@ def test_a_report_of_a_fault_asks_for_info() -> None:
     asked = [part for part in form["body"] if "immunity_fast.info" in part["attributes"]["label"]]
     assert asked
     assert asked[0]["validations"]["required"]
+
+
+def test_setup_lists_every_package_and_every_file_beside_the_code(metadata: dict[str, Any]) -> None:
+    there = {file.parent.relative_to(REPOSITORY) for file in (REPOSITORY / "immunity_fast").rglob("__init__.py")}
+    assert sorted(metadata["packages"]) == sorted(".".join(folder.parts) for folder in {*there, KERNELS})
+    listed = {f"{package}/{file}" for package, files in metadata["package_data"].items() for file in files}
+    beside = (
+        file
+        for folder in there
+        for file in (REPOSITORY / folder).iterdir()
+        if file.is_file() and file.suffix not in (".py", ".pyc")
+    )
+    assert {f"{'.'.join(file.parent.relative_to(REPOSITORY).parts)}/{file.name}" for file in beside} == listed
 
 
 def test_the_citation_is_of_this_version() -> None:
