@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 INSTALL := -m pip install --quiet --disable-pip-version-check
 TESTS ?=
 
-.PHONY: quickstart test test-oldest docs docs-serve bench lint clean
+.PHONY: quickstart test test-oldest docs docs-serve docs-links bench lint clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/python -m immunity_fast.train
@@ -27,6 +27,10 @@ docs: $(VENV)/.dev
 
 docs-serve: docs
 	$(BIN)/python -m http.server --bind localhost --directory build/docs 8000
+
+# Of links to other sites, which wants a network; those between pages are checked by docs and by the tests.
+docs-links: $(VENV)/.dev
+	$(BIN)/python -m sphinx --builder linkcheck --quiet docs build/links
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
