@@ -65,7 +65,7 @@ class Plan:
         curve_eps: multiples of the radius.
         curve_steps: numbers of PGD's steps.
         drop_fooled: see `Attack`; an image that has fooled its attacker's own objective is then not attacked further:
-            for good, where that is the switching gate's. Objectives that are random in another way are attacked to the
+            for good, where that is the gate's sample. Objectives that are random in another way are attacked to the
             end.
         queries: of Square.
         autoattack_steps: of AutoAttack's gradient attacks.
