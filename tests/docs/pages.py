@@ -10,8 +10,10 @@ from pathlib import Path
 
 from tests.places import REPOSITORY
 
-FOLDERS = (".", "docs", "docs/api", "benchmarks", ".github", ".github/ISSUE_TEMPLATE")
-PAGES = sorted(page for folder in FOLDERS for page in (REPOSITORY / folder).glob("*.md"))
+FOLDERS = ("docs", "benchmarks", "examples", "tests", "kernels", "immunity_fast", ".github")
+PAGES = sorted(
+    {*REPOSITORY.glob("*.md"), *(page for folder in FOLDERS for page in (REPOSITORY / folder).rglob("*.md"))}
+)
 
 FENCE = re.compile(r"^( *)(`{3,}|~{3,})\s*(\{?[\w-]*\}?)")
 CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)((?:(?!\n\s*\n).)+?)(?<!`)\1(?!`)", re.DOTALL)
