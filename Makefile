@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 INSTALL := -m pip install --quiet --disable-pip-version-check
 TESTS ?=
 
-.PHONY: quickstart test test-oldest bench lint clean
+.PHONY: quickstart test test-oldest docs docs-serve docs-links bench lint clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/python -m immunity_fast.train
@@ -18,6 +18,19 @@ test: lint
 # On the oldest versions that setup.py allows; TESTS="tests/kernels tests/training/test_step.py" runs these alone.
 test-oldest: $(OLDEST)/.test
 	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile $(TESTS)
+
+# From nothing, so that no warning is lost in what is taken over from an earlier build.
+docs: $(VENV)/.dev
+	rm -rf build/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "build/docs/index.html"
+
+docs-serve: docs
+	$(BIN)/python -m http.server --bind localhost --directory build/docs 8000
+
+# Of links to other sites, which wants a network; those between pages are checked by docs and by the tests.
+docs-links: $(VENV)/.dev
+	$(BIN)/python -m sphinx --builder linkcheck --quiet docs build/links
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks --benchmark-only

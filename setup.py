@@ -1,6 +1,7 @@
 """Package metadata. `kernels/` lies beside the package in the repository and installs as `immunity_fast.kernels`,
 because a top-level package called `kernels` would collide with a well-known one."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
@@ -28,19 +29,39 @@ TEST = [
     "pytest-xdist>=3.0.2",
     "pytorch-lightning>=2.6",
 ]
-DEV = [*TEST, "build>=1.2", "mypy>=1.10", "ruff>=0.6"]
+DOCS = [*TRAIN, *ATTACKS, "furo>=2024.8.6", "myst-parser>=4", "sphinx>=7.3"]
+DEV = [*TEST, *DOCS, "build>=1.2", "mypy>=1.10", "ruff>=0.6"]
+
+
+def index_description(readme: str) -> str:
+    """The README as a package index can show it: of links to files and of figures of the repository the text.
+
+    An index does not know where the repository is. What looks like a link in code is none.
+    """
+    code = r"^```.*?^```|`[^`\n]+`"
+    link = r"(?P<figure>!?)\[(?P<text>[^\]]*)\]\((?!https?:)[^)]*\)"
+
+    def shown(match: re.Match[str]) -> str:
+        if match["text"] is None:
+            return match[0]
+        return f"*Figure, in the repository: {match['text']}.*" if match["figure"] else match["text"]
+
+    return re.sub(f"{code}|{link}", shown, readme, flags=re.DOTALL | re.MULTILINE)
+
 
 setup(
     name="immunity-fast",
     version="0.1.0",
     description="Fast mixtures of experts for adversarial defence, with losses on the experts' Grad-CAM heatmaps",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=index_description(Path(__file__).with_name("README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
     packages=[
         "immunity_fast",
-        "immunity_fast.data.datasets",
+        "immunity_fast.attacks",
+        "immunity_fast.data",
+        "immunity_fast.evaluation",
         "immunity_fast.experts",
         "immunity_fast.kernels",
         "immunity_fast.models",
@@ -57,5 +78,5 @@ setup(
         "immunity_fast.runtime": ["strategies.json"],
     },
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
-    extras_require={"train": TRAIN, "attacks": ATTACKS, "test": TEST, "dev": DEV},
+    extras_require={"train": TRAIN, "attacks": ATTACKS, "test": TEST, "docs": DOCS, "dev": DEV},
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from immunity_fast import channelwise
+from immunity_fast.runtime.precision import at_least_float32
 
 
 class ExactTangents(TorchFunctionMode):
@@ -65,7 +66,7 @@ def native_batch_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`torch.native_batch_norm`, but for the update of the running statistics."""
-    x = _at_least_float32(input)
+    x = at_least_float32(input)
     if training or running_mean is None or running_var is None:
         variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
     else:
@@ -110,7 +111,7 @@ def layer_norm(
 def _normalised(
     input: Tensor, dims: list[int], weight: Tensor | None, bias: Tensor | None, shape: list[int], eps: float
 ) -> Tensor:
-    x = _at_least_float32(input)
+    x = at_least_float32(input)
     variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
     x = (x - mean) * (variance + eps).rsqrt()
     if weight is not None:
@@ -123,10 +124,6 @@ def _normalised(
 def _is_identity(p: float = 0.5, training: bool = True, inplace: bool = False, **_: Tensor) -> bool:
     """Whether dropout with these arguments, in the order of `torch.nn.functional.dropout`, does nothing."""
     return not training or p == 0
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 _EXACT: dict[Any, Callable[..., Any]] = {

@@ -5,16 +5,32 @@ Shapes throughout: N experts, B samples, K classes, C channels, activation maps 
 in float32 (autocast included), float64 stays float64. Equation numbers: arXiv 2402.18787.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from immunity_fast.arguments import (
+    Backend,
+    Experts,
+    HeatmapOptions,
+    Layout,
+    Score,
+    WeightScale,
+    channels_back,
+    channels_first,
+    check_device,
+    check_gate,
+    check_maps,
+    check_targets,
+    join_experts,
+    stack_experts,
+)
 from immunity_fast.kernels import reference
 from immunity_fast.runtime.checks import check_choice, check_weight
+from immunity_fast.runtime.precision import at_least_float32
 
 try:
     from immunity_fast.kernels import cross_entropy as fused_cross_entropy
@@ -26,12 +42,22 @@ except ImportError:  # Triton is not made for every platform
 else:
     HAS_TRITON = True
 
-WeightScale = Literal["channels", "spatial"]
-Score = Literal["logit", "probability"]
-Backend = Literal["auto", "torch", "triton"]
-Layout = Literal["NCHW", "NHWC"]
-GATE_TOLERANCE = 0.01  # of a row's sum: half precision's rounding, and no more
-Experts = Tensor | Sequence[Tensor]  # one tensor with the experts first, or a sequence of one tensor an expert
+__all__ = [
+    "HAS_TRITON",
+    "Backend",
+    "Experts",
+    "HeatmapOptions",
+    "Layout",
+    "Score",
+    "WeightScale",
+    "gradcam_heatmaps",
+    "heatmap_loss_gradients",
+    "heatmap_losses",
+    "label_scores",
+    "log_mixture",
+    "mixture_cross_entropy",
+    "mixture_log_probabilities",
+]
 
 
 def gradcam_heatmaps(
@@ -63,8 +89,8 @@ def gradcam_heatmaps(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, value or type.
     """
-    size = check_heatmap_options(size, weight_scale, 0.0, backend)
-    maps, slopes = _check_maps(activations, gradients, layout)
+    size = HeatmapOptions(size=size, weight_scale=weight_scale, backend=backend).size
+    maps, slopes = check_maps(activations, gradients, layout)
     scale = reference.weight_factor(maps[0], weight_scale)
     if _use_triton(backend, "activations", [*maps, *slopes]):
         heatmaps: Tensor = fused_heatmaps.gradcam_heatmaps(maps, slopes, list(size or maps[0].shape[3:]), scale)[0]
@@ -110,23 +136,38 @@ def heatmap_losses(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, value or type.
     """
-    size = check_heatmap_options(size, weight_scale, smoothing, backend)
-    maps, slopes = _check_maps(activations, gradients, layout)
+    options = HeatmapOptions(size, normalize, smoothing, weight_scale, backend, group_name)
+    return losses_of_heatmaps(activations, gradients, options, layout)
+
+
+def losses_of_heatmaps(
+    activations: Experts, gradients: Experts, options: HeatmapOptions, layout: Layout = "NCHW"
+) -> tuple[Tensor, Tensor]:
+    """`heatmap_losses` with its options in one."""
+    maps, slopes = check_maps(activations, gradients, layout)
     if sum(part.shape[0] for part in maps) < 2:
-        raise ValueError(f"activations: at least 2 experts expected, got shape {tuple(maps[0].shape)}")
-    scale = reference.weight_factor(maps[0], weight_scale)
-    if _use_triton(backend, "activations", [*maps, *slopes]):
-        information, stability, *_ = fused_losses.heatmap_losses(
-            maps, slopes, list(size or maps[0].shape[3:]), normalize, float(smoothing), scale, group_name
+        raise ValueError(f"activations: expected at least 2 experts, got shape {tuple(maps[0].shape)}")
+    scale = reference.weight_factor(maps[0], options.weight_scale)
+    if _use_triton(options.backend, "activations", [*maps, *slopes]):
+        mutual_information, position_stability, *_ = fused_losses.heatmap_losses(
+            maps,
+            slopes,
+            list(options.size or maps[0].shape[3:]),
+            options.normalize,
+            float(options.smoothing),
+            scale,
+            options.group_name,
         )
-        return information, stability
+        return mutual_information, position_stability
     with torch.autocast(maps[0].device.type, enabled=False):
         joined, weights = _reference_inputs(maps, slopes, scale)
-        p = reference.distributions(joined, weights, size, smoothing)
-        in_information = p if normalize else reference.heatmaps(reference.score_maps(joined, weights), size)
+        p = reference.distributions(joined, weights, options.size, options.smoothing)
+        in_information = p
+        if not options.normalize:
+            in_information = reference.heatmaps(reference.score_maps(joined, weights), options.size)
         return (
             reference.mutual_information_loss(in_information),
-            reference.position_stability(reference.centres(p), group_name),
+            reference.position_stability(reference.centres(p), options.group_name),
         )
 
 
@@ -159,33 +200,36 @@ def heatmap_loss_gradients(
     Raises:
         ValueError, TypeError: see `heatmap_losses`.
     """
+    options = HeatmapOptions(size, normalize, smoothing, weight_scale, backend, group_name)
+    return gradients_of_heatmap_losses(activations, gradients, of_information, of_stability, options, layout)
+
+
+def gradients_of_heatmap_losses(
+    activations: Tensor,
+    gradients: Tensor,
+    of_information: Tensor,
+    of_stability: Tensor,
+    options: HeatmapOptions,
+    layout: Layout = "NCHW",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`heatmap_loss_gradients` with its options in one."""
     check_choice("layout", layout, Layout)
     maps, slopes = channels_first(activations.detach(), layout), gradients.detach()
-
-    def losses(maps: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
-        return heatmap_losses(
-            maps,
-            slopes,
-            size=size,
-            normalize=normalize,
-            smoothing=smoothing,
-            weight_scale=weight_scale,
-            backend="torch",
-            group_name=group_name,
+    if not _use_triton(options.backend, "activations", [maps, slopes]):
+        by_torch = replace(options, backend="torch")
+        (information, stability), pullback = torch.func.vjp(  # type: ignore[misc]
+            lambda maps, slopes: losses_of_heatmaps(maps, slopes, by_torch), maps, slopes
         )
-
-    if not _use_triton(backend, "activations", [maps, slopes]):
-        (information, stability), pullback = torch.func.vjp(losses, maps, slopes)  # type: ignore[misc]
         of_maps, of_slopes = pullback((of_information, of_stability))
         return information, stability, channels_back(of_maps, layout), of_slopes
-    (maps_part,), (slopes_part,) = _check_maps(maps, slopes)
-    scale = reference.weight_factor(maps, weight_scale)
-    options = (normalize, float(smoothing), scale)
+    (maps_part,), (slopes_part,) = check_maps(maps, slopes)
+    scale = reference.weight_factor(maps, options.weight_scale)
+    in_kernels = (options.normalize, float(options.smoothing), scale)
     information, stability, *saved = fused_losses.heatmap_losses(
-        [maps_part], [slopes_part], list(size or maps.shape[3:]), *options, group_name
+        [maps_part], [slopes_part], list(options.size or maps.shape[3:]), *in_kernels, options.group_name
     )
     (of_maps,), of_slopes = fused_losses.heatmap_losses_backward(
-        of_information, of_stability, [maps_part], *saved, *options, slopes.dtype, True, True
+        of_information, of_stability, [maps_part], *saved, *in_kernels, slopes.dtype, True, True
     )
     return information, stability, channels_back(of_maps, layout), of_slopes
 
@@ -205,13 +249,13 @@ def mixture_log_probabilities(logits: Experts, gate: Tensor | None = None) -> Te
         ValueError, TypeError: an argument of the wrong shape or type.
     """
     logits = stack_experts("logits", logits, 3, "(N, B, K)")
-    return log_mixture(logits, _check_gate(gate, logits, values=True))
+    return log_mixture(logits, check_gate(gate, logits, values=True))
 
 
 def log_mixture(logits: Tensor, gate: Tensor | None = None) -> Tensor:
     """`mixture_log_probabilities` of a model's own logits (N, B, K) and gate, whose values nobody needs to look at."""
-    gate = _at_least_float32(_check_gate(gate, logits, values=False))
-    return reference.log_mixture(_at_least_float32(logits).log_softmax(-1), gate.T[..., None])
+    gate = at_least_float32(check_gate(gate, logits, values=False))
+    return reference.log_mixture(at_least_float32(logits).log_softmax(-1), gate.T[..., None])
 
 
 def mixture_cross_entropy(
@@ -235,14 +279,14 @@ def mixture_cross_entropy(
     logits = join_experts("logits", logits, 3, "(N, B, K)")
     check_weight("alpha", alpha)
     check_choice("backend", backend, Backend)
-    gate = _check_gate(gate, logits, values=True)
+    gate = check_gate(gate, logits, values=True)
     targets = check_targets(targets, logits.shape[1], logits.shape[2])
-    _check_device("gate", logits, [gate])
-    _check_device("targets", logits, [targets])
+    check_device("gate", logits, [gate])
+    check_device("targets", logits, [targets])
     if _use_triton(backend, "logits", [logits, gate]):
         losses: Tensor = fused_cross_entropy.mixture_cross_entropy(logits, gate, targets, float(alpha))[0]
         return losses
-    return reference.mixture_cross_entropy(_at_least_float32(logits), _at_least_float32(gate), targets, alpha)
+    return reference.mixture_cross_entropy(at_least_float32(logits), at_least_float32(gate), targets, alpha)
 
 
 def label_scores(logits: Experts, targets: Tensor, score: Score) -> Tensor:
@@ -252,137 +296,9 @@ def label_scores(logits: Experts, targets: Tensor, score: Score) -> Tensor:
     return scores.gather(-1, targets.expand(logits.shape[0], -1)[..., None]).sum()
 
 
-def stack_experts(name: str, value: Experts, dim: int, expected: str) -> Tensor:
-    """One tensor of at least float32 with the experts first, from such a tensor or from one tensor an expert."""
-    return _at_least_float32(join_experts(name, value, dim, expected))
-
-
-def join_experts(name: str, value: Experts, dim: int, expected: str) -> Tensor:
-    """One tensor with the experts first, in the dtype it has, from such a tensor or from one tensor an expert."""
-    parts = _parts(name, value, dim, expected)
-    return parts[0] if isinstance(value, Tensor) else torch.cat(parts)
-
-
-def _parts(name: str, value: Experts, dim: int, expected: str) -> list[Tensor]:
-    """Tensors (n, ...) whose n add up to N, none of them copied: the one given, or one an expert."""
-    if isinstance(value, Tensor):
-        parts = [value]
-    else:
-        if not isinstance(value, Sequence) or not all(isinstance(part, Tensor) for part in value):
-            kinds = [type(part).__name__ for part in value] if isinstance(value, Sequence) else type(value).__name__
-            raise TypeError(f"{name}: expected a tensor {expected} or a list of tensors, got {kinds}")
-        shapes = [tuple(part.shape) for part in value]
-        if not shapes or len(set(shapes)) != 1:
-            raise ValueError(f"{name}: expected tensors of one shape, got {shapes}")
-        parts = [part[None] for part in value]
-    for part in parts:
-        if not part.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {part.dtype}")
-        if part.dim() != dim or 0 in (part.shape[0], *part.shape[2:]):
-            shape = tuple(part.shape if isinstance(value, Tensor) else (len(parts), *part.shape[1:]))
-            raise ValueError(f"{name}: expected shape {expected}, got {shape}")
-    return parts
-
-
-def check_targets(targets: Tensor, samples: int, classes: int) -> Tensor:
-    """`targets` as int64, once its type, shape and (on a CPU, where looking is free) range are right."""
-    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
-        raise TypeError(f"targets: expected an integer tensor, got {getattr(targets, 'dtype', type(targets).__name__)}")
-    if targets.shape != (samples,):
-        raise ValueError(f"targets: expected shape ({samples},), got {tuple(targets.shape)}")
-    if targets.device.type == "cpu" and samples and not torch.compiler.is_compiling():
-        smallest, largest = (int(bound) for bound in targets.aminmax())
-        if smallest < 0 or largest >= classes:
-            raise ValueError(f"targets: expected labels in [0, {classes}), got {smallest} to {largest}")
-    return targets.long()
-
-
-def check_heatmap_options(
-    size: tuple[int, int] | None, weight_scale: str, smoothing: float, backend: str
-) -> tuple[int, int] | None:
-    """The options that all heatmap functions share; returns `size` as a tuple."""
-    check_choice("weight_scale", weight_scale, WeightScale)
-    check_choice("backend", backend, Backend)
-    check_weight("smoothing", smoothing)
-    if size is None:
-        return None
-    if (
-        not isinstance(size, (tuple, list))
-        or len(size) != 2
-        or not all(isinstance(side, int) and side > 0 for side in size)
-    ):
-        raise ValueError(f"size: expected two positive integers (H, W) or None, got {size!r}")
-    return (size[0], size[1])
-
-
-def channels_first(maps: Tensor, layout: Layout) -> Tensor:
-    """Maps (…, C, h, w) of such as `layout` says, as a view."""
-    return maps.movedim(-1, -3) if layout == "NHWC" else maps
-
-
-def channels_back(maps: Tensor, layout: Layout) -> Tensor:
-    """The inverse of `channels_first`."""
-    return maps.movedim(-3, -1) if layout == "NHWC" else maps
-
-
-def check_distinct(activations: Sequence[Tensor]) -> None:
-    """Each expert has maps of its own: one tensor that stands for several is a mistake, and looks like agreement."""
-    for index, maps in enumerate(activations):
-        for earlier, other in enumerate(activations[:index]):
-            if maps is other or _are_one(maps, other):
-                raise ValueError(
-                    f"activations: number {index} is the same tensor as number {earlier}; pass each expert's own"
-                )
-
-
-def _are_one(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one place in memory, where that can be asked: it costs nothing on a GPU either."""
-    plain = type(one) is Tensor and type(other) is Tensor and one.device == other.device and not one.is_meta
-    if not plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return one.is_set_to(other)
-
-
-def _check_maps(activations: Experts, gradients: Experts, layout: Layout = "NCHW") -> tuple[list[Tensor], list[Tensor]]:
-    """Parts (n, B, C, h, w) of the activations and (n, B, C, h, w) or (n, B, C) of the gradients, as many of each."""
-    check_choice("layout", layout, Layout)
-    axes = "(N, B, h, w, C)" if layout == "NHWC" else "(N, B, C, h, w)"
-    maps = [channels_first(part, layout) for part in _parts("activations", activations, 5, axes)]
-    if not isinstance(activations, Tensor):
-        check_distinct(activations)
-    summed = _dimensions(gradients) == 3
-    slopes = _parts("gradients", gradients, *((3, "(N, B, C)") if summed else (5, axes)))
-    if not summed:
-        slopes = [channels_first(part, layout) for part in slopes]
-    expected, found = _joined_shape(maps), _joined_shape(slopes)
-    if found != (expected[:3] if summed else expected):
-        raise ValueError(
-            f"gradients: expected the shape of activations, {expected}, or that summed over space, {expected[:3]}, "
-            f"got {found}"
-        )
-    if len(slopes) > len(maps):
-        slopes = [torch.cat(slopes)]
-    elif len(slopes) < len(maps):
-        slopes = list(torch.split(slopes[0], 1))
-    _check_device("activations", maps[0], maps)
-    _check_device("gradients", maps[0], slopes)
-    return maps, slopes
-
-
-def _dimensions(value: Experts) -> int:
-    """Of the tensor that the parts are joined to; 0 where there is none, for `_parts` to say so."""
-    if isinstance(value, Tensor):
-        return value.dim()
-    return value[0].dim() + 1 if isinstance(value, Sequence) and value and isinstance(value[0], Tensor) else 0
-
-
-def _joined_shape(parts: Sequence[Tensor]) -> tuple[int, ...]:
-    return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-
-
 def _reference_inputs(maps: Sequence[Tensor], slopes: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     """Activations (N, B, C, h, w) and channel weights (N, B, C), in one dtype of at least float32."""
-    joined, gradients = (_at_least_float32(torch.cat(list(x)) if len(x) > 1 else x[0]) for x in (maps, slopes))
+    joined, gradients = (at_least_float32(torch.cat(list(x)) if len(x) > 1 else x[0]) for x in (maps, slopes))
     dtype = torch.promote_types(joined.dtype, gradients.dtype)
     sums = gradients.to(dtype)
     return joined.to(dtype), scale * (sums.sum((-2, -1)) if sums.dim() == 5 else sums)
@@ -425,52 +341,3 @@ def _is_transformed(tensors: Sequence[Tensor]) -> bool:
         forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
         for tensor in tensors
     )
-
-
-def _check_device(name: str, tensor: Tensor, others: Sequence[Tensor]) -> None:
-    """A kernel that is given another device's address stops the whole process."""
-    for other in others:
-        if other.device != tensor.device:
-            raise ValueError(f"{name}: expected a tensor on {tensor.device}, got one on {other.device}")
-
-
-def _check_gate(gate: Tensor | None, logits: Tensor, *, values: bool) -> Tensor:
-    """Weights (B, N) for logits (N, B, K)."""
-    experts, samples = logits.shape[:2]
-    if gate is None:
-        return torch.full((samples, experts), 1 / experts, dtype=_at_least_float32(logits).dtype, device=logits.device)
-    if not isinstance(gate, Tensor) or not gate.is_floating_point():
-        raise TypeError(f"gate: expected a floating-point tensor, got {getattr(gate, 'dtype', type(gate).__name__)}")
-    if gate.shape not in ((experts,), (samples, experts)):
-        raise ValueError(
-            f"gate: expected (B, N) = ({samples}, {experts}) or (N,) = ({experts},), got shape {tuple(gate.shape)}"
-        )
-    if values:
-        _check_weights(gate, logits)
-    return gate.expand(samples, experts)
-
-
-def _check_weights(gate: Tensor, logits: Tensor) -> None:
-    """Weights ≥ 0 whose rows sum to 1, on a CPU, where looking is free.
-
-    NaN of a network that has diverged, in a graph or beside logits that are not finite either, goes on into the result,
-    as anywhere else in PyTorch.
-    """
-    if gate.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return
-    weights = gate.detach()
-    if weights.numel() == 0:
-        return
-    smallest = float(weights.min())
-    if math.isnan(smallest) and (gate.grad_fn is not None or not bool(logits.isfinite().all())):
-        return
-    if not smallest >= 0:
-        raise ValueError(f"gate: expected weights of at least 0, got {smallest:.4g}")
-    sums = weights.sum(-1, dtype=torch.promote_types(weights.dtype, torch.float32)).flatten()
-    furthest = float(sums[(sums - 1).abs().argmax()])
-    if not abs(furthest - 1) <= GATE_TOLERANCE:
-        raise ValueError(f"gate: expected weights that sum to 1 over the experts, got a sum of {furthest:.4g}")
-
-
-def _at_least_float32(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

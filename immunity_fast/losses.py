@@ -8,25 +8,28 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
-from immunity_fast.forward_mode import ExactTangents
-from immunity_fast.functional import (
+from immunity_fast.arguments import (
     Backend,
     Experts,
+    HeatmapOptions,
     Layout,
     Score,
     WeightScale,
     channels_back,
     channels_first,
     check_distinct,
-    check_heatmap_options,
     check_targets,
-    heatmap_loss_gradients,
-    heatmap_losses,
     join_experts,
+)
+from immunity_fast.forward_mode import ExactTangents
+from immunity_fast.functional import (
+    gradients_of_heatmap_losses,
     label_scores,
+    losses_of_heatmaps,
     mixture_cross_entropy,
 )
 from immunity_fast.runtime.checks import check_choice, check_weight
+from immunity_fast.runtime.precision import accumulation_dtype
 from immunity_fast.runtime.strategies import DoubleBackprop
 
 Classification = Callable[[Tensor, Tensor | None], Tensor]
@@ -97,11 +100,13 @@ class FusedImmunityLoss(nn.Module):
             check_weight(name, value)
         check_choice("score", score, Score)
         check_choice("layout", layout, Layout)
-        self.size = check_heatmap_options(size, weight_scale, smoothing, backend)
+        options = HeatmapOptions(size, normalize, smoothing, weight_scale, backend, group_name)
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
-        self.normalize, self.smoothing, self.weight_scale = normalize, smoothing, weight_scale
-        self.score, self.detach_weights, self.backend = score, detach_weights, backend
+        self.size, self.normalize, self.smoothing = options.size, normalize, smoothing
+        self.weight_scale: WeightScale = weight_scale
+        self.backend: Backend = backend
         self.group_name = group_name
+        self.score, self.detach_weights = score, detach_weights
         self.layout: Layout = layout
 
     def extra_repr(self) -> str:
@@ -274,15 +279,15 @@ class FusedImmunityLoss(nn.Module):
         """
         with torch.no_grad():
             logits, gradients, aux = self._head_gradients(run, activations, targets, differentiated=False)
-            sums = gradients if gradients.dim() == 3 else gradients.sum((-2, -1), dtype=_at_least_float32(gradients))
+            sums = gradients if gradients.dim() == 3 else gradients.sum((-2, -1), dtype=accumulation_dtype(gradients))
             experts, samples = logits.shape[:2]
             divisor = max(samples, 1)
             # In float16 derivatives of a mean over the batch would be nothing.
             unit = FLOAT16_SCALE * divisor if activations.dtype == torch.float16 else 1.0
             of_information = sums.new_full((samples,), unit * self.beta / experts / divisor)
             of_stability = sums.new_full((), unit * self.gamma / (experts * (experts - 1)) / divisor)
-            information, stability, u, v = heatmap_loss_gradients(
-                activations, sums, of_information, of_stability, **self._heatmap_options()
+            information, stability, u, v = gradients_of_heatmap_losses(
+                activations, sums, of_information, of_stability, self._heatmap_options()
             )
             along = v.to(activations.dtype)[..., None, None].expand_as(activations)
 
@@ -313,7 +318,7 @@ class FusedImmunityLoss(nn.Module):
     def _check(self, logits: Tensor, activations: Experts, targets: Tensor) -> Tensor:
         experts, samples, classes = logits.shape
         if experts < 2:
-            raise ValueError(f"logits: at least 2 experts expected, got shape {tuple(logits.shape)}")
+            raise ValueError(f"logits: expected at least 2 experts, got shape {tuple(logits.shape)}")
         if isinstance(activations, Tensor):
             shapes = [tuple(activations.shape[1:])] * (activations.shape[0] if activations.dim() else 1)
         elif isinstance(activations, Sequence) and all(isinstance(part, Tensor) for part in activations):
@@ -357,8 +362,8 @@ class FusedImmunityLoss(nn.Module):
         return_terms: bool,
         layout: Layout,
     ) -> Tensor | tuple[Tensor, ImmunityTerms]:
-        mutual_information, position_stability = heatmap_losses(
-            activations, gradients, **self._heatmap_options(), layout=layout
+        mutual_information, position_stability = losses_of_heatmaps(
+            activations, gradients, self._heatmap_options(), layout
         )
         samples = max(len(cross_entropy), 1)
         terms = ImmunityTerms(
@@ -375,15 +380,10 @@ class FusedImmunityLoss(nn.Module):
             loss = loss + self.gamma / (experts * (experts - 1)) * terms.position_stability
         return loss
 
-    def _heatmap_options(self) -> dict[str, Any]:
-        return {
-            "size": self.size,
-            "normalize": self.normalize,
-            "smoothing": self.smoothing,
-            "weight_scale": self.weight_scale,
-            "backend": self.backend,
-            "group_name": self.group_name,
-        }
+    def _heatmap_options(self) -> HeatmapOptions:
+        return HeatmapOptions(
+            self.size, self.normalize, self.smoothing, self.weight_scale, self.backend, self.group_name
+        )
 
 
 def _alone() -> AbstractContextManager[object]:
@@ -416,7 +416,3 @@ def _check_graph(logits: Experts, activations: Sequence[Tensor]) -> None:
                 f"activations: logits of number {index} depend on none of them; pass one of each expert, of the pass "
                 "that gave its logits"
             )
-
-
-def _at_least_float32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -5,10 +5,10 @@ import triton.language as tl
 
 
 @triton.jit
-def power_of_two(magnitude):
-    """2^⌊log2 x⌋ and its inverse, both exact, for x ≥ 0 in float32; 1 where x is not a normal number.
+def exact_scale(magnitude):
+    """2^⌊log2 x⌋, x rounded down to a power of two, and its inverse, for x ≥ 0 in float32; 1 where x is not normal.
 
-    Products with it lose nothing, so a map can be scaled to about 1 and its gradient back.
+    Both are exact, and products with them lose nothing, so a map can be scaled to about 1 and its gradient back.
     """
     exponent = (magnitude.to(tl.int32, bitcast=True) >> 23) & 0xFF
     exponent = tl.where(exponent == 0, 127, tl.minimum(exponent, 253))  # 253: the inverse is normal, too
@@ -60,14 +60,14 @@ def moments(cell, size, resampled, TAPS: tl.constexpr):
 
 
 @triton.jit
-def resample(scores, row, column, height, width, out_height, out_width, mask):
-    """ReLU and bilinear resampling at pixels (row, column) of maps (…, height·width) that start at `scores`."""
+def resample(scores_ptr, row, column, height, width, out_height, out_width, mask):
+    """ReLU and bilinear resampling, at pixels (row, column), of maps (height·width) that begin at `scores_ptr`."""
     up, down, share_down = neighbours(row, height, out_height)
     left, right, share_right = neighbours(column, width, out_width)
-    upper_left = relu(tl.load(scores + (up * width + left), mask=mask, other=0))
-    upper_right = relu(tl.load(scores + (up * width + right), mask=mask, other=0))
-    lower_left = relu(tl.load(scores + (down * width + left), mask=mask, other=0))
-    lower_right = relu(tl.load(scores + (down * width + right), mask=mask, other=0))
+    upper_left = relu(tl.load(scores_ptr + (up * width + left), mask=mask, other=0))
+    upper_right = relu(tl.load(scores_ptr + (up * width + right), mask=mask, other=0))
+    lower_left = relu(tl.load(scores_ptr + (down * width + left), mask=mask, other=0))
+    lower_right = relu(tl.load(scores_ptr + (down * width + right), mask=mask, other=0))
     upper = upper_left * (1 - share_right) + upper_right * share_right
     lower = lower_left * (1 - share_right) + lower_right * share_right
     return upper * (1 - share_down) + lower * share_down
@@ -75,18 +75,18 @@ def resample(scores, row, column, height, width, out_height, out_width, mask):
 
 @triton.jit
 def resample_adjoint(
-    image, row_stride, column_stride, u, v, height, width, out_height, out_width, mask,
+    image_ptr, image_stride_h, image_stride_w, u, v, height, width, out_height, out_width, mask,
     ROW_TAPS: tl.constexpr, COLUMN_TAPS: tl.constexpr,
 ):  # fmt: skip
     """Σ_ab W(ab, uv)·image(a, b) at cells (u, v): each cell gathers from the pixels that see it, so no atomics."""
     row = first_pixel(u, height, out_height)
     column = first_pixel(v, width, out_width)[:, None] + tl.arange(0, COLUMN_TAPS)[None, :]
     column_share = share_of(column, v[:, None], width, out_width)
-    columns = image + column.to(tl.int64) * column_stride
+    column_ptrs = image_ptr + column.to(tl.int64) * image_stride_w
     mask = mask[:, None] & (column < out_width)
     total = tl.zeros(column.shape, tl.float32)
     for tap in range(ROW_TAPS):
         seen = mask & (row + tap < out_height)[:, None]
-        pixels = tl.load(columns + ((row + tap).to(tl.int64) * row_stride)[:, None], mask=seen, other=0)
+        pixels = tl.load(column_ptrs + ((row + tap).to(tl.int64) * image_stride_h)[:, None], mask=seen, other=0)
         total += share_of(row + tap, u, height, out_height)[:, None] * pixels.to(tl.float32)
     return tl.sum(total * column_share, 1)

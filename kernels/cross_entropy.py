@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from immunity_fast.kernels import launch
-from immunity_fast.kernels.scores import refuse_second_derivative
+from immunity_fast.kernels.autograd import refuse_second_derivative
 
 # Rows of `statistics` (3, N, B) float32.
 _LIKELIHOOD = tl.constexpr(0)  # l_i
@@ -29,14 +29,14 @@ _LARGEST_EXPONENT = tl.constexpr(80.0)
 
 @triton.jit(do_not_specialize=["samples"])
 def _cross_entropy_kernel(
-    logits,  # (N, B, K) with the strides that follow
-    expert_stride, sample_stride, class_stride,
-    gate,  # (B, N) with the strides that follow
-    gate_sample_stride, gate_expert_stride,
-    targets,  # (B,) int64
-    target_stride,
-    losses,  # (B,) float32, out
-    statistics,  # (3, N, B) float32, out
+    logits_ptr,  # (N, B, K) float32, bfloat16 or float16
+    logits_stride_n, logits_stride_b, logits_stride_k,
+    gate_ptr,  # (B, N) float32, bfloat16 or float16
+    gate_stride_b, gate_stride_n,
+    targets_ptr,  # (B,) int64
+    targets_stride_b,
+    losses_ptr,  # (B,) float32, out
+    statistics_ptr,  # (3, N, B) float32, out
     samples, classes: tl.constexpr,
     alpha,
     EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
@@ -45,84 +45,84 @@ def _cross_entropy_kernel(
     sample = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_EXPERTS)
     present = expert < EXPERTS
-    rows = logits + expert.to(tl.int64) * expert_stride + sample * sample_stride
+    logit_rows = logits_ptr + expert.to(tl.int64) * logits_stride_n + sample * logits_stride_b
     peak = tl.full([BLOCK_EXPERTS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_EXPERTS], tl.float32)
     for start in range(0, classes, BLOCK_CLASSES):
         index = start + tl.arange(0, BLOCK_CLASSES)
         mask = present[:, None] & (index < classes)[None, :]
-        place = rows[:, None] + index.to(tl.int64)[None, :] * class_stride
-        values = tl.load(place, mask=mask, other=float("-inf")).to(tl.float32)
+        logit_ptrs = logit_rows[:, None] + index.to(tl.int64)[None, :] * logits_stride_k
+        values = tl.load(logit_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(peak, tl.max(values, 1))
         anchor = tl.where(larger == float("-inf"), 0, larger)
         total = total * tl.exp(peak - anchor) + tl.sum(tl.exp(values - anchor[:, None]), 1)
         peak = larger
-    label = tl.load(targets + sample * target_stride)
+    label = tl.load(targets_ptr + sample * targets_stride_b)
     known = present & (label >= 0) & (label < classes)
-    value = tl.load(rows + label * class_stride, mask=known, other=float("nan")).to(tl.float32)
+    value = tl.load(logit_rows + label * logits_stride_k, mask=known, other=float("nan")).to(tl.float32)
     log_total = tl.log(tl.where(present, total, 1))
     likelihood = tl.where(present, value - tl.where(present, peak, 0) - log_total, 0)
-    weight = tl.load(
-        gate + sample * gate_sample_stride + expert.to(tl.int64) * gate_expert_stride, mask=present, other=0
-    ).to(tl.float32)
+    weight = tl.load(gate_ptr + sample * gate_stride_b + expert.to(tl.int64) * gate_stride_n, mask=present, other=0).to(
+        tl.float32
+    )
     _, largest, sum_of_shares = _shares(likelihood, weight)
     mixture = tl.log(sum_of_shares) + largest
-    tl.store(losses + sample, -mixture - alpha * tl.sum(likelihood, 0))
-    place = statistics + expert.to(tl.int64) * samples + sample
+    tl.store(losses_ptr + sample, -mixture - alpha * tl.sum(likelihood, 0))
+    statistic_ptrs = statistics_ptr + expert.to(tl.int64) * samples + sample
     all_maps = samples.to(tl.int64) * EXPERTS
-    tl.store(place + _LIKELIHOOD * all_maps, likelihood, mask=present)
-    tl.store(place + _PEAK * all_maps, peak, mask=present)
-    tl.store(place + _LOG_TOTAL * all_maps, log_total, mask=present)
+    tl.store(statistic_ptrs + _LIKELIHOOD * all_maps, likelihood, mask=present)
+    tl.store(statistic_ptrs + _PEAK * all_maps, peak, mask=present)
+    tl.store(statistic_ptrs + _LOG_TOTAL * all_maps, log_total, mask=present)
 
 
 @triton.jit(do_not_specialize=["samples"])
 def _cross_entropy_backward_kernel(
-    of_losses,  # (B,) with the stride that follows
-    of_losses_stride,
-    logits,  # (N, B, K)
-    expert_stride, sample_stride, class_stride,
-    gate,  # (B, N)
-    gate_sample_stride, gate_expert_stride,
-    targets,  # (B,) int64
-    target_stride,
-    statistics,  # (3, N, B) float32
-    of_logits,  # (N, B, K) with the strides that follow, out
-    d_expert, d_sample, d_class,
-    of_gate,  # (B, N) float32, contiguous, out
+    grad_losses_ptr,  # (B,) float32
+    grad_losses_stride_b,
+    logits_ptr,  # (N, B, K) float32, bfloat16 or float16
+    logits_stride_n, logits_stride_b, logits_stride_k,
+    gate_ptr,  # (B, N) float32, bfloat16 or float16
+    gate_stride_b, gate_stride_n,
+    targets_ptr,  # (B,) int64
+    targets_stride_b,
+    statistics_ptr,  # (3, N, B) float32
+    grad_logits_ptr,  # (N, B, K) in the dtype of the logits, out
+    grad_logits_stride_n, grad_logits_stride_b, grad_logits_stride_k,
+    grad_gate_ptr,  # (B, N) float32, out
     samples, classes: tl.constexpr,
     alpha,
     EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Both derivatives for one sample."""
+    """∂L/∂logits and ∂L/∂gate of one sample."""
     sample = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_EXPERTS)
     present = expert < EXPERTS
-    upstream = tl.load(of_losses + sample * of_losses_stride).to(tl.float32)
-    place = statistics + expert.to(tl.int64) * samples + sample
+    upstream = tl.load(grad_losses_ptr + sample * grad_losses_stride_b).to(tl.float32)
+    statistic_ptrs = statistics_ptr + expert.to(tl.int64) * samples + sample
     all_maps = samples.to(tl.int64) * EXPERTS
-    likelihood = tl.load(place + _LIKELIHOOD * all_maps, mask=present, other=0)
-    peak = tl.load(place + _PEAK * all_maps, mask=present, other=0)
-    log_total = tl.load(place + _LOG_TOTAL * all_maps, mask=present, other=0)
-    weight = tl.load(
-        gate + sample * gate_sample_stride + expert.to(tl.int64) * gate_expert_stride, mask=present, other=0
-    ).to(tl.float32)
+    likelihood = tl.load(statistic_ptrs + _LIKELIHOOD * all_maps, mask=present, other=0)
+    peak = tl.load(statistic_ptrs + _PEAK * all_maps, mask=present, other=0)
+    log_total = tl.load(statistic_ptrs + _LOG_TOTAL * all_maps, mask=present, other=0)
+    weight = tl.load(gate_ptr + sample * gate_stride_b + expert.to(tl.int64) * gate_stride_n, mask=present, other=0).to(
+        tl.float32
+    )
     shares, largest, sum_of_shares = _shares(likelihood, weight)
     # An open gate's own share bounds exp(l − M) by 1/g; a shut one's expert may be likelier by any factor.
     exponent = tl.where(weight > 0, likelihood - largest, tl.minimum(likelihood - largest, _LARGEST_EXPONENT))
-    of_weight = -upstream * tl.exp(exponent - tl.log(sum_of_shares))
-    tl.store(of_gate + sample * EXPERTS + expert, of_weight, mask=present)
+    grad_weight = -upstream * tl.exp(exponent - tl.log(sum_of_shares))
+    tl.store(grad_gate_ptr + sample * EXPERTS + expert, grad_weight, mask=present)
     factor = upstream * (shares / sum_of_shares + alpha)
-    label = tl.load(targets + sample * target_stride)
-    rows = logits + expert.to(tl.int64) * expert_stride + sample * sample_stride
-    d_rows = of_logits + expert.to(tl.int64) * d_expert + sample * d_sample
+    label = tl.load(targets_ptr + sample * targets_stride_b)
+    logit_rows = logits_ptr + expert.to(tl.int64) * logits_stride_n + sample * logits_stride_b
+    grad_rows = grad_logits_ptr + expert.to(tl.int64) * grad_logits_stride_n + sample * grad_logits_stride_b
     for start in range(0, classes, BLOCK_CLASSES):
         index = start + tl.arange(0, BLOCK_CLASSES)
         mask = present[:, None] & (index < classes)[None, :]
         wide = index.to(tl.int64)[None, :]
-        values = tl.load(rows[:, None] + wide * class_stride, mask=mask, other=0).to(tl.float32)
+        values = tl.load(logit_rows[:, None] + wide * logits_stride_k, mask=mask, other=0).to(tl.float32)
         probability = tl.exp(values - peak[:, None] - log_total[:, None])
-        slope = factor[:, None] * (probability - tl.where(index == label, 1.0, 0.0)[None, :])
-        tl.store(d_rows[:, None] + wide * d_class, slope.to(of_logits.dtype.element_ty), mask=mask)
+        grad = factor[:, None] * (probability - tl.where(index == label, 1.0, 0.0)[None, :])
+        tl.store(grad_rows[:, None] + wide * grad_logits_stride_k, grad.to(grad_logits_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -141,10 +141,20 @@ def _shares(likelihood, weight):
 
 @torch.library.custom_op("immunity_fast::mixture_cross_entropy", mutates_args=())
 def mixture_cross_entropy(logits: Tensor, gate: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """CE (B,) of logits (N, B, K), a gate (B, N) and int64 targets (B,), and statistics for the backward pass."""
+    """Cross-entropy of the mixture and of each expert, eq. (2).
+
+    Args:
+        logits: (N, B, K) float32, bfloat16 or float16, of any strides.
+        gate: (B, N) weights ≥ 0 that sum to 1 over the experts, float32, bfloat16 or float16, of any strides.
+        targets: (B,) int64 labels in [0, K); another one gives NaN.
+        alpha: weight of the experts' own cross-entropies.
+
+    Returns:
+        CE (B,) float32 in nats, and statistics (3, N, B) float32 that only the backward pass has a use for.
+    """
     experts, samples, classes = logits.shape
     losses, statistics = _empty(logits)
-    block_experts = launch.power_of_two(experts)
+    block_experts = triton.next_power_of_2(experts)
     block_classes = launch.block_within(classes, block_experts)
     if samples:
         with launch.on_device(logits):
@@ -163,6 +173,7 @@ def _(logits, *_):
 
 
 def _empty(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the losses and the statistics."""
     experts, samples, _ = logits.shape
     losses = logits.new_empty(samples, dtype=torch.float32)
     return losses, losses.new_empty((_STATISTICS, experts, samples))
@@ -175,40 +186,54 @@ def _num_warps(block_experts: int, block_classes: int) -> int:
 
 @torch.library.custom_op("immunity_fast::mixture_cross_entropy_backward", mutates_args=())
 def mixture_cross_entropy_backward(
-    of_losses: Tensor, logits: Tensor, gate: Tensor, targets: Tensor, statistics: Tensor, alpha: float
+    grad_losses: Tensor, logits: Tensor, gate: Tensor, targets: Tensor, statistics: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """∂L/∂logits (N, B, K) in their dtype and ∂L/∂gate (B, N) in its."""
+    """Both derivatives of `mixture_cross_entropy`.
+
+    Args:
+        grad_losses: ∂L/∂CE, (B,) float32.
+        logits: as they were given.
+        gate: as it was given.
+        targets: as they were given.
+        statistics: as they were returned, (3, N, B) float32.
+        alpha: as it was given.
+
+    Returns:
+        ∂L/∂logits (N, B, K) and ∂L/∂gate (B, N), in the dtypes of logits and gate.
+    """
     experts, samples, classes = logits.shape
-    of_logits = torch.empty_like(logits)
-    of_gate = statistics.new_empty((samples, experts))
-    block_experts = launch.power_of_two(experts)
+    grad_logits = torch.empty_like(logits)
+    grad_gate = statistics.new_empty((samples, experts))
+    block_experts = triton.next_power_of_2(experts)
     block_classes = launch.block_within(classes, block_experts)
     if samples:
         with launch.on_device(logits):
             _cross_entropy_backward_kernel[(samples,)](
-                of_losses, *of_losses.stride(), logits, *logits.stride(), gate, *gate.stride(),
-                targets, *targets.stride(), statistics, of_logits, *of_logits.stride(), of_gate,
+                grad_losses, *grad_losses.stride(), logits, *logits.stride(), gate, *gate.stride(),
+                targets, *targets.stride(), statistics, grad_logits, *grad_logits.stride(), grad_gate,
                 samples, classes, alpha,
                 EXPERTS=experts, BLOCK_EXPERTS=block_experts, BLOCK_CLASSES=block_classes,
                 num_warps=_num_warps(block_experts, block_classes),
             )  # fmt: skip
-    return of_logits, of_gate.to(gate.dtype)
+    return grad_logits, grad_gate.to(gate.dtype)
 
 
 @mixture_cross_entropy_backward.register_fake
-def _(_of_losses, logits, gate, *_):
+def _(_grad_losses, logits, gate, *_):
     return torch.empty_like(logits), gate.new_empty(gate.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps of inputs and outputs what `backward` needs."""
     logits, gate, targets, ctx.alpha = inputs
     ctx.save_for_backward(logits, gate, targets, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, of_losses: Tensor, *_: None) -> tuple[Any, ...]:
-    return (*mixture_cross_entropy_backward(of_losses, *ctx.saved_tensors, ctx.alpha), None, None)
+def backward(ctx: Any, grad_losses: Tensor, *_: None) -> tuple[Any, ...]:
+    """The derivative with respect to each input, None where there is none, from ∂L/∂CE."""
+    return (*mixture_cross_entropy_backward(grad_losses, *ctx.saved_tensors, ctx.alpha), None, None)
 
 
-mixture_cross_entropy.register_autograd(_differentiate, setup_context=_save)
+mixture_cross_entropy.register_autograd(backward, setup_context=setup_context)
 mixture_cross_entropy_backward.register_autograd(refuse_second_derivative)

@@ -5,9 +5,16 @@ from torch import Tensor
 
 
 def group_mean(local: Tensor, group_name: str) -> Tensor:
-    """The mean over a process group, which is known by its name, of a tensor that each of its processes has.
+    """The mean over a process group of a tensor that each of its processes has. It has no gradient.
 
-    It has no gradient. The functional collective, unlike `torch.distributed.all_reduce`, can be traced by a compiler.
+    The functional collective, unlike `torch.distributed.all_reduce`, can be traced by a compiler.
+
+    Args:
+        local: this process' tensor, floating-point, of the same shape in all processes.
+        group_name: `ProcessGroup.group_name` of a `torch.distributed` group.
+
+    Returns:
+        A tensor of the shape, dtype and device of `local`.
     """
     ones_and_local = torch.cat([local.new_ones(1), local.detach().flatten()])
     total = torch.ops._c10d_functional.all_reduce(ones_and_local, "sum", group_name)

@@ -31,17 +31,16 @@ import triton.language as tl
 from torch import Tensor
 
 from immunity_fast.kernels import launch
-from immunity_fast.kernels.arithmetic import moments, power_of_two, relu, resample, resample_adjoint
-from immunity_fast.kernels.group import group_mean
-from immunity_fast.kernels.scores import (
-    broadcast,
+from immunity_fast.kernels.arithmetic import exact_scale, moments, relu, resample, resample_adjoint
+from immunity_fast.kernels.autograd import (
+    broadcast_over_space,
     common_dtype,
     describe,
-    empty_derivatives,
+    empty_grads,
     refuse_second_derivative,
-    scores,
-    scores_backward,
 )
+from immunity_fast.kernels.group import group_mean
+from immunity_fast.kernels.scores import scores, scores_backward
 
 # Rows of `statistics` (7, N, B) float32: what the backward pass needs to know of each map.
 _INVERSE_WEIGHTS = tl.constexpr(0)  # 2^−e of the weights
@@ -56,12 +55,12 @@ _STATISTICS = 7
 
 @triton.jit(do_not_specialize=["samples"])
 def _maps_kernel(
-    partials,  # (splits, N, B, h·w) float32
-    peaks,  # (splits, N, B) float32
-    all_scores,  # (N, B, h·w) float32, out: R / 2^e of the weights; is `partials` itself if SPLITS is 1
-    log_shares,  # (N, B, H, W) float32, out: l
-    statistics,  # (7, N, B) float32, out
-    information,  # (B,) float32, out: MI_q
+    partials_ptr,  # (splits, N, B, h·w) float32
+    peaks_ptr,  # (splits, N, B) float32
+    scores_ptr,  # (N, B, h·w) float32, out: R / 2^e of the weights; is `partials_ptr` itself if SPLITS is 1
+    log_shares_ptr,  # (N, B, H, W) float32, out: l
+    statistics_ptr,  # (7, N, B) float32, out
+    information_ptr,  # (B,) float32, out: MI_q
     samples, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr, smoothing,
     EXPERTS: tl.constexpr, SPLITS: tl.constexpr, NORMALIZE: tl.constexpr,
     ROW_TAPS: tl.constexpr, COLUMN_TAPS: tl.constexpr,
@@ -78,8 +77,8 @@ def _maps_kernel(
 
     peak = tl.zeros([BLOCK_EXPERTS], tl.float32)
     for split in range(SPLITS):
-        peak = tl.maximum(peak, tl.load(peaks + split * all_maps + row, mask=present, other=0))
-    scale_weights, inverse_weights = power_of_two(peak)
+        peak = tl.maximum(peak, tl.load(peaks_ptr + split * all_maps + row, mask=present, other=0))
+    scale_weights, inverse_weights = exact_scale(peak)
     largest = tl.zeros([BLOCK_EXPERTS], tl.float32)
     for start in range(0, cells, BLOCK_CELLS):
         cell = start + tl.arange(0, BLOCK_CELLS)
@@ -87,13 +86,13 @@ def _maps_kernel(
         place = row[:, None] * cells + cell[None, :]
         score = tl.zeros([BLOCK_EXPERTS, BLOCK_CELLS], tl.float32)
         for split in range(SPLITS):
-            own, _ = power_of_two(tl.load(peaks + split * all_maps + row, mask=present, other=0))
-            partial = tl.load(partials + split * all_maps * cells + place, mask=mask, other=0)
+            own, _ = exact_scale(tl.load(peaks_ptr + split * all_maps + row, mask=present, other=0))
+            partial = tl.load(partials_ptr + split * all_maps * cells + place, mask=mask, other=0)
             score += partial * (own * inverse_weights)[:, None]
         if SPLITS > 1:
-            tl.store(all_scores + place, score, mask=mask)
+            tl.store(scores_ptr + place, score, mask=mask)
         largest = tl.maximum(largest, tl.max(tl.abs(score), 1))
-    scale_scores, inverse_scores = power_of_two(largest)
+    scale_scores, inverse_scores = exact_scale(largest)
     tl.debug_barrier()  # what follows reads scores that other threads of this program have written
 
     mean = tl.zeros([BLOCK_EXPERTS], tl.float32)
@@ -103,7 +102,7 @@ def _maps_kernel(
     for start in range(0, cells, BLOCK_CELLS):
         cell = start + tl.arange(0, BLOCK_CELLS)
         mask = present[:, None] & (cell < cells)[None, :]
-        score = tl.load(all_scores + row[:, None] * cells + cell[None, :], mask=mask, other=0)
+        score = tl.load(scores_ptr + row[:, None] * cells + cell[None, :], mask=mask, other=0)
         score *= inverse_scores[:, None]
         rows, row_moments = moments(cell // width, height, out_height, ROW_TAPS)
         columns, column_moments = moments(cell % width, width, out_width, COLUMN_TAPS)
@@ -122,13 +121,13 @@ def _maps_kernel(
 
     entropy = tl.zeros([BLOCK_EXPERTS], tl.float32)
     log_sum = tl.zeros([BLOCK_EXPERTS], tl.float32)
-    maps = all_scores + row[:, None] * cells
+    map_ptrs = scores_ptr + row[:, None] * cells
     for start in range(0, pixels, BLOCK_PIXELS):
         pixel = start + tl.arange(0, BLOCK_PIXELS)
         mask = present[:, None] & (pixel < pixels)[None, :]
         a = (pixel // out_width)[None, :]
         b = (pixel % out_width)[None, :]
-        heat = resample(maps, a, b, height, width, out_height, out_width, mask) * inverse_scores[:, None]
+        heat = resample(map_ptrs, a, b, height, width, out_height, out_width, mask) * inverse_scores[:, None]
         if NORMALIZE:
             share = heat * inverse_mass[:, None] + base[:, None]
         else:
@@ -137,24 +136,24 @@ def _maps_kernel(
         total = tl.sum(share, 0)[None, :]
         positive = share > 0
         log_share = tl.where(positive, tl.log(tl.where(positive, share, 1) / tl.where(positive, total, 1)), share * 0)
-        tl.store(log_shares + row[:, None] * pixels + pixel[None, :], log_share, mask=mask)
+        tl.store(log_shares_ptr + row[:, None] * pixels + pixel[None, :], log_share, mask=mask)
         entropy -= tl.sum(share * log_share, 1)
         log_sum += tl.sum(log_share, 1)
-    tl.store(information + sample, tl.sum(entropy, 0))
-    tl.store(statistics + _INVERSE_WEIGHTS * all_maps + row, inverse_weights, mask=present)
-    tl.store(statistics + _INVERSE_SCORES * all_maps + row, inverse_scores, mask=present)
-    tl.store(statistics + _INVERSE_MASS * all_maps + row, inverse_mass, mask=present)
-    tl.store(statistics + _ROW * all_maps + row, centre_row, mask=present)
-    tl.store(statistics + _COLUMN * all_maps + row, centre_column, mask=present)
-    tl.store(statistics + _INFORMATION * all_maps + row, entropy, mask=present)
-    tl.store(statistics + _LOG_SHARES * all_maps + row, log_sum, mask=present)
+    tl.store(information_ptr + sample, tl.sum(entropy, 0))
+    tl.store(statistics_ptr + _INVERSE_WEIGHTS * all_maps + row, inverse_weights, mask=present)
+    tl.store(statistics_ptr + _INVERSE_SCORES * all_maps + row, inverse_scores, mask=present)
+    tl.store(statistics_ptr + _INVERSE_MASS * all_maps + row, inverse_mass, mask=present)
+    tl.store(statistics_ptr + _ROW * all_maps + row, centre_row, mask=present)
+    tl.store(statistics_ptr + _COLUMN * all_maps + row, centre_column, mask=present)
+    tl.store(statistics_ptr + _INFORMATION * all_maps + row, entropy, mask=present)
+    tl.store(statistics_ptr + _LOG_SHARES * all_maps + row, log_sum, mask=present)
 
 
 @triton.jit(do_not_specialize=["samples"])
 def _stability_kernel(
-    statistics,  # (7, N, B) float32
-    mean_distances,  # (N, N) float32, out: mean_q d²_qij
-    stability,  # (programs,) float32, out: each program's addend of PS
+    statistics_ptr,  # (7, N, B) float32
+    mean_distances_ptr,  # (N, N) float32, out: mean_q d²_qij
+    stability_ptr,  # (programs,) float32, out: each program's addend of PS
     samples,
     EXPERTS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_SAMPLES: tl.constexpr,
 ):  # fmt: skip
@@ -165,27 +164,27 @@ def _stability_kernel(
     theirs = (pair % EXPERTS).to(tl.int64) * samples
     total = tl.zeros([BLOCK_PAIRS, BLOCK_SAMPLES], tl.float32)
     for start in range(0, samples, BLOCK_SAMPLES):
-        total += _squared_distances(statistics, ours, theirs, exists, start, samples, EXPERTS, BLOCK_SAMPLES)
+        total += _squared_distances(statistics_ptr, ours, theirs, exists, start, samples, EXPERTS, BLOCK_SAMPLES)
     mean = tl.sum(total, 1) / samples
     total = tl.zeros([BLOCK_PAIRS, BLOCK_SAMPLES], tl.float32)
     for start in range(0, samples, BLOCK_SAMPLES):
-        distances = _squared_distances(statistics, ours, theirs, exists, start, samples, EXPERTS, BLOCK_SAMPLES)
+        distances = _squared_distances(statistics_ptr, ours, theirs, exists, start, samples, EXPERTS, BLOCK_SAMPLES)
         inside = exists[:, None] & (start + tl.arange(0, BLOCK_SAMPLES) < samples)[None, :]
         deviation = tl.where(inside, distances - mean[:, None], 0)
         total += deviation * deviation
-    tl.store(mean_distances + pair, mean, mask=exists)
-    tl.store(stability + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
+    tl.store(mean_distances_ptr + pair, mean, mask=exists)
+    tl.store(stability_ptr + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
 
 
 @triton.jit
 def _squared_distances(
-    statistics, ours, theirs, exists, start, samples, EXPERTS: tl.constexpr, BLOCK_SAMPLES: tl.constexpr
+    statistics_ptr, ours, theirs, exists, start, samples, EXPERTS: tl.constexpr, BLOCK_SAMPLES: tl.constexpr
 ):
     """d²_qij for a block of pairs and of samples."""
     sample = start + tl.arange(0, BLOCK_SAMPLES)
     mask = exists[:, None] & (sample < samples)[None, :]
-    rows = statistics + _ROW * EXPERTS * samples.to(tl.int64)
-    columns = statistics + _COLUMN * EXPERTS * samples.to(tl.int64)
+    rows = statistics_ptr + _ROW * EXPERTS * samples.to(tl.int64)
+    columns = statistics_ptr + _COLUMN * EXPERTS * samples.to(tl.int64)
     i = ours[:, None] + sample[None, :]
     j = theirs[:, None] + sample[None, :]
     down = tl.load(rows + i, mask=mask, other=0) - tl.load(rows + j, mask=mask, other=0)
@@ -195,16 +194,16 @@ def _squared_distances(
 
 @triton.jit(do_not_specialize=["samples"])
 def _maps_backward_kernel(
-    of_information,  # (B,) float32 with the stride that follows: g
-    information_stride,
-    of_stability,  # () float32: G
-    all_scores,  # (N, B, h·w) float32
-    log_shares,  # (N, B, H, W) float32
-    statistics,  # (7, N, B) float32
-    mean_distances,  # (N, N) float32
-    of_scores,  # (N, B, h·w) float32, out: 2^e·∂L/∂R, e of the weights
+    grad_information_ptr,  # (B,) float32: g; None unless INFORMATION
+    grad_information_stride_b,
+    grad_stability_ptr,  # () float32: G; None unless STABILITY
+    scores_ptr,  # (N, B, h·w) float32
+    log_shares_ptr,  # (N, B, H, W) float32
+    statistics_ptr,  # (7, N, B) float32
+    mean_distances_ptr,  # (N, N) float32
+    grad_scores_ptr,  # (N, B, h·w) float32, out: 2^e·∂L/∂R, e of the weights
     samples, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr, smoothing,
-    INFORMATION: tl.constexpr, STABILITY: tl.constexpr,  # whether L depends on either
+    INFORMATION: tl.constexpr, STABILITY: tl.constexpr,  # whether L depends on MI, on PS
     EXPERTS: tl.constexpr, NORMALIZE: tl.constexpr, ROW_TAPS: tl.constexpr, COLUMN_TAPS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr, BLOCK_CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -215,59 +214,59 @@ def _maps_backward_kernel(
     expert = row // samples
     pixels = out_height * out_width
     cells = height * width
-    inverse_weights = tl.load(statistics + _INVERSE_WEIGHTS * all_maps + row)
-    inverse_scores = tl.load(statistics + _INVERSE_SCORES * all_maps + row)
-    inverse_mass = tl.load(statistics + _INVERSE_MASS * all_maps + row)
-    centre_row = tl.load(statistics + _ROW * all_maps + row)
-    centre_column = tl.load(statistics + _COLUMN * all_maps + row)
+    inverse_weights = tl.load(statistics_ptr + _INVERSE_WEIGHTS * all_maps + row)
+    inverse_scores = tl.load(statistics_ptr + _INVERSE_SCORES * all_maps + row)
+    inverse_mass = tl.load(statistics_ptr + _INVERSE_MASS * all_maps + row)
+    centre_row = tl.load(statistics_ptr + _ROW * all_maps + row)
+    centre_column = tl.load(statistics_ptr + _COLUMN * all_maps + row)
 
-    slope_row = 0.0
-    slope_column = 0.0
+    grad_row = 0.0
+    grad_column = 0.0
     if STABILITY:
         other = tl.arange(0, BLOCK_EXPERTS)
         exists = other < EXPERTS
         place = other * samples.to(tl.int64) + sample
-        down = centre_row - tl.load(statistics + _ROW * all_maps + place, mask=exists, other=0)
-        across = centre_column - tl.load(statistics + _COLUMN * all_maps + place, mask=exists, other=0)
-        mean = tl.load(mean_distances + expert * EXPERTS + other, mask=exists, other=0)
+        down = centre_row - tl.load(statistics_ptr + _ROW * all_maps + place, mask=exists, other=0)
+        across = centre_column - tl.load(statistics_ptr + _COLUMN * all_maps + place, mask=exists, other=0)
+        mean = tl.load(mean_distances_ptr + expert * EXPERTS + other, mask=exists, other=0)
         deviation = tl.where(exists, down * down + across * across - mean, 0)
-        factor = 8 * tl.load(of_stability).to(tl.float32)
-        slope_row = factor * tl.sum(deviation * down, 0)
-        slope_column = factor * tl.sum(deviation * across, 0)
+        factor = 8 * tl.load(grad_stability_ptr).to(tl.float32)
+        grad_row = factor * tl.sum(deviation * down, 0)
+        grad_column = factor * tl.sum(deviation * across, 0)
 
     # ∂L/∂p is −g·l + a·∂L/∂X + b·∂L/∂Y, less its mean under p.
-    offset = slope_row * centre_row + slope_column * centre_column
-    sum_of_slopes = 0.5 * pixels * (slope_row * (out_height - 1) + slope_column * (out_width - 1))
-    of_logs = 0.0
+    offset = grad_row * centre_row + grad_column * centre_column
+    sum_of_grads = 0.5 * pixels * (grad_row * (out_height - 1) + grad_column * (out_width - 1))
+    factor_of_logs = 0.0
     if INFORMATION:
-        of_logs = -tl.load(of_information + sample * information_stride).to(tl.float32)
+        factor_of_logs = -tl.load(grad_information_ptr + sample * grad_information_stride_b).to(tl.float32)
         if NORMALIZE:
-            offset -= of_logs * tl.load(statistics + _INFORMATION * all_maps + row)
-            sum_of_slopes += of_logs * tl.load(statistics + _LOG_SHARES * all_maps + row)
-    of_mean = smoothing * (sum_of_slopes - offset * pixels) * inverse_mass / cells
+            offset -= factor_of_logs * tl.load(statistics_ptr + _INFORMATION * all_maps + row)
+            sum_of_grads += factor_of_logs * tl.load(statistics_ptr + _LOG_SHARES * all_maps + row)
+    grad_mean = smoothing * (sum_of_grads - offset * pixels) * inverse_mass / cells
 
     cell = tl.program_id(1) * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
     inside = cell < cells
     u = cell // width
     v = cell % width
-    score = tl.load(all_scores + row * cells + cell, mask=inside, other=0)
+    score = tl.load(scores_ptr + row * cells + cell, mask=inside, other=0)
     rows, row_moments = moments(u, height, out_height, ROW_TAPS)
     columns, column_moments = moments(v, width, out_width, COLUMN_TAPS)
-    of_heat = slope_row * row_moments * columns + slope_column * rows * column_moments - offset * rows * columns
+    grad_heat = grad_row * row_moments * columns + grad_column * rows * column_moments - offset * rows * columns
     if INFORMATION:
         logs = resample_adjoint(
-            log_shares + row * pixels, out_width, 1, u, v, height, width, out_height, out_width, inside,
+            log_shares_ptr + row * pixels, out_width, 1, u, v, height, width, out_height, out_width, inside,
             ROW_TAPS, COLUMN_TAPS,
         )  # fmt: skip
         if NORMALIZE:
-            of_heat = (of_heat + of_logs * logs) * inverse_mass
+            grad_heat = (grad_heat + factor_of_logs * logs) * inverse_mass
         else:  # of h·2^e: the scale of the scores goes out again below, that of the weights in `scores_backward`
-            of_heat = of_heat * inverse_mass + of_logs * logs / inverse_scores / inverse_weights
+            grad_heat = grad_heat * inverse_mass + factor_of_logs * logs / inverse_scores / inverse_weights
     else:
-        of_heat *= inverse_mass
+        grad_heat *= inverse_mass
     sign = tl.where(score > 0, 1.0, tl.where(score < 0, -1.0, 0.0))
-    slope = tl.where(score > 0, of_heat, 0) + of_mean * sign
-    tl.store(of_scores + row * cells + cell, slope * inverse_scores, mask=inside)
+    grad_score = tl.where(score > 0, grad_heat, 0) + grad_mean * sign
+    tl.store(grad_scores_ptr + row * cells + cell, grad_score * inverse_scores, mask=inside)
 
 
 def _maps(
@@ -280,7 +279,7 @@ def _maps(
     all_scores = partials[0] if splits == 1 else new((experts, samples, cells))
     log_shares, statistics = new((experts, samples, *size)), new((_STATISTICS, experts, samples))
     information = new(samples)
-    block_experts = launch.power_of_two(experts)
+    block_experts = triton.next_power_of_2(experts)
     row_taps, column_taps = launch.taps(shape[0], size[0]), launch.taps(shape[1], size[1])
     num_warps = launch.maps_warps(samples)
     with launch.on_device(partials):
@@ -301,8 +300,8 @@ def _stability(statistics: Tensor) -> tuple[Tensor, Tensor]:
     """PS () and mean_q d²_qij (N, N)."""
     experts, samples = statistics.shape[1:]
     # One program is one launch, and right for a small batch; a large one takes a program a pair and a sum over them.
-    pairs = min(launch.power_of_two(experts**2), launch.MAX_PAIRS) if samples <= launch.MAX_CELLS else 1
-    programs = -(-(experts**2) // pairs)
+    pairs = min(triton.next_power_of_2(experts**2), launch.MAX_PAIRS) if samples <= launch.MAX_CELLS else 1
+    programs = triton.cdiv(experts**2, pairs)
     mean_distances, stability = statistics.new_empty(experts, experts), statistics.new_empty(programs)
     with launch.on_device(statistics):
         _stability_kernel[(programs,)](
@@ -314,8 +313,8 @@ def _stability(statistics: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _maps_backward(
-    of_information: Tensor | None,
-    of_stability: Tensor | None,
+    grad_information: Tensor | None,
+    grad_stability: Tensor | None,
     all_scores: Tensor,
     log_shares: Tensor,
     statistics: Tensor,
@@ -327,21 +326,21 @@ def _maps_backward(
     """2^e·∂L/∂R, (N, B, h·w), e of the weights."""
     experts, samples, cells = all_scores.shape
     size = log_shares.shape[2:]
-    of_scores = torch.empty_like(all_scores)
+    grad_scores = torch.empty_like(all_scores)
     row_taps, column_taps = launch.taps(shape[0], size[0]), launch.taps(shape[1], size[1])
     block_cells = launch.adjoint_cells(cells, row_taps, column_taps)
     with launch.on_device(all_scores):
-        _maps_backward_kernel[(experts * samples, -(-cells // block_cells))](
-            of_information, 0 if of_information is None else of_information.stride(0), of_stability,
-            all_scores, log_shares, statistics, mean_distances, of_scores,
+        _maps_backward_kernel[(experts * samples, triton.cdiv(cells, block_cells))](
+            grad_information, 0 if grad_information is None else grad_information.stride(0), grad_stability,
+            all_scores, log_shares, statistics, mean_distances, grad_scores,
             samples, *shape, *size, smoothing,
-            INFORMATION=of_information is not None, STABILITY=of_stability is not None,
+            INFORMATION=grad_information is not None, STABILITY=grad_stability is not None,
             EXPERTS=experts, NORMALIZE=normalize,
             ROW_TAPS=row_taps, COLUMN_TAPS=column_taps,
-            BLOCK_EXPERTS=launch.power_of_two(experts), BLOCK_CELLS=block_cells,
+            BLOCK_EXPERTS=triton.next_power_of_2(experts), BLOCK_CELLS=block_cells,
             num_warps=4, **launch.SAME_BITS,
         )  # fmt: skip
-    return of_scores
+    return grad_scores
 
 
 @torch.library.custom_op("immunity_fast::heatmap_losses", mutates_args=())
@@ -354,14 +353,20 @@ def heatmap_losses(
     scale: float,
     group_name: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """MI_q (B,), PS (), and five tensors that only the backward pass has a use for.
+    """Mutual-information loss, eq. (9), and position-stability loss, eqs. (10) and (11), of Grad-CAM heatmaps, eq. (3).
 
     Args:
         activations: parts (n, B, C, h, w), float32, bfloat16 or float16, of any strides.
         gradients: ∂y/∂A in as many parts, of the same shapes, or summed over space, (n, B, C).
-        size: [H, W] of the heatmaps.
+        size: [H, W] of the heatmaps, in whose pixels distances are.
+        normalize: whether eq. (9) is taken of each heatmap's distribution, and not of the heatmap itself.
+        smoothing: ε.
         scale: s of eq. (3).
-        group_name: see `reference.position_stability`.
+        group_name: of the processes whose samples eq. (11)'s mean is over; "" is this process alone.
+
+    Returns:
+        MI_q (B,) and PS () in pixels⁴, float32, and five tensors that only the backward pass has a use for:
+        Σ_uv ∂y/∂A (N, B, C), R (N, B, h·w), log-shares (N, B, H, W), statistics (7, N, B) and mean_q d²_qij (N, N).
     """
     _, samples, _, height, width = activations[0].shape
     if samples == 0:
@@ -387,6 +392,7 @@ def _(activations, _gradients, size, *_):
 def _empty_losses(
     activations: list[Tensor], size: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Memory for the seven results."""
     samples, channels, height, width = activations[0].shape[1:]
     experts = sum(part.shape[0] for part in activations)
 
@@ -406,8 +412,8 @@ def _empty_losses(
 
 @torch.library.custom_op("immunity_fast::heatmap_losses_backward", mutates_args=())
 def heatmap_losses_backward(
-    of_information: Tensor | None,
-    of_stability: Tensor | None,
+    grad_information: Tensor | None,
+    grad_stability: Tensor | None,
     activations: list[Tensor],
     sums: Tensor,
     all_scores: Tensor,
@@ -421,19 +427,36 @@ def heatmap_losses_backward(
     needs_activations: bool,
     needs_sums: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    """∂L/∂A, a part each, and ∂L/∂Σ_uv(∂y/∂A), (N, B, C) in `dtype`; an empty list or tensor for what is not needed.
+    """Both derivatives of `heatmap_losses`. A second one raises instead of being silently zero.
 
-    It has no derivative of its own: a second one raises instead of being silently zero.
+    Args:
+        grad_information: ∂L/∂MI_q, (B,) float32; None is 0.
+        grad_stability: ∂L/∂PS, () float32; None is 0.
+        activations: as they were given.
+        sums: as they were returned, and so are the next four.
+        all_scores: R, (N, B, h·w) float32.
+        log_shares: (N, B, H, W) float32.
+        statistics: (7, N, B) float32.
+        mean_distances: mean_q d²_qij, (N, N) float32.
+        normalize: as it was given.
+        smoothing: as it was given.
+        scale: as it was given.
+        dtype: of the second result.
+        needs_activations: whether the first result is wanted; if not it is an empty list.
+        needs_sums: whether the second is; if not it is an empty tensor.
+
+    Returns:
+        ∂L/∂A, a part each, and ∂L/∂Σ_uv(∂y/∂A), (N, B, C).
     """
     height, width = activations[0].shape[3:]
     if sums.shape[1] == 0:
-        return empty_derivatives(activations, sums, dtype, needs_activations, needs_sums)
-    of_scores = _maps_backward(
-        of_information, of_stability, all_scores, log_shares, statistics, mean_distances,
+        return empty_grads(activations, sums, dtype, needs_activations, needs_sums)
+    grad_scores = _maps_backward(
+        grad_information, grad_stability, all_scores, log_shares, statistics, mean_distances,
         (height, width), normalize, smoothing,
     )  # fmt: skip
     return scores_backward(
-        of_scores,
+        grad_scores,
         statistics[0],
         activations,
         sums,
@@ -445,31 +468,33 @@ def heatmap_losses_backward(
 
 
 @heatmap_losses_backward.register_fake
-def _(_of_information, _of_stability, activations, sums, *rest):
-    return empty_derivatives(activations, sums, *rest[-3:])
+def _(_grad_information, _grad_stability, activations, sums, *rest):
+    return empty_grads(activations, sums, *rest[-3:])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keeps of inputs and outputs what `backward` needs."""
     activations, gradients, _, ctx.normalize, ctx.smoothing, ctx.scale, _ = inputs
-    ctx.gradients = describe(gradients)
+    ctx.gradient_specs = describe(gradients)
     ctx.save_for_backward(*activations, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, of_information: Tensor | None, of_stability: Tensor | None, *_: None) -> tuple[Any, ...]:
+def backward(ctx: Any, grad_information: Tensor | None, grad_stability: Tensor | None, *_: None) -> tuple[Any, ...]:
+    """The derivative with respect to each input, None where there is none, from ∂L/∂MI_q and ∂L/∂PS (None: 0)."""
     *activations, sums, all_scores, log_shares, statistics, mean_distances = ctx.saved_tensors
     needs_activations, needs_gradients = any(ctx.needs_input_grad[0]), any(ctx.needs_input_grad[1])
-    of_activations, of_sums = heatmap_losses_backward(
-        of_information, of_stability, activations, sums, all_scores, log_shares, statistics, mean_distances,
-        ctx.normalize, ctx.smoothing, ctx.scale, common_dtype(ctx.gradients), needs_activations, needs_gradients,
+    grad_activations, grad_sums = heatmap_losses_backward(
+        grad_information, grad_stability, activations, sums, all_scores, log_shares, statistics, mean_distances,
+        ctx.normalize, ctx.smoothing, ctx.scale, common_dtype(ctx.gradient_specs), needs_activations, needs_gradients,
     )  # fmt: skip
     return (
-        of_activations if needs_activations else [None] * len(activations),
-        broadcast(of_sums, ctx.gradients) if needs_gradients else [None] * len(ctx.gradients),
+        grad_activations if needs_activations else [None] * len(activations),
+        broadcast_over_space(grad_sums, ctx.gradient_specs) if needs_gradients else [None] * len(ctx.gradient_specs),
         None, None, None, None, None,
     )  # fmt: skip
 
 
-heatmap_losses.register_autograd(_differentiate, setup_context=_save)
+heatmap_losses.register_autograd(backward, setup_context=setup_context)
 heatmap_losses_backward.register_autograd(refuse_second_derivative)

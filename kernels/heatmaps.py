@@ -12,24 +12,23 @@ import triton.language as tl
 from torch import Tensor
 
 from immunity_fast.kernels import launch
-from immunity_fast.kernels.arithmetic import power_of_two, resample, resample_adjoint
-from immunity_fast.kernels.scores import (
-    broadcast,
+from immunity_fast.kernels.arithmetic import exact_scale, resample, resample_adjoint
+from immunity_fast.kernels.autograd import (
+    broadcast_over_space,
     common_dtype,
     describe,
-    empty_derivatives,
+    empty_grads,
     refuse_second_derivative,
-    scores,
-    scores_backward,
 )
+from immunity_fast.kernels.scores import scores, scores_backward
 
 
 @triton.jit(do_not_specialize=["maps"])
 def _heatmaps_kernel(
-    partials,  # (splits, N, B, h·w) float32
-    peaks,  # (splits, N, B) float32
-    all_scores,  # (N, B, h·w) float32, out: R
-    heatmaps,  # (N, B, H, W) float32, out
+    partials_ptr,  # (splits, N, B, h·w) float32
+    peaks_ptr,  # (splits, N, B) float32
+    scores_ptr,  # (N, B, h·w) float32, out: R
+    heatmaps_ptr,  # (N, B, H, W) float32, out
     maps, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_PIXELS: tl.constexpr,
 ):  # fmt: skip
@@ -41,26 +40,26 @@ def _heatmaps_kernel(
         cell = start + tl.arange(0, BLOCK_CELLS)
         score = tl.zeros([BLOCK_CELLS], tl.float32)
         for split in range(SPLITS):
-            scale, _ = power_of_two(tl.load(peaks + split * maps.to(tl.int64) + row))
+            scale, _ = exact_scale(tl.load(peaks_ptr + split * maps.to(tl.int64) + row))
             place = (split * maps.to(tl.int64) + row) * cells + cell
-            score += tl.load(partials + place, mask=cell < cells, other=0) * scale
-        tl.store(all_scores + row * cells + cell, score, mask=cell < cells)
+            score += tl.load(partials_ptr + place, mask=cell < cells, other=0) * scale
+        tl.store(scores_ptr + row * cells + cell, score, mask=cell < cells)
     tl.debug_barrier()  # what follows reads scores that other threads of this program have written
     for start in range(0, pixels, BLOCK_PIXELS):
         pixel = start + tl.arange(0, BLOCK_PIXELS)
         heat = resample(
-            all_scores + row * cells, pixel // out_width, pixel % out_width,
+            scores_ptr + row * cells, pixel // out_width, pixel % out_width,
             height, width, out_height, out_width, pixel < pixels,
         )  # fmt: skip
-        tl.store(heatmaps + row * pixels + pixel, heat, mask=pixel < pixels)
+        tl.store(heatmaps_ptr + row * pixels + pixel, heat, mask=pixel < pixels)
 
 
 @triton.jit(do_not_specialize=["samples"])
 def _heatmaps_backward_kernel(
-    of_heatmaps,  # (N, B, H, W) with the strides that follow
-    expert_stride, sample_stride, row_stride, column_stride,
-    all_scores,  # (N, B, h·w) float32
-    of_scores,  # (N, B, h·w) float32, out
+    grad_heatmaps_ptr,  # (N, B, H, W) float32
+    grad_heatmaps_stride_n, grad_heatmaps_stride_b, grad_heatmaps_stride_h, grad_heatmaps_stride_w,
+    scores_ptr,  # (N, B, h·w) float32
+    grad_scores_ptr,  # (N, B, h·w) float32, out
     samples, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr,
     ROW_TAPS: tl.constexpr, COLUMN_TAPS: tl.constexpr, BLOCK_CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -69,20 +68,32 @@ def _heatmaps_backward_kernel(
     cells = height * width
     cell = tl.program_id(1) * BLOCK_CELLS + tl.arange(0, BLOCK_CELLS)
     inside = cell < cells
-    image = of_heatmaps + (row // samples) * expert_stride + (row % samples) * sample_stride
-    slope = resample_adjoint(
-        image, row_stride, column_stride, cell // width, cell % width, height, width, out_height, out_width, inside,
-        ROW_TAPS, COLUMN_TAPS,
+    image_ptr = grad_heatmaps_ptr
+    image_ptr += (row // samples) * grad_heatmaps_stride_n + (row % samples) * grad_heatmaps_stride_b
+    grad_score = resample_adjoint(
+        image_ptr, grad_heatmaps_stride_h, grad_heatmaps_stride_w, cell // width, cell % width,
+        height, width, out_height, out_width, inside, ROW_TAPS, COLUMN_TAPS,
     )  # fmt: skip
-    score = tl.load(all_scores + row * cells + cell, mask=inside, other=0)
-    tl.store(of_scores + row * cells + cell, tl.where(score > 0, slope, 0), mask=inside)
+    score = tl.load(scores_ptr + row * cells + cell, mask=inside, other=0)
+    tl.store(grad_scores_ptr + row * cells + cell, tl.where(score > 0, grad_score, 0), mask=inside)
 
 
 @torch.library.custom_op("immunity_fast::gradcam_heatmaps", mutates_args=())
 def gradcam_heatmaps(
     activations: list[Tensor], gradients: list[Tensor], size: list[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Heatmaps (N, B, H, W), and two tensors that only the backward pass has a use for; see `heatmap_losses`."""
+    """Grad-CAM heatmaps, eq. (3), not normalised.
+
+    Args:
+        activations: parts (n, B, C, h, w), float32, bfloat16 or float16, of any strides.
+        gradients: ∂y/∂A in as many parts, of the same shapes, or summed over space, (n, B, C).
+        size: [H, W] of the heatmaps.
+        scale: s of eq. (3).
+
+    Returns:
+        Heatmaps (N, B, H, W) float32, and two tensors that only the backward pass has a use for: Σ_uv ∂y/∂A (N, B, C)
+        and R (N, B, h·w), float32.
+    """
     samples, _, height, width = activations[0].shape[1:]
     heatmaps, sums, all_scores = _empty(activations, size)
     if samples == 0:
@@ -106,6 +117,7 @@ def _(activations, _gradients, size, _scale):
 
 
 def _empty(activations: list[Tensor], size: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the heatmaps, the sums and the scores."""
     samples, channels, height, width = activations[0].shape[1:]
     experts = sum(part.shape[0] for part in activations)
 
@@ -117,7 +129,7 @@ def _empty(activations: list[Tensor], size: list[int]) -> tuple[Tensor, Tensor, 
 
 @torch.library.custom_op("immunity_fast::gradcam_heatmaps_backward", mutates_args=())
 def gradcam_heatmaps_backward(
-    of_heatmaps: Tensor,
+    grad_heatmaps: Tensor,
     activations: list[Tensor],
     sums: Tensor,
     all_scores: Tensor,
@@ -126,25 +138,39 @@ def gradcam_heatmaps_backward(
     needs_activations: bool,
     needs_sums: bool,
 ) -> tuple[list[Tensor], Tensor]:
-    """∂L/∂A, a part each, and ∂L/∂Σ_uv(∂y/∂A), (N, B, C); see `heatmap_losses_backward`."""
+    """Both derivatives of `gradcam_heatmaps`.
+
+    Args:
+        grad_heatmaps: ∂L/∂h, (N, B, H, W) float32, of any strides.
+        activations: as they were given.
+        sums: Σ_uv ∂y/∂A, as they were returned, (N, B, C) float32.
+        all_scores: R, as it was returned, (N, B, h·w) float32.
+        scale: as it was given.
+        dtype: of the second result.
+        needs_activations: whether the first result is wanted; if not it is an empty list.
+        needs_sums: whether the second is; if not it is an empty tensor.
+
+    Returns:
+        ∂L/∂A, a part each, and ∂L/∂Σ_uv(∂y/∂A), (N, B, C).
+    """
     experts, samples, cells = all_scores.shape
     height, width = activations[0].shape[3:]
-    out_height, out_width = of_heatmaps.shape[2:]
+    out_height, out_width = grad_heatmaps.shape[2:]
     if samples == 0:
-        return empty_derivatives(activations, sums, dtype, needs_activations, needs_sums)
-    of_scores = torch.empty_like(all_scores)
+        return empty_grads(activations, sums, dtype, needs_activations, needs_sums)
+    grad_scores = torch.empty_like(all_scores)
     row_taps, column_taps = launch.taps(height, out_height), launch.taps(width, out_width)
     block_cells = launch.adjoint_cells(cells, row_taps, column_taps)
     with launch.on_device(sums):
-        _heatmaps_backward_kernel[(experts * samples, -(-cells // block_cells))](
-            of_heatmaps, *of_heatmaps.stride(), all_scores, of_scores,
+        _heatmaps_backward_kernel[(experts * samples, triton.cdiv(cells, block_cells))](
+            grad_heatmaps, *grad_heatmaps.stride(), all_scores, grad_scores,
             samples, height, width, out_height, out_width,
             ROW_TAPS=row_taps, COLUMN_TAPS=column_taps,
             BLOCK_CELLS=block_cells, num_warps=4, **launch.SAME_BITS,
         )  # fmt: skip
     ones = sums.new_ones((experts, samples))
     return scores_backward(
-        of_scores,
+        grad_scores,
         ones,
         activations,
         sums,
@@ -156,37 +182,39 @@ def gradcam_heatmaps_backward(
 
 
 @gradcam_heatmaps_backward.register_fake
-def _(_of_heatmaps, activations, sums, *rest):
-    return empty_derivatives(activations, sums, *rest[-3:])
+def _(_grad_heatmaps, activations, sums, *rest):
+    return empty_grads(activations, sums, *rest[-3:])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keeps of inputs and outputs what `backward` needs."""
     activations, gradients, _, ctx.scale = inputs
-    ctx.gradients = describe(gradients)
+    ctx.gradient_specs = describe(gradients)
     ctx.save_for_backward(*activations, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx: Any, of_heatmaps: Tensor, *_: None) -> tuple[Any, ...]:
+def backward(ctx: Any, grad_heatmaps: Tensor, *_: None) -> tuple[Any, ...]:
+    """The derivative with respect to each input, None where there is none, from ∂L/∂h."""
     *activations, sums, all_scores = ctx.saved_tensors
     needs_activations, needs_gradients = any(ctx.needs_input_grad[0]), any(ctx.needs_input_grad[1])
-    of_activations, of_sums = gradcam_heatmaps_backward(
-        of_heatmaps,
+    grad_activations, grad_sums = gradcam_heatmaps_backward(
+        grad_heatmaps,
         activations,
         sums,
         all_scores,
         ctx.scale,
-        common_dtype(ctx.gradients),
+        common_dtype(ctx.gradient_specs),
         needs_activations,
         needs_gradients,
     )
     return (
-        of_activations if needs_activations else [None] * len(activations),
-        broadcast(of_sums, ctx.gradients) if needs_gradients else [None] * len(ctx.gradients),
+        grad_activations if needs_activations else [None] * len(activations),
+        broadcast_over_space(grad_sums, ctx.gradient_specs) if needs_gradients else [None] * len(ctx.gradient_specs),
         None,
         None,
     )
 
 
-gradcam_heatmaps.register_autograd(_differentiate, setup_context=_save)
+gradcam_heatmaps.register_autograd(backward, setup_context=setup_context)
 gradcam_heatmaps_backward.register_autograd(refuse_second_derivative)

@@ -35,7 +35,7 @@ MAX_SPLITS = 16
 
 
 class Tile(NamedTuple):
-    """How activations are cut up: (block_channels × block_cells) a tile, `num_warps` warps a program."""
+    """How activations are cut up: block_channels × block_cells elements a tile, `num_warps` warps a program."""
 
     block_channels: int
     block_cells: int
@@ -43,27 +43,24 @@ class Tile(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Element strides of maps (N, B, C, h, w), with h and w as one axis of cells where memory allows it."""
+    """Strides of maps (N, B, C, h, w), with h and w as one axis of cells where memory allows it."""
 
-    expert: int
-    sample: int
-    channel: int
-    row: int
-    column: int
-    flat: bool  # cell (u, v) lies at (u·w + v)·column
+    elements: tuple[int, int, int, int, int]  # from one entry of each axis to the next
+    flat: bool  # cell (u, v) lies at (u·w + v)·(the stride of w)
 
 
 def strides(maps: Tensor) -> Strides:
-    """Of maps (N, B, C, h, w)."""
-    expert, sample, channel, row, column = maps.stride()
+    """Describes how maps (N, B, C, h, w) lie in memory, to the compiler and to kernels."""
+    stride_n, stride_b, stride_c, stride_h, stride_w = maps.stride()
     height, width = maps.shape[3:]
     if width == 1:  # the stride of an axis of length 1 means nothing
-        column = row
-    return Strides(expert, sample, channel, row, column, flat=height == 1 or width == 1 or row == width * column)
+        stride_w = stride_h
+    flat = height == 1 or width == 1 or stride_h == width * stride_w
+    return Strides((stride_n, stride_b, stride_c, stride_h, stride_w), flat)
 
 
 def tile(maps: Tensor) -> Tile:
-    """The table, for maps (n, B, C, h, w): whole maps where they fit, and as many channels as the tile's size allows.
+    """The tile for maps (n, B, C, h, w): whole maps where they fit, and as many channels as its size allows.
 
     Where channels lie next to each other, a tile takes at least 64 bytes of them, two sectors of memory.
     """
@@ -73,20 +70,30 @@ def tile(maps: Tensor) -> Tile:
     outer = maps.stride()[:2] + (maps.stride()[3:] if channels_last else (maps.stride(2),))
     aligned = all(stride % elements == 0 for stride in outer)
     size = TILE if aligned else UNALIGNED_TILE
-    block_cells = min(power_of_two(height * width), MAX_CELLS_CHANNELS_LAST if channels_last else MAX_CELLS)
+    block_cells = min(triton.next_power_of_2(height * width), MAX_CELLS_CHANNELS_LAST if channels_last else MAX_CELLS)
     wanted = max(size // block_cells, 64 // maps.element_size() if channels_last and aligned else 1)
-    block_channels = min(power_of_two(channels), wanted)
+    block_channels = min(triton.next_power_of_2(channels), wanted)
     return Tile(block_channels, block_cells, 8 if block_channels * block_cells > TILE else 4)
 
 
 def channels_per_program(channels: int, block_channels: int, maps: int, most_splits: int) -> int:
-    """Channels that one program works through, a multiple of `block_channels`, so that enough programs run.
+    """How many channels one program works through, so that enough programs run.
 
     Splits are a power of two, so that few batch sizes are a reason to compile a kernel again.
+
+    Args:
+        channels: C.
+        block_channels: of the tile.
+        maps: N·B.
+        most_splits: how many programs may share a map.
+
+    Returns:
+        A multiple of `block_channels`.
     """
-    blocks = -(-channels // block_channels)
-    splits = max(1, min(blocks, most_splits, power_of_two(-(-ENOUGH_PROGRAMS // max(maps, 1)))))
-    return -(-blocks // splits) * block_channels
+    blocks = triton.cdiv(channels, block_channels)
+    splits = max(1, min(blocks, most_splits, triton.next_power_of_2(triton.cdiv(ENOUGH_PROGRAMS, max(maps, 1)))))
+    count: int = triton.cdiv(blocks, splits) * block_channels
+    return count
 
 
 def maps_warps(samples: int) -> int:
@@ -95,25 +102,22 @@ def maps_warps(samples: int) -> int:
 
 
 def block_within(length: int, beside: int = 1, num_warps: int = 8) -> int:
-    """How much of an axis a tile of small maps takes that is `beside` wide in its other axis."""
-    return min(power_of_two(length), max(MAPS_TILE * num_warps // 8 // beside, 16), MAX_CELLS)
+    """How many entries of an axis of `length` a tile takes that is `beside` wide in its other axis: a power of two."""
+    block: int = triton.next_power_of_2(length)
+    return min(block, max(MAPS_TILE * num_warps // 8 // beside, 16), MAX_CELLS)
 
 
 def taps(size: int, resampled: int) -> int:
-    """A bound, and a power of two, of the pixels that see one cell when `size` cells are resampled to `resampled`."""
-    return 1 if size == resampled else power_of_two(-(-2 * resampled // size))
+    """How many pixels at most see one cell where `size` cells become `resampled`, rounded up to a power of two."""
+    return 1 if size == resampled else triton.next_power_of_2(triton.cdiv(2 * resampled, size))
 
 
 def adjoint_cells(cells: int, row_taps: int, column_taps: int) -> int:
-    """Cells of a tile in which each gathers from so many pixels."""
-    return min(power_of_two(cells), max(ADJOINT_TILE // max(row_taps, column_taps), 16))
+    """How many cells a tile has in which each gathers from pixels of so many rows and columns: a power of two."""
+    block: int = triton.next_power_of_2(cells)
+    return min(block, max(ADJOINT_TILE // max(row_taps, column_taps), 16))
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch on the tensor's own GPU, which need not be the current one."""
+    """A context in which kernels are launched on the tensor's own GPU, which need not be the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def power_of_two(length: int) -> int:
-    """The smallest power of two that is not less than `length`: tiles have no other sizes."""
-    return 1 << (length - 1).bit_length()

@@ -42,9 +42,10 @@ class Table:
         self._set([])
 
     def set(self, rows: list[tuple[int, int, int, int]]) -> None:
-        """Hold these rows: three addresses (or numbers), and the tensors' length in 32-bit words.
+        """Replaces the rows. The copy to a GPU is asynchronous, and no kernel; PyTorch keeps pinned memory until then.
 
-        The copy to a GPU is asynchronous, and no kernel: PyTorch keeps the pinned memory until it is done.
+        Args:
+            rows: three addresses (or numbers), and the tensors' length in 32-bit words.
         """
         if rows != self._rows:
             self._set(rows)
@@ -67,143 +68,152 @@ class Table:
 
 
 @triton.jit
-def _chunk(addresses, chunks, program, CHUNK: tl.constexpr):
-    """The row of a program's tensor, where its chunk begins, whether all of it is there, and its indices and mask."""
-    row = addresses + tl.load(chunks + 2 * program) * 4
-    start = tl.multiple_of(tl.load(chunks + 2 * program + 1), CHUNK)
-    length = tl.load(row + _LENGTH)
+def _chunk(addresses_ptr, chunks_ptr, program, CHUNK: tl.constexpr):
+    """Where the row of a program's tensor is, where its chunk begins, whether it is whole, its indices and mask."""
+    row_ptr = addresses_ptr + tl.load(chunks_ptr + 2 * program) * 4
+    start = tl.multiple_of(tl.load(chunks_ptr + 2 * program + 1), CHUNK)
+    length = tl.load(row_ptr + _LENGTH)
     index = tl.arange(0, CHUNK)
-    return row, start, start + CHUNK <= length, index, index < length - start
+    return row_ptr, start, start + CHUNK <= length, index, index < length - start
 
 
 @triton.jit
-def _words(row, column, start, index, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+def _words(row_ptr, column, start, index, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointers to a chunk's words of the tensor in a column."""
-    first = tl.load(row + column).to(tl.pointer_type(dtype)) + start
+    first_ptr = tl.load(row_ptr + column).to(tl.pointer_type(dtype)) + start
     if ALIGNED:
-        first = tl.multiple_of(first, 16)
-    return first + index
+        first_ptr = tl.multiple_of(first_ptr, 16)
+    return first_ptr + index
 
 
 @triton.jit(do_not_specialize=["count"])
 def _squares_kernel(
-    addresses,  # (T, 4) int64: _, _, gradient, length
-    chunks,  # (P, 2) int64: tensor and first element of a chunk
-    partials,  # (programs,) float32, out
+    addresses_ptr,  # (T, 4) int64: _, _, gradient, length
+    chunks_ptr,  # (P, 2) int64: tensor and first element of a chunk
+    partials_ptr,  # (programs,) float32, out
     count,  # P
     CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Σ g² of every so many-th chunk."""
     total = tl.zeros([CHUNK], tl.float32)
     for chunk in range(tl.program_id(0), count, tl.num_programs(0)):
-        row, start, whole, index, mask = _chunk(addresses, chunks, chunk, CHUNK)
-        place = _words(row, _GRADIENT, start, index, tl.float32, ALIGNED)
+        row_ptr, start, whole, index, mask = _chunk(addresses_ptr, chunks_ptr, chunk, CHUNK)
+        grad_ptrs = _words(row_ptr, _GRADIENT, start, index, tl.float32, ALIGNED)
         # Without a mask where it can be: behind one whose length is known only here, loads are one element wide.
         if whole:
-            total += _square(place, None, None)
+            total += _square(grad_ptrs, None, None)
         else:
-            total += _square(place, mask, 0.0)
-    tl.store(partials + tl.program_id(0), tl.sum(total, 0))
+            total += _square(grad_ptrs, mask, 0.0)
+    tl.store(partials_ptr + tl.program_id(0), tl.sum(total, 0))
 
 
 @triton.jit
-def _square(place, mask, other):
-    gradient = tl.load(place, mask=mask, other=other)
-    return gradient * gradient
+def _square(grad_ptrs, mask, other):
+    """g² of a block of gradients."""
+    grad = tl.load(grad_ptrs, mask=mask, other=other)
+    return grad * grad
 
 
 @triton.jit(do_not_specialize=["partial_count"])
 def _sgd_kernel(
-    addresses,  # (T, 4) int64: parameter, momentum, gradient, length
-    chunks,  # (P, 2) int64
-    partials,  # (partial_count,) float32, of the squares kernel; None does not clip
+    addresses_ptr,  # (T, 4) int64: parameter, momentum, gradient, length
+    chunks_ptr,  # (P, 2) int64
+    partials_ptr,  # (partial_count,) float32, of the squares kernel; None does not clip
     partial_count,
-    scale,  # () float32, by which gradients are too large; None: 1
-    skip,  # () float32, other than 0 where nothing is to be done; None: 0
+    scale_ptr,  # () float32, by which gradients are too large; None: 1
+    skip_ptr,  # () float32, other than 0 where nothing is to be done; None: 0
     rate, momentum, weight_decay, max_norm,
     NESTEROV: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
     PARTIALS: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's update."""
+    """One step of SGD on one chunk of a parameter."""
     skipped = False
-    if skip is not None:
-        skipped = tl.load(skip) != 0
+    if skip_ptr is not None:
+        skipped = tl.load(skip_ptr) != 0
     if not skipped:
         divisor = 1.0
-        if scale is not None:
-            divisor = tl.load(scale)
+        if scale_ptr is not None:
+            divisor = tl.load(scale_ptr)
         coefficient = 1.0
-        if partials is not None:
+        if partials_ptr is not None:
             part = tl.arange(0, PARTIALS)
-            squares = tl.sum(tl.load(partials + part, mask=part < partial_count, other=0), 0)
+            squares = tl.sum(tl.load(partials_ptr + part, mask=part < partial_count, other=0), 0)
             norm = tl.div_rn(tl.sqrt_rn(squares), divisor)
             coefficient = tl.div_rn(max_norm, norm + 1e-6)
             coefficient = tl.where(coefficient > 1, 1.0, coefficient)  # NaN stays
-        row, start, whole, index, mask = _chunk(addresses, chunks, tl.program_id(0), CHUNK)
-        parameters = _words(row, _PARAMETER, start, index, tl.float32, ALIGNED)
-        gradients = _words(row, _GRADIENT, start, index, tl.float32, ALIGNED)
-        momenta = _words(row, _MOMENTUM, start, index, tl.float32, ALIGNED)
+        row_ptr, start, whole, index, mask = _chunk(addresses_ptr, chunks_ptr, tl.program_id(0), CHUNK)
+        parameter_ptrs = _words(row_ptr, _PARAMETER, start, index, tl.float32, ALIGNED)
+        grad_ptrs = _words(row_ptr, _GRADIENT, start, index, tl.float32, ALIGNED)
+        momentum_ptrs = _words(row_ptr, _MOMENTUM, start, index, tl.float32, ALIGNED)
         if whole:
             _update(
-                parameters, gradients, momenta, None, divisor, coefficient, rate, momentum, weight_decay,
-                NESTEROV, HAS_MOMENTUM, scale is not None,
+                parameter_ptrs, grad_ptrs, momentum_ptrs, None, divisor, coefficient, rate, momentum, weight_decay,
+                NESTEROV, HAS_MOMENTUM, scale_ptr is not None,
             )  # fmt: skip
         else:
             _update(
-                parameters, gradients, momenta, mask, divisor, coefficient, rate, momentum, weight_decay,
-                NESTEROV, HAS_MOMENTUM, scale is not None,
+                parameter_ptrs, grad_ptrs, momentum_ptrs, mask, divisor, coefficient, rate, momentum, weight_decay,
+                NESTEROV, HAS_MOMENTUM, scale_ptr is not None,
             )  # fmt: skip
 
 
 @triton.jit
 def _update(
-    parameters, gradients, momenta, mask, divisor, coefficient, rate, momentum, weight_decay,
+    parameter_ptrs, grad_ptrs, momentum_ptrs, mask, divisor, coefficient, rate, momentum, weight_decay,
     NESTEROV: tl.constexpr, HAS_MOMENTUM: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """g ← g·coefficient + λ·θ; m ← μ·m + g; θ ← θ − rate·(g + μ·m), or rate·m without Nesterov: `torch.optim.SGD`."""
-    parameter, slope = tl.load(parameters, mask=mask), tl.load(gradients, mask=mask)
+    parameter, grad = tl.load(parameter_ptrs, mask=mask), tl.load(grad_ptrs, mask=mask)
     if SCALED:
-        slope = tl.div_rn(slope, divisor)
-    slope = slope * coefficient + weight_decay * parameter
+        grad = tl.div_rn(grad, divisor)
+    grad = grad * coefficient + weight_decay * parameter
     if HAS_MOMENTUM:
-        moving = momentum * tl.load(momenta, mask=mask) + slope
-        tl.store(momenta, moving, mask=mask)
-        slope = slope + momentum * moving if NESTEROV else moving
-    tl.store(parameters, parameter - rate * slope, mask=mask)
+        velocity = momentum * tl.load(momentum_ptrs, mask=mask) + grad
+        tl.store(momentum_ptrs, velocity, mask=mask)
+        grad = grad + momentum * velocity if NESTEROV else velocity
+    tl.store(parameter_ptrs, parameter - rate * grad, mask=mask)
 
 
 @triton.jit
 def _lerp_kernel(
-    addresses,  # (T, 4) int64: average, value, whether it is averaged, length
-    chunks,  # (P, 2) int64
+    addresses_ptr,  # (T, 4) int64: average, value, whether it is averaged, length
+    chunks_ptr,  # (P, 2) int64
     weight,  # of the value
     CHUNK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """A chunk of the averages: average + weight·(value − average), or the value's words as they are."""
-    row, start, whole, index, mask = _chunk(addresses, chunks, tl.program_id(0), CHUNK)
-    averages = _words(row, _AVERAGE, start, index, tl.int32, ALIGNED)
-    values = _words(row, _VALUE, start, index, tl.int32, ALIGNED)
-    averaged = tl.load(row + _AVERAGED) != 0
+    row_ptr, start, whole, index, mask = _chunk(addresses_ptr, chunks_ptr, tl.program_id(0), CHUNK)
+    average_ptrs = _words(row_ptr, _AVERAGE, start, index, tl.int32, ALIGNED)
+    value_ptrs = _words(row_ptr, _VALUE, start, index, tl.int32, ALIGNED)
+    averaged = tl.load(row_ptr + _AVERAGED) != 0
     if whole:
-        _mix(averages, values, None, averaged, weight)
+        _mix(average_ptrs, value_ptrs, None, averaged, weight)
     else:
-        _mix(averages, values, mask, averaged, weight)
+        _mix(average_ptrs, value_ptrs, mask, averaged, weight)
 
 
 @triton.jit
-def _mix(averages, values, mask, averaged, weight):
-    word = tl.load(values, mask=mask)
+def _mix(average_ptrs, value_ptrs, mask, averaged, weight):
+    """Moves a block of averages towards the values, or copies the words, as `averaged` says."""
+    word = tl.load(value_ptrs, mask=mask)
     if averaged:
         value = word.to(tl.float32, bitcast=True)
-        average = tl.load(averages, mask=mask).to(tl.float32, bitcast=True)
+        average = tl.load(average_ptrs, mask=mask).to(tl.float32, bitcast=True)
         # As torch.lerp: from the nearer end, so that a weight of 1 gives the value exactly.
         near, far = average + weight * (value - average), value - (value - average) * (1 - weight)
         word = tl.where(weight < 0.5, near, far).to(tl.int32, bitcast=True)
-    tl.store(averages, word, mask=mask)
+    tl.store(average_ptrs, word, mask=mask)
 
 
 def squares(table: Table) -> Tensor:
-    """Partial sums (at most `PARTIALS`,) float32 of the squares of all gradients of a table for `sgd`."""
+    """Σ g² over all gradients of a table, in pieces, for `sgd`.
+
+    Args:
+        table: rows of (any number, any number, gradient, elements), as of `sgd`.
+
+    Returns:
+        Partial sums, (at most `PARTIALS`,) float32 on the table's device.
+    """
     partials = torch.empty(min(table.programs, PARTIALS), dtype=torch.float32, device=table.device)
     if table.programs:
         with launch.on_device(partials):
@@ -231,7 +241,9 @@ def sgd(
     Args:
         table: rows of (parameter, momentum, gradient, elements); without momentum any number in its place.
         rate: the learning rate.
-        momentum, weight_decay, nesterov: as of `torch.optim.SGD`, with a dampening of 0. Momentum begins at zero.
+        momentum: as of `torch.optim.SGD`, with a dampening of 0; its buffers begin at zero.
+        weight_decay: as of `torch.optim.SGD`.
+        nesterov: as of `torch.optim.SGD`.
         partials: of `squares`; then gradients are scaled so that their norm is at most `max_norm`, as by
             `torch.nn.utils.clip_grad_norm_`.
         max_norm: see `partials`.
@@ -265,7 +277,7 @@ def lerp(table: Table, weight: float) -> None:
 
 
 def fits(tensors: Sequence[Tensor]) -> bool:
-    """Whether each tensor is a piece of memory without gaps, all on one device where kernels run."""
+    """Whether each tensor is a piece of memory without gaps, all on one device where kernels run; False for none."""
     if not tensors:
         return False
     device = tensors[0].device

@@ -432,7 +432,7 @@ def test_a_wrong_smoothing_is_named(smoothing: float) -> None:
 
 
 def test_one_expert_alone_has_no_heatmap_losses() -> None:
-    with pytest.raises(ValueError, match=r"activations: at least 2 experts.*\(1, 3, 4, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"activations: expected at least 2 experts.*\(1, 3, 4, 5, 6\)"):
         heatmap_losses(A[:1], A[:1])
 
 

@@ -8,17 +8,12 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 from tests.places import REPOSITORY
 
 FILES = sorted((REPOSITORY / "tests").rglob("*.py"))
 TESTS = [file for file in FILES if file.name.startswith("test_")]
 MOST_LETTERS = 60
 MOST_LINES = 1000
-
-each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(REPOSITORY)))
-each_test_file = pytest.mark.parametrize("file", TESTS, ids=lambda file: str(file.relative_to(REPOSITORY)))
 
 
 @cache
@@ -45,23 +40,19 @@ def _imported(file: Path) -> Iterator[str]:
             yield from name.split(".")
 
 
-@each_test_file
-def test_names_of_tests_are_short(file: Path) -> None:
-    assert [name for name in _tests(file) if len(name) > MOST_LETTERS] == []
+def test_names_of_tests_are_short() -> None:
+    assert [(file, name) for file in TESTS for name in _tests(file) if len(name) > MOST_LETTERS] == []
 
 
-@each_test_file
-def test_a_module_has_no_two_tests_of_one_name(file: Path) -> None:
-    assert [name for name, count in Counter(_tests(file)).items() if count > 1] == []
+def test_a_module_has_no_two_tests_of_one_name() -> None:
+    assert [(file, name) for file in TESTS for name, count in Counter(_tests(file)).items() if count > 1] == []
 
 
-@each_test_file
-def test_files_of_tests_are_short(file: Path) -> None:
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+def test_files_of_tests_are_short() -> None:
+    lines = {file: len(file.read_text(encoding="utf-8").splitlines()) for file in TESTS}
+    assert {file: count for file, count in lines.items() if count > MOST_LINES} == {}
 
 
-@each_file
-def test_no_module_of_tests_is_imported(file: Path) -> None:
-    if file == Path(__file__):
-        return
-    assert [name for name in _imported(file) if name.startswith("test_")] == []
+def test_no_module_of_tests_is_imported() -> None:
+    others = [file for file in FILES if file != Path(__file__)]  # which names what it looks for
+    assert [(file, name) for file in others for name in _imported(file) if name.startswith("test_")] == []

@@ -495,7 +495,7 @@ T = torch.tensor([0, 1, 2])
 
 WRONG: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
     ("logits lack the experts", (L[0], A, T), ValueError, r"logits: .*\(3, 4\)"),
-    ("one expert", (L[:1], A[:1], T), ValueError, r"logits: at least 2 experts.*\(1, 3, 4\)"),
+    ("one expert", (L[:1], A[:1], T), ValueError, r"logits: expected at least 2 experts.*\(1, 3, 4\)"),
     ("logits are integers", (L.long(), A, T), TypeError, r"logits: .*torch\.int64"),
     ("logits are nothing", (None, A, T), TypeError, "logits: .*NoneType"),
     ("logits are ragged", ([L[0], L[1, 1:]], A, T), ValueError, r"logits: .*\(3, 4\), \(2, 4\)"),

@@ -75,22 +75,31 @@ def load(
 ) -> ImageDataset:
     """Read a data set into memory, on the CPU.
 
+    ===========  ====================================================  ===============================
     name         path                                                  notes
+    ===========  ====================================================  ===============================
     cifar10/100  the folder torchvision downloads to (default "data")  downloaded where it is missing
     digits       None                                                  scikit-learn's 8×8 digits at 32×32
-    npz          an .npz file in MedMNIST's layout                     see :func:`.read_npz`
-    folder       root/train/<class>/*, root/test/<class>/*, or only    see :func:`.read_folder`
-                 root/<class>/*
+    npz          an .npz file in MedMNIST's layout                     see `read_npz`
+    folder       root/train/<class>/..., root/test/<class>/..., or     see `read_folder`
+                 root/<class>/... alone
+    ===========  ====================================================  ===============================
 
     The training images come in a fixed random order. A set without a validation split gives up 10 % of its training
     images (at least 1, at most 5,000) for one. Both depend on the set alone, not on `limit_train` or a run's seed, so
     that no run trains on what another validates on.
 
-    limit_train: keep the first `limit_train` training images, a fair sample; the other splits stay whole.
-    image_size: pixels; for `folder` only: scale each image's short side to it and crop the centre square.
+    Args:
+        name: of the table.
+        path: of the table.
+        limit_train: keep the first `limit_train` training images, a fair sample; the other splits stay whole.
+        image_size: pixels; for `folder` only: scale each image's short side to it and crop the centre square.
 
-    Raises ValueError for a wrong argument or wrong content, FileNotFoundError for a missing file or folder, OSError
-    where a download fails, and ModuleNotFoundError where a reader's package is missing; each message is one line.
+    Raises:
+        ValueError: a wrong argument or wrong content.
+        FileNotFoundError: a missing file or folder.
+        OSError: a download that fails.
+        ModuleNotFoundError: a reader's package is missing. Each message is one line.
     """
     if name not in NAMES:
         raise ValueError(f"name was {name!r}, expected one of {', '.join(NAMES)}")

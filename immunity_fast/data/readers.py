@@ -74,12 +74,15 @@ def read_cifar(name: str, root: Path) -> Parts:
 def read_npz(file: Path) -> Parts:
     """An .npz file in MedMNIST's layout.
 
-    {train,test}_images: uint8 (n, H, W, 3), or grey (n, H, W) or (n, H, W, 1), which is repeated to 3 channels.
-    {train,test}_labels: any integer dtype, (n,) or (n, 1), from 0. val_images and val_labels, which may be called
-    valid_… or validation_…, too, may be missing.
-    classes: names, a string array (K,); without it K is the highest training label + 1.
+    * `train_images`, `test_images`: uint8 (n, H, W, 3), or grey (n, H, W) or (n, H, W, 1), which is repeated to 3
+      channels;
+    * `train_labels`, `test_labels`: any integer dtype, (n,) or (n, 1), from 0;
+    * `val_images`, `val_labels`, which may be called `valid_…` or `validation_…`, too, and may be missing;
+    * `classes`: names, a string array (K,); without it K is the highest training label + 1.
 
-    Raises FileNotFoundError, or ValueError with the file, the array, what it had and what was expected.
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: wrong content, with the file, the array, what it had and what was expected.
     """
     arrays = _npz_arrays(file)
     images, labels = {}, {}

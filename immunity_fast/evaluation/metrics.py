@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from immunity_fast.arguments import stack_experts
 from immunity_fast.attacks.mixtures import trained_gate
 from immunity_fast.data.datasets import Split
 from immunity_fast.data.sampling import batches
 from immunity_fast.evaluation.gate_attackers import answered_rightly
-from immunity_fast.functional import label_scores, stack_experts
+from immunity_fast.functional import label_scores
 from immunity_fast.kernels import reference
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.models.moe import ImmunityMoE

@@ -57,14 +57,22 @@ CURVE_STEPS = 20  # of PGD at each ε
 class Plan:
     """What is to be found out.
 
-    attacks: of `ATTACKS`; attackers: of the target's, None is all of them.
-    images: how many of the test split, in its fixed random order, are attacked.
-    eps: of the ball; None is 8/255 for Linf, 1 for L2.
-    masking_images: how many of them the curves against ε and against steps are made of; 0 leaves them out.
-    curve_eps: multiples of the radius; curve_steps: numbers of PGD's steps.
-    drop_fooled: see `Attack`; an image that has fooled its attacker's own objective is then not attacked further: for
-        good, where that is the gate's sample. Objectives that are random in another way are attacked to the end.
-    queries: of Square; autoattack_steps: of AutoAttack's gradient attacks.
+    Args:
+        attacks: of `ATTACKS`.
+        attackers: of the target's; None is all of them.
+        images: how many of the test split, in its fixed random order, are attacked.
+        eps: of the ball; None is 8/255 for Linf, 1 for L2.
+        norm: of the ball, "Linf" or "L2".
+        masking_images: how many of them the curves against ε and against steps are made of; 0 leaves them out.
+        curve_eps: multiples of the radius.
+        curve_steps: numbers of PGD's steps.
+        drop_fooled: see `Attack`; an image that has fooled its attacker's own objective is then not attacked further:
+            for good, where that is the gate's sample. Objectives that are random in another way are attacked to the
+            end.
+        queries: of Square.
+        autoattack_steps: of AutoAttack's gradient attacks.
+        seed: of random starts and draws.
+        chunk: images at once.
     """
 
     attacks: tuple[str, ...] = SETS["default"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
-from immunity_fast.functional import Layout
+from immunity_fast.arguments import Layout
 
 
 class StagedNetwork(nn.Sequential):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from immunity_fast.arguments import Experts, Layout, channels_back, channels_first
 from immunity_fast.experts import create
 from immunity_fast.experts.staged import StagedNetwork, default_stage, split
-from immunity_fast.functional import Experts, Layout, channels_back, channels_first, log_mixture
+from immunity_fast.functional import log_mixture
 from immunity_fast.models import probe
 from immunity_fast.models.gate import RandomSwitchGate, Switch
 from immunity_fast.models.stacking import (

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from immunity_fast.arguments import Layout
 from immunity_fast.experts.staged import map_layout
-from immunity_fast.functional import Layout
 from immunity_fast.models.stacking import call, in_use, own_tensors
 
 # Of images that networks are built for, the usual ones first; those who take one size alone seldom say which.

@@ -19,7 +19,7 @@ _IN_USE = threading.RLock()
 
 
 def stack_modules(experts: Sequence[nn.Module]) -> nn.Module:
-    """One module with the structure of an expert, each of whose parameters and buffers holds all N: (N, *shape).
+    """One module with the structure of an expert, each of whose parameters and buffers holds all N: `(N, *shape)`.
 
     It cannot be called itself; `run_stacked` applies it, or any of its submodules. The experts are left as they are.
     Kernels that all lie channels-last do so in the stack. All that is no parameter and no buffer is number 0's: where

@@ -5,12 +5,23 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 Amp = Literal["off", "bf16", "fp16"]
 Float32 = Literal["tf32", "ieee"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """What sums over a floating-point tensor are computed in: its own dtype, or float32 where that is narrower."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """A floating-point tensor, widened to float32 where it is narrower."""
+    return x.to(accumulation_dtype(x))
 
 
 def autocast(amp: Amp, device: torch.device) -> torch.autocast:

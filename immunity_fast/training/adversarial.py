@@ -33,13 +33,16 @@ TRADES_START = 1e-3  # standard deviation of the noise that TRADES' attack start
 class InnerAttackSettings:
     """What is attacked in a training step, and how.
 
-    method: "pgd" (Madry et al., arXiv 1706.06083): from a random point of the ball, cross-entropy of the mixture;
-        "trades" (Zhang et al., arXiv 1901.08573): from the image with a little noise, KL divergence from the clean
-        output; "fgsm-rs" (Wong et al., arXiv 2001.03994): one step of 1.25·eps from a random point.
-    eps, alpha, steps: Linf; "fgsm-rs" has a step of its own.
-    batchnorm: "eval" attacks with running statistics; "train" with those of the batch, as it is trained, but without
-        counting them in the running ones.
-    gate: what the attacked mixture is weighed by: the trained gate ("off"), a permutation ("call", "sample"), or 1/N.
+    Args:
+        method: "pgd" (Madry et al., arXiv 1706.06083): from a random point of the ball, cross-entropy of the mixture;
+            "trades" (Zhang et al., arXiv 1901.08573): from the image with a little noise, KL divergence from the clean
+            output; "fgsm-rs" (Wong et al., arXiv 2001.03994): one step of 1.25·eps from a random point.
+        eps: radius, Linf.
+        alpha: size of a step; "fgsm-rs" has one of its own.
+        steps: number of steps.
+        batchnorm: "eval" attacks with running statistics; "train" with those of the batch, as it is trained, but
+            without counting them in the running ones.
+        gate: what weighs the attacked mixture: the trained gate ("off"), a permutation ("call", "sample"), or 1/N.
     """
 
     method: Literal["pgd", "trades", "fgsm-rs"]

@@ -9,10 +9,10 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from immunity_fast.arguments import Score, WeightScale
 from immunity_fast.data.datasets import NAMES as DATASETS
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve
-from immunity_fast.functional import Score, WeightScale
 from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
 from immunity_fast.models.gate import Switch
 from immunity_fast.runtime.compilation import Compile

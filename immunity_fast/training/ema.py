@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from immunity_fast.functional import HAS_TRITON, Backend
+from immunity_fast.arguments import Backend
+from immunity_fast.functional import HAS_TRITON
 
 if HAS_TRITON:
     from immunity_fast.kernels import multi_tensor

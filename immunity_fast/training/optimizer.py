@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import SGD
 
-from immunity_fast.functional import HAS_TRITON, Backend
+from immunity_fast.arguments import Backend
+from immunity_fast.functional import HAS_TRITON
 from immunity_fast.runtime.precision import begin_momentum
 
 if HAS_TRITON:

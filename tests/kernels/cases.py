@@ -31,20 +31,22 @@ def seeded(examples: int) -> Any:
     )
 
 
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers on the device, whose values `dtype` can hold exactly."""
+def normal(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = DEVICE
+) -> Tensor:
+    """Normal numbers, drawn in float64 on the CPU and rounded to `dtype`."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(DEVICE)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
 
 def contiguous(maps: Tensor) -> Tensor:
-    """(N, B, C, h, w) as it is."""
+    """(N, B, C, h, w) in the order of its axes."""
     return maps.contiguous()
 
 
 def channels_last(maps: Tensor) -> Tensor:
-    """Channels next to each other."""
-    return maps.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    """Channels next to each other, in maps (…, C, h, w) of any number of axes before them."""
+    return maps.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
 def vmapped(maps: Tensor) -> Tensor:
@@ -69,9 +71,8 @@ def transposed(maps: Tensor) -> Tensor:
     return maps.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
-LAYOUTS: list[Callable[[Tensor], Tensor]] = [
-    contiguous, channels_last, vmapped, vmapped_channels_last, columns_apart, transposed,
-]  # fmt: skip
+DENSE: list[Callable[[Tensor], Tensor]] = [contiguous, channels_last, vmapped, vmapped_channels_last, transposed]
+LAYOUTS = [*DENSE, columns_apart]
 
 
 class Maps(NamedTuple):

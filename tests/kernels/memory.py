@@ -55,7 +55,7 @@ class Launch:
         return torch.tensor([table.get(address, 0) for address in addresses.tolist()]).view(tensor.shape)
 
     def check(self) -> None:
-        """Fail as the module says."""
+        """Assert that all addresses lie inside, one program writes each, and no other one reads what it writes."""
         for access in [*self.loads, *self.stores]:
             inside = np.zeros(access.addresses.shape, bool)
             for first, last in self.ranges:
@@ -91,7 +91,7 @@ def watched() -> Iterator[list[Launch]]:
 
     class Later:
         def restore(self) -> None:
-            """Left to the end of the launch."""
+            """Leave the patch until the launch ends."""
 
     def patch_once(function: Any) -> Any:
         # Each call of a jitted function, nested ones included, patches Triton's language in its module: half the time.

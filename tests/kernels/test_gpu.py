@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from immunity_fast.functional import gradcam_heatmaps, heatmap_losses, mixture_cross_entropy
+from immunity_fast.kernels import launch
 from tests.kernels.cases import channels_last, contiguous, error, leaves, normal
 
 pytestmark = [
@@ -21,7 +22,7 @@ def _losses(activations: Tensor, gradients: Tensor) -> tuple[Tensor, ...]:
     return (information, stability, *derivatives)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", launch.DTYPES)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", [(5, 32, 256, 8, 8), (5, 33, 128, 16, 16), (3, 1100, 24, 7, 7), (2, 3, 17, 56, 56)])
 def test_sizes_of_real_networks_against_float64(shape: tuple[int, ...], layout: object, dtype: torch.dtype) -> None:

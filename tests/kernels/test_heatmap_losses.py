@@ -107,11 +107,11 @@ def test_heatmaps_and_gradients_are_as_exact_as_float32_can_be(case: Maps) -> No
 CASE = Maps((3, 2, 5, 4, 6), (7, 9), contiguous, "maps", False, torch.float32, True, 0.01, "channels", 0)
 
 
-@pytest.mark.parametrize("of_activations", [1e-30, 1.0, 1e30])
-@pytest.mark.parametrize("of_gradients", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("activation_scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("gradient_scale", [1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("smoothing", [0.0, 0.01])
-def test_extreme_magnitudes_equal_float64(of_activations: float, of_gradients: float, smoothing: float) -> None:
-    inputs = leaves([normal(2, 2, 3, 3, 4) * of_activations, normal(2, 2, 3, 3, 4, seed=1) * of_gradients])
+def test_extreme_magnitudes_equal_float64(activation_scale: float, gradient_scale: float, smoothing: float) -> None:
+    inputs = leaves([normal(2, 2, 3, 3, 4) * activation_scale, normal(2, 2, 3, 3, 4, seed=1) * gradient_scale])
     exact = leaves([leaf.cpu() for leaf in inputs], torch.float64)
     actual = heatmap_losses(*inputs, size=(5, 6), smoothing=smoothing, backend="triton")
     expected = oracle.heatmap_losses(*exact, (5, 6), smoothing=smoothing)
@@ -121,7 +121,7 @@ def test_extreme_magnitudes_equal_float64(of_activations: float, of_gradients: f
         assert error(ours, theirs) <= 1e-4 * float(theirs.detach().abs().max())
 
 
-def test_magnitudes_that_differ_between_channels_neither_overflow_nor_vanish() -> None:
+def test_channels_of_far_magnitudes_neither_overflow_nor_vanish() -> None:
     """The first channels' weights are 60 orders of magnitude below the last: the running scale has to follow."""
     scale = torch.logspace(-30, 30, 150, device=DEVICE)[:, None, None]
     inputs = leaves([normal(2, 1, 150, 3, 4), normal(2, 1, 150, 3, 4, seed=1) * scale])
@@ -228,15 +228,15 @@ def test_parts_may_differ_in_layout_and_dtype() -> None:
         assert error(ours, theirs) <= (torch.finfo(leaf.dtype).eps + 1e-5) * float(theirs.abs().max())
 
 
-@pytest.mark.parametrize("of_activations", ["tensor", "list"])
-@pytest.mark.parametrize("of_gradients", ["tensor", "list"])
+@pytest.mark.parametrize("activations_form", ["tensor", "list"])
+@pytest.mark.parametrize("gradients_form", ["tensor", "list"])
 @pytest.mark.parametrize("summed", [False, True])
-def test_tensors_and_lists_mix(of_activations: str, of_gradients: str, summed: bool) -> None:
+def test_tensors_and_lists_mix(activations_form: str, gradients_form: str, summed: bool) -> None:
     activations, gradients = normal(3, 2, 4, 3, 5), normal(3, 2, 4, 3, 5, seed=1)
     expected = heatmap_losses(activations, gradients, backend="torch")
     slopes = gradients.sum((-2, -1)) if summed else gradients
     arguments = [
-        list(x) if kind == "list" else x for x, kind in [(activations, of_activations), (slopes, of_gradients)]
+        list(x) if form == "list" else x for x, form in [(activations, activations_form), (slopes, gradients_form)]
     ]
     for backend in ("torch", "triton"):
         for ours, theirs in zip(heatmap_losses(*arguments, backend=backend), expected, strict=True):  # type: ignore[arg-type]
@@ -244,13 +244,13 @@ def test_tensors_and_lists_mix(of_activations: str, of_gradients: str, summed: b
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last, vmapped])
-def test_gradients_come_in_the_inputs_memory_layout_and_those_of_gradients_as_a_broadcast(layout: Any) -> None:
+def test_gradients_lie_as_their_inputs_or_are_a_broadcast(layout: Any) -> None:
     inputs = leaves([layout(normal(3, 2, 5, 4, 6, seed=seed)) for seed in (0, 1)])
     information, stability = heatmap_losses(*inputs, backend="triton")
-    of_activations, of_gradients = torch.autograd.grad(information.sum() + stability, inputs)
-    assert of_activations.stride() == inputs[0].stride()
-    assert of_gradients.shape == inputs[1].shape
-    assert of_gradients.stride()[3:] == (0, 0)
+    grad_activations, grad_gradients = torch.autograd.grad(information.sum() + stability, inputs)
+    assert grad_activations.stride() == inputs[0].stride()
+    assert grad_gradients.shape == inputs[1].shape
+    assert grad_gradients.stride()[3:] == (0, 0)
 
 
 @pytest.mark.parametrize("wanted", [0, 1])
@@ -290,7 +290,7 @@ def test_a_second_derivative_raises(function: Any) -> None:
     inputs = leaves([normal(2, 2, 3, 3, 3), normal(2, 2, 3, 3, 3, seed=1)])
     found = function(*inputs, backend="triton")
     first = torch.autograd.grad((found if isinstance(found, Tensor) else found[0]).sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative; use backend='torch'"):
+    with pytest.raises(RuntimeError, match="backend: expected 'torch' for a second derivative"):
         torch.autograd.grad(first[0].square().sum(), inputs)
 
 

@@ -58,7 +58,7 @@ def _loss_and_gradients(backend: Any, dtype: torch.dtype, form: str, **options: 
     [{}, {"detach_weights": True}, {"normalize": False}, {"score": "probability", "weight_scale": "spatial"}],
     ids=str,
 )
-def test_loss_and_the_weights_gradients_are_as_exact_as_float32_can_be(form: str, options: dict[str, Any]) -> None:
+def test_loss_and_gradients_are_as_exact_as_float32_can_be(form: str, options: dict[str, Any]) -> None:
     ours = _loss_and_gradients("triton", torch.float32, form, **options)
     reference = _loss_and_gradients("torch", torch.float32, form, **options)
     exact = _loss_and_gradients("torch", torch.float64, form, **options)
@@ -147,7 +147,7 @@ def test_without_gpu_and_interpreter_the_error_says_what_to_do(monkeypatch: pyte
     heatmap_losses(A, G)
 
 
-def test_without_triton_auto_is_the_reference_and_its_name_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_auto_is_torch_and_its_name_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional, "HAS_TRITON", False)
     expected = heatmap_losses(A, G, backend="torch")
     assert all(torch.equal(one, other) for one, other in zip(heatmap_losses(A, G), expected, strict=True))

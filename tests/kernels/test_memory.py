@@ -13,17 +13,7 @@ from benchmarks import traffic
 from immunity_fast.functional import gradcam_heatmaps, heatmap_losses, mixture_cross_entropy
 from immunity_fast.kernels import heatmap_losses as heatmap_losses_op
 from immunity_fast.kernels import scores
-from tests.kernels.cases import (
-    DEVICE,
-    channels_last,
-    columns_apart,
-    contiguous,
-    error,
-    leaves,
-    normal,
-    vmapped,
-    vmapped_channels_last,
-)
+from tests.kernels.cases import DENSE, DEVICE, LAYOUTS, error, leaves, normal
 
 if DEVICE.type == "cuda":
     pytest.skip(
@@ -32,15 +22,13 @@ if DEVICE.type == "cuda":
 
 from tests.kernels import memory
 
-DENSE = [contiguous, channels_last, vmapped, vmapped_channels_last]
-
 
 def _counts(launches: list[memory.Launch], kind: str, tensor: Tensor) -> Tensor:
     """How often each element was loaded or stored, over all launches."""
     return torch.stack([each.counts(kind, tensor) for each in launches]).sum(0)
 
 
-@pytest.mark.parametrize("layout", [*DENSE, columns_apart])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 2, 37, 5, 6), (2, 1, 3, 33, 40), (2, 1, 40, 17, 17)], ids=str)
 @pytest.mark.parametrize("function", [heatmap_losses, gradcam_heatmaps])
 def test_each_activation_and_gradient_is_read_once_in_place(function: Any, shape: Any, layout: Any) -> None:
@@ -50,10 +38,10 @@ def test_each_activation_and_gradient_is_read_once_in_place(function: Any, shape
     assert all((_counts(launches, "loads", leaf) == 1).all() for leaf in inputs)
     with memory.watched() as launches:
         total = found.sum() if isinstance(found, Tensor) else found[0].sum() + found[1]
-        of_activations, _ = torch.autograd.grad(total, inputs)
+        grad_activations, _ = torch.autograd.grad(total, inputs)
     assert (_counts(launches, "loads", inputs[0]) == 1).all()
     assert (_counts(launches, "loads", inputs[1]) == 0).all()
-    assert (_counts(launches, "stores", of_activations) == 1).all()
+    assert (_counts(launches, "stores", grad_activations) == 1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -73,13 +61,13 @@ def test_bytes_are_those_that_the_design_allows(dtype: torch.dtype, summed: bool
     assert _stored(launches) <= heatmaps + 6 * 40 + (7 + splits) * 6 + 9 + 2 + 1
 
     with memory.watched() as launches:
-        of_activations, _ = torch.autograd.grad(losses[0].sum() + losses[1], inputs)
+        grad_activations, _ = torch.autograd.grad(losses[0].sum() + losses[1], inputs)
     moved = sum(
         int(_counts(launches, kind, tensor).sum()) * tensor.element_size()
-        for kind, tensor in (("loads", inputs[0]), ("stores", of_activations))
+        for kind, tensor in (("loads", inputs[0]), ("stores", grad_activations))
     )
     assert moved == traffic.heatmap_losses_backward(shape, dtype.itemsize)
-    assert _stored(launches) <= of_activations.numel() + 6 * 30 + 6 * 40
+    assert _stored(launches) <= grad_activations.numel() + 6 * 30 + 6 * 40
 
 
 def _stored(launches: list[memory.Launch]) -> int:
@@ -88,14 +76,14 @@ def _stored(launches: list[memory.Launch]) -> int:
 
 
 @pytest.mark.parametrize("layout", DENSE)
-def test_without_a_derivative_of_the_gradients_activations_are_not_read_again(layout: Any) -> None:
+def test_detached_weights_do_not_read_activations_again(layout: Any) -> None:
     """`detach_weights`: ∂L/∂A is w·∂L/∂R, which takes the weights and small maps alone."""
     activations, gradients = leaves([layout(normal(2, 2, 37, 5, 6, seed=seed)) for seed in (0, 1)])
     information, stability = heatmap_losses(activations, gradients.detach(), backend="triton")
     with memory.watched() as launches:
-        (of_activations,) = torch.autograd.grad(information.sum() + stability, activations)
+        (grad_activations,) = torch.autograd.grad(information.sum() + stability, activations)
     assert (_counts(launches, "loads", activations) == 0).all()
-    assert (_counts(launches, "stores", of_activations) == 1).all()
+    assert (_counts(launches, "stores", grad_activations) == 1).all()
 
 
 def test_a_list_is_read_where_its_tensors_lie() -> None:
@@ -160,7 +148,7 @@ def test_results_are_written_beyond_two_to_the_31_elements(monkeypatch: pytest.M
     arguments = (torch.ones(2), torch.ones(()), [inputs[0]], *saved[2:], True, 0.01, 0.5, torch.float32, True, True)
     expected = heatmap_losses_op.heatmap_losses_backward(*arguments)[0][0]
     far = _far_apart(torch.full_like(inputs[0], torch.nan), (2**31 + 16, 64, 2**30 + 16, 4, 1))
-    monkeypatch.setattr(scores, "empty_derivatives", lambda _parts, sums, *_: ([far], torch.empty_like(sums)))
+    monkeypatch.setattr(scores, "empty_grads", lambda _parts, sums, *_: ([far], torch.empty_like(sums)))
     heatmap_losses_op.heatmap_losses_backward(*arguments)
     assert torch.equal(far, expected)
 

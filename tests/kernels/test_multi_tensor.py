@@ -17,7 +17,7 @@ from immunity_fast.training.checkpoint import load_optimizer_tensors, optimizer_
 from immunity_fast.training.ema import WeightAverage
 from immunity_fast.training.optimizer import FusedSGD
 from immunity_fast.training.step import TrainStep
-from tests.kernels.cases import DEVICE, assert_as_exact_as, normal
+from tests.kernels.cases import DEVICE, assert_as_exact_as, channels_last, normal
 
 if DEVICE.type == "cpu":
     from tests.kernels import memory
@@ -33,8 +33,9 @@ CHUNK = multi_tensor.CHUNK
 SHAPES = [(), (1,), (0,), (3, 0, 2), (5, 7), (2, 8, 3, 3), (2, 6, 4, 3, 3), (CHUNK,), (CHUNK + 1,), (2, CHUNK - 1)]
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.movedim(-3, -1).contiguous().movedim(-1, -3) if tensor.dim() >= 4 else tensor
+def _weights_channels_last(tensor: Tensor) -> Tensor:
+    """Channels last, as memory formats lay out the weights of convolutions alone."""
+    return channels_last(tensor) if tensor.dim() >= 4 else tensor
 
 
 def _unaligned(tensor: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def _unaligned(tensor: Tensor) -> Tensor:
     return whole[1:-2].view(tensor.shape)
 
 
-LAYOUTS: list[Callable[[Tensor], Tensor]] = [lambda tensor: tensor, _channels_last, _unaligned]
+LAYOUTS: list[Callable[[Tensor], Tensor]] = [lambda tensor: tensor, _weights_channels_last, _unaligned]
 
 
 def _parameters(layout: Callable[[Tensor], Tensor] = LAYOUTS[0], shapes: Any = tuple(SHAPES)) -> list[nn.Parameter]:
@@ -115,7 +116,7 @@ def test_steps_are_those_of_torch(layout: Any, options: dict[str, Any], max_norm
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a compiler may fuse products and sums, as PyTorch's does elsewhere")
 @pytest.mark.parametrize("options", OPTIONS)
 def test_without_clipping_a_step_has_the_bits_of_torch(options: dict[str, Any]) -> None:
-    """Of its plain implementation, operator by operator, where nothing is fused to one rounding."""
+    """The bits of its plain implementation, operator by operator, where nothing is fused to one rounding."""
     parameters = _parameters()
     twins = _twin(parameters, torch.float32)
     ours = FusedSGD(parameters, 0.125, **_exact(options), backend="triton")
@@ -137,7 +138,7 @@ def _exact(options: dict[str, Any]) -> dict[str, Any]:
 
 def test_gradients_of_another_layout_are_laid_out() -> None:
     shape = (2, 6, 4, 3, 3)
-    parameter = nn.Parameter(_channels_last(normal(*shape)))
+    parameter = nn.Parameter(_weights_channels_last(normal(*shape)))
     twin = nn.Parameter(parameter.detach().contiguous())
     for optimizer in (FusedSGD([parameter], 0.5, backend="triton"), torch.optim.SGD([twin], 0.5)):
         for owner in (parameter, twin):
@@ -173,7 +174,7 @@ def test_gradients_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_broken_gradient_breaks_what_clipping_with_it_gives(broken: float) -> None:
-    """As in PyTorch: nothing hides it."""
+    """Nothing hides it, as in PyTorch."""
     parameters, twins = _parameters(shapes=[(5,), (6,)]), _parameters(shapes=[(5,), (6,)])
     for optimizer, owners in (
         (FusedSGD(parameters, 0.1, backend="triton"), parameters),
@@ -228,9 +229,9 @@ def test_a_scaler_may_take_the_step() -> None:
 
 
 def test_momentum_comes_from_a_checkpoint() -> None:
-    parameters = _parameters(_channels_last)
+    parameters = _parameters(_weights_channels_last)
     optimizer = FusedSGD(parameters, 0.1, 0.9, nesterov=True, backend="triton")
-    _set_gradients(parameters, 0, _channels_last)
+    _set_gradients(parameters, 0, _weights_channels_last)
     optimizer.step()
     twins = _twin(parameters, torch.float32)
     kept = {name.removeprefix("optimizer/"): value for name, value in optimizer_tensors("optimizer", optimizer).items()}
@@ -238,23 +239,23 @@ def test_momentum_comes_from_a_checkpoint() -> None:
     other = FusedSGD(twins, 0.1, 0.9, nesterov=True, backend="triton")
     load_optimizer_tensors(other, kept)
     for owners, each in ((parameters, optimizer), (twins, other)):
-        _set_gradients(owners, 1, _channels_last)
+        _set_gradients(owners, 1, _weights_channels_last)
         each.step()
     for parameter, twin in zip(parameters, twins, strict=True):
         assert torch.equal(parameter, twin)
 
 
-def test_weights_may_be_laid_out_anew_after_the_optimiser_was_made() -> None:
+def test_weights_may_be_laid_out_anew_behind_the_optimiser() -> None:
     parameter, twin = (nn.Parameter(normal(2, 6, 4, 3, 3)) for _ in "ab")
     ours, theirs = FusedSGD([parameter], 0.1, 0.9, backend="triton"), torch.optim.SGD([twin], 0.1, 0.9)
     for step in range(3):
-        _set_gradients([parameter], step, _channels_last if step else LAYOUTS[0])
+        _set_gradients([parameter], step, _weights_channels_last if step else LAYOUTS[0])
         _set_gradients([twin], step)
         ours.step()
         theirs.step()
         if not step:
             parameter.grad = None
-            parameter.data = _channels_last(parameter.data)
+            parameter.data = _weights_channels_last(parameter.data)
     torch.testing.assert_close(parameter, twin, rtol=1e-6, atol=1e-6)
 
 
@@ -315,7 +316,7 @@ def test_parameters_may_change_after_the_optimiser_was_made(change: str) -> None
     assert torch.equal(whole, normal(16))
 
 
-def test_a_skipped_first_step_leaves_momentum_at_zero_without_the_kernels_too() -> None:
+def test_a_skipped_first_step_leaves_momentum_at_zero_on_torch() -> None:
     parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
     optimizer = FusedSGD(parameters, 0.1, 0.9, backend="torch")
     parameters[0].grad = torch.ones(3)
@@ -345,8 +346,8 @@ def test_anything_but_tensors_is_refused() -> None:
         FusedSGD([{"params": [nn.Parameter(torch.ones(1))]}], 0.1)  # type: ignore[list-item]
 
 
-def test_clipping_looks_at_all_of_the_models_gradients_whatever_is_updated() -> None:
-    """Of the model, as without the kernels: an optimiser of a part of it knows that part's gradients alone."""
+def test_clipping_looks_at_all_gradients_whatever_is_updated() -> None:
+    """The norm is the model's, as without the kernels; an optimiser of a part knows that part's gradients alone."""
     torch.manual_seed(0)
     model = ImmunityMoE("resnet8", 2, 3, image_size=12).to(DEVICE)
     optimizer = FusedSGD(model.gate.parameters(), 1.0, backend="triton")
@@ -427,7 +428,7 @@ class _Everything(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(_channels_last(normal(2, 6, 4, 3, 3)))
+        self.weight = nn.Parameter(_weights_channels_last(normal(2, 6, 4, 3, 3)))
         self.bias = nn.Parameter(normal(CHUNK + 5, seed=1))
         self.scalar = nn.Parameter(normal(seed=2))
         self.empty = nn.Parameter(normal(0))
@@ -479,7 +480,7 @@ def test_an_average_follows_weights_that_are_laid_out_anew() -> None:
     for step in range(3):
         module.weight.data = normal(6, 4, 3, 3, seed=step)
         if step == 1:
-            module.weight.data = _channels_last(module.weight.data)
+            module.weight.data = _weights_channels_last(module.weight.data)
         if DEVICE.type == "cpu":
             # The average itself is laid out anew inside.
             ours._fitting = ours._lay_out(module.state_dict())
@@ -495,9 +496,8 @@ def test_an_average_follows_weights_that_are_laid_out_anew() -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_weights_of_another_dtype_than_their_average_are_named_and_nothing_is_written(
-    dtype: torch.dtype, when: str
-) -> None:
+def test_weights_of_another_dtype_than_their_average_are_refused(dtype: torch.dtype, when: str) -> None:
+    """By PyTorch's error, which names the dtypes; nothing is written."""
     module = nn.Linear(3, 2).to(DEVICE)
     average = WeightAverage(module, 0.5, backend="triton")
     if when == "after":

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
 
-from immunity_fast.kernels import cross_entropy, heatmap_losses, heatmaps  # noqa: F401  they register their ops
+from immunity_fast import kernels
+
+for _module in pkgutil.iter_modules(kernels.__path__):  # which registers all ops that there are
+    importlib.import_module(f"{kernels.__name__}.{_module.name}")
 
 
 def _ops() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -9,11 +10,10 @@ import torch
 from torch import Tensor
 
 from immunity_fast.kernels import reference
+from tests.kernels.cases import normal
 from tests.oracle import assert_matches
 
-
-def _normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+_normal = functools.partial(normal, dtype=torch.float64, device="cpu")
 
 
 def _distributions(*shape: int, seed: int = 0) -> Tensor:
@@ -70,7 +70,7 @@ def test_distributions_are_positive_and_sum_to_one(smoothing: float, size: tuple
     assert_matches(p.sum((-2, -1)), torch.ones(3, 4, dtype=torch.float64), 1e-14)
 
 
-def test_smoothing_is_relative_to_the_mean_magnitude_before_the_relu() -> None:
+def test_smoothing_is_relative_to_the_mean_magnitude_of_scores() -> None:
     activations = torch.tensor([[2.0, -4.0, 0.0, 6.0]], dtype=torch.float64)[None, None, None]
     p = reference.distributions(activations, torch.ones(1, 1, 1, dtype=torch.float64), None, 0.5)
     mean = 0.5 * (2 + 4 + 0 + 6) / 4
@@ -79,7 +79,7 @@ def test_smoothing_is_relative_to_the_mean_magnitude_before_the_relu() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e-3, 7.0, 1e100])
-def test_distributions_do_not_change_with_the_scale_of_either_input(scale: float) -> None:
+def test_distributions_do_not_see_the_scale_of_either_input(scale: float) -> None:
     activations, weights = _normal(2, 2, 3, 4, 4), _normal(2, 2, 3, seed=1)
     expected = reference.distributions(activations, weights, (6, 6), 0.01)
     assert_matches(reference.distributions(activations * scale, weights, (6, 6), 0.01), expected, 1e-14)
@@ -92,9 +92,9 @@ def test_gradient_is_orthogonal_to_a_scale_free_input(smoothing: float) -> None:
     activations, weights = _normal(2, 3, 4, 5, 5).requires_grad_(), _normal(2, 3, 4, seed=1).requires_grad_()
     p = reference.distributions(activations, weights, (7, 7), smoothing)
     loss = (p * _normal(*p.shape, seed=2)).sum()
-    of_activations, of_weights = torch.autograd.grad(loss, (activations, weights))
-    assert float((of_activations * activations).sum((-3, -2, -1)).detach().abs().max()) < 1e-14
-    assert float((of_weights * weights).sum(-1).detach().abs().max()) < 1e-14
+    grad_activations, grad_weights = torch.autograd.grad(loss, (activations, weights))
+    assert float((grad_activations * activations).sum((-3, -2, -1)).detach().abs().max()) < 1e-14
+    assert float((grad_weights * weights).sum(-1).detach().abs().max()) < 1e-14
 
 
 def test_mutual_information_gradient_is_minus_log_share() -> None:
@@ -106,22 +106,22 @@ def test_mutual_information_gradient_is_minus_log_share() -> None:
 
 
 @pytest.mark.parametrize("experts", [2, 3, 5])
-def test_mutual_information_loss_of_identical_maps_is_its_maximum(experts: int) -> None:
+def test_mutual_information_of_identical_maps_is_its_maximum(experts: int) -> None:
     p = _distributions(1, 4, 5, 6).expand(experts, -1, -1, -1)
     expected = torch.full((4,), experts * math.log(experts), dtype=torch.float64)
     assert_matches(reference.mutual_information_loss(p), expected, 1e-14)
 
 
-def test_mutual_information_loss_of_disjoint_maps_is_zero() -> None:
+def test_mutual_information_of_disjoint_maps_is_zero() -> None:
     assert float(reference.mutual_information_loss(_one_hot(3, 4, (0, 0), (2, 3), (1, 1)))) == 0
 
 
-def test_mutual_information_loss_of_two_of_three_on_one_cell() -> None:
+def test_mutual_information_of_two_of_three_on_one_cell() -> None:
     loss = reference.mutual_information_loss(_one_hot(3, 4, (0, 0), (0, 0), (1, 1)))
     assert float(loss) == pytest.approx(2 * math.log(2), rel=1e-15)
 
 
-def test_mutual_information_loss_lies_between_zero_and_n_log_n() -> None:
+def test_mutual_information_lies_between_zero_and_n_log_n() -> None:
     loss = reference.mutual_information_loss(_distributions(5, 50, 4, 4) ** 3)
     scaled = reference.mutual_information_loss(_distributions(5, 50, 4, 4))
     assert (loss > 0).all()
@@ -129,7 +129,8 @@ def test_mutual_information_loss_lies_between_zero_and_n_log_n() -> None:
     assert (scaled < 5 * math.log(5)).all()
 
 
-def test_empty_pixels_give_finite_gradients_and_those_that_all_experts_leave_empty_none() -> None:
+def test_empty_pixels_give_finite_gradients_or_none() -> None:
+    """Finite ones where an expert leaves a pixel empty, none where all do."""
     p = _one_hot(2, 2, (0, 0), (1, 1)).requires_grad_()
     (gradient,) = torch.autograd.grad(reference.mutual_information_loss(p).sum(), p)
     assert gradient.isfinite().all()
@@ -184,7 +185,7 @@ def test_position_stability_of_no_or_one_sample_is_zero(samples: int) -> None:
     assert float(reference.position_stability(_normal(3, samples, 2))) == 0
 
 
-def test_position_stability_does_not_see_a_shift_of_all_experts_in_one_sample() -> None:
+def test_position_stability_does_not_see_a_samples_common_shift() -> None:
     centres = _normal(3, 4, 2)
     shifted = centres + _normal(1, 4, 2, seed=1)
     assert_matches(reference.position_stability(shifted), reference.position_stability(centres), 1e-12)
@@ -206,25 +207,25 @@ def test_log_mixture_gradient_of_a_shut_gate_is_its_share() -> None:
     log_probabilities = _normal(3, 4).log_softmax(0).requires_grad_()
     gate = torch.tensor([[0.0, 0.0, 1.0, 0.5], [0.0, 1.0, 0.0, 0.25], [1.0, 0.0, 0.0, 0.25]], dtype=torch.float64)
     gate.requires_grad_()
-    of_gate, of_terms = torch.autograd.grad(
+    grad_gate, grad_terms = torch.autograd.grad(
         reference.log_mixture(log_probabilities, gate).sum(), (gate, log_probabilities)
     )
     share = log_probabilities.exp() / (gate * log_probabilities.exp()).sum(0)
-    assert_matches(of_gate, share.detach(), 1e-14)
-    assert_matches(of_terms, (gate * share).detach(), 1e-14)
+    assert_matches(grad_gate, share.detach(), 1e-14)
+    assert_matches(grad_terms, (gate * share).detach(), 1e-14)
 
 
-def test_log_mixture_stays_finite_where_a_shut_gates_expert_is_far_likelier() -> None:
+def test_log_mixture_is_finite_where_the_shut_expert_is_likelier() -> None:
     log_probabilities = torch.tensor([[-1e4], [0.0]]).requires_grad_()
     gate = torch.tensor([[1.0], [0.0]]).requires_grad_()
     mixture = reference.log_mixture(log_probabilities, gate)
-    of_gate, of_terms = torch.autograd.grad(mixture.sum(), (gate, log_probabilities))
+    grad_gate, grad_terms = torch.autograd.grad(mixture.sum(), (gate, log_probabilities))
     assert mixture.tolist() == [-1e4]
-    assert of_gate.isfinite().all()
-    assert of_terms.tolist() == [[1.0], [0.0]]
+    assert grad_gate.isfinite().all()
+    assert grad_terms.tolist() == [[1.0], [0.0]]
 
 
-def test_log_mixture_of_a_nearly_shut_gate_has_the_right_gradient() -> None:
+def test_log_mixture_gradient_of_a_nearly_shut_gate_is_right() -> None:
     gate = torch.tensor([[1.0], [1e-30]], requires_grad=True)
     mixture = reference.log_mixture(torch.tensor([[-2.0], [-1.0]]), gate)
     (gradient,) = torch.autograd.grad(mixture.sum(), gate)
