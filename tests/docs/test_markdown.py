@@ -86,6 +86,15 @@ def test_a_file_that_is_named_is_there_and_holds_the_name(page: Path) -> None:
             assert any(re.search(rf"\b{last}\b", path.read_text(encoding="utf-8")) for path in found), name_in_it
 
 
+def test_contributing_says_where_each_module_is() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for module in (REPOSITORY / "immunity_fast").rglob("*.py"):
+        wing = module.parent.name
+        if module.name != "__init__.py" and wing not in ("experts", "reproduction", "kernels"):
+            name_of_it = module.name if wing == "immunity_fast" else module.stem
+            assert f"`{name_of_it}`" in text, f"CONTRIBUTING.md, Where things are: {module.relative_to(REPOSITORY)}"
+
+
 @pytest.fixture
 def index_description(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What setup.py makes of the README for a package index."""
