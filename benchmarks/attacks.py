@@ -260,7 +260,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
 
 
 def main() -> None:
-    """The command."""
+    """The command `python -m benchmarks.attacks`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="a folder that immunity_fast.train wrote")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")

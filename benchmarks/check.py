@@ -258,7 +258,7 @@ def matrix_rate(side: int, dtype: torch.dtype) -> float:
 
 
 def main() -> None:
-    """The command."""
+    """The command `python -m benchmarks.check`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("what", choices=("device", "steps"))
     parser.add_argument("ways", nargs="*", help="of the steps")

@@ -32,7 +32,7 @@ GRID = (
 
 
 def main() -> None:
-    """The command."""
+    """The command `python -m benchmarks.coefficients`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="CIFAR-10 as an .npz file")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write, or to go on with")

@@ -55,7 +55,7 @@ def groups(runs: Runs) -> dict[str, list[dict[str, Any]]]:
 
 
 def name(settings: dict[str, Any]) -> str:
-    """A few words on a run."""
+    """A few words on how a run was trained, the same for all its seeds."""
     words = {"off": "standard"}.get(settings["adversarial"], settings["adversarial"])
     if settings["experts"] == 1:
         return f"{words}, single"
@@ -131,7 +131,7 @@ def heatmaps(runs: Runs) -> Table:
 
 
 def main() -> None:
-    """The command."""
+    """The command `python -m benchmarks.compare_runs`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")

@@ -54,7 +54,7 @@ class Stage:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the deadline."""
         return max(0.0, self.deadline - time.monotonic())
 
     def module(self, name: str, *arguments: object) -> list[str]:
@@ -89,7 +89,7 @@ def check(stage: Stage, take: stages.Take) -> None:
 
 
 def kernels(stage: Stage, take: stages.Take) -> None:
-    """`benchmarks.record`."""
+    """The stage that runs `benchmarks.record`."""
     _benchmark(stage, take, "kernels", "record")
 
 
@@ -118,7 +118,7 @@ def _benchmark(stage: Stage, take: stages.Take, name: str, module: str, *options
 
 
 def science(stage: Stage, take: stages.Take) -> None:
-    """`benchmarks.science`."""
+    """The stage that runs `benchmarks.science`."""
     if stage.data is None:
         take({"name": "science", "outcome": NOT_RUN, "cause": "--data FILE.npz is missing, the images to train on"})
         return
@@ -193,7 +193,7 @@ def told(outcome: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """The command `python -m benchmarks.gpu`."""
     begin = time.monotonic()  # importing torch counts
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--stages", default=",".join(stages.STAGES), help="which, with commas [all]")

@@ -342,7 +342,7 @@ def place() -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """The command `python -m benchmarks.launches`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=ARCHS, help="default: all")

@@ -53,7 +53,7 @@ def copy_bandwidth() -> float:
 
 
 def copy_gb_per_s() -> float:
-    """The same as records say it."""
+    """`copy_bandwidth` in GB/s, as records hold it."""
     return round(copy_bandwidth() / 1e9, 2)
 
 

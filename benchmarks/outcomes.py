@@ -30,7 +30,7 @@ def report(name: str, outcome: str, cause: str = "", **details: Any) -> None:
 
 
 def line(name: str, outcome: str, cause: str = "", **details: Any) -> str:
-    """The same as a line of text."""
+    """An outcome, with its cause and details, as a line of text that `read` understands."""
     return MARK + json.dumps({"name": name, "outcome": outcome, **({"cause": cause} if cause else {}), **details})
 
 

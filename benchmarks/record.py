@@ -82,7 +82,7 @@ def record(seconds: float, out: Path, rehearse: bool = False, go_on: bool = Fals
 
 
 def main() -> None:
-    """The command."""
+    """The command `python -m benchmarks.record`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="begin no case after")

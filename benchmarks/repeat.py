@@ -59,7 +59,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """The command."""
+    """The command `python -m benchmarks.repeat`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--small", action="store_true")
     small = parser.parse_args().small

@@ -24,7 +24,7 @@ class ReportError(Exception):
 
 
 class Record(NamedTuple):
-    """One file."""
+    """What is read of one file of records."""
 
     name: str
     title: str  # machine and versions
@@ -102,7 +102,7 @@ def markdown(record: Record) -> str:
 
 
 def cells(row: Row, by_variant: dict[str, Row], variants: list[str], baselines: list[str]) -> list[str]:
-    """One line of a table."""
+    """The cells of a case's line in a table, as text."""
 
     def time(variant: str) -> str:
         if variant not in by_variant:
@@ -132,7 +132,7 @@ def number(value: float) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """The command `python -m benchmarks.report`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")

@@ -82,7 +82,7 @@ class _Training:
         events.put((self, None))
 
     def go(self, seconds: float) -> None:
-        """Its turn has come."""
+        """Tell the process, which has compiled and waits, to train for so many seconds."""
         assert self.process is not None
         assert self.process.stdin is not None
         self.state = "training"
@@ -93,6 +93,7 @@ class _Training:
             pass
 
     def stop(self) -> None:
+        """Kill the process, if it is running."""
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -113,11 +114,11 @@ class _Training:
         return f"{self.name}: " + str({key: value for key, value in found.items() if key not in TOLD_ONCE})
 
     def tell(self) -> None:
-        """Report what became of it."""
+        """Report what became of the process."""
         outcomes.report(self.name, self.record["outcome"], self.record.get("cause", ""))
 
     def ended(self) -> None:
-        """Its process has: whatever it has not said of itself."""
+        """Record of a process that has ended whatever it has not said of itself."""
         assert self.process is not None
         status = self.process.wait()
         if self.state == "stopped" and self.record.get("outcome") not in OVER:
@@ -185,7 +186,7 @@ def run(
 
 
 def main() -> None:
-    """The command."""
+    """The command `python -m benchmarks.science`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help=".npz file in MedMNIST's layout")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")

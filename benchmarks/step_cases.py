@@ -136,7 +136,7 @@ class StepCase:
         return lambda: step(images, labels), model
 
     def naive_step(self, loss: str) -> tuple[Step, nn.Module]:
-        """The same as one writes it: experts one after another, hooks, `autograd.grad(create_graph=True)`."""
+        """A whole step as one would write it: experts one after another, hooks, `autograd.grad(create_graph=True)`."""
         model = self.model()
         experts = nn.ModuleList(model.unstack()).to(DEVICE)
         gate = copy.deepcopy(model.gate).to(DEVICE)

@@ -274,7 +274,7 @@ def _ms(entry: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """The command `python -m benchmarks.steps`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     size = parser.add_mutually_exclusive_group()

@@ -21,11 +21,11 @@ class ReplayClock:
         self.now = 0.0
 
     def read(self) -> float:
-        """Seconds."""
+        """The time in seconds."""
         return self.now
 
     def advance(self, seconds: float) -> None:
-        """Let so much time pass."""
+        """Put the clock forward by so many seconds."""
         self.now += seconds
 
 

@@ -332,7 +332,7 @@ def evaluated(name: str, trainer: Trainer, deadline: float, gradient: float, cou
 
 
 def main() -> None:
-    """The command."""
+    """The command `python -m benchmarks.training`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--run", required=True, choices=RUNS, help="which")
     parser.add_argument("--data", required=True, help=".npz file in MedMNIST's layout")

@@ -308,7 +308,7 @@ def names_callable(text: str) -> bool:
 @cli.resumable("evaluate")
 @cli.enough_memory("another --device, fewer --draws, or smaller networks")
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+    """The command `python -m immunity_fast.evaluate`."""
     try:
         options = parse(arguments)
         device = cli.pick_device(options.device)

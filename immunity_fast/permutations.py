@@ -25,7 +25,15 @@ def random_orders(rows: int, num_experts: int, generator: torch.Generator | None
 
 
 def permuted(gate: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Each row of the weights (B, N) in a random order of its own, as `RandomSwitchGate` with `switch="sample"`."""
+    """Each row of a gate's weights in a random order of its own, as `RandomSwitchGate` with `switch="sample"`.
+
+    Args:
+        gate: (B, N) weights.
+        generator: of the orders, on any device; None is PyTorch's default generator of the weights' device.
+
+    Returns:
+        (B, N).
+    """
     return gate.gather(-1, random_orders(gate.shape[0], gate.shape[1], generator, gate.device))
 
 
@@ -36,7 +44,9 @@ def worst_margins(logits: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
     products is largest where both factors are in the same order (the rearrangement inequality), so sorting finds it.
 
     Args:
-        logits: (N, B, K) of the experts; gate: (B, N) weights; labels: (B,) integers.
+        logits: (N, B, K) of the experts.
+        gate: (B, N) weights.
+        labels: (B,) integers in 0..K−1.
     """
     differences = _differences(logits, labels).sort(0).values
     weights = gate.sort(-1).values.T[..., None].to(differences.dtype)
@@ -51,7 +61,10 @@ def always_fooled(logits: Tensor, gate: Tensor, labels: Tensor, targets: Tensor 
     that is the same for all of them; images for which it would have to be another each time are left out.
 
     Args:
-        logits: (N, B, K) of the experts; gate: (B, N) weights; labels, targets: (B,) integers.
+        logits: (N, B, K) of the experts.
+        gate: (B, N) weights.
+        labels: (B,) integers in 0..K−1.
+        targets: the same, or None.
     """
     if targets is not None:
         return worst_margins(logits, gate, targets).amax(-1) < 0
@@ -62,7 +75,16 @@ def always_fooled(logits: Tensor, gate: Tensor, labels: Tensor, targets: Tensor 
 
 
 def worst_weights(logits: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
-    """The gate's weights (B, N), for each image in the order that gives the largest of `worst_margins`."""
+    """The gate's weights, for each image in the order that gives the largest of `worst_margins`.
+
+    Args:
+        logits: (N, B, K) of the experts.
+        gate: (B, N) weights.
+        labels: (B,) integers in 0..K−1.
+
+    Returns:
+        (B, N), differentiable with respect to `gate`, not to `logits`.
+    """
     with torch.no_grad():
         rival = worst_margins(logits, gate, labels).argmax(-1)
         differences = _differences(logits, labels)

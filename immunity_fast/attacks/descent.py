@@ -88,7 +88,7 @@ class Attack:
 
     @property
     def radius(self) -> float:
-        """`eps`, its default filled in."""
+        """The ball's radius: `eps`, its default filled in."""
         return radius_of(self.eps, self.norm)
 
     def __call__(

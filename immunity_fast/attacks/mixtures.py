@@ -53,7 +53,15 @@ class Mixture(Protocol):
 
 
 def drawn(model: Mixture, draws: int) -> Model:
-    """What the mixture answers at `draws` calls, its gate as it is: (draws, B, K), by one pass over the experts."""
+    """What a mixture answers at several calls, its gate as it is, by one pass over the experts.
+
+    Args:
+        model: in evaluation mode.
+        draws: how many calls.
+
+    Returns:
+        Images (B, C, H, W) to log-probabilities (draws, B, K).
+    """
 
     def outputs(images: Tensor) -> Tensor:
         logits = model.expert_logits(images)
@@ -63,7 +71,7 @@ def drawn(model: Mixture, draws: int) -> Model:
 
 
 def exact_judge(model: Mixture, expert_logits: Callable[[Tensor], Tensor] | None = None) -> Judge:
-    """Of a mixture whose gate switches: the exact mean's log-probabilities, and who is fooled by every permutation.
+    """The judge of a mixture whose gate switches: its exact mean, and who is fooled under every permutation.
 
     Args:
         model: in evaluation mode. Its switch does not matter.
@@ -78,10 +86,18 @@ def exact_judge(model: Mixture, expert_logits: Callable[[Tensor], Tensor] | None
 
 
 def judge_of(model: LabelledModel, images: Tensor, labels: Tensor) -> Judge | Literal["outputs"]:
-    """What judges anything with gates, found by one pass: exactly if it is a mixture and nothing else.
+    """The judge of anything with gates, found by one pass: exact if it is a mixture and nothing else.
 
     Of what does more with a mixture than to ask it, only the outputs for the exact means of its gates are known: nobody
-    is then fooled whatever the gate draws. "outputs": no gate switches.
+    is then fooled whatever the gate draws.
+
+    Args:
+        model: (images, labels) to outputs.
+        images: (B, C, H, W) for the pass.
+        labels: (B,).
+
+    Returns:
+        The judge; "outputs" where no gate switches.
     """
     with torch.no_grad(), exact_means() as asked:
         outputs = model(images, labels)
@@ -155,6 +171,6 @@ def exact_means() -> Iterator[Asked]:
 
 
 def trained_gate(model: Mixture, images: Tensor) -> Tensor:
-    """The gate's weights (B, N) as they were trained."""
+    """A mixture's gate weights (B, N) for images (B, C, H, W), as they were trained: its gate `off`."""
     with model.gate.switched("off"):
         return model.gate_weights(images)

@@ -17,9 +17,14 @@ _INSIDE = 1 - 1e-12  # a factor that float64's own rounding does not cross
 
 
 def linf_bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(lowest, highest) image of the Linf ball around `images` that is in [0, 1], both of their shape and dtype.
+    """The lowest and the highest image of the Linf balls, cut to [0, 1]: clamping to them is the exact projection.
 
-    Clamping to them is the exact projection.
+    Args:
+        images: (B, …) in [0, 1], the balls' centres.
+        eps: the balls' radius.
+
+    Returns:
+        (lowest, highest), both of the shape and dtype of `images`.
     """
     exact = images.detach().double()
     low, high = ((exact + move).clamp(0, 1) for move in (-eps, eps))
@@ -28,7 +33,16 @@ def linf_bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def project_l2(adversarial: Tensor, images: Tensor, eps: float) -> Tensor:
-    """The nearest image of the L2 ball of each image, cut to [0, 1], in the dtype of `images` (B, …)."""
+    """The nearest image of the L2 ball of each image, cut to [0, 1].
+
+    Args:
+        adversarial: (B, …), of any floating-point dtype.
+        images: (B, …) in [0, 1], the balls' centres.
+        eps: the balls' radius.
+
+    Returns:
+        (B, …) in the dtype of `images`.
+    """
     exact = images.detach().double()
     move = adversarial.detach().double() - exact
     length = torch.linalg.vector_norm(move.flatten(1), dim=1).view(-1, *[1] * (images.dim() - 1))
@@ -49,7 +63,7 @@ def scaled(gradient: Tensor) -> Tensor:
 
 
 def largest_magnitude(gradient: Tensor) -> Tensor:
-    """Of each gradient of (B, …), as (B, 1, …); 1 for one of zero."""
+    """The largest magnitude in each gradient of (B, …), as (B, 1, …); 1 for a gradient of zero."""
     largest = gradient.abs().amax(tuple(range(1, gradient.dim())), keepdim=True)
     return torch.where(largest > 0, largest, 1)
 
@@ -62,7 +76,17 @@ def unit(gradient: Tensor) -> Tensor:
 
 
 def random_start(images: Tensor, eps: float, norm: Norm, generator: torch.Generator | None) -> Tensor:
-    """A random image of each ball; torchattacks' draws: Linf uniform, L2 a uniform direction and a uniform radius."""
+    """A random image of each ball, drawn as torchattacks does; it is still to be projected.
+
+    Args:
+        images: (B, …) in [0, 1], the balls' centres.
+        eps: the balls' radius.
+        norm: "Linf", uniform in the ball; or "L2", a uniform direction and a uniform radius.
+        generator: on any device; None is PyTorch's default generator of the images' device.
+
+    Returns:
+        (B, …) of the dtype of `images`.
+    """
     device = images.device if generator is None else generator.device
     if norm == "Linf":
         uniform = torch.rand(images.shape, generator=generator, device=device, dtype=torch.float32)

@@ -1,1 +1,1 @@
-"""An evaluation for sceptics: what is attacked, by whom, what was found, and what is left of it for people."""
+"""An evaluation for sceptics: what is attacked, by whom, what was found, and how it is written down."""

@@ -42,20 +42,26 @@ class Ledger:
         return key in self.pieces
 
     def add(self, key: str, piece: Mapping[str, Any]) -> None:
-        """Write a piece down, for good."""
+        """Write a piece into the file under its key; a kill does not lose it any more."""
         with self._writing() as file:
             append_to(file, json.dumps({"key": key, **piece}).encode())
         self.pieces[key] = dict(piece)
 
     def forget(self, key: str) -> None:
-        """Take a piece for not done in this process; the one that is added next counts."""
+        """Count a piece as not done in this process; the one that is added next under its key counts."""
         self.pieces.pop(key, None)
 
     def shared(self, pieces: Iterable[Piece], key: Callable[[Piece], str]) -> Iterator[Piece]:
-        """Each piece once, for the caller to look whether it is done, and to do it: until the next one is asked for, it
-        is no other process'.
+        """Share pieces with other processes that work on the same file.
 
-        Those at which another process is come last: when that has finished them, or has ended without.
+        Args:
+            pieces: all that are to be done.
+            key: of a piece.
+
+        Yields:
+            Each piece once, for the caller to look whether it is done, and to do it: until the next one is asked for,
+            it is no other process'. Those at which another process is come last: when that has finished them, or has
+            ended without.
         """
         left = list(pieces)
         for wait in (False, True):
@@ -118,5 +124,5 @@ def _place(key: str) -> int:
 
 
 def key_of(description: Mapping[str, Any]) -> str:
-    """A hash of everything that a piece depends on."""
+    """A piece's key: a hash of its description, a JSON object of everything that it depends on."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

@@ -54,7 +54,17 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def expert_maps(model: ImmunityMoE, loss: FusedImmunityLoss, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Grad-CAM heatmaps and their distributions, both (N, B, H, W), as `loss` sees them for these labels; detached."""
+    """Where each expert looks, as a loss sees it.
+
+    Args:
+        model: whose mode stays as it is.
+        loss: its options of heatmaps are taken.
+        images: (B, 3, H, W) in [0, 1].
+        labels: (B,) the classes that the heatmaps are for.
+
+    Returns:
+        (Grad-CAM heatmaps, their distributions), both (N, B, H, W) and detached.
+    """
     with torch.enable_grad():
         # Of the images, too: the model's own tensors may be frozen. A switching gate would draw.
         with model.gate.switched("mean"):
@@ -72,7 +82,14 @@ def expert_maps(model: ImmunityMoE, loss: FusedImmunityLoss, images: Tensor, lab
 
 @dataclass
 class HeatmapSums:
-    """What `heatmap_metrics` needs of some images, so that parts can be measured apart; `centres` (N, B, 2), pixels."""
+    """What `heatmap_metrics` needs of B images, so that parts can be measured apart.
+
+    Attributes:
+        information: Σ over images of the mutual information of expert and position, in nats.
+        dead: Σ over images of the share of experts whose heatmap is zero everywhere.
+        iscore: Σ over images of IScore.
+        centres: (N, B, 2) of the heatmaps' distributions, in pixels.
+    """
 
     information: float
     dead: float
@@ -80,17 +97,24 @@ class HeatmapSums:
     centres: Tensor
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
+        """Its values as a JSON object."""
         return asdict(self) | {"centres": self.centres.tolist()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> HeatmapSums:
-        """The inverse of `to_json`."""
+        """The sums that `to_json` has made an object of."""
         return cls(**{**values, "centres": torch.tensor(values["centres"], dtype=torch.float64)})
 
 
 def heatmap_sums(model: ImmunityMoE, loss: FusedImmunityLoss, images: Tensor, labels: Tensor) -> HeatmapSums:
-    """Of a batch of images (B, 3, H, W) in [0, 1], for their true labels, in the mode the model is in."""
+    """The sums of a batch, in the mode the model is in.
+
+    Args:
+        model: of N ≥ 2 experts.
+        loss: see `expert_maps`.
+        images: (B, 3, H, W) in [0, 1].
+        labels: (B,) true classes.
+    """
     experts = model.num_experts
     heatmaps, p = expert_maps(model, loss, images, labels)
     peaks = heatmaps.amax((-2, -1), keepdim=True)
@@ -106,7 +130,7 @@ def heatmap_sums(model: ImmunityMoE, loss: FusedImmunityLoss, images: Tensor, la
 
 
 def combined(parts: Sequence[HeatmapSums]) -> dict[str, float]:
-    """Over all images of the parts (section 4 of arXiv 2402.18787):
+    """The measures of heatmaps over all images of some parts (section 4 of arXiv 2402.18787):
 
     * mutual_information: of expert and position, log N − MI/N, in nats, mean over images;
     * dead_heatmaps: share of heatmaps that are zero everywhere;
@@ -124,5 +148,12 @@ def combined(parts: Sequence[HeatmapSums]) -> dict[str, float]:
 
 
 def heatmap_metrics(model: ImmunityMoE, loss: FusedImmunityLoss, split: Split, batch_size: int) -> dict[str, float]:
-    """What `combined` measures, over a split, for its true labels, in the mode the model is in."""
+    """What `combined` measures, over a split, for its true labels, in the mode the model is in.
+
+    Args:
+        model: of N ≥ 2 experts.
+        loss: see `expert_maps`.
+        split: of images.
+        batch_size: images at once.
+    """
     return combined([heatmap_sums(model, loss, *batch) for batch in batches(split, batch_size)])

@@ -33,7 +33,7 @@ def evaluate(
         loss_fn: how the heatmaps of a mixture of at least 2 experts are looked at.
 
     Returns:
-        `findings.results`.
+        `results.results`.
 
     Raises:
         ValueError: a model that cannot be attacked or whose output is not finite.

@@ -1,4 +1,4 @@
-"""What an evaluation leaves for people: results.json, tables as Markdown and CSV, figures, report.html."""
+"""What an evaluation writes: results.json, tables as Markdown and CSV, figures, report.html."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ FIGURE_ROWS = 6
 
 @dataclass
 class Outputs:
-    """Where an evaluation writes."""
+    """The files that an evaluation writes in a folder."""
 
     folder: Path
 
@@ -57,7 +57,17 @@ class About:
 def write(
     evaluation: Evaluation, dataset: ImageDataset, outputs: Outputs, about: About
 ) -> tuple[dict[str, Any], list[Table]]:
-    """Write all of it; returns `findings.results` and its tables."""
+    """Write results.json, the tables, the figures and the report.
+
+    Args:
+        evaluation: finished.
+        dataset: for images and the names of classes.
+        outputs: where; the folder of figures is there.
+        about: for the report.
+
+    Returns:
+        (`results.results`, its tables).
+    """
     found = results(evaluation)
     shown = tables(found)
     write_atomically(outputs.results, json.dumps(found, indent=1).encode())

@@ -41,7 +41,7 @@ SLACK = 0.01  # by so much a weaker attack may do better before it counts as a s
 
 
 def results(evaluation: Evaluation) -> dict[str, Any]:
-    """A JSON object:
+    """What an evaluation found so far, as a JSON object:
 
     * accuracy: {attack, attacker (None: nobody), judge, correct, images, accuracy, interval (Wilson, 95 %), seconds};
     * worst_case: the same by judge, an image being right if it was under every attack of every attacker; none where
@@ -81,14 +81,22 @@ def results(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def worst_case(evaluation: Evaluation, judge: str) -> dict[str, Any]:
-    """The worst case over all attacks of the chunks that are finished: what is known so far."""
+    """The accuracy of the worst case over all attacks, on the images that all of them have finished.
+
+    Args:
+        evaluation: finished or not.
+        judge: of the target's `judges`.
+
+    Returns:
+        {correct, images, accuracy, interval}.
+    """
     columns = [bits(evaluation.results(row), judge) for row in evaluation.rows]
     whole = min(len(column) for column in columns)
     return _share([all(column[i] for column in columns) for i in range(whole)])
 
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
-    """What a person reads: accuracies, each expert's, heatmaps, signs of masking."""
+    """The tables that a person reads, of `results`: accuracies, each expert's, heatmaps, signs of masking."""
     judges = [name for name in JUDGES if any(entry["judge"] == name for entry in found["accuracy"])]
     by_row: dict[tuple[str, str | None], dict[str, Any]] = {}
     for entry in [*found["accuracy"], *found.get("transfer_from_experts", [])]:
@@ -130,7 +138,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def to_csv(found: Mapping[str, Any]) -> str:
-    """Every accuracy, a line each."""
+    """`results` as CSV, an accuracy a line: attack, attacker, judge, correct, images, accuracy, low, high."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["attack", "attacker", "judge", "correct", "images", "accuracy", "low", "high"])
@@ -142,14 +150,14 @@ def to_csv(found: Mapping[str, Any]) -> str:
 
 
 def percent(entry: Mapping[str, Any] | None) -> str:
-    """An accuracy with half its interval."""
+    """An accuracy in %, ± half its interval; a dash for None."""
     if entry is None:
         return "—"
     return f"{100 * entry['accuracy']:.1f} ± {50 * (entry['interval'][1] - entry['interval'][0]):.1f}"
 
 
 def find(found: Mapping[str, Any], attack: str, attacker: str | None, judge: str) -> dict[str, Any] | None:
-    """An entry of `accuracy`."""
+    """The entry of `results`' accuracies for an attack, an attacker (None: nobody) and a judge; None without one."""
     for entry in found["accuracy"]:
         if (entry["attack"], entry["attacker"], entry["judge"]) == (attack, attacker, judge):
             return dict(entry)
@@ -167,7 +175,7 @@ def _share(right: Sequence[bool]) -> dict[str, Any]:
 
 
 def _from_experts(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """By attack and judge: right if it was against every single expert's adversarial image."""
+    """Accuracies by attack and judge, an image being right if it was against every expert's adversarial image."""
     right: dict[tuple[str, str], list[bool]] = {}
     for row in evaluation.rows:
         pieces = evaluation.results(row) if row.attacker.startswith("expert ") else []
@@ -208,52 +216,69 @@ def _curves(evaluation: Evaluation) -> dict[str, list[dict[str, Any]]]:
 
 def _masking(evaluation: Evaluation, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Signs of gradient masking (Athalye et al., arXiv 1802.00420, section 3.1; Carlini et al., arXiv 1902.06705)."""
-    exact = evaluation.target.exact
-    checks: list[dict[str, Any]] = []
+    checks = [_check_gradients(found), *_check_strengths(evaluation, found), *_check_curves(found)]
+    return [check for check in checks if check is not None]
 
-    def check(text: str, passed: bool, finding: str) -> None:
-        checks.append({"check": text, "passed": passed, "finding": finding})
+
+def _check(text: str, passed: bool, finding: str) -> dict[str, Any]:
+    return {"check": text, "passed": passed, "finding": finding}
+
+
+def _check_gradients(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Whether there are images that no attack can move; None where there are none."""
+    if not found["unmoved"]:
+        return None
+    most = max(found["unmoved"], key=lambda entry: entry["unmoved"] / entry["images"])
+    return _check(
+        "every image has a gradient that an attack can follow",
+        False,
+        f"{_stuck(most)} under {NAMES[most['attack']]} ({DESCRIPTIONS.get(most['attacker'], most['attacker'])})",
+    )
+
+
+def _check_strengths(evaluation: Evaluation, found: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """Whether what should be the stronger attack is, as far as both were made."""
+    exact = evaluation.target.exact
 
     def accuracy(attack: str, attacker: str | None) -> float | None:
         entry = find(found, attack, attacker, exact)
         return None if entry is None else float(entry["accuracy"])
 
-    if found["unmoved"]:
-        most = max(found["unmoved"], key=lambda entry: entry["unmoved"] / entry["images"])
-        check(
-            "every image has a gradient that an attack can follow",
-            False,
-            f"{_stuck(most)} under {NAMES[most['attack']]} ({DESCRIPTIONS.get(most['attacker'], most['attacker'])})",
-        )
-    noise, single, iterated = accuracy("noise", None), accuracy("fgsm", exact), accuracy("pgd", exact)
-    if noise is not None and iterated is not None:
-        check(
+    noise, one_step, iterated = accuracy("noise", None), accuracy("fgsm", exact), accuracy("pgd", exact)
+    if iterated is None:
+        return
+    if noise is not None:
+        yield _check(
             "random noise of the same size is weaker than gradients",
             noise >= iterated,
             f"{100 * noise:.1f} % under noise, {100 * iterated:.1f} % under PGD-20",
         )
-    if single is not None and iterated is not None:
-        check(
+    if one_step is not None:
+        yield _check(
             "many steps are at least as strong as one",
-            iterated <= single + SLACK,
-            f"{100 * single:.1f} % under FGSM, {100 * iterated:.1f} % under PGD-20",
+            iterated <= one_step + SLACK,
+            f"{100 * one_step:.1f} % under FGSM, {100 * iterated:.1f} % under PGD-20",
         )
     transfers = [a for a in evaluation.target.attackers if a == "transfer" or a.startswith("expert ")]
-    weaker = {a: value for a in transfers if (value := accuracy("pgd", a)) is not None}
-    if (black := accuracy("square", exact)) is not None:
-        weaker["Square"] = black
-    if weaker and iterated is not None:
-        name = min(weaker, key=lambda key: weaker[key])
-        check(
+    others = {a: value for a in transfers if (value := accuracy("pgd", a)) is not None}
+    if (black_box := accuracy("square", exact)) is not None:
+        others["Square"] = black_box
+    if others:
+        name = min(others, key=lambda key: others[key])
+        yield _check(
             "the model's own gradients are stronger than transfer and black boxes",
-            iterated <= weaker[name] + SLACK,
-            f"{100 * iterated:.1f} % under PGD-20, {100 * weaker[name]:.1f} % from {name}",
+            iterated <= others[name] + SLACK,
+            f"{100 * iterated:.1f} % under PGD-20, {100 * others[name]:.1f} % from {name}",
         )
+
+
+def _check_curves(found: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """Whether more steps and larger balls make an attack stronger."""
     steps, radii = found["curves"]["steps"], found["curves"]["eps"]
     if steps:
         losses = [point["loss"] for point in steps]
         rising = all(later >= 0.98 * earlier for earlier, later in itertools.pairwise(losses))
-        check(
+        yield _check(
             "loss rises with the number of steps",
             rising and losses[-1] > losses[0],
             ", ".join(f"{point['loss']:.2f} after {point['steps']}" for point in steps),
@@ -261,12 +286,11 @@ def _masking(evaluation: Evaluation, found: Mapping[str, Any]) -> list[dict[str,
     if radii:
         values = [point["accuracy"] for point in radii]
         falling = all(later <= earlier + SLACK for earlier, later in itertools.pairwise(values))
-        check(
+        yield _check(
             "success rises with ε, to 100 %",
             falling and values[-1] == 0,
             f"accuracy {', '.join(f'{100 * value:.0f}' for value in values)} %",
         )
-    return checks
 
 
 def _heatmaps(evaluation: Evaluation) -> dict[str, dict[str, float]]:

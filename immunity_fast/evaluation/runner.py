@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def radius(self) -> float:
-        """`eps`, its default filled in."""
+        """The ball's radius: `eps`, its default filled in."""
         return radius_of(self.eps, self.norm)
 
 
@@ -114,7 +114,12 @@ class Row:
 
 
 def gradient_attack(name: str, plan: Plan) -> Attack:
-    """The settings behind a name; steps are a quarter (Linf) or a fifth (L2) of the radius, as torchattacks'."""
+    """The settings of an attack of `GRADIENT_ATTACKS`: steps of a quarter (Linf) or a fifth (L2) of the plan's radius.
+
+    Args:
+        name: of the attack.
+        plan: its radius, norm and `drop_fooled`.
+    """
     eps = plan.radius
     step = eps / 4 if plan.norm == "Linf" else eps / 5
     base = Attack(eps, step, norm=plan.norm, keep_best=plan.drop_fooled, drop_fooled=plan.drop_fooled)
@@ -130,7 +135,7 @@ def gradient_attack(name: str, plan: Plan) -> Attack:
 
 
 def attack_rows(target: TargetModel, plan: Plan) -> list[Row]:
-    """All rows of the table, in its order."""
+    """The rows of a target's table under a plan, in its order: clean, noise, and each attack by each attacker."""
     rows = [Row("subset"), Row("noise")]
     for attack, attacker in _pairs(target, plan):
         if _why_not(target, attack, attacker) is None:
@@ -140,7 +145,7 @@ def attack_rows(target: TargetModel, plan: Plan) -> list[Row]:
 
 
 def left_out(target: TargetModel, plan: Plan) -> list[dict[str, str]]:
-    """What a plan asks for and no row is made of: {attack, attacker, why}."""
+    """What a plan asks for and no row is made of, as {attack, attacker, why}."""
     return [
         {"attack": attack, "attacker": attacker, "why": why}
         for attack, attacker in _pairs(target, plan)
@@ -165,7 +170,7 @@ def _why_not(target: TargetModel, attack: str, attacker: str) -> str | None:
 
 
 def curve_rows(target: TargetModel, plan: Plan) -> list[Row]:
-    """The rows of both curves: PGD on the attacker whose objective is not random."""
+    """The rows of both curves, PGD on the attacker whose objective is not random; none where a plan has no images."""
     return [Row(kind, "", target.exact) for kind in ("steps", "eps")] if plan.masking_images else []
 
 
@@ -219,7 +224,7 @@ class Evaluation:
                 ledger.forget(key)
 
     def pieces(self) -> Iterator[tuple[Row, int, int]]:
-        """(row, first, last + 1 of its images), in the order in which they are computed: all rows of a chunk first."""
+        """All pieces in the order in which they are computed, a chunk's rows together: (row, first image, last + 1)."""
         for start, stop in _chunks(len(self.order), self.plan.chunk):
             yield from ((row, start, stop) for row in self.rows)
         yield from ((Row("clean"), start, stop) for start, stop in _chunks(len(self.test), EVALUATION_BATCH))
@@ -227,16 +232,20 @@ class Evaluation:
             yield from ((row, start, stop) for row in self.curves)
 
     def key(self, row: Row, start: int, stop: int) -> str:
-        """Of a piece."""
+        """The key of a piece in the ledger: a hash of all that its result depends on."""
         return key_of(self._identity | self._description(row) | {"start": start, "stop": stop})
 
     def run(self, advance: Callable[[Row, int, bool], None]) -> None:
-        """Compute what the ledger does not have; `advance` is told a piece's row, its images, and whether it was new.
+        """Compute what the ledger does not have.
 
         Other processes may do the same: what one of them is at comes last here.
 
+        Args:
+            advance: is told a piece's row, how many images it has, and whether it was new.
+
         Raises:
-            ValueError: the model cannot be attacked; NaN, with the image's number in the test split.
+            ValueError: the model cannot be attacked, or an output or gradient is NaN or infinite, with the image's
+                number in the test split.
         """
         for row, start, stop in self.ledger.shared(self.pieces(), lambda piece: self.key(*piece)):
             key = self.key(row, start, stop)
@@ -265,7 +274,18 @@ class Evaluation:
     def attacked(
         self, row: Row, images: Tensor, labels: Tensor, seed: int, unmoved: list[Tensor] | None = None
     ) -> Tensor:
-        """The row's adversarial images of a batch; of an attack by gradients, `unmoved` gets `BoundAttack.unmoved`."""
+        """What a row makes of some images.
+
+        Args:
+            row: of any kind but the curves.
+            images: (B, 3, H, W) in [0, 1].
+            labels: (B,) integers in 0..K−1.
+            seed: of all chance.
+            unmoved: where `BoundAttack.unmoved` (B,) of an attack by gradients is appended to.
+
+        Returns:
+            (B, 3, H, W).
+        """
         plan = self.plan
         generator = torch.Generator().manual_seed(seed)
         gate = torch.Generator().manual_seed(seed + 1)
@@ -330,7 +350,7 @@ class Evaluation:
         return piece | {"seconds": seconds}
 
     def _points(self, row: Row, images: Tensor, labels: Tensor, seed: int) -> Iterator[dict[str, Any]]:
-        """What is judged along a curve."""
+        """A curve's points, judged: {"eps" or "steps": where, …} each."""
         outputs = self.target.attacker(row.attacker, torch.Generator().manual_seed(seed + 1))
         pgd, plan = gradient_attack("pgd", self.plan), self.plan
         if row.kind == "steps":  # one descent, looked at on its way
@@ -413,14 +433,14 @@ class Evaluation:
 
 
 def _quietly(attack: BoundAttack, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
-    """Without a warning of images that could not be moved: a report counts them."""
+    """Attack without a warning of images that could not be moved: a report counts them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnmovedWarning)
         return attack(images, labels, **options)
 
 
 def _written(each: Tensor) -> str:
-    """A bool of each image, as 0s and 1s."""
+    """A bool of each image (B,) as a string of B 0s and 1s."""
     return "".join("1" if one else "0" for one in each.tolist())
 
 
@@ -451,7 +471,12 @@ def _are_heatmap_sums(value: Any, experts: int, images: int) -> bool:
 
 
 def bits(pieces: Sequence[dict[str, Any]], judge: str) -> list[bool]:
-    """Of each image of some pieces, whether the judge was right."""
+    """Whether a judge was right on each image of some pieces.
+
+    Args:
+        pieces: as `Evaluation.results` gives them.
+        judge: of the target's `judges`.
+    """
     return [bit == "1" for piece in pieces for bit in piece["right"][judge]]
 
 

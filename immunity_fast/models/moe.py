@@ -254,27 +254,27 @@ class ImmunityMoE(nn.Module):
                 buffer.copy_(buffers[name])
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any module; never those of a pass that is under way in another thread."""
+        """The parameters and their names; never those of a pass that is under way in another thread."""
         with in_use():
             return iter(list(super().named_parameters(*args, **kwargs)))
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """As `named_parameters`."""
+        """The buffers and their names; never those of a pass that is under way in another thread."""
         with in_use():
             return iter(list(super().named_buffers(*args, **kwargs)))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As `named_parameters`."""
+        """The module's state; never that of a pass that is under way in another thread."""
         with in_use():
             return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As `named_parameters`."""
+        """Take over a state, once no pass is under way in another thread."""
         with in_use():
             return super().load_state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ImmunityMoE":
-        """As `named_parameters`."""
+        """A copy, made while no pass is under way in another thread."""
         with in_use():
             memo[id(self)] = twin = type(self).__new__(type(self))
             twin.__setstate__(copy.deepcopy(vars(self), memo))  # type: ignore[no-untyped-call]
@@ -299,7 +299,9 @@ class ImmunityMoE(nn.Module):
 
     def _cut(self) -> tuple[nn.Sequential, nn.Sequential]:
         if self._halves is None:
-            raise ValueError("experts: expected an nn.Sequential, which can be cut into a trunk and a head")
+            raise ValueError(
+                "experts: expected nn.Sequential, which can be cut into a trunk and a head, got networks that cannot"
+            )
         return self._halves
 
     def _normalized(self, images: Tensor) -> Tensor:
@@ -337,8 +339,8 @@ class ImmunityMoE(nn.Module):
         """What Grad-CAM looks at must be what the stage returned."""
         if any(_version(part) != version for part, version in zip(maps, versions, strict=True)):
             raise ValueError(
-                f"stage: an in-place operation behind {self.stage!r} has changed its output; make it inplace=False, or "
-                "the mixture anew, which then copies the output"
+                f"stage: expected the output of {self.stage!r} to stay as it is, got one that an in-place operation "
+                "behind it has changed; make it inplace=False, or the mixture anew, which then copies the output"
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ImmunityMoE":
@@ -398,7 +400,7 @@ class _ToRead(nn.Module):
         self.layout = layout
 
     def forward(self, maps: Tensor) -> Tensor:
-        """A view."""
+        """A view of the maps as (B, C, h, w)."""
         return channels_first(maps, self.layout)
 
 
@@ -416,6 +418,8 @@ class _FromRead(nn.Module):
 
 
 class _NoChoice(nn.Module):
+    """A gate's network where there is one expert alone."""
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 1) of the only weight there is."""
         return images.new_zeros(len(images), 1)
@@ -449,7 +453,7 @@ def _check_stage(network: nn.Module, stage: str) -> None:
     if _is_chain(network):
         split(network, stage)
     elif stage not in dict(network.named_modules(remove_duplicate=False)):  # by any of a module's names
-        raise ValueError(f"stage: the experts have no submodule {stage!r}")
+        raise ValueError(f"stage: expected a submodule of the experts, got {stage!r}")
 
 
 def _is_chain(network: nn.Module) -> TypeGuard[nn.Sequential]:

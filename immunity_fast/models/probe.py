@@ -89,8 +89,8 @@ def find_images(network: nn.Module, image_size: tuple[int, int], channels: int |
                     return images
     height, width = image_size
     raise ValueError(
-        f"experts: number 0 does not run on images of (2, {depths[0]}, {height}, {width}), "
-        f"image_size says which it takes ({_line(failed)})"
+        f"experts: expected number 0 to run on images of (2, {depths[0]}, {height}, {width}), got {_line(failed)}; "
+        "image_size says which it takes"
     ) from failed
 
 
@@ -106,8 +106,8 @@ def find_layout(network: nn.Module, stage: str, images: Tensor) -> Layout:
     layout = map_layout(*shapes, square=height == width)
     if layout is None:
         raise ValueError(
-            f'layout: give "NCHW" or "NHWC"; {stage!r} returns {shapes[0]} for images of {height}×{width}, '
-            "which does not tell where its channels are"
+            f'layout: expected "NCHW" or "NHWC", got None, and {stage!r} returns {shapes[0]} for images of '
+            f"{height}×{width}, which does not tell where its channels are"
         )
     return layout
 
@@ -120,10 +120,10 @@ def check_stage(network: nn.Module, stage: str, images: Tensor, *, several: bool
     """
     maps = _run(network, own_tensors(network), images, stage).maps
     if not maps or (len(maps) > 1 and not several):
-        raise ValueError(f"stage: {stage!r} runs {len(maps)} times in a forward pass, expected once")
+        raise ValueError(f"stage: expected {stage!r} to run once in a forward pass, got {len(maps)} times")
     if not isinstance(maps[0], Tensor) or maps[0].dim() != 4 or len(maps[0]) != len(images):
         found = tuple(maps[0].shape) if isinstance(maps[0], Tensor) else type(maps[0]).__name__
-        raise ValueError(f"stage: {stage!r} returns {found}, expected a map (B, C, h, w) or (B, h, w, C)")
+        raise ValueError(f"stage: expected a map (B, C, h, w) or (B, h, w, C) of {stage!r}, got {found}")
 
 
 def check_alike(experts: Sequence[nn.Module], stacked: nn.Module, stage: str, images: Tensor) -> bool:
@@ -155,8 +155,8 @@ def _check_parameters(index: int, expert: nn.Module) -> None:
     for name, value in expert.named_parameters():
         if value._backward_hooks or getattr(value, "_post_accumulate_grad_hooks", None):
             raise ValueError(
-                f"experts: number {index} has a hook on the gradient of {name}, which the mixture's parameter would "
-                "not have: remove it, and give the mixture's its own"
+                f"experts: expected number {index} without a hook on the gradient of {name}, got one, which the "
+                "mixture's parameter would not have: remove it, and give the mixture's its own"
             )
 
 
@@ -169,12 +169,14 @@ def _alone(index: int, expert: nn.Module, stage: str, images: Tensor, way: _Way)
     except Exception as error:  # whatever a network may raise
         if way is not _WAYS[0]:
             return None
-        raise ValueError(f"experts: number {index} does not run alone ({_line(error)})") from error
+        raise ValueError(f"experts: expected number {index} to run alone, got {_line(error)}") from error
     if found.input_changed:
-        raise ValueError(f"experts: number {index} changes its images in place, which the others are to see as well")
+        raise ValueError(
+            f"experts: expected number {index} to leave its images, which the others are to see, got others in place"
+        )
     if way is _WAYS[0] and not (isinstance(found.output, Tensor) and found.output.dim() == 2):
         shape = tuple(found.output.shape) if isinstance(found.output, Tensor) else type(found.output).__name__
-        raise ValueError(f"experts: number {index} returns {shape}, expected logits (B, K)")
+        raise ValueError(f"experts: expected logits (B, K) of number {index}, got {shape}")
     return found
 
 
@@ -197,7 +199,7 @@ def _compare(
             return
         reason = _reason(experts[0], expert)
         raise ValueError(
-            f"experts: number {index} runs alone, but not in the mixture ({_line(error)}); {reason}"
+            f"experts: expected number {index} to run in the mixture, as it does alone, got {_line(error)}; {reason}"
         ) from error
     for name in ("output", "maps", "buffers", "gradients"):
         gap = _gap(getattr(alone, name), getattr(together, name))
@@ -208,8 +210,8 @@ def _compare(
             continue  # by chance: it differs from itself
         what = {"output": "outputs", "maps": f"maps at {stage!r}", "buffers": "buffers", "gradients": "gradients"}[name]
         raise ValueError(
-            f"experts: number {index} has other {what} in the mixture than alone, by up to {gap:.2g} on a probe image "
-            f"in {way.mode} mode; {_reason(experts[0], expert)}"
+            f"experts: expected number {index} to have the {what} in the mixture that it has alone, got others by "
+            f"up to {gap:.2g} on a probe image in {way.mode} mode; {_reason(experts[0], expert)}"
         )
 
 

@@ -34,7 +34,8 @@ def stack_modules(experts: Sequence[nn.Module]) -> nn.Module:
     for index, expert in enumerate(experts):
         if _describe(expert) != description:
             raise ValueError(
-                f"experts: number {index} differs from number 0 in structure, shapes, dtypes, device or mode"
+                f"experts: expected number {index} to be like number 0, got another structure, shape, dtype, device or "
+                "mode"
             )
     of_experts = [own_tensors(expert) for expert in experts]
     tensors: dict[str, Tensor] = {}

@@ -105,7 +105,7 @@ WRONG = [
     ("--attacks", "fgsm,", "--attacks: expected"),
     ("--attackers", "nonsense", "--attackers: expected some of"),
     ("--attackers", "mean,transfer,output", "--attackers: expected "),
-    ("--attackers", "mean,fixed", "--attackers: expected off, as it is called now, got fixed"),
+    ("--attackers", "fixed,mean", "--attackers: expected off, as it is called now, got fixed"),
     ("--attackers", "single", "--attackers: expected sample, as it is called now, got single"),
     ("--eps", "-1", "eps: expected a finite number of at least 0, got -1"),
     ("--eps", "-0.1", "eps: expected a finite number of at least 0, got -0.1"),

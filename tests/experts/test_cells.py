@@ -167,7 +167,7 @@ def test_experts_of_different_wiring_are_not_stacked() -> None:
     assert {k: v.shape for k, v in experts[0].state_dict().items()} == {
         k: v.shape for k, v in experts[1].state_dict().items()
     }
-    with pytest.raises(ValueError, match="number 1 differs"):
+    with pytest.raises(ValueError, match="number 1 to be like number 0"):
         stack_modules(experts)
 
 

@@ -99,7 +99,7 @@ def test_experts_that_differ_in_more_than_tensors_are_named(kind: str) -> None:
     make, other, text = UNLIKE[kind]
     torch.manual_seed(0)
     experts = [make(1.0), make(1.0), make(other)]
-    with pytest.raises(ValueError, match=rf"experts: number 2 (has other|runs alone).*{text}"):
+    with pytest.raises(ValueError, match=rf"experts: expected number 2 to (have|run in) the .*{text}"):
         ImmunityMoE.from_experts(experts, stage="conv", image_size=12)
 
 
@@ -122,7 +122,7 @@ def test_equal_experts_that_reach_the_original_are_refused() -> None:
     """A copy of it would go on with the original's weights, however the copy is trained."""
     experts = [_patched(2.0)]
     experts.append(copy.deepcopy(experts[0]))
-    with pytest.raises(ValueError, match=r"experts: number 0 .*reaches"):
+    with pytest.raises(ValueError, match=r"experts: expected number 0 .*reaches"):
         ImmunityMoE.from_experts(experts, stage="conv", image_size=12)
 
 
@@ -156,7 +156,9 @@ def test_networks_whose_gradients_cannot_be_compared_answer(kind: type[Net]) -> 
 def test_a_hook_of_a_parameter_is_not_dropped_in_silence() -> None:
     experts = [Net(), Net()]
     experts[1].fc.weight.register_hook(lambda gradient: gradient * 0)
-    with pytest.raises(ValueError, match=r"experts: number 1 has a hook on the gradient of fc\.weight"):
+    with pytest.raises(
+        ValueError, match=r"experts: expected number 1 without a hook on the gradient of fc\.weight, got one"
+    ):
         ImmunityMoE.from_experts(experts, stage="conv", image_size=12)
 
 
@@ -209,7 +211,7 @@ def test_what_a_pass_leaves_in_a_plain_attribute_is_not_shared() -> None:
             self.mean = self.mean + float(images.mean())
             return x
 
-    with pytest.raises(ValueError, match="experts: number 1 has other"):
+    with pytest.raises(ValueError, match="experts: expected number 1 to have the"):
         ImmunityMoE.from_experts([Remembering(), Remembering()], stage="conv", image_size=12)
 
 
@@ -217,7 +219,7 @@ def test_attributes_that_hold_each_other_are_no_obstacle() -> None:
     experts = [Net(mean=0.0), Net(mean=0.4)]
     for expert in experts:
         expert.mirror = [expert]
-    with pytest.raises(ValueError, match=r"experts: number 1 has other"):
+    with pytest.raises(ValueError, match=r"experts: expected number 1 to have the"):
         ImmunityMoE.from_experts(experts, stage="conv", image_size=12)
 
 
@@ -280,7 +282,7 @@ def test_experts_that_cannot_run_say_so() -> None:
         def __init__(self, side: int) -> None:
             super().__init__(nn.Conv2d(3, 4, 3, padding=1), nn.Flatten(), nn.Linear(4 * side**2, 4))
 
-    with pytest.raises(ValueError, match=r"experts: number 0 .*\(2, 3, 20, 20\).*image_size.*RuntimeError"):
+    with pytest.raises(ValueError, match=r"experts: expected number 0 .*\(2, 3, 20, 20\), got Runtime.*image_size"):
         ImmunityMoE.from_experts([Fixed(12), Fixed(12)], stage="0", image_size=20)
     for side in (6, 12, 21, 224):  # which nobody has named
         ImmunityMoE.from_experts([Fixed(side), Fixed(side)], stage="0")
@@ -290,7 +292,7 @@ def test_experts_that_cannot_run_say_so() -> None:
     for stage in ("conv", None):
         with pytest.raises(ValueError, match="experts: expected networks that can be copied, got RuntimeError"):
             ImmunityMoE.from_experts([whole, whole], stage=stage, image_size=12)
-    with pytest.raises(ValueError, match="experts: number 1 differs"):
+    with pytest.raises(ValueError, match="experts: expected number 1 to be like number 0"):
         ImmunityMoE.from_experts([Fixed(12), Fixed(16)], stage="0")
 
 
@@ -298,7 +300,7 @@ def test_experts_that_cannot_run_say_so() -> None:
 def test_experts_of_any_dtype_are_looked_at(dtype: torch.dtype) -> None:
     model = ImmunityMoE.from_experts([Net().to(dtype), Net().to(dtype)], image_size=12)
     assert model.stage == "norm"
-    with pytest.raises(ValueError, match=r"experts: number 1 has other outputs.*temperature"):
+    with pytest.raises(ValueError, match=r"experts: expected number 1 to have the outputs.*temperature"):
         ImmunityMoE.from_experts([Net().to(dtype), Net(temperature=3.0).to(dtype)], image_size=12)
 
 
@@ -327,7 +329,7 @@ def test_one_who_changes_the_images_in_place_is_refused() -> None:
     def net() -> nn.Module:
         return Net(prepare=lambda images: images.sub_(0.5))
 
-    with pytest.raises(ValueError, match="experts: number 0 changes its images in place"):
+    with pytest.raises(ValueError, match="experts: expected number 0 to leave its images"):
         ImmunityMoE.from_experts([net(), net()], stage="conv", image_size=12)
 
 

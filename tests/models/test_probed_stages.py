@@ -275,16 +275,16 @@ def test_the_layout_is_told_whatever_the_channels(last: bool, width: int) -> Non
 def test_two_equal_sides_tell_where_nothing_else_does(axes: tuple[int, ...], layout: str) -> None:
     model = ImmunityMoE.from_experts([Fixed(4, *axes), Fixed(4, *axes)], image_size=12)
     assert model.layout == layout
-    with pytest.raises(ValueError, match=r"layout: give .*NHWC.*\(2, 9, 9, 9\)"):
+    with pytest.raises(ValueError, match=r"layout: expected .*NHWC.*\(2, 9, 9, 9\)"):
         ImmunityMoE.from_experts([Fixed(9, *axes), Fixed(9, *axes)], image_size=12)
     said: Any = layout
     assert ImmunityMoE.from_experts([Fixed(9, *axes), Fixed(9, *axes)], image_size=12, layout=said).layout == layout
 
 
 def test_stages_without_a_map_are_named() -> None:
-    with pytest.raises(ValueError, match=r"stage: 'fc' returns \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"stage: expected a map .* of 'fc', got \(2, 4\)"):
         ImmunityMoE.from_experts([Net(), Net()], stage="fc", image_size=12)
-    with pytest.raises(ValueError, match=r"stage: 'attention' returns tuple"):
+    with pytest.raises(ValueError, match=r"stage: expected a map .* of 'attention', got tuple"):
         ImmunityMoE.from_experts([Attention(2), Attention(2)], stage="attention", image_size=12)
     with pytest.raises(ValueError, match=r"layout: .*'NCWH'"):
         ImmunityMoE.from_experts([Net(), Net()], stage="conv", image_size=12, layout="NCWH")  # type: ignore[arg-type]
@@ -293,12 +293,12 @@ def test_stages_without_a_map_are_named() -> None:
         pass
 
     tokens = [Tokens(nn.Conv2d(3, 4, 3), nn.Flatten(2), nn.AvgPool1d(100), nn.Flatten()) for _ in range(2)]
-    with pytest.raises(ValueError, match=r"stage: '1' returns \(2, 4, 100\)"):
+    with pytest.raises(ValueError, match=r"stage: expected a map .* of '1', got \(2, 4, 100\)"):
         ImmunityMoE.from_experts(tokens, stage="1", image_size=12)
 
     class Again(Net):
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images) + self.norm(self.conv(images)).mean((-2, -1))
 
-    with pytest.raises(ValueError, match="stage: 'conv' runs 2 times"):
+    with pytest.raises(ValueError, match="stage: expected 'conv' to run once in a forward pass, got 2 times"):
         ImmunityMoE.from_experts([Again(), Again()], stage="conv", image_size=12)

@@ -201,7 +201,7 @@ OTHERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_experts_of_different_structure_are_an_error(kind: str) -> None:
-    with pytest.raises(ValueError, match="experts: number 2 differs"):
+    with pytest.raises(ValueError, match="experts: expected number 2 to be like number 0"):
         stack_modules([nn.Sequential(nn.Linear(3, 4)), nn.Sequential(nn.Linear(3, 4)), OTHERS[kind]()])
 
 
