@@ -177,7 +177,8 @@ def check_distinct(activations: Sequence[Tensor]) -> None:
         for earlier, other in enumerate(activations[:index]):
             if maps is other or _are_one(maps, other):
                 raise ValueError(
-                    f"activations: number {index} is the same tensor as number {earlier}; pass each expert's own"
+                    f"activations: expected each expert's own, got number {index} that is the same tensor as number "
+                    f"{earlier}"
                 )
 
 

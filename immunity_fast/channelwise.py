@@ -91,7 +91,7 @@ class _Rule(torch.autograd.Function):
 
     @staticmethod
     def forward(*_: Any) -> Tensor:
-        raise RuntimeError("none of the tensors belongs to an expert")
+        raise RuntimeError("input: expected a tensor of each expert, got none that vmap batches")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
@@ -102,7 +102,9 @@ class _BatchNorm(_Rule):
     def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, *rest: Any) -> tuple[Tensor, int]:
         *tensors, training, momentum, eps = rest
         if training and any(t is not None and dim is None for t, dim in zip(tensors[:2], in_dims[1:3], strict=True)):
-            raise ValueError("batch_norm: experts cannot share running statistics that each of them would update")
+            raise ValueError(
+                "running_mean: expected statistics of each expert in training, got some that all would update"
+            )
         maps = _expert_second(input, in_dims[0], info.batch_size)
         by_expert = [
             None if tensor is None else tensor.expand(info.batch_size, -1) if dim is None else tensor.movedim(dim, 0)

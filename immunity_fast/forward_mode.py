@@ -36,7 +36,8 @@ class ExactTangents(TorchFunctionMode):
             return function(*args, **kwargs)
         if function in _DROPOUT or function in _WRONG:
             raise ValueError(
-                f"double_backprop: 'forward' cannot differentiate {function.__name__} in the head; use 'reverse'"
+                f"double_backprop: expected 'reverse' for a head with {function.__name__}, got 'forward', which cannot "
+                "differentiate it"
             )
         return function(*args, **kwargs)
 

@@ -311,23 +311,24 @@ def _use_triton(backend: str, name: str, tensors: Sequence[Tensor]) -> bool:
     if not HAS_TRITON:
         if backend == "auto":
             return False
-        raise ValueError("backend: 'triton' is not installed here; use 'torch' or 'auto'")
+        raise ValueError("backend: expected 'torch' or 'auto', got 'triton', which is not installed here")
     fit = all(tensor.dtype in launch.DTYPES for tensor in tensors)
     on_gpu = tensors[0].device.type == "cuda"
     if backend == "auto":
         return on_gpu and fit and not _is_transformed(tensors)
     if _is_transformed(tensors):
         raise ValueError(
-            "backend: 'triton' is for reverse-mode autograd; under torch.func and in forward mode use 'torch' or 'auto'"
+            "backend: expected 'torch' or 'auto' under torch.func and in forward mode, got 'triton', which is for "
+            "reverse-mode autograd"
         )
     if not on_gpu and not launch.INTERPRETED:
         raise ValueError(
-            f"backend: 'triton' expects CUDA tensors, got {name} on {tensors[0].device} (on a CPU it runs in Triton's "
-            "interpreter, if TRITON_INTERPRET=1 was set before the import); use 'torch' or 'auto'"
+            f"backend: expected CUDA tensors for 'triton', got {name} on {tensors[0].device} (on a CPU it runs in "
+            "Triton's interpreter, if TRITON_INTERPRET=1 was set before the import); use 'torch' or 'auto'"
         )
     if not fit:
         raise TypeError(
-            f"{name}: backend 'triton' computes in float32 from float32, bfloat16 or float16, got "
+            f"{name}: expected float32, bfloat16 or float16 for backend 'triton', got "
             f"{' and '.join(sorted({str(tensor.dtype) for tensor in tensors}))}; use 'torch' for float64"
         )
     return True

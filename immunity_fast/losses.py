@@ -335,11 +335,13 @@ class FusedImmunityLoss(nn.Module):
         return check_targets(targets, samples, classes)
 
     def _gradients(self, score: Tensor, activations: Sequence[Tensor]) -> list[Tensor]:
-        hint = "they must be in the graph that leads to logits, with gradients enabled"
+        hint = "in the graph that leads to logits, with gradients enabled"
         if not score.requires_grad:
-            raise ValueError(f"logits: require no gradient, so Grad-CAM has none to take from activations; {hint}")
+            raise ValueError(
+                f"logits: expected activations {hint}, got logits that require no gradient, of which Grad-CAM is made"
+            )
         if not all(part.requires_grad for part in activations):
-            raise ValueError(f"activations: require no gradient; {hint}")
+            raise ValueError(f"activations: expected tensors {hint}, got some that require no gradient")
         # Autocast would cast the backward pass of operations whose forward pass it has not seen.
         with torch.autocast(score.device.type, enabled=False):
             gradients = torch.autograd.grad(
@@ -350,7 +352,7 @@ class FusedImmunityLoss(nn.Module):
                 allow_unused=True,
             )
         if any(gradient is None for gradient in gradients):
-            raise ValueError(f"activations: logits do not depend on them; {hint}")
+            raise ValueError(f"activations: expected tensors {hint}, got some that logits do not depend on")
         return list(gradients)
 
     def _total(
@@ -413,6 +415,6 @@ def _check_graph(logits: Experts, activations: Sequence[Tensor]) -> None:
                 nodes += [before for before, _ in node.next_functions]
         else:
             raise ValueError(
-                f"activations: logits of number {index} depend on none of them; pass one of each expert, of the pass "
-                "that gave its logits"
+                "activations: expected one of each expert, of the pass that gave its logits, got none that the logits "
+                f"of number {index} depend on"
             )

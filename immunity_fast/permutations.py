@@ -6,6 +6,8 @@ Shapes: N experts, B images, K classes.
 import torch
 from torch import Tensor
 
+from immunity_fast.runtime.precision import accumulation_dtype
+
 
 def random_orders(rows: int, num_experts: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """(rows, N) int64 on `device`: each row a uniformly random order of the experts.
@@ -95,6 +97,6 @@ def worst_weights(logits: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
 
 def _differences(logits: Tensor, labels: Tensor) -> Tensor:
     """p_im − p_i,label: (N, B, K)."""
-    probabilities = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    probabilities = logits.softmax(-1, dtype=accumulation_dtype(logits))
     own = probabilities.gather(-1, labels.expand(len(logits), -1)[..., None])
     return probabilities - own

@@ -107,7 +107,7 @@ def test_a_layer_that_would_be_wrong_is_an_error(layer: type[nn.Module]) -> None
     def run(maps: Tensor) -> Tensor:
         return torch.stack([head(part) for part in maps])
 
-    with pytest.raises(ValueError, match=r"double_backprop: 'forward' cannot differentiate .*; use 'reverse'"):
+    with pytest.raises(ValueError, match=r"double_backprop: expected 'reverse' for a head with .*, got 'forward'"):
         FusedImmunityLoss(size=(4, 4)).from_head(run, maps, torch.tensor([0, 1, 2]), double_backprop="forward")
 
 

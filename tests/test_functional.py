@@ -521,7 +521,9 @@ def test_one_tensor_that_stands_for_two_experts_is_named(how: str) -> None:
     first = maps[0]
     twice = [first, maps[1], first if how == "the same object" else maps[0]]
     for function in (gradcam_heatmaps, heatmap_losses):
-        with pytest.raises(ValueError, match="activations: number 2 is the same tensor as number 0"):
+        with pytest.raises(
+            ValueError, match=r"activations: expected .*, got number 2 that is the same tensor as number 0"
+        ):
             function(twice, list(slopes))  # type: ignore[operator]
         function([first, maps[1], maps[0].clone()], list(slopes))  # type: ignore[operator]
         function(list(maps), [slopes[0]] * 3)  # type: ignore[operator]  # gradients may agree

@@ -28,6 +28,7 @@ from immunity_fast.attacks.mixtures import Judge, LabelledModel, Model, asked_mo
 from immunity_fast.attacks.projections import Norm, linf_bounds, project_l2, random_start, scaled, unit
 from immunity_fast.runtime.checks import check_choice
 from immunity_fast.runtime.compilation import Compile, Compiled, Log
+from immunity_fast.runtime.precision import accumulation_dtype
 
 EPS: dict[Norm, float] = {"Linf": 8 / 255, "L2": 1.0}
 ALPHA: dict[Norm, float] = {"Linf": 2 / 255, "L2": 0.2}
@@ -220,7 +221,7 @@ class BoundAttack:
         if attack.norm == "Linf":
             low, high = linf_bounds(images, attack.radius)
         if attack.decay is not None:
-            momentum = torch.zeros_like(images, dtype=torch.promote_types(images.dtype, torch.float32))
+            momentum = torch.zeros_like(images, dtype=accumulation_dtype(images))
         state = State(begin, images, labels, targets, reference, low, high, momentum)
         return Batch(torch.arange(len(images), device=images.device), state, len(images))
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from immunity_fast.runtime.precision import at_least_float32
+
 Loss = Literal["ce", "dlr", "cw"]
 
 
@@ -60,7 +62,7 @@ def loss_of(name: Loss, outputs: Tensor, labels: Tensor, targets: Tensor | None)
     Returns:
         (…,).
     """
-    return LOSSES[name](outputs.to(torch.promote_types(outputs.dtype, torch.float32)), labels, targets)
+    return LOSSES[name](at_least_float32(outputs), labels, targets)
 
 
 LOSSES: dict[Loss, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {

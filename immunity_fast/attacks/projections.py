@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from immunity_fast.runtime.precision import at_least_float32
+
 Norm = Literal["Linf", "L2"]
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INSIDE = 1 - 1e-12  # a factor that float64's own rounding does not cross
@@ -58,7 +60,7 @@ def scaled(gradient: Tensor) -> Tensor:
     confident network is: the squares of 10⁻³⁰ are 0 in float32, and next to any constant that keeps a division from 0/0
     such a gradient is nothing.
     """
-    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    gradient = at_least_float32(gradient)
     return gradient / largest_magnitude(gradient)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.permutations import random_orders
 from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.precision import accumulation_dtype
 
 Switch = Literal["call", "sample", "off", "mean"]
 
@@ -96,13 +97,13 @@ class RandomSwitchGate(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Weights (B, N) for `images` (B, 3, H, W)."""
         if not self.training and self.switch == "mean":
-            dtype = torch.promote_types(images.dtype, torch.float32)
+            dtype = accumulation_dtype(images)
             return images.new_full((images.shape[0], self.num_experts), 1 / self.num_experts, dtype=dtype)
         scores: Tensor = self.network(images)
         if scores.shape != (images.shape[0], self.num_experts):
             expected = (images.shape[0], self.num_experts)
             raise ValueError(f"network: expected logits (B, N) = {expected} of the gate, got {tuple(scores.shape)}")
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        weights = scores.softmax(-1, dtype=accumulation_dtype(scores))
         if self.training or self.switch == "off":
             return weights
         samples = images.shape[0]

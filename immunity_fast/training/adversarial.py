@@ -20,7 +20,7 @@ from immunity_fast.models.gate import Switch
 from immunity_fast.models.modes import evaluating, frozen
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime.compilation import Compile, Log
-from immunity_fast.runtime.precision import Amp, autocast
+from immunity_fast.runtime.precision import Amp, accumulation_dtype, autocast
 
 Adversarial = Literal["off", "pgd", "trades", "fgsm-rs"]
 BatchNormMode = Literal["eval", "train"]
@@ -153,7 +153,7 @@ def trades_losses(
     losses = mixture_cross_entropy(*clean, labels, alpha)
     drift = divergence(mixture_log_probabilities(*clean), mixture_log_probabilities(*adversarial))
     if alpha > 0:
-        dtype = torch.promote_types(clean[0].dtype, torch.float32)
+        dtype = accumulation_dtype(clean[0])
         experts = divergence(*(logits.log_softmax(-1, dtype=dtype) for logits in (clean[0], adversarial[0])))
         drift = drift + alpha * experts.sum(0)
     return losses + weight * drift

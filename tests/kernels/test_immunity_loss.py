@@ -124,11 +124,15 @@ LABELS = torch.tensor([0, 1, 2], device=DEVICE)
 
 @pytest.mark.parametrize("function", [heatmap_losses, gradcam_heatmaps])
 def test_float64_is_not_quietly_computed_in_float32(function: Any) -> None:
-    with pytest.raises(TypeError, match=r"activations: backend 'triton' .*torch\.float64; use 'torch' for float64"):
+    with pytest.raises(
+        TypeError, match=r"activations: expected .* for backend 'triton', got .*torch\.float64; use 'torch' for float64"
+    ):
         function(A.double(), G.double(), backend="triton")
-    with pytest.raises(TypeError, match=r"activations: backend 'triton' .*torch\.float32 and torch\.float64"):
+    with pytest.raises(
+        TypeError, match=r"activations: expected .* for backend 'triton', got .*torch\.float32 and torch\.float64"
+    ):
         function(A, G.double(), backend="triton")
-    with pytest.raises(TypeError, match=r"logits: backend 'triton' .*torch\.float64"):
+    with pytest.raises(TypeError, match=r"logits: expected .* for backend 'triton', got .*torch\.float64"):
         mixture_cross_entropy(A[..., 0, 0].double(), None, LABELS, 1.0, backend="triton")
 
 
@@ -141,7 +145,7 @@ def test_an_unknown_backend_is_named() -> None:
 def test_without_gpu_and_interpreter_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional.launch, "INTERPRETED", False)
     with pytest.raises(
-        ValueError, match=r"backend: 'triton' expects CUDA tensors, got activations on cpu .*INTERPRET=1"
+        ValueError, match=r"backend: expected CUDA tensors for 'triton', got activations on cpu .*INTERPRET=1"
     ):
         heatmap_losses(A, G, backend="triton")
     heatmap_losses(A, G)
@@ -151,7 +155,7 @@ def test_without_triton_auto_is_torch_and_its_name_an_error(monkeypatch: pytest.
     monkeypatch.setattr(functional, "HAS_TRITON", False)
     expected = heatmap_losses(A, G, backend="torch")
     assert all(torch.equal(one, other) for one, other in zip(heatmap_losses(A, G), expected, strict=True))
-    with pytest.raises(ValueError, match="backend: 'triton' is not installed"):
+    with pytest.raises(ValueError, match=r"backend: expected 'torch' or 'auto', got 'triton', which is not installed"):
         heatmap_losses(A, G, backend="triton")
 
 
@@ -220,7 +224,9 @@ def _by_dual_numbers(backend: Any) -> Tensor:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_other_modes_of_differentiation_are_right_or_raise(differentiated: Any) -> None:
     """A custom op knows reverse-mode autograd alone, and would otherwise give a tangent of zero without a word."""
-    with pytest.raises(ValueError, match=r"backend: 'triton' is for reverse-mode autograd; .* use 'torch' or 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"backend: expected 'torch' or 'auto' .*, got 'triton', which is for reverse-mode autograd"
+    ):
         differentiated("triton")
     assert error(differentiated("auto"), differentiated("torch")) <= 1e-5
     assert differentiated("torch").any()

@@ -1,0 +1,77 @@
+"""Imports point one way, down: what stands on what, by folder."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.places import REPOSITORY
+
+PACKAGE = REPOSITORY / "immunity_fast"
+COMMANDS = ("train", "evaluate", "ensemble", "reproduce", "info")
+
+# From the ground up: a room imports what is on the floors below its own, and itself.
+FLOORS = (
+    ("kernels", "runtime"),
+    ("permutations", "channelwise", "arguments"),
+    ("functional", "forward_mode", "data", "reporting"),
+    ("experts", "losses"),
+    ("attacks", "models"),
+    ("evaluation",),
+    ("training",),
+    ("reproduction",),
+    ("__init__",),
+    COMMANDS,
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+# What a room must not know of, whatever the floors would allow.
+APART = {
+    "attacks": {"data", "experts", "losses", "models"},
+    "data": {"attacks", "experts", "losses", "models"},
+    "evaluation": {"training"},
+    "losses": {"attacks", "data", "models", "reporting"},
+    "reporting": {"data", "functional", "kernels"},
+}
+
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if "kernels" not in file.relative_to(PACKAGE).parts)
+KERNELS = sorted((REPOSITORY / "kernels").glob("*.py"))
+
+
+def _room(module: str) -> str:
+    """The folder, or the file beside the folders, of a module `immunity_fast.…`."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def _imported(file: Path) -> Iterator[str]:
+    """Rooms that a file imports from, at its top, in its functions and for type checkers alone."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (_room(alias.name) for alias in node.names if alias.name.split(".")[0] == "immunity_fast")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            if node.module == "immunity_fast":
+                yield from (alias.name if alias.name in FLOOR else "__init__" for alias in node.names)
+            elif node.module is not None and node.module.startswith("immunity_fast."):
+                yield _room(node.module)
+
+
+def test_every_folder_has_its_floor() -> None:
+    rooms = {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in FILES}
+    assert rooms | {"kernels"} == set(FLOOR)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down(file: Path) -> None:
+    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for imported in set(_imported(file)) - {room}:
+        assert FLOOR[imported] < FLOOR[room], f"{room} imports from {imported}, which stands on it or beside it"
+        assert imported not in APART.get(room, set()), f"{room} is not to know of {imported}"
+
+
+@pytest.mark.parametrize("file", KERNELS, ids=lambda file: file.name)
+def test_kernels_import_nothing_of_the_package(file: Path) -> None:
+    assert set(_imported(file)) <= {"kernels"}
