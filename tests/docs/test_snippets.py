@@ -103,10 +103,11 @@ def parse(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     with pytest.raises(Parsed) as parsed:
         runpy.run_module(module, run_name="__main__")
-    # Lists are read later, by whom they are for.
+    # Where a list is not read by the parser itself.
     for option, known in (("attacks", (*ATTACKS, *SETS)), ("attackers", (*KNOWLEDGE, "experts", "transfer"))):
         if given := getattr(parsed.value.options, option, None):
-            assert set(given.split(",")) <= set(known), f"--{option} {given}"
+            words = given.split(",") if isinstance(given, str) else given
+            assert set(words) <= set(known), f"--{option} {given}"
 
 
 def extras() -> set[str]:
