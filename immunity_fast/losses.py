@@ -34,7 +34,7 @@ from immunity_fast.runtime.strategies import DoubleBackprop
 
 Classification = Callable[[Tensor, Tensor | None], Tensor]
 
-# Chosen on CIFAR-10's validation split for heatmaps of 32×32 pixels; README, "Choosing α, β and γ".
+# Chosen on CIFAR-10's validation split for heatmaps of 32×32 pixels; docs/training.md, "Choosing α, β and γ".
 ALPHA, BETA, GAMMA = 1.0, 3.0, 2e-4
 
 FLOAT16_SCALE = 256.0  # of derivatives while they are in float16; a power of two, so that nothing is rounded
