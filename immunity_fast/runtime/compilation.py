@@ -62,10 +62,11 @@ def _cache_folder() -> Path:
         if _can_be_made(folder) and os.access(folder, os.W_OK | os.X_OK):
             return folder
     with suppress(OSError):
-        folder = Path(tempfile.gettempdir()) / f"immunity_fast-{os.getuid()}"
+        user = os.getuid() if hasattr(os, "getuid") else None  # Windows' temporary files are the user's own
+        folder = Path(tempfile.gettempdir()) / ("immunity_fast" if user is None else f"immunity_fast-{user}")
         folder.mkdir(mode=0o700, exist_ok=True)
         # Anyone can make a folder of that name, and fill it with code of theirs.
-        if folder.lstat().st_uid == os.getuid() and os.access(folder, os.W_OK | os.X_OK):
+        if user in (None, folder.lstat().st_uid) and os.access(folder, os.W_OK | os.X_OK):
             return folder
     return Path(tempfile.mkdtemp(prefix="immunity_fast-"))
 
@@ -84,7 +85,7 @@ def _is_torchs(folder: str) -> bool:
     default = getattr(module, "default_cache_dir", None)
     try:
         return default is not None and os.path.abspath(default()) == os.path.abspath(folder)
-    except (KeyError, OSError):  # it is named after the user, who has no account
+    except (KeyError, OSError, ImportError):  # it is named after the user, who has no account
         return False
 
 
@@ -131,16 +132,16 @@ class Compiled:
 
     @property
     def active(self) -> bool:
-        """Whether calls go to compiled code."""
+        """Whether calls go to compiled code, which they do until it fails."""
         return self._compiled is not None
 
     @property
     def plain(self) -> Callable[..., Any]:
-        """The function itself."""
+        """The function as it was given, which is not compiled."""
         return self._function
 
     def __call__(self, *arguments: Any) -> Any:
-        """The function's result."""
+        """The function's result, by compiled code where there is any."""
         if self._compiled is None:
             return self._function(*arguments)
         try:
@@ -207,7 +208,7 @@ def causes(error: BaseException) -> list[BaseException]:
 
 
 def shortened(text: str, length: int = CAUSE_LENGTH) -> str:
-    """A text's beginning and end."""
+    """A text in so many characters: of a longer one the beginning and the end."""
     if len(text) <= length:
         return text
     half = (length - 3) // 2
