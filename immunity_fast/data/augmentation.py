@@ -8,9 +8,13 @@ from torch.nn.functional import grid_sample
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images of any shape → float32 in [0, 1]. TypeError for any other dtype."""
+    """uint8 images of any shape as float32 in [0, 1].
+
+    Raises:
+        TypeError: images of another dtype.
+    """
     if images.dtype != torch.uint8:
-        raise TypeError(f"images had dtype {images.dtype}, expected torch.uint8")
+        raise TypeError(f"images: expected dtype torch.uint8, got {images.dtype}")
     return images.to(torch.float32) / 255
 
 
@@ -19,14 +23,19 @@ def augment(
 ) -> Tensor:
     """Crop, rotate and perhaps mirror each image at random, by numbers of its own.
 
-    images: uint8 (B, 3, H, W), on any device; the numbers are drawn on the generator's device, from it alone.
-    padding: pixels; each image is shifted by whole pixels, uniform in [−padding, padding] along each axis.
-    degrees: each image is rotated about its centre by an angle uniform in [−degrees, degrees].
-    flip: mirror half the images, left to right.
+    Args:
+        images: uint8 (B, 3, H, W), on any device.
+        generator: of the numbers, which are drawn on its device and from it alone.
+        padding: pixels; each image is shifted by whole pixels, uniform in [−padding, padding] along each axis.
+        degrees: each image is rotated about its centre by an angle uniform in [−degrees, degrees].
+        flip: mirror half the images, left to right.
 
-    Returns float32 (B, 3, H, W) in [0, 1], zero where a pixel comes from outside the image.
-    Raises TypeError for images that are not uint8, ValueError for another shape, a negative padding, or degrees
-    outside [0, 180].
+    Returns:
+        float32 (B, 3, H, W) in [0, 1], zero where a pixel comes from outside the image.
+
+    Raises:
+        TypeError: images that are not uint8.
+        ValueError: images of another shape, a negative padding, or degrees outside [0, 180].
     """
     return apply_affine(images, draw_affine(len(images), generator, padding=padding, degrees=degrees, flip=flip))
 
@@ -34,14 +43,22 @@ def augment(
 def draw_affine(
     count: int, generator: torch.Generator, *, padding: int = 4, degrees: float = 15.0, flip: bool = False
 ) -> Tensor:
-    """What `augment` does to `count` images, as `apply_affine` takes it: (5, count) float32 on the generator's device.
+    """What `augment` does to `count` images, as `apply_affine` takes it.
 
-    Raises ValueError as `augment` does.
+    Args:
+        count: images.
+        generator, padding, degrees, flip: see `augment`.
+
+    Returns:
+        (5, count) float32 on the generator's device.
+
+    Raises:
+        ValueError: a negative padding, or degrees outside [0, 180].
     """
     if padding < 0:
-        raise ValueError(f"padding was {padding}, expected at least 0 pixels")
+        raise ValueError(f"padding: expected at least 0 pixels, got {padding}")
     if not 0 <= degrees <= 180:
-        raise ValueError(f"degrees was {degrees}, expected 0 to 180")
+        raise ValueError(f"degrees: expected 0 to 180, got {degrees}")
     device = generator.device
     shifts = torch.randint(-padding, padding + 1, (count, 2), generator=generator, device=device)
     angles = (2 * torch.rand(count, generator=generator, device=device) - 1) * degrees
@@ -55,9 +72,18 @@ def warp(images: Tensor, shifts: Tensor, degrees: Tensor, mirrored: Tensor) -> T
     p and c, the image's centre, are in pixels, so that a rotation keeps its angles whatever the image's aspect. With
     an angle of 0 this is a crop of the padded image, mirrored where M asks for it, to float32's rounding of positions.
 
-    images: uint8 (B, 3, H, W). shifts: whole pixels (B, 2), (down, right) of the crop's corner. degrees: (B,),
-    counter-clockwise. mirrored: bool (B,). Returns float32 (B, 3, H, W) in [0, 1].
-    Raises TypeError for images that are not uint8, ValueError for images of another shape.
+    Args:
+        images: uint8 (B, 3, H, W).
+        shifts: whole pixels (B, 2), (down, right) of the crop's corner.
+        degrees: (B,), counter-clockwise.
+        mirrored: bool (B,).
+
+    Returns:
+        float32 (B, 3, H, W) in [0, 1].
+
+    Raises:
+        TypeError: images that are not uint8.
+        ValueError: images of another shape.
     """
     return apply_affine(images, _affine(shifts, degrees, mirrored))
 
@@ -70,14 +96,23 @@ def _affine(shifts: Tensor, degrees: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def apply_affine(images: Tensor, affine: Tensor) -> Tensor:
-    """`warp` by numbers that `draw_affine` has drawn, (5, B): uint8 (B, 3, H, W) to float32 (B, 3, H, W) in [0, 1].
+    """`warp` by numbers that `draw_affine` has drawn.
 
-    Raises TypeError for images that are not uint8, ValueError for images or numbers of another shape.
+    Args:
+        images: uint8 (B, 3, H, W).
+        affine: (5, B), on any device.
+
+    Returns:
+        float32 (B, 3, H, W) in [0, 1], on the images' device.
+
+    Raises:
+        TypeError: images that are not uint8.
+        ValueError: images or numbers of another shape.
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images had shape {tuple(images.shape)}, expected (B, 3, H, W)")
+        raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
     if affine.shape != (5, len(images)):
-        raise ValueError(f"affine had shape {tuple(affine.shape)}, expected (5, {len(images)})")
+        raise ValueError(f"affine: expected shape (5, {len(images)}), got {tuple(affine.shape)}")
     height, width = images.shape[2:]
     cos, sin, sign, right, down = affine.to(images.device, torch.float32)[:, :, None, None]
     # Offsets from the centre, in pixels. Not affine_grid: its matrix product would round them under autocast or TF32.

@@ -17,7 +17,12 @@ NAMES = ("cifar10", "cifar100", "digits", "npz", "folder")
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """images: uint8 (n, 3, H, W); labels: int64 (n,), each in 0..K−1."""
+    """Images and their labels.
+
+    Args:
+        images: uint8 (n, 3, H, W).
+        labels: int64 (n,), each in 0..K−1.
+    """
 
     images: Tensor
     labels: Tensor
@@ -26,12 +31,20 @@ class Split:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> Split:
+        """The same images and labels on a device."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """Three disjoint splits of one size of image. `flip` says whether a mirrored image keeps its meaning."""
+    """Three disjoint splits of one size of image.
+
+    Args:
+        name: one of `NAMES`.
+        train, validation, test: the splits.
+        classes: K names.
+        flip: whether a mirrored image keeps its meaning.
+    """
 
     name: str
     train: Split
@@ -42,6 +55,7 @@ class ImageDataset:
 
     @property
     def num_classes(self) -> int:
+        """K, how many classes there are."""
         return len(self.classes)
 
     @property
@@ -55,6 +69,7 @@ class ImageDataset:
         return fingerprint(self.train, self.validation, self.test)
 
     def to(self, device: torch.device | str) -> ImageDataset:
+        """The same splits on a device."""
         return replace(
             self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
         )
@@ -102,15 +117,17 @@ def load(
         ModuleNotFoundError: a reader's package is missing. Each message is one line.
     """
     if name not in NAMES:
-        raise ValueError(f"name was {name!r}, expected one of {', '.join(NAMES)}")
+        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
     if image_size is not None and name != "folder":
-        raise ValueError(f"image_size was {image_size}, but only 'folder' resizes images, not {name!r}")
+        raise ValueError(
+            f"image_size: expected None for {name!r}, since only 'folder' resizes images, got {image_size}"
+        )
     parts = _read(name, path, image_size)
     held_out, kept = _validation_cut(len(parts.train[1]), needed=parts.validation is None)
     if not len(kept):
-        raise ValueError(f"{name} had 1 training image, expected at least 2: one of them is cut off for validation")
+        raise ValueError(f"{name}: expected at least 2 training images, of which one is cut off for validation, got 1")
     if limit_train is not None and not 1 <= limit_train <= len(kept):
-        raise ValueError(f"limit_train was {limit_train}, expected 1 to {len(kept)}, the training images there are")
+        raise ValueError(f"limit_train: expected 1 to {len(kept)}, the training images there are, got {limit_train}")
     validation = parts.validation or _select(parts.train, held_out)
     return ImageDataset(
         name=name,
@@ -125,12 +142,12 @@ def load(
 def _read(name: str, path: str | Path | None, image_size: int | None) -> Parts:
     if name == "digits":
         if path is not None:
-            raise ValueError(f"path was {str(path)!r}, expected None: 'digits' comes with scikit-learn")
+            raise ValueError(f"path: expected None, since 'digits' comes with scikit-learn, got {str(path)!r}")
         return read_digits()
     if name in ("cifar10", "cifar100"):
         return read_cifar(name, _expanded("data" if path is None else path))
     if path is None:
-        raise ValueError(f"path was None, expected the {'file' if name == 'npz' else 'folder'} that {name!r} reads")
+        raise ValueError(f"path: expected the {'file' if name == 'npz' else 'folder'} that {name!r} reads, got None")
     if name == "npz":
         return read_npz(_expanded(path))
     return read_folder(_expanded(path), image_size)

@@ -11,7 +11,13 @@ from immunity_fast.data.datasets import Split
 
 
 class Batch(NamedTuple):
-    """images: uint8 (B, 3, H, W); labels: (B,); affine: (5, B), what `augmentation.apply_affine` takes."""
+    """What a training step is made of.
+
+    Args:
+        images: uint8 (B, 3, H, W), not augmented.
+        labels: (B,) integers.
+        affine: (5, B), by which `augmentation.apply_affine` augments the images.
+    """
 
     images: Tensor
     labels: Tensor
@@ -51,7 +57,7 @@ class TrainLoader:
     ) -> None:
         if batch_size % processes or len(split) < processes:
             raise ValueError(
-                f"batch_size was {batch_size} of {len(split)} images, expected a multiple of the {processes} processes"
+                f"batch_size: expected a multiple of the {processes} processes, got {batch_size} of {len(split)} images"
             )
         self.split = split
         self.batch_size = min(batch_size, len(split) - len(split) % processes)
@@ -65,7 +71,7 @@ class TrainLoader:
         self.position = 0  # batches already drawn from the present order
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """How many batches an epoch has."""
         return len(self.split) // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:

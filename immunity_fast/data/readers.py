@@ -82,7 +82,7 @@ def read_npz(file: Path) -> Parts:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: wrong content, with the file, the array, what it had and what was expected.
+        ValueError: wrong content, with the file, the array, what was expected and what it has.
     """
     arrays = _npz_arrays(file)
     images, labels = {}, {}
@@ -96,13 +96,13 @@ def read_npz(file: Path) -> Parts:
     for part in images:
         if tuple(images[part].shape[2:]) != size:
             raise ValueError(
-                f"{file}: {part}_images had (H, W) = {tuple(images[part].shape[2:])}, expected train_images' {size}"
+                f"{file}: {part}_images: expected train_images' (H, W) = {size}, got {tuple(images[part].shape[2:])}"
             )
         low, high = int(labels[part].min()), int(labels[part].max())
         if low < 0 or high >= len(classes):
             raise ValueError(
-                f"{file}: {part}_labels had values from {low} to {high}, "
-                f"expected 0 to {len(classes) - 1} for {len(classes)} classes"
+                f"{file}: {part}_labels: expected values 0 to {len(classes) - 1} for {len(classes)} classes, "
+                f"got from {low} to {high}"
             )
         pairs[part] = images[part], torch.from_numpy(labels[part].astype(np.int64))
     return Parts(pairs["train"], pairs.get("val"), pairs["test"], classes, flip=False)
@@ -133,61 +133,63 @@ def _npz_arrays(file: Path) -> dict[str, NDArray[Any]]:
         pickled = "allow_pickle" in str(error)
         reason = "it is an array of Python objects, not of numbers" if pickled else _reason(error)
         raise ValueError(
-            f"{file}: {key} could not be read ({reason}), expected a whole .npz file without pickled objects"
+            f"{file}: expected a whole .npz file without pickled objects, got that {key} could not be read ({reason})"
         ) from error
     wanted = NPZ_REQUIRED + (NPZ_VALIDATION if any(key in arrays for key in NPZ_VALIDATION) else ())
     missing = [key for key in wanted if key not in arrays]
     if missing:
         raise ValueError(
-            f"{file}: lacks {', '.join(missing)}; had {_one_line(', '.join(names)) or 'nothing'}, "
-            f"expected {', '.join(wanted)}"
+            f"{file}: expected {', '.join(wanted)}, got {_one_line(', '.join(names)) or 'nothing'}; "
+            f"lacks {', '.join(missing)}"
         )
     return arrays
 
 
 def _npz_images(file: Path, key: str, array: NDArray[Any]) -> Tensor:
     if array.dtype != np.uint8:
-        raise ValueError(f"{file}: {key} had dtype {array.dtype}, expected uint8")
+        raise ValueError(f"{file}: {key}: expected uint8, got dtype {array.dtype}")
     pixels = array[..., None] if array.ndim == 3 else array
     if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
         first = pixels.ndim == 4 and pixels.shape[1] in (1, 3)
         raise ValueError(
-            f"{file}: {key} had shape {array.shape}, expected 2-D images as (n, H, W), (n, H, W, 1) or (n, H, W, 3)"
+            f"{file}: {key}: expected 2-D images as (n, H, W), (n, H, W, 1) or (n, H, W, 3), got shape {array.shape}"
             + ("; its channels come first: images.transpose(0, 2, 3, 1) puts them last" if first else "")
         )
     if 0 in pixels.shape:
-        raise ValueError(f"{file}: {key} had shape {array.shape}, expected at least one image of at least one pixel")
+        raise ValueError(f"{file}: {key}: expected at least one image of at least one pixel, got shape {array.shape}")
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
 
 
 def _npz_labels(file: Path, key: str, array: NDArray[Any], *, expected: int) -> NDArray[Any]:
     """Labels (n,), of the stored dtype: their range is yet to be checked, and int64 cannot hold every uint64."""
     if array.dtype.kind not in "iu":
-        raise ValueError(f"{file}: {key} had dtype {array.dtype}, expected integers")
+        raise ValueError(f"{file}: {key}: expected integers, got dtype {array.dtype}")
     labels = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
     if labels.ndim != 1:
-        raise ValueError(f"{file}: {key} had shape {array.shape}, expected (n,) or (n, 1), one class for each image")
+        raise ValueError(
+            f"{file}: {key}: expected shape (n,) or (n, 1), one class for each image, got shape {array.shape}"
+        )
     if len(labels) != expected:
-        raise ValueError(f"{file}: {key} had {len(labels)} labels, expected {expected}, one for each image")
+        raise ValueError(f"{file}: {key}: expected {expected} labels, one for each image, got {len(labels)}")
     return labels
 
 
 def _npz_classes(file: Path, names: NDArray[Any] | None, train_labels: NDArray[Any]) -> tuple[str, ...]:
     if names is not None:
         if names.ndim != 1 or names.dtype.kind != "U":
-            raise ValueError(f"{file}: classes had shape {names.shape}, dtype {names.dtype}, expected strings (K,)")
+            raise ValueError(f"{file}: classes: expected strings (K,), got shape {names.shape}, dtype {names.dtype}")
         classes = tuple(readable(str(name)) for name in names)
     else:
         count = int(train_labels.max()) + 1
         # One label gone wrong, an identifier for instance, must not make a network of a billion classes.
         if count > len(train_labels):
             raise ValueError(
-                f"{file}: train_labels had values up to {count - 1} for {len(train_labels)} images, "
-                "expected no more classes than images"
+                f"{file}: train_labels: expected no more classes than images, got values up to {count - 1} for "
+                f"{len(train_labels)} images"
             )
         classes = tuple(str(label) for label in range(count))
     if len(classes) < 2:
-        raise ValueError(f"{file}: had {len(classes)} classes, expected at least 2")
+        raise ValueError(f"{file}: expected at least 2 classes, got {len(classes)}")
     return classes
 
 
@@ -199,10 +201,12 @@ def read_folder(root: Path, image_size: int | None) -> Parts:
     Classes are sorted by name. Hidden files and files without an image's extension are passed over. All images must
     have one size, unless `image_size` (pixels) has each one's short side scaled to it and the centre square cropped.
 
-    Raises FileNotFoundError, or ValueError with the file or folder, what it had and what was expected.
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: wrong content, with the file or folder, what was expected and what it has.
     """
     if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size was {image_size}, expected at least 1 pixel")
+        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: there is no such folder, expected one folder of images for each class")
     validation = None
@@ -211,7 +215,7 @@ def read_folder(root: Path, image_size: int | None) -> Parts:
         others = [folder for folder in _subfolders(root) if folder.name.lower() in VALIDATION]
         if len(others) > 1:
             raise ValueError(
-                f"{root}: had {' and '.join(other.name for other in others)}, expected one validation split"
+                f"{root}: expected one validation split, got {' and '.join(other.name for other in others)}"
             )
         for other in others:
             validation = _class_files(other)
@@ -220,7 +224,7 @@ def read_folder(root: Path, image_size: int | None) -> Parts:
     else:
         train, test = _test_cut(root, _class_files(root))
     if len(train) < 2:
-        raise ValueError(f"{root}: had {len(train)} class folders, expected at least 2")
+        raise ValueError(f"{root}: expected at least 2 class folders, got {len(train)}")
     first = next(iter(train.values()))[0]
     return Parts(
         _read_images(train, image_size, first),
@@ -254,15 +258,17 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
     }
     for name, found in files.items():
         if not found:
-            raise ValueError(f"{folder / name}: had no images, expected at least one directly in each class's folder")
+            raise ValueError(f"{folder / name}: expected at least one image directly in each class's folder, got none")
     return files
 
 
 def _check_classes(folder: Path, files: dict[str, list[Path]], train: dict[str, list[Path]]) -> None:
     different = sorted(files.keys() ^ train.keys())
     if different:
-        state = "lacked" if different[0] in train else "had"
-        raise ValueError(f"{folder}: {state} the class {different[0]!r}, expected the {len(train)} classes of train")
+        state = "none of" if different[0] in train else "also"
+        raise ValueError(
+            f"{folder}: expected the {len(train)} classes of train, got {state} the class {different[0]!r}"
+        )
 
 
 def _test_cut(root: Path, files: dict[str, list[Path]]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
@@ -271,7 +277,7 @@ def _test_cut(root: Path, files: dict[str, list[Path]]) -> tuple[dict[str, list[
     train, test = {}, {}
     for name, found in files.items():
         if len(found) < 2:
-            raise ValueError(f"{root / name}: had 1 image, expected at least 2: one of them is cut off for the test")
+            raise ValueError(f"{root / name}: expected at least 2 images, of which one is cut off for the test, got 1")
         order = [found[index] for index in random.permutation(len(found))]
         size = max(1, round(TEST_SHARE * len(found)))
         train[name], test[name] = order[size:], order[:size]
@@ -291,8 +297,8 @@ def _read_images(files: dict[str, list[Path]], image_size: int | None, first: Pa
             image = _read_image(file, image_size)
             if image.shape != expected:
                 raise ValueError(
-                    f"{file}: had {image.shape[1]}×{image.shape[0]} pixels, expected {expected[1]}×{expected[0]} as "
-                    f"{first} has; image_size brings all images to one size"
+                    f"{file}: expected {expected[1]}×{expected[0]} pixels as {first} has, got "
+                    f"{image.shape[1]}×{image.shape[0]}; image_size brings all images to one size"
                 )
             images.append(image)
             labels.append(label)
@@ -305,7 +311,7 @@ def _check_memory(count: int, height: int, width: int) -> None:
 
 
 def _read_image(file: Path, image_size: int | None) -> NDArray[np.uint8]:
-    """RGB, uint8 (H, W, 3)."""
+    """An image file as RGB, uint8 (H, W, 3); ValueError, by its name, where it cannot be read."""
     pillow, operations = _need("PIL.Image", "pillow"), _need("PIL.ImageOps", "pillow")
     try:
         with pillow.open(file) as image:
@@ -316,7 +322,9 @@ def _read_image(file: Path, image_size: int | None) -> NDArray[np.uint8]:
         if image_size is not None:
             image = operations.fit(image, (image_size, image_size), method=pillow.Resampling.BILINEAR)
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise ValueError(f"{file}: could not be read ({_reason(error)}), expected an 8-bit image") from error
+        raise ValueError(
+            f"{file}: expected an 8-bit image, got that it could not be read ({_reason(error)})"
+        ) from error
     return np.asarray(image)
 
 
