@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from immunity_fast.reporting import heatmaps, style
+from immunity_fast.reporting import canvas, style
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -36,7 +36,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    for module in (heatmaps, style):
+    for module in (canvas, style):
         monkeypatch.setattr(module, "Figure", Recorded)
     return made
 

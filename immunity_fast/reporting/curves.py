@@ -88,7 +88,7 @@ def training_curves(records: Sequence[Mapping[str, float]], path: Path) -> None:
     known = {key for record in records for key in record}
     panels = [panel for panel in PANELS if known.intersection(panel.lines)]
     if not panels:
-        raise ValueError(f"records must hold at least one value to draw, got {len(records)} records with {known or {}}")
+        raise ValueError(f"records: expected at least one value to draw, got {len(records)} records with {known or {}}")
 
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -151,7 +151,7 @@ def robustness_figure(accuracy_by_eps: Mapping[str, Points], loss_by_steps: Mapp
         ValueError: if both mappings are empty.
     """
     if not accuracy_by_eps and not loss_by_steps:
-        raise ValueError("accuracy_by_eps, loss_by_steps: at least one must hold a curve, got two empty mappings")
+        raise ValueError("accuracy_by_eps, loss_by_steps: expected a curve in at least one, got two empty mappings")
     names = dict.fromkeys([*accuracy_by_eps, *loss_by_steps])  # one name looks the same in both panels
     looks = dict(zip(names, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
     titles = ["Accuracy against ε"] * bool(accuracy_by_eps) + ["Loss against steps"] * bool(loss_by_steps)

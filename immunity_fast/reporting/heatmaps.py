@@ -5,22 +5,20 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.textpath import TextPath
+from matplotlib.textpath import text_to_path
 from torch import Tensor
 
+from immunity_fast.reporting.canvas import Canvas, Cell
+from immunity_fast.reporting.overlay import COLORMAP, grey_of, overlaid, state_of
 from immunity_fast.reporting.style import DPI, FONT_SIZE, INK, drawable, save_png
 
 CELL = 256  # pixels, about the longer side of one picture in the heatmap figure
 GAP = 10  # pixels between two pictures
 GROUP_GAP = 44  # pixels between two groups of rows
-COLORMAP = "inferno"
+TOP = 42  # pixels above the first row, for the columns' titles
 
 
 def heatmap_figure(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], path: Path) -> None:
@@ -41,7 +39,7 @@ def heatmap_figure(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], 
     """
     check_heatmaps(images, heatmaps)
     if len(row_labels) != len(images):
-        raise ValueError(f"row_labels must hold {len(images)} texts, one an image, got {len(row_labels)}")
+        raise ValueError(f"row_labels: expected {len(images)} texts, one an image, got {len(row_labels)}")
     draw_heatmaps(images, heatmaps, row_labels, path)
 
 
@@ -76,23 +74,23 @@ def attacked_heatmap_figure(
         ("attacked_heatmaps", attacked_heatmaps, clean_heatmaps),
     ):
         if tensor.shape != like.shape:
-            raise ValueError(f"{name} must have the clean ones' shape {tuple(like.shape)}, got {tuple(tensor.shape)}")
+            raise ValueError(f"{name}: expected the clean ones' shape {tuple(like.shape)}, got {tuple(tensor.shape)}")
     if len(row_labels) != len(clean) or any(len(pair) != 2 for pair in row_labels):
         lengths = [len(pair) for pair in row_labels]
-        raise ValueError(f"row_labels must hold {len(clean)} pairs, one an image, got tuples of lengths {lengths}")
+        raise ValueError(f"row_labels: expected {len(clean)} pairs, one an image, got tuples of lengths {lengths}")
     images = _alternate(clean, attacked, 0)
     heatmaps = _alternate(clean_heatmaps, attacked_heatmaps, 1)
     draw_heatmaps(images, heatmaps, [text for pair in row_labels for text in pair], path, group=2)
 
 
 def check_heatmaps(images: Tensor, heatmaps: Tensor, names: tuple[str, str] = ("images", "heatmaps")) -> None:
-    """Raises ValueError, by these names, unless images are (n, 3, H, W) and heatmaps (N, n, H, W), none of them 0."""
+    """ValueError, by these names, unless images are (n, 3, H, W) and heatmaps (N, n, H, W), none of them 0."""
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(f"{names[0]} must have shape (n, 3, H, W), none of them 0, got {tuple(images.shape)}")
+        raise ValueError(f"{names[0]}: expected shape (n, 3, H, W), none of them 0, got {tuple(images.shape)}")
     count, _, height, width = images.shape
     if heatmaps.ndim != 4 or heatmaps.shape[0] == 0 or heatmaps.shape[1:] != (count, height, width):
         expected = f"(N, {count}, {height}, {width}), N ≥ 1, to fit {names[0]} {tuple(images.shape)}"
-        raise ValueError(f"{names[1]} must have shape {expected}, got {tuple(heatmaps.shape)}")
+        raise ValueError(f"{names[1]}: expected shape {expected}, got {tuple(heatmaps.shape)}")
 
 
 def draw_heatmaps(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], path: Path, group: int = 1) -> None:
@@ -100,77 +98,73 @@ def draw_heatmaps(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], p
     count, _, height, width = images.shape
     pictures = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
     maps = heatmaps.detach().float().cpu().numpy()
-    greys = pictures @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    # Lines break before an arrow rather than after it; a dollar sign would otherwise start a formula.
+    greys = grey_of(pictures)
+    labels, font = _wrapped(row_labels)
+    layout = _Layout(len(maps), (height, width), labels, font, count, group)
+    canvas = Canvas(layout.width, layout.height, DPI)
+    for x, title in zip(layout.lefts, ["input", *(f"expert {i + 1}" for i in range(len(maps)))], strict=True):
+        canvas.text(x + layout.cell.width / 2, layout.tops[0] - GAP, title, font)
+    for row, y in enumerate(layout.tops):
+        canvas.text(layout.lefts[0] - 2 * GAP, y + layout.cell.height / 2, labels[row], font, "right", "center")
+        canvas.picture(layout.lefts[0], y, layout.cell, pictures[row])
+        for x, heatmap in zip(layout.lefts[1:], maps[:, row], strict=True):
+            canvas.picture(x, y, layout.cell, overlaid(greys[row], heatmap))
+            if state := state_of(heatmap):
+                canvas.badge(x, y, layout.cell, state, font)
+    _add_bar(canvas, layout, font)
+    save_png(canvas.figure, path)
+
+
+class _Layout:
+    """Where everything stands, in pixels: pictures of one size in rows and columns, labels left, the bar right.
+
+    Args:
+        experts: columns beside the input's.
+        size: (H, W) of the images; a small one is enlarged by a whole factor.
+        labels: of the rows, in lines.
+        font: theirs.
+        count: rows.
+        group: rows that stand close together.
+    """
+
+    def __init__(
+        self, experts: int, size: tuple[int, int], labels: Sequence[str], font: FontProperties, count: int, group: int
+    ) -> None:
+        longer = max(size)
+        scale = max(1, round(CELL / longer)) if longer <= CELL else CELL / longer
+        self.cell = Cell(*(max(1, round(side * scale)) for side in reversed(size)))
+        left = max((_text_width(line, font) for label in labels for line in label.splitlines()), default=0) + 3 * GAP
+        # Twice the gap after the input, to set it apart.
+        self.lefts = [left] + [left + i * (self.cell.width + GAP) + GAP for i in range(1, experts + 1)]
+        between = GROUP_GAP - GAP if group > 1 else 0
+        self.tops = [TOP + i * (self.cell.height + GAP) + i // group * between for i in range(count)]
+        self.bar = (self.lefts[-1] + self.cell.width + 2 * GAP, TOP)
+        bottom = self.tops[-1] + self.cell.height
+        self.bar_size = (16, min(bottom - TOP, CELL))
+        self.width, self.height = self.bar[0] + 100, bottom + 2 * GAP
+
+
+def _wrapped(row_labels: Sequence[str]) -> tuple[list[str], FontProperties]:
+    """The labels in lines, and a font that has their characters."""
+    # Lines break before an arrow rather than after it.
     lines = [text.replace("→ ", "→\u00a0").splitlines() for text in row_labels]
-    labels = ["\n".join(textwrap.fill(line, 18) for line in text).replace("$", r"\$") for text in lines]
-    labels, families = drawable(labels)
-    font = FontProperties(size=FONT_SIZE, family=families)
+    labels, families = drawable(["\n".join(textwrap.fill(line, 18) for line in text) for text in lines])
+    return labels, FontProperties(size=FONT_SIZE, family=families)
 
-    # The layout is counted in whole pixels, from the top left; a small image is enlarged by a whole factor.
-    scale = max(1, round(CELL / max(height, width))) if max(height, width) <= CELL else CELL / max(height, width)
-    cell_width, cell_height = max(1, round(width * scale)), max(1, round(height * scale))
-    label_width = max((_text_width(line, font) for label in labels for line in label.splitlines()), default=0)
-    left, top = label_width + 3 * GAP, 42
-    # Twice the gap after the input, to set it apart.
-    columns = [left] + [left + i * (cell_width + GAP) + GAP for i in range(1, len(maps) + 1)]
-    between = GROUP_GAP - GAP if group > 1 else 0
-    rows = [top + i * (cell_height + GAP) + i // group * between for i in range(count)]
-    bar_left, bar_height = columns[-1] + cell_width + 2 * GAP, min(rows[-1] + cell_height - top, CELL)
-    total_width, total_height = bar_left + 100, rows[-1] + cell_height + 2 * GAP
 
-    figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI, facecolor="white")
-
-    def add_axes(x: int, y: int, w: int, h: int) -> Axes:
-        # matplotlib 3.8 rounds the size of an image up: of 256 + 1e-13 pixels it makes 257, and rows come out shifted.
-        extent = ((w - 1e-6) / total_width, (h - 1e-6) / total_height)
-        return figure.add_axes((x / total_width, 1 - (y + h) / total_height, *extent))
-
-    def add_text(x: float, y: float, text: str, align: str, valign: str) -> None:
-        position = (x / total_width, 1 - y / total_height)
-        figure.text(*position, text, ha=align, va=valign, color=INK, fontproperties=font, linespacing=1.15)
-
-    for x, title in zip(columns, ["input", *(f"expert {i + 1}" for i in range(len(maps)))], strict=True):
-        add_text(x + cell_width / 2, top - GAP, title, "center", "baseline")
-    for row, y in enumerate(rows):
-        add_text(left - 2 * GAP, y + cell_height / 2, labels[row], "right", "center")
-        grey = np.repeat(greys[row][..., None], 3, axis=-1)
-        for column, x in enumerate(columns):
-            picture, mark = pictures[row], ""
-            if column > 0:
-                heatmap = maps[column - 1, row]
-                peak = float(heatmap.max())
-                if math.isfinite(peak) and peak > 0:
-                    picture = _blend(grey, heatmap / peak)
-                else:
-                    picture, mark = grey, "dead" if peak <= 0 else "not finite"
-            axes = add_axes(x, y, cell_width, cell_height)
-            axes.set_axis_off()
-            # "antialiased" is nearest for a whole factor, and smooths where a large image is shrunk.
-            axes.imshow(picture, aspect="auto", interpolation="antialiased", vmin=0, vmax=1)
-            if mark:
-                box = {"boxstyle": "round,pad=0.35", "facecolor": "black", "edgecolor": "none", "alpha": 0.75}
-                text = axes.text(0.5, 0.5, mark, color="white", fontproperties=font, bbox=box)
-                text.set(transform=axes.transAxes, ha="center", va="center")
-
-    bar = figure.colorbar(ScalarMappable(cmap=COLORMAP), cax=add_axes(bar_left, top, 16, bar_height), ticks=[0, 1])
+def _add_bar(canvas: Canvas, layout: _Layout, font: FontProperties) -> None:
+    """The bar that says which colour is which value, from 0 to the maximum."""
+    axes = canvas.axes(*layout.bar, *layout.bar_size)
+    bar = canvas.figure.colorbar(ScalarMappable(cmap=COLORMAP), cax=axes, ticks=[0, 1])
     bar.outline.set_visible(False)
     bar.ax.set_yticklabels(["0", "max"], fontproperties=font, color=INK)
     bar.ax.tick_params(length=0, pad=2)
-    save_png(figure, path)
-
-
-def _blend(grey: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
-    """The heatmap (H, W), in [0, 1], in colour over the grey picture (H, W, 3), in [0, 1]."""
-    # Where the heatmap is 0 the image stays legible, but darker than any focus; at its maximum the colour prevails.
-    share = 0.4 + 0.45 * heatmap[..., None]
-    blended: np.ndarray = (1 - share) * grey + share * matplotlib.colormaps[COLORMAP](heatmap)[..., :3]
-    return blended
 
 
 def _text_width(line: str, font: FontProperties) -> int:
     """Width in pixels of one line of text."""
-    return math.ceil(TextPath((0, 0), line, prop=font).get_extents().width * DPI / 72) if line.strip() else 0
+    width, _, _ = text_to_path.get_text_width_height_descent(line, font, ismath=False)
+    return math.ceil(width * DPI / 72)
 
 
 def _alternate(first: Tensor, second: Tensor, axis: int) -> Tensor:

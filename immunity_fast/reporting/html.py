@@ -1,6 +1,7 @@
 """A run's report: one HTML file that needs nothing beside it, and its tables as Markdown."""
 
 import base64
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class Table:
     def __post_init__(self) -> None:
         for i, row in enumerate(self.rows):
             if len(row) != len(self.columns):
-                raise ValueError(f"rows[{i}] must hold {len(self.columns)} cells, one a column, got {len(row)}")
+                raise ValueError(f"rows[{i}]: expected {len(self.columns)} cells, one a column, got {len(row)}")
 
     def numeric(self) -> list[bool]:
         """For each column, whether all it holds is numbers (with units or an error, perhaps) and blanks."""
@@ -91,16 +92,9 @@ def write_report(
         ValueError: if a figure is not a PNG file.
         OSError: if a figure cannot be read or the report not be written.
     """
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        # A path may be anything but text, and is found out to be only when hours of work are to be written.
-        finalize=lambda value: readable(value) if type(value) is str else value,
-    )
-    source = resources.files("immunity_fast.reporting").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    html = environment.from_string(source).render(
+    html = render(
+        "immunity_fast.reporting",
+        "report.html.jinja",
         title=title,
         lead=lead,
         facts=facts,
@@ -109,13 +103,37 @@ def write_report(
         commands=commands,
         settings=settings,
     )
-    write_atomically(path, f"{html}\n".encode())
+    write_atomically(path, html.encode())
+
+
+def render(package: str, template: str, **values: object) -> str:
+    """A template of ours, filled in; all texts are escaped, and a value that it lacks is an error.
+
+    Args:
+        package: in whose folder the template lies.
+        template: its file name.
+        values: what it is filled with. The filter `sha256` gives the base64 hash of a text, for a page's policy.
+
+    Returns:
+        The file's text, with a newline at its end.
+    """
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # A path may be anything but text, and is found out to be only when hours of work are to be written.
+        finalize=lambda value: readable(value) if type(value) is str else value,
+    )
+    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    source = resources.files(package).joinpath(template).read_text(encoding="utf-8")
+    return environment.from_string(source).render(**values) + "\n"
 
 
 def _inline_png(path: Path) -> tuple[str, int]:
     """The file in base64, and its width in pixels."""
     data = path.read_bytes()
     if not data.startswith(PNG_SIGNATURE):
-        raise ValueError(f"figures must be PNG files, {path} is not one")
+        raise ValueError(f"figures: expected PNG files, got {path}, which is none")
     # The signature is followed by the header chunk: 4 bytes length, 4 bytes type, 4 bytes width.
     return base64.b64encode(data).decode("ascii"), int.from_bytes(data[16:20], "big")

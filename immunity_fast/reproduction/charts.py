@@ -84,7 +84,7 @@ def dot_chart(panels: Sequence[Panel], path: Path) -> None:
     series = list(dict.fromkeys(name for panel in panels for name in panel.values))
     rows = list(dict.fromkeys(row for panel in panels for values in panel.values.values() for row in values))
     if not rows:
-        raise ValueError(f"panels must hold a row of a series at least, got {len(panels)} panels without any")
+        raise ValueError(f"panels: expected a row of a series at least, got {len(panels)} panels without any")
     lines = math.ceil(len(panels) / 3)
     columns = math.ceil(len(panels) / lines)
     names = [wrapped(row, NAME_WIDTH) for row in rows]
@@ -95,23 +95,16 @@ def dot_chart(panels: Sequence[Panel], path: Path) -> None:
     ends = np.cumsum(heights)
     # The vertical axis is in inches from the top.
     middles = dict(zip(rows, (ends - np.array(heights) / 2).tolist(), strict=True))
-    looks = dict(zip(series, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
+    styles = dict(zip(series, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
     offsets = {name: SERIES_HEIGHT * (i - (len(series) - 1) / 2) for i, name in enumerate(series)}
     with panel_style():
         figure = panel_figure(min(columns, 2), lines * (float(ends[-1]) + 2))  # more than it will have
         drawn = [figure.add_subplot(lines, columns, i + 1) for i in range(len(panels))]
         for i, (axes, panel) in enumerate(zip(drawn, panels, strict=True)):
-            samples = [pair for values in panel.values.values() for pair in values.values() if math.isfinite(pair[0])]
-            style_axes(axes)
-            axes.grid(axis="x", color="#efefef", linewidth=0.5)
-            if samples:
-                _scale_values(axes.xaxis, samples, panel.log, "%" in panel.axis)
-            else:
-                say_empty(axes)
-                axes.set_xticks([])
+            _draw_values(axes, panel)
             for name, values in panel.values.items():
                 points = [(*values[row], middles[row] + offsets[name]) for row in rows if row in values]
-                _draw_points(axes, points, *looks[name])
+                _draw_points(axes, points, *styles[name])
             axes.set_ylim(float(ends[-1]), 0)
             axes.set_yticks(list(middles.values()), names if i % columns == 0 else [""] * len(rows), linespacing=1.1)
             axes.tick_params(axis="y", length=0, pad=4)
@@ -119,20 +112,26 @@ def dot_chart(panels: Sequence[Panel], path: Path) -> None:
         for i in range(0, len(panels), columns):
             titles = [wrapped(panel.title, _room(columns) / BOLD) for panel in panels[i : i + columns]]
             add_titles(drawn[i : i + columns], titles)
-        looks_of_series = [
-            Line2D(
-                [],
-                [],
-                color=color,
-                marker=marker,
-                markersize=marker_size(marker) + 0.6,
-                linewidth=1.1,
-                markeredgewidth=0,
-            )
-            for color, marker in looks.values()
-        ]
-        _add_legend(figure, looks_of_series, series)
+        _add_legend(figure, [_sample(*style) for style in styles.values()], series)
         _save(figure, lines, float(ends[-1]), path)
+
+
+def _draw_values(axes: Axes, panel: Panel) -> None:
+    """The horizontal axis of a panel's values, with faint lines up from it; or that there are none."""
+    samples = [pair for values in panel.values.values() for pair in values.values() if math.isfinite(pair[0])]
+    style_axes(axes)
+    axes.grid(axis="x", color="#efefef", linewidth=0.5)
+    if samples:
+        _scale_values(axes.xaxis, samples, panel.log, "%" in panel.axis)
+    else:
+        say_empty(axes)
+        axes.set_xticks([])
+
+
+def _sample(color: str, marker: str) -> Line2D:
+    """A line and marker of this look, for the legend."""
+    size = marker_size(marker) + 0.6
+    return Line2D([], [], color=color, marker=marker, markersize=size, linewidth=1.1, markeredgewidth=0)
 
 
 def sweep_figure(
@@ -160,7 +159,7 @@ def sweep_figure(
     """
     titles = list(dict.fromkeys(title for measures in sweeps.values() for title, points in measures.items() if points))
     if not titles:
-        raise ValueError(f"sweeps must hold a point of a measure at least, got {len(sweeps)} coefficients without any")
+        raise ValueError(f"sweeps: expected a point of a measure at least, got {len(sweeps)} coefficients without any")
     columns = len(sweeps)
     with panel_style():
         figure = panel_figure(min(columns, 2), len(titles) * (SWEEP_HEIGHT + 2))
@@ -196,7 +195,7 @@ def sweep_figure(
 
 
 def _draw_points(axes: Axes, points: Sequence[tuple[float, float, float]], color: str, marker: str) -> None:
-    """Draws points (value, spread, height)."""
+    """Draws points (value, spread, height) with whiskers as long as their spread."""
     finite = [point for point in points if math.isfinite(point[0])]
     if not finite:  # a line without points would upset the layout
         return

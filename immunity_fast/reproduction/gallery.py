@@ -69,7 +69,7 @@ class Gallery:
 
     @property
     def experts(self) -> int:
-        """N."""
+        """N, how many experts the model has."""
         return len(self.heatmaps)
 
 
@@ -168,27 +168,15 @@ def check_same(galleries: Sequence[Gallery]) -> None:
 
 
 def to_array(heatmap: Tensor) -> np.ndarray:
+    """A heatmap (H, W) as a NumPy array of float64."""
     array: np.ndarray = heatmap.detach().double().numpy()
     return array
-
-
-def state_of(heatmap: Tensor) -> str:
-    """ "dead", "not finite" or, for a heatmap that can be shown, ""."""
-    if not bool(heatmap.isfinite().all()):
-        return "not finite"
-    return "" if float(heatmap.max()) > 0 else "dead"
 
 
 def picture_of(image: Tensor) -> np.ndarray:
     """uint8 (3, H, W) → floats in [0, 1], (H, W, 3)."""
     picture: np.ndarray = image.permute(1, 2, 0).numpy() / 255
     return picture
-
-
-def grey_of(image: Tensor) -> np.ndarray:
-    """uint8 (3, H, W) → brightness in [0, 1], (H, W)."""
-    grey: np.ndarray = picture_of(image) @ np.array([0.299, 0.587, 0.114])
-    return grey
 
 
 def _kind(tensor: Tensor) -> str:

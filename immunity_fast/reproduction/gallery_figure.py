@@ -6,20 +6,17 @@ import functools
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.lines import Line2D
 from matplotlib.textpath import text_to_path
 
-from immunity_fast.reporting.heatmaps import COLORMAP
-from immunity_fast.reporting.style import INK
-from immunity_fast.reproduction.gallery import Gallery, check_same, grey_of, picture_of, state_of, to_array
+from immunity_fast.reporting.canvas import Canvas, Cell
+from immunity_fast.reporting.overlay import COLORMAP, grey_of, overlaid, state_of
+from immunity_fast.reproduction.gallery import Gallery, check_same, picture_of, to_array
 
 WIDTH = 6.9  # inches, both columns of a paper
 HEIGHT = 8.6  # inches, what a page has beside its caption
@@ -56,68 +53,104 @@ def draw(galleries: Sequence[Gallery], width: float = WIDTH) -> Figure:
     if not 0 < width < math.inf:
         raise ValueError(f"width: expected a positive number of inches, got {width}")
     first = galleries[0]
-    count, _, height_px, width_px = first.images.shape
     names = [_fit(first.classes[label], SIZE, 220) for label in first.labels.tolist()]
-    predicted = [gallery.probabilities.argmax(-1) for gallery in galleries]
-    any_wrong = any(bool((classes != first.labels).any()) for classes in predicted)
-    marks = {state_of(heatmap) for gallery in galleries for heatmap in gallery.heatmaps.flatten(0, 1)} - {""}
-    titled = any(gallery.title for gallery in galleries)
+    layout = _Layout(galleries, names, width)
+    canvas = Canvas(layout.width, layout.height, DPI)
+    canvas.text(layout.input + layout.cell.width / 2, layout.top - 10, "input", _font(SMALL))
+    for name, image, y in zip(names, first.images, layout.tops, strict=True):
+        canvas.text(
+            layout.input - 12, y + layout.cell.height / 2, name, _font(SIZE), align="right", valign="center_baseline"
+        )
+        _add_picture(canvas, layout.input, y, layout.cell, picture_of(image))
+    for gallery, title, lefts in zip(galleries, layout.titles, layout.lefts, strict=True):
+        _add_title(canvas, layout, title, lefts)
+        wide = _width(f"expert {gallery.experts}", SMALL) <= layout.cell.width + GAP - 4
+        for expert, x in enumerate(lefts):
+            number = f"expert {expert + 1}" if wide else f"{expert + 1}"
+            canvas.text(x + layout.cell.width / 2, layout.top - 10, number, _font(SMALL))
+            for row, y in enumerate(layout.tops):
+                _add_heatmap(canvas, x, y, layout.cell, gallery, expert, row)
+    layout.footer.draw(canvas, layout.footer_lines, layout.bottom)
+    return canvas.figure
 
-    # The layout is counted in pixels from the top left.
-    label_width = max(math.ceil(_width(name, SIZE)) for name in names) + 14
-    gaps = sum(GROUP_GAP + GAP * (gallery.experts - 1) for gallery in galleries)
-    columns = 1 + sum(gallery.experts for gallery in galleries)
-    footer = _Footer(any_wrong, marks)
-    pitch = 38 if any_wrong else GAP  # beneath a picture
-    # A picture is as large as the page's width and height allow, 200 pixels of which are headings and footer.
-    across = (width * DPI - 2 * MARGIN - label_width - gaps) / columns / width_px
-    down = ((HEIGHT * DPI - 200) / count - pitch) / height_px
-    longer = min(LARGEST, max(SMALLEST, int(min(across, down) * max(width_px, height_px))))
-    cell = _Cell(*(max(1, round(longer * side / max(width_px, height_px))) for side in (width_px, height_px)))
-    lefts = [MARGIN + label_width]
-    for gallery in galleries:
-        lefts += [lefts[-1] + cell.width + GROUP_GAP + i * (cell.width + GAP) for i in range(gallery.experts)]
-    right = lefts[-1] + cell.width
-    heads = [_wrapped(g.title, SIZE, g.experts * (cell.width + GAP) - GAP + (GROUP_GAP - GAP) // 2) for g in galleries]
-    title_height = 30 * max(len(lines) for lines in heads) + 18 if titled else 0
-    top = MARGIN + title_height + 32
-    tops = [top + row * (cell.height + pitch) for row in range(count)]
-    total_width = max(right + MARGIN, footer.narrowest + 2 * MARGIN)
-    lefts = [x + (total_width - right - MARGIN) // 2 for x in lefts]
-    lines = footer.lines(total_width - 2 * MARGIN)
-    bottom = tops[-1] + cell.height + pitch + 8
-    total_height = bottom + 34 * len(lines) + MARGIN
 
-    figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI, facecolor="white")
-    canvas = _Canvas(figure, total_width, total_height)
-    canvas.text(lefts[0] + cell.width / 2, top - 10, "input", SMALL, "center")
-    for row, y in enumerate(tops):
-        canvas.text(lefts[0] - 12, y + cell.height / 2, names[row], SIZE, "right", "center_baseline")
-        canvas.picture(lefts[0], y, cell, picture_of(first.images[row]))
-    column = 1
-    for gallery, classes, head in zip(galleries, predicted, heads, strict=True):
-        own = lefts[column : column + gallery.experts]
-        column += gallery.experts
-        if head:
-            for i, line in enumerate(reversed(head)):
-                canvas.text((own[0] + own[-1] + cell.width) / 2, top - 50 - 30 * i, line, SIZE, "center", weight="bold")
-            canvas.line(own[0], own[-1] + cell.width, top - 40)
-        wide = _width(f"expert {gallery.experts}", SMALL) <= cell.width + GAP - 4
-        for i, x in enumerate(own):
-            canvas.text(x + cell.width / 2, top - 10, f"expert {i + 1}" if wide else f"{i + 1}", SMALL, "center")
-            for row, y in enumerate(tops):
-                grey, heatmap = grey_of(first.images[row]), to_array(gallery.heatmaps[i, row])
-                state = state_of(gallery.heatmaps[i, row])
-                canvas.picture(x, y, cell, _rgb(grey) if state else _blend(grey, heatmap / heatmap.max()))
-                if state:
-                    canvas.badge(x, y, cell, state)
-                if classes[i, row] != first.labels[row]:
-                    said = f"{CROSS} {first.classes[int(classes[i, row])]}"
-                    size = next((s for s in (5.5, 5.0, 4.5) if _width(said, s) <= cell.width + GAP - 3), 4.5)
-                    said = _fit(said, size, cell.width + GAP - 3)
-                    canvas.text(x + cell.width / 2, y + cell.height + 22, said, size, "center", color=WRONG)
-    footer.draw(canvas, lines, bottom)
-    return figure
+class _Layout:
+    """Where everything stands, in pixels from the top left.
+
+    Args:
+        galleries: side by side.
+        names: of the rows, as they are written.
+        width: inches, see `draw`.
+    """
+
+    def __init__(self, galleries: Sequence[Gallery], names: Sequence[str], width: float) -> None:
+        first = galleries[0]
+        count, _, *size = first.images.shape
+        any_wrong = any(bool((gallery.probabilities.argmax(-1) != first.labels).any()) for gallery in galleries)
+        marks = {state_of(to_array(heatmap)) for gallery in galleries for heatmap in gallery.heatmaps.flatten(0, 1)}
+        self.footer = _Footer(any_wrong, marks - {""})
+        self.pitch = 38 if any_wrong else GAP  # beneath a picture
+        label_width = max(math.ceil(_width(name, SIZE)) for name in names) + 14
+        gaps = sum(GROUP_GAP + GAP * (gallery.experts - 1) for gallery in galleries)
+        columns = 1 + sum(gallery.experts for gallery in galleries)
+        # A picture is as large as the page's width and height allow, 200 pixels of which are headings and footer.
+        across = (width * DPI - 2 * MARGIN - label_width - gaps) / columns / size[1]
+        down = ((HEIGHT * DPI - 200) / count - self.pitch) / size[0]
+        longer = min(LARGEST, max(SMALLEST, int(min(across, down) * max(size))))
+        self.cell = Cell(*(max(1, round(longer * side / max(size))) for side in reversed(size)))
+        lefts = [MARGIN + label_width]
+        for gallery in galleries:
+            lefts += [
+                lefts[-1] + self.cell.width + GROUP_GAP + i * (self.cell.width + GAP) for i in range(gallery.experts)
+            ]
+        right = lefts[-1] + self.cell.width
+        self.width = max(right + MARGIN, self.footer.narrowest + 2 * MARGIN)
+        self.input, *places = (x + (self.width - right - MARGIN) // 2 for x in lefts)
+        self.lefts = [[places.pop(0) for _ in range(gallery.experts)] for gallery in galleries]
+        self.titles = [self._title(gallery) for gallery in galleries]
+        lines = max(len(title) for title in self.titles)
+        self.top = MARGIN + (30 * lines + 18 if any(gallery.title for gallery in galleries) else 0) + 32
+        self.tops = [self.top + row * (self.cell.height + self.pitch) for row in range(count)]
+        self.bottom = self.tops[-1] + self.cell.height + self.pitch + 8  # of the pictures
+        self.footer_lines = self.footer.lines(self.width - 2 * MARGIN)
+        self.height = self.bottom + 34 * len(self.footer_lines) + MARGIN
+
+    def _title(self, gallery: Gallery) -> list[str]:
+        """A gallery's title in lines that its columns have room for."""
+        return _wrapped(gallery.title, SIZE, gallery.experts * (self.cell.width + GAP) - GAP + (GROUP_GAP - GAP) // 2)
+
+
+def _add_title(canvas: Canvas, layout: _Layout, title: Sequence[str], lefts: Sequence[int]) -> None:
+    """A gallery's title, in lines, over its columns, and a rule beneath it; nothing where it has none."""
+    right = lefts[-1] + layout.cell.width
+    for i, line in enumerate(reversed(title)):
+        canvas.text((lefts[0] + right) / 2, layout.top - 50 - 30 * i, line, _font(SIZE, "bold"))
+    if title:
+        canvas.line(lefts[0], right, layout.top - 40)
+
+
+def _add_heatmap(canvas: Canvas, x: int, y: int, cell: Cell, gallery: Gallery, expert: int, row: int) -> None:
+    """An expert's heatmap of an image, marked where it cannot be shown, and beneath it what it wrongly predicts."""
+    heatmap = to_array(gallery.heatmaps[expert, row])
+    _add_picture(canvas, x, y, cell, overlaid(grey_of(picture_of(gallery.images[row])), heatmap))
+    if state := state_of(heatmap):
+        canvas.badge(x, y, cell, state, _font(min(5.5, 5.5 * cell.width / (_width(state, 5.5) + 26))))
+    predicted = int(gallery.probabilities[expert, row].argmax())
+    if predicted != gallery.labels[row]:
+        text = f"{CROSS} {gallery.classes[predicted]}"
+        size = next((s for s in (5.5, 5.0, 4.5) if _width(text, s) <= cell.width + GAP - 3), 4.5)
+        text = _fit(text, size, cell.width + GAP - 3)
+        canvas.text(x + cell.width / 2, y + cell.height + 22, text, _font(size), color=WRONG)
+
+
+def _add_picture(canvas: Canvas, x: int, y: int, cell: Cell, rgb: np.ndarray) -> None:
+    """A picture of floats in [0, 1]; a small one gets larger pixels, since viewers smooth what they enlarge."""
+    factor = max(1, 256 // max(rgb.shape[:2]))
+    canvas.picture(x, y, cell, np.round(255 * rgb).astype(np.uint8).repeat(factor, 0).repeat(factor, 1))
+
+
+def _font(size: float, weight: str = "normal") -> FontProperties:
+    return FontProperties(size=size, weight=weight, family=FONT)
 
 
 def to_bytes(figure: Figure, kind: str) -> bytes:
@@ -132,62 +165,6 @@ def to_bytes(figure: Figure, kind: str) -> bytes:
     with matplotlib.rc_context({"pdf.fonttype": 42, "savefig.bbox": None}):
         figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
     return buffer.getvalue()
-
-
-class _Cell(NamedTuple):
-    """A picture's size in the figure, in pixels."""
-
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class _Canvas:
-    """A figure whose places are pixels from the top left."""
-
-    figure: Figure
-    width: int
-    height: int
-
-    def place(self, x: float, y: float) -> tuple[float, float]:
-        return x / self.width, 1 - y / self.height
-
-    def text(
-        self,
-        x: float,
-        y: float,
-        text: str,
-        size: float,
-        align: str,
-        valign: str = "baseline",
-        color: str = INK,
-        weight: str = "normal",
-    ) -> None:
-        font = FontProperties(size=size, weight=weight, family=FONT)
-        # Names may have dollar signs, which are no formulas.
-        self.figure.text(
-            *self.place(x, y), text, ha=align, va=valign, color=color, fontproperties=font, parse_math=False
-        )
-
-    def line(self, left: float, right: float, y: float) -> None:
-        across, up = zip(self.place(left, y), self.place(right, y), strict=True)
-        self.figure.add_artist(Line2D(across, up, color=INK, linewidth=0.5))
-
-    def picture(self, x: float, y: float, cell: _Cell, rgb: np.ndarray) -> None:
-        left, bottom = self.place(x, y + cell.height)
-        axes = self.figure.add_axes((left, bottom, cell.width / self.width, cell.height / self.height))
-        axes.set_axis_off()
-        # Viewers smooth an image that they enlarge: a small one gets larger pixels here, which stay sharp.
-        factor = max(1, 256 // max(rgb.shape[:2]))
-        axes.imshow(
-            np.round(255 * rgb).astype(np.uint8).repeat(factor, 0).repeat(factor, 1), aspect="auto", origin="upper"
-        )
-
-    def badge(self, x: float, y: float, cell: _Cell, text: str) -> None:
-        box = {"boxstyle": "round,pad=0.3", "facecolor": "black", "edgecolor": "none", "alpha": 0.75}
-        font = FontProperties(size=min(5.5, 5.5 * cell.width / (_width(text, 5.5) + 26)), family=FONT)
-        place = self.place(x + cell.width / 2, y + cell.height / 2)
-        self.figure.text(*place, text, ha="center", va="center", color="white", fontproperties=font, bbox=box)
 
 
 class _Footer:
@@ -215,7 +192,8 @@ class _Footer:
             made[-1].append(i)
         return made
 
-    def draw(self, canvas: _Canvas, lines: list[list[int]], top: int) -> None:
+    def draw(self, canvas: Canvas, lines: list[list[int]], top: int) -> None:
+        """Write the entries, in lines of their numbers, below `top`, in pixels."""
         for row, line in enumerate(lines):
             x = (canvas.width - sum(self.widths[i] for i in line) - 40 * (len(line) - 1)) / 2
             base = top + 34 * row + 24
@@ -224,30 +202,17 @@ class _Footer:
                 if kind == "bar":
                     self._bar(canvas, x, base)
                 elif kind == "cross":
-                    canvas.text(x, base, CROSS, SMALL, "left", color=WRONG)
-                canvas.text(x + self.samples[kind], base, text, SMALL, "left")
+                    canvas.text(x, base, CROSS, _font(SMALL), "left", color=WRONG)
+                canvas.text(x + self.samples[kind], base, text, _font(SMALL), "left")
                 x += self.widths[i] + 40
 
     @staticmethod
-    def _bar(canvas: _Canvas, x: float, base: float) -> None:
-        left, bottom = canvas.place(x + 24, base)
-        axes = canvas.figure.add_axes((left, bottom, 90 / canvas.width, 17 / canvas.height))
+    def _bar(canvas: Canvas, x: float, base: float) -> None:
+        axes = canvas.axes(x + 24, base - 17, 90, 17)
         bar = canvas.figure.colorbar(ScalarMappable(cmap=COLORMAP), cax=axes, orientation="horizontal", ticks=[])
         bar.outline.set_visible(False)
-        canvas.text(x + 17, base, "0", SMALL, "right")
-        canvas.text(x + 121, base, "max", SMALL, "left")
-
-
-def _rgb(grey: np.ndarray) -> np.ndarray:
-    return grey[..., None].repeat(3, -1)
-
-
-def _blend(grey: np.ndarray, heatmap: np.ndarray) -> np.ndarray:
-    """The heatmap (H, W), in [0, 1], in colour over the grey picture (H, W), in [0, 1]."""
-    # Where the heatmap is 0 the image stays legible, but darker than any focus; at its maximum the colour prevails.
-    share = 0.3 + 0.58 * heatmap[..., None]
-    blended: np.ndarray = (1 - share) * _rgb(grey) + share * matplotlib.colormaps[COLORMAP](heatmap)[..., :3]
-    return blended
+        canvas.text(x + 17, base, "0", _font(SMALL), "right")
+        canvas.text(x + 121, base, "max", _font(SMALL), "left")
 
 
 @functools.lru_cache(maxsize=4096)

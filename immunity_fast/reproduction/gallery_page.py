@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import math
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from immunity_fast.reporting.heatmaps import COLORMAP
-from immunity_fast.reproduction.gallery import Gallery, check_same, grey_of, state_of, to_array
+from immunity_fast.reporting.html import render
+from immunity_fast.reporting.overlay import COLORMAP, grey_of, state_of
+from immunity_fast.reproduction.gallery import Gallery, check_same, picture_of, to_array
 from immunity_fast.reproduction.gallery_figure import CROSS
 
 WINDOW = 5  # pixels, the side of the square in which the page sums a heatmap's mass; odd
@@ -29,16 +27,13 @@ def page(galleries: Sequence[Gallery]) -> str:
     check_same(galleries)
     first = galleries[0]
     height, width = first.images.shape[-2:]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    source = resources.files("immunity_fast.reproduction").joinpath("gallery.html.jinja").read_text(encoding="utf-8")
     colors = matplotlib.colormaps[COLORMAP](np.linspace(0, 1, 11))
-    html = environment.from_string(source).render(
+    return render(
+        "immunity_fast.reproduction",
+        "gallery.html.jinja",
         height=height,
         width=width,
-        cell=_shown_width(height, width),
+        cell=_width_in_page(height, width),
         smooth=max(height, width) > 128,
         window=WINDOW,
         flat=_percent(min(WINDOW, height) * min(WINDOW, width) / (height * width), 1),
@@ -49,10 +44,9 @@ def page(galleries: Sequence[Gallery]) -> str:
         galleries=[{"title": g.title, "experts": g.experts} for g in galleries],
         rows=[_row(galleries, row) for row in range(len(first.images))],
     )
-    return html + "\n"
 
 
-def _shown_width(height: int, width: int) -> int:
+def _width_in_page(height: int, width: int) -> int:
     """A picture's width in the page, in CSS pixels; a small image's is a whole multiple: its pixels stay equal."""
     longer = max(height, width)
     return width * max(1, round(96 / longer)) if longer <= 128 else round(width * 128 / longer)
@@ -62,18 +56,18 @@ def _row(galleries: Sequence[Gallery], row: int) -> dict[str, Any]:
     """What the page says of one image."""
     first = galleries[0]
     label = int(first.labels[row])
-    grey = np.round(255 * grey_of(first.images[row])).astype(np.uint8)
+    grey = np.round(255 * grey_of(picture_of(first.images[row]))).astype(np.uint8)
     groups = []
     for gallery in galleries:
         experts = []
         for i in range(gallery.experts):
-            heatmap = gallery.heatmaps[i, row]
+            heatmap = to_array(gallery.heatmaps[i, row])
             experts.append(
-                _said(gallery, gallery.probabilities[i, row], label)
+                _prediction(gallery, gallery.probabilities[i, row], label)
                 | {"who": ", ".join(filter(None, (gallery.title, f"expert {i + 1}"))), "state": state_of(heatmap)}
-                | ({} if state_of(heatmap) else _embedded(to_array(heatmap)))
+                | ({} if state_of(heatmap) else _embedded(heatmap))
             )
-        groups.append({"experts": experts, "mean": _said(gallery, gallery.mixture[row], label)})
+        groups.append({"experts": experts, "mean": _prediction(gallery, gallery.mixture[row], label)})
     return {
         "name": first.classes[label],
         "image": _png(Image.fromarray(first.images[row].permute(1, 2, 0).contiguous().numpy())),
@@ -82,8 +76,8 @@ def _row(galleries: Sequence[Gallery], row: int) -> dict[str, Any]:
     }
 
 
-def _said(gallery: Gallery, probabilities: Tensor, label: int) -> dict[str, Any]:
-    """A prediction in words."""
+def _prediction(gallery: Gallery, probabilities: Tensor, label: int) -> dict[str, Any]:
+    """What a network predicts for an image, its share and that of the label, as the page words them."""
     top = int(probabilities.argmax())
     return {
         "predicted": gallery.classes[top],

@@ -103,7 +103,7 @@ def test_dead_and_non_finite_are_told_apart(tmp_path: Path) -> None:
 def test_labels_with_dollar_signs_and_long_labels_are_drawn(tmp_path: Path) -> None:
     images, heatmaps = sample(1, 2)
     heatmap_figure(
-        images, heatmaps, ["$\\bad$ → a$b", "a very long class name → another of that kind"], tmp_path / "h.png"
+        images, heatmaps, ["$\\bad$ → $x^$ ^", "a very long class name → another of that kind"], tmp_path / "h.png"
     )
     picture = pixels(tmp_path / "h.png")
     assert picture[:, 10:].shape[1] < 1200
@@ -113,11 +113,11 @@ def test_labels_with_dollar_signs_and_long_labels_are_drawn(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("images", "heatmaps", "labels", "message"),
     [
-        ((2, 1, 8, 8), (3, 2, 8, 8), 2, r"images must have shape \(n, 3, H, W\).*\(2, 1, 8, 8\)"),
-        ((0, 3, 8, 8), (3, 0, 8, 8), 0, r"images .*\(0, 3, 8, 8\)"),
-        ((2, 3, 8, 8), (3, 2, 4, 4), 2, r"heatmaps must have shape \(N, 2, 8, 8\).*got \(3, 2, 4, 4\)"),
-        ((2, 3, 8, 8), (0, 2, 8, 8), 2, r"heatmaps .*got \(0, 2, 8, 8\)"),
-        ((2, 3, 8, 8), (3, 2, 8, 8), 1, r"row_labels must hold 2 .*got 1"),
+        ((2, 1, 8, 8), (3, 2, 8, 8), 2, r"images: expected shape \(n, 3, H, W\).*\(2, 1, 8, 8\)"),
+        ((0, 3, 8, 8), (3, 0, 8, 8), 0, r"images: .*\(0, 3, 8, 8\)"),
+        ((2, 3, 8, 8), (3, 2, 4, 4), 2, r"heatmaps: expected shape \(N, 2, 8, 8\).*got \(3, 2, 4, 4\)"),
+        ((2, 3, 8, 8), (0, 2, 8, 8), 2, r"heatmaps: .*got \(0, 2, 8, 8\)"),
+        ((2, 3, 8, 8), (3, 2, 8, 8), 1, r"row_labels: expected 2 .*got 1"),
     ],
 )
 def test_shape_errors_name_the_argument(
@@ -157,7 +157,7 @@ def test_training_curves_survives_any_value(tmp_path: Path, value: str, everywhe
 
 @pytest.mark.parametrize("records", [[], [{"epoch": 1.0}]])
 def test_training_curves_refuses_records_with_nothing_to_draw(tmp_path: Path, records: list[dict[str, float]]) -> None:
-    with pytest.raises(ValueError, match="records must hold"):
+    with pytest.raises(ValueError, match="records: expected"):
         training_curves(records, tmp_path / "c.png")
 
 
@@ -351,8 +351,8 @@ def test_the_attacked_heatmaps_are_drawn_as_others(tmp_path: Path) -> None:
 def test_labels_of_attacked_images_may_be_any_text(tmp_path: Path, drawn: list[Figure]) -> None:
     labels = [("clean\n$x$ → a$b", "attacked\na very long class name → another of that kind"), ("", "\n")]
     attacked_heatmap_figure(*attacked_sample(1, 2), labels, tmp_path / "h.png")
-    texts = [text.get_text() for text in drawn[0].texts]
-    assert r"clean" "\n" r"\$x\$ → a\$b" in texts
+    texts = {text.get_text(): text for text in drawn[0].texts}
+    assert not texts["clean\n$x$ →\u00a0a$b"].get_parse_math()
     assert_no_text_is_hidden(drawn[0])
     assert pixels(tmp_path / "h.png").shape[1] < 1000
 
@@ -360,12 +360,12 @@ def test_labels_of_attacked_images_may_be_any_text(tmp_path: Path, drawn: list[F
 @pytest.mark.parametrize(
     ("argument", "shape", "message"),
     [
-        (0, (2, 1, 8, 8), r"clean must have shape \(n, 3, H, W\).*got \(2, 1, 8, 8\)"),
-        (1, (1, 3, 8, 8), r"attacked must have .* \(2, 3, 8, 8\), got \(1, 3, 8, 8\)"),
-        (1, (2, 3, 8, 9), r"attacked must have .*got \(2, 3, 8, 9\)"),
-        (2, (3, 2, 4, 4), r"clean_heatmaps must have shape \(N, 2, 8, 8\), N ≥ 1, to fit clean .*got \(3, 2, 4, 4\)"),
-        (3, (4, 2, 8, 8), r"attacked_heatmaps must have .* \(3, 2, 8, 8\), got \(4, 2, 8, 8\)"),
-        (3, (2, 8, 8), r"attacked_heatmaps .*got \(2, 8, 8\)"),
+        (0, (2, 1, 8, 8), r"clean: expected shape \(n, 3, H, W\).*got \(2, 1, 8, 8\)"),
+        (1, (1, 3, 8, 8), r"attacked: expected .* \(2, 3, 8, 8\), got \(1, 3, 8, 8\)"),
+        (1, (2, 3, 8, 9), r"attacked: expected .*got \(2, 3, 8, 9\)"),
+        (2, (3, 2, 4, 4), r"clean_heatmaps: expected shape \(N, 2, 8, 8\), N ≥ 1, to fit clean .*got \(3, 2, 4, 4\)"),
+        (3, (4, 2, 8, 8), r"attacked_heatmaps: expected .* \(3, 2, 8, 8\), got \(4, 2, 8, 8\)"),
+        (3, (2, 8, 8), r"attacked_heatmaps: .*got \(2, 8, 8\)"),
     ],
 )
 def test_shape_errors_of_attacked_heatmaps_name_the_argument(
@@ -383,7 +383,7 @@ def test_shape_errors_of_attacked_heatmaps_name_the_argument(
 
 @pytest.mark.parametrize("labels", [[("x", "y")], [("x", "y"), ("x",)]])
 def test_attacked_heatmap_figure_wants_a_pair_of_labels_an_image(tmp_path: Path, labels: list[Any]) -> None:
-    with pytest.raises(ValueError, match="row_labels must hold 2 pairs"):
+    with pytest.raises(ValueError, match="row_labels: expected 2 pairs"):
         attacked_heatmap_figure(*attacked_sample(1, 2), labels, tmp_path / "h.png")
 
 

@@ -47,7 +47,7 @@ def test_columns_of_numbers_are_recognised(cells: list[str], numeric: bool) -> N
 
 
 def test_table_refuses_a_row_of_another_length() -> None:
-    with pytest.raises(ValueError, match=r"rows\[1\] must hold 2 cells.*got 1"):
+    with pytest.raises(ValueError, match=r"rows\[1\]: expected 2 cells.*got 1"):
         Table("", ["a", "b"], [["1", "2"], ["3"]])
 
 
@@ -108,7 +108,7 @@ def test_a_figure_that_is_no_png_leaves_the_old_report(tmp_path: Path) -> None:
     (tmp_path / "f.svg").write_text("<svg/>")
     path = tmp_path / "report.html"
     path.write_text("old")
-    with pytest.raises(ValueError, match=r"figures must be PNG files, .*f\.svg"):
+    with pytest.raises(ValueError, match=r"figures: expected PNG files, got .*f\.svg"):
         write_report(
             path,
             title="",

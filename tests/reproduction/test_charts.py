@@ -311,7 +311,7 @@ def test_a_measure_may_be_missing_for_a_coefficient(tmp_path: Path, drawn: list[
 
 @pytest.mark.parametrize("panels", [[], [Panel("t", "%", {})], [Panel("t", "%", {"a": {}}), Panel("t", "", {})]])
 def test_dot_chart_refuses_nothing_to_draw(tmp_path: Path, panels: list[Panel]) -> None:
-    with pytest.raises(ValueError, match=rf"^panels must hold .* got {len(panels)} panels[^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^panels: expected .* got {len(panels)} panels[^\n]*$"):
         dot_chart(panels, tmp_path / "d.png")
     assert not list(tmp_path.iterdir())
 
@@ -320,6 +320,6 @@ def test_dot_chart_refuses_nothing_to_draw(tmp_path: Path, panels: list[Panel]) 
 def test_sweep_figure_refuses_nothing_to_draw(
     tmp_path: Path, sweeps: dict[str, dict[str, list[tuple[float, float, float]]]]
 ) -> None:
-    with pytest.raises(ValueError, match=rf"^sweeps must hold .* got {len(sweeps)} coefficients[^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^sweeps: expected .* got {len(sweeps)} coefficients[^\n]*$"):
         sweep_figure(sweeps, tmp_path / "s.png")
     assert not list(tmp_path.iterdir())
