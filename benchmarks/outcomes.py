@@ -100,6 +100,8 @@ def portable(text: str) -> str:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """As JSON, an entry of a list a line, without places of this machine; `path` only ever holds all of it."""
+    from immunity_fast.runtime.files import write_atomically  # not at the top: it takes PyTorch's import along
+
     fields = []
     for name, value in _portable(content).items():
         if isinstance(value, list) and value:
@@ -107,10 +109,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
         else:
             text = json.dumps(value, ensure_ascii=False)
         fields.append(f" {json.dumps(name)}: {text}")
-    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        unfinished.write_text("{\n" + ",\n".join(fields) + "\n}\n", encoding="utf-8", errors="backslashreplace")
-        os.replace(unfinished, path)
+        write_atomically(path, ("{\n" + ",\n".join(fields) + "\n}\n").encode(errors="backslashreplace"))
     except OSError as error:
         raise SystemExit(f"error: {path}: {error.strerror}") from None
 
