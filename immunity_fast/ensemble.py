@@ -13,15 +13,18 @@ from immunity_fast.training.ensemble import join
 @cli.resumable("ensemble")
 @cli.enough_memory("fewer or smaller runs")
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+    """Join the runs that a command line names.
+
+    Raises:
+        cli.InputError, OSError: what was given is wrong; one clear line.
+        KeyboardInterrupt: it was stopped, and has said how to go on.
+    """
     parser = cli.Parser(prog="python -m immunity_fast.ensemble", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", type=cli.path, nargs="+", metavar="RUN", help="a run of one network (--experts 1)")
     parser.add_argument("--out", type=cli.path, required=True, metavar="DIR", help="folder to write")
     options = parser.parse_args(arguments)
-    try:
+    with cli.input_errors():
         run = join(options.runs, options.out)
-    except ValueError as error:
-        raise cli.InputError(str(error)) from error
     cli.console.print(f"joined {len(options.runs)} networks; evaluate with: {run.evaluate_command}")
 
 

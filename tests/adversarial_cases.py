@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from immunity_fast import FusedImmunityLoss, ImmunityMoE, train
+from immunity_fast import FusedImmunityLoss, ImmunityMoE
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.training.adversarial import InnerAttack, InnerAttackSettings
 from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.loop import train
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.step import TrainStep
 from immunity_fast.training.trainer import Trainer
@@ -129,7 +130,7 @@ def train_run(folder: Path, **changes: Any) -> tuple[Trainer, Run]:
     """A whole run without a command line, by default of 2 steps."""
     config = dataclasses.replace(CONFIG, **changes)
     trainer, run = Trainer(config, dataset(), CPU), Run.create(folder, config)
-    train.train(trainer, run)
+    train(trainer, run)
     return trainer, run
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from immunity_fast import evaluate, train
+from immunity_fast import train
 from immunity_fast.evaluation import report, runner
 from immunity_fast.evaluation.report import Outputs
 from immunity_fast.evaluation.runner import Evaluation, Plan
@@ -100,10 +100,9 @@ def perturb(source: Path, target: Path, spread: float) -> None:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Plan, Outputs]]:
     """Instead of evaluating: (target, plan, outputs) of each evaluation."""
     calls: list[tuple[Any, Plan, Outputs]] = []
-    for module in (evaluate, run_evaluation):
-        monkeypatch.setattr(
-            module, "evaluate", lambda target, _, plan, outputs, *__: calls.append((target, plan, outputs)) or {}
-        )
+    monkeypatch.setattr(
+        run_evaluation, "evaluate", lambda target, _, plan, outputs, *__: calls.append((target, plan, outputs)) or {}
+    )
     return calls
 
 

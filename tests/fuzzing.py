@@ -27,9 +27,11 @@ from torch import Tensor
 
 from immunity_fast import evaluate, train
 from immunity_fast.evaluation import report
+from immunity_fast.evaluation.settings import EvaluationSettings
 from immunity_fast.reproduction import tables
 from immunity_fast.reproduction.jobs import Job, Queue
 from immunity_fast.runtime import cli
+from immunity_fast.training import display, session
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.run_folder import Run
@@ -40,7 +42,8 @@ SECONDS = 30
 MEMORY = 4 << 30  # bytes beyond what the process has at its start
 FEW = ["--attacks", "pgd", "--attackers", "mean", "--limit", "4", "--masking-images", "2", "--device", "cpu"]
 JOB = Job(
-    TrainConfig(dataset="npz", experts=2, batch_size=8, epochs=1, check_images=0, attack_images=3), tuple(FEW[:-2])
+    TrainConfig(dataset="npz", experts=2, batch_size=8, epochs=1, check_images=0, attack_images=3),
+    EvaluationSettings(attacks=("pgd",), attackers=("mean",), limit=4, masking_images=2),
 )
 DEEP = "[" * 100_000 + "]" * 100_000
 JUNK: list[Any] = [
@@ -232,7 +235,7 @@ def _other_values(tensor: Tensor, chance: random.Random) -> Tensor:
 
 def resume(folder: Path) -> Any:
     """Go on with the half run."""
-    train.fit(["--resume", str(folder / "half")])
+    session.fit(train.parse(["--resume", str(folder / "half")]))
     return {name: tensor[2].hex()[:64] for name, tensor in saved(folder / "half")["tensors"].items()}
 
 
@@ -366,7 +369,7 @@ def main(folder: Path, first: int, last: int) -> None:
     """See the top."""
     answers, sys.stdout = sys.stdout, open(os.devnull, "w")  # noqa: SIM115  for good
     cli.console.file = sys.stdout
-    train.tensorboard = lambda *_: None  # type: ignore[assignment]
+    display.tensorboard = lambda *_: None
     report._figures = lambda *_: []  # type: ignore[assignment]
     report.write_report = lambda *_, **__: None
     os.fsync = lambda _descriptor: None

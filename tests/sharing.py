@@ -17,12 +17,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from immunity_fast import ensemble, evaluate, train
+from immunity_fast import evaluate, train
 from immunity_fast.evaluation.ledger import Ledger
 from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.reproduction.jobs import Job, Queue
 from immunity_fast.runtime import cli
+from immunity_fast.training import ensemble, preparation, run_evaluation, session
 from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.preparation import Start
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
 
@@ -83,17 +85,16 @@ def queue(folder: str, data: str) -> dict[str, Any]:
         run.checkpoint.touch()
         return run
 
-    def fit(arguments: list[str]) -> None:
-        _, resume, config = train.parse(arguments)
-        assert not resume
-        made(Path(arguments[arguments.index("--out") + 1]), config)
+    def fit(start: Start) -> None:
+        assert not start.resume
+        made(start.folder, start.config)
 
-    def judge(arguments: list[str]) -> None:
-        Run(Path(arguments[0])).results_file.write_text(json.dumps({"accuracy": [ENTRY], "worst_case": []}))
+    def judge(out: Path, *_given: Any, **_options: Any) -> None:
+        Run(out).results_file.write_text(json.dumps({"accuracy": [ENTRY], "worst_case": []}))
 
     with (
-        _patched(train, "fit", fit),
-        _patched(evaluate, "main", judge),
+        _patched(session, "fit", fit),
+        _patched(run_evaluation, "evaluate_folder", judge),
         _patched(ensemble, "join", lambda _runs, out: made(out, CONFIG)),
         _patched(Run, "epochs_trained", lambda _run: CONFIG.epochs),
     ):
@@ -114,7 +115,7 @@ def resume(folder: str) -> list[Any]:
 
     with _patched(Trainer, "advance", counted):
         try:
-            train.fit(["--resume", folder])
+            session.fit(train.parse(["--resume", folder]))
         except (cli.InputError, OSError) as error:
             return [steps, str(error)]
     return [steps, ""]
@@ -142,8 +143,8 @@ def begin(folder: str, arguments: list[str]) -> str:
         def now(cls, tz: Any = None) -> Stopped:
             return cls(2026, 1, 2, 3, 4, 5)
 
-    with _within(folder), _patched(train, "datetime", Stopped):
-        trained = train.fit(arguments)
+    with _within(folder), _patched(preparation, "datetime", Stopped):
+        trained = session.fit(train.parse(arguments))
     assert trained is not None
     return trained[1].folder.name
 

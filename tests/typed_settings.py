@@ -22,7 +22,6 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "beta": (["1e-3"], 1e-3),
     "gamma": (["0"], 0.0),
     "smoothing": (["0.5"], 0.5),
-    "weight_scale": (["spatial"], "spatial"),
     "score": (["probability"], "probability"),
     "detach_weights": ([], True),
     "adversarial": (["trades"], "trades"),

@@ -75,7 +75,7 @@ def _run(evaluation: Evaluation) -> None:
         minutes = (time.perf_counter() - begin) / 60
         return f"evaluation: {done:,} of {total:,} images after {minutes:.0f} min" + (f"; {status}" if status else "")
 
-    with cli.progress_bar() as progress, cli.telling(told):
+    with cli.progress_bar() as progress, cli.status_lines(told):
         task = progress.add_task("evaluation", total=total, status="")
 
         def advance(row: Row, images: int, new: bool) -> None:

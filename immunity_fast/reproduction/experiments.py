@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from immunity_fast.evaluation.settings import EvaluationSettings
 from immunity_fast.experts import title
 from immunity_fast.experts.genotypes import reduced
 from immunity_fast.reproduction.jobs import Job
@@ -28,7 +29,7 @@ class Scale:
     cells: (cells, channels) of the baselines; None is as published.
     seeds: how many.
     limit, masking: test images that are attacked, and that curves are made of.
-    autoattack: options that make AutoAttack smaller than it is.
+    autoattack: settings of an evaluation that make AutoAttack smaller than it is.
     betas, gammas: of Table 3's sweeps.
     images: rows of Figure 2.
     """
@@ -40,15 +41,15 @@ class Scale:
     seeds: int
     limit: int
     masking: int
-    autoattack: tuple[str, ...]
+    autoattack: Mapping[str, Any]
     betas: tuple[float, ...]
     gammas: tuple[float, ...]
     images: int
 
     @property
-    def evaluation(self) -> tuple[str, ...]:
-        """Options of every evaluation."""
-        return ("--limit", str(self.limit), "--masking-images", str(self.masking))
+    def evaluation(self) -> EvaluationSettings:
+        """What is found out of every run."""
+        return EvaluationSettings(limit=self.limit, masking_images=self.masking)
 
 
 SCALES = {
@@ -68,7 +69,7 @@ SCALES = {
         seeds=1,
         limit=4,
         masking=0,
-        autoattack=("--autoattack-steps", "2", "--queries", "5"),
+        autoattack={"autoattack_steps": 2, "queries": 5},
         betas=(0.0, 3.0),
         gammas=(0.0, 2e-4),
         images=3,
@@ -82,7 +83,7 @@ SCALES = {
         seeds=2,
         limit=100,
         masking=50,
-        autoattack=(),
+        autoattack={},
         betas=(0.0, 0.3, 1.0, 3.0, 10.0),
         gammas=(0.0, 2e-5, 2e-4, 2e-3),
         images=8,
@@ -96,7 +97,7 @@ SCALES = {
         seeds=3,
         limit=1000,
         masking=64,
-        autoattack=(),
+        autoattack={},
         betas=(0.0, 0.3, 1.0, 3.0, 10.0),
         gammas=(0.0, 2e-5, 2e-4, 2e-3),
         images=10,
@@ -130,7 +131,7 @@ class Experiments:
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """Of Table 2."""
+        """The data sets of Table 2; all else is on the first of them."""
         return self.scale.datasets if self.dataset is None else (self.dataset,)
 
     def table1(self) -> list[Entry]:
@@ -139,29 +140,31 @@ class Experiments:
         default = self._config().arch
         archs = (default,) if "arch" in self.changes else self.scale.architectures
         for arch in archs:
-            options = (*self.scale.evaluation, "--attacks", "pgd", "--attackers", "mean")
+            evaluation = dataclasses.replace(self.scale.evaluation, attacks=("pgd",), attackers=("mean",))
             experts = self._config().experts
             name = NAMES.get(arch, title(arch))
-            alone = self._entry((name, INDEPENDENT), options, members=experts, arch=arch, experts=1)
-            entries += [alone, self._entry((name, IMMUNITY), options, arch=arch)]
+            alone = self._entry((name, INDEPENDENT), evaluation, members=experts, arch=arch, experts=1)
+            entries += [alone, self._entry((name, IMMUNITY), evaluation, arch=arch)]
         return entries
 
     def table2(self) -> list[Entry]:
         """The baselines, single networks, and Immunity; standard and adversarial training."""
         entries = []
-        options = (*self.scale.evaluation, "--attacks", "default,autoattack", *self.scale.autoattack)
+        evaluation = dataclasses.replace(
+            self.scale.evaluation, attacks=("default", "autoattack"), **self.scale.autoattack
+        )
         for dataset in self.datasets:
             for training, adversarial in (("standard", "off"), ("PGD", "pgd")):
                 chosen: dict[str, Any] = {"dataset": dataset, "adversarial": adversarial}
                 for name, arch in self.baselines().items():
                     labels = (dataset, training, name)
-                    entries.append(self._entry(labels, options, arch=arch, experts=1, **chosen))
-                mixture = (*options, "--attackers", "single,mean")
+                    entries.append(self._entry(labels, evaluation, arch=arch, experts=1, **chosen))
+                mixture = dataclasses.replace(evaluation, attackers=("sample", "mean"))
                 entries.append(self._entry((dataset, training, IMMUNITY), mixture, **chosen))
         return entries
 
     def table3(self) -> list[Entry]:
-        """The ablation, with detached weights."""
+        """The rows of Table 3: each of the two losses alone, both, and both with detached weights."""
         config = self._config()
         return [
             self._ablation("MoE", beta=0.0, gamma=0.0),
@@ -183,23 +186,25 @@ class Experiments:
 
     def figure2(self) -> list[Entry]:
         """What looks at the images: networks that were trained independently, and Immunity; of one seed."""
-        options = (*self.scale.evaluation, "--attacks", "pgd", "--attackers", "mean")
+        evaluation = dataclasses.replace(self.scale.evaluation, attacks=("pgd",), attackers=("mean",))
         config = self._config()
-        alone = self._entry((INDEPENDENT,), options, members=config.experts, experts=1)
-        return [Entry(entry.labels, entry.jobs[:1]) for entry in (alone, self._entry((IMMUNITY,), options))]
+        alone = self._entry((INDEPENDENT,), evaluation, members=config.experts, experts=1)
+        return [Entry(entry.labels, entry.jobs[:1]) for entry in (alone, self._entry((IMMUNITY,), evaluation))]
 
     def baselines(self) -> dict[str, str]:
-        """Name and architecture of each."""
+        """The baselines of Table 2: name → architecture, at the scale's size."""
         if self.scale.cells is None:
             return BASELINES
         cells, channels = self.scale.cells
         return {f"{name}, {cells} cells": reduced(arch, cells, channels) for name, arch in BASELINES.items()}
 
     def _ablation(self, label: str, **settings: Any) -> Entry:
-        options = (*self.scale.evaluation, "--attackers", "off,sample,eot,mean,worst")
-        return self._entry((label,), options, **settings)
+        attackers = ("off", "sample", "eot", "mean", "worst")
+        return self._entry((label,), dataclasses.replace(self.scale.evaluation, attackers=attackers), **settings)
 
-    def _entry(self, labels: tuple[str, ...], evaluation: tuple[str, ...], members: int = 1, **settings: Any) -> Entry:
+    def _entry(
+        self, labels: tuple[str, ...], evaluation: EvaluationSettings, members: int = 1, **settings: Any
+    ) -> Entry:
         config = self._config()
         count = self.scale.seeds if self.seeds is None else self.seeds
         jobs = []
@@ -216,5 +221,5 @@ class Experiments:
 
 
 def jobs_of(entries: Sequence[Entry]) -> list[Job]:
-    """All runs of some rows."""
+    """All runs that some rows of a table need, in their order."""
     return [job for entry in entries for job in entry.jobs]

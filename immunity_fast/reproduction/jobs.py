@@ -12,25 +12,25 @@ import hashlib
 import json
 import os
 import platform
-import shlex
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from immunity_fast import evaluate, train
 from immunity_fast.data.datasets import fingerprint, load
 from immunity_fast.evaluation.runner import VERSION
+from immunity_fast.evaluation.settings import EvaluationSettings
 from immunity_fast.experts import title
 from immunity_fast.runtime import cli
+from immunity_fast.runtime.commands import shell_command
 from immunity_fast.runtime.files import locked, parse_json, write_atomically
-from immunity_fast.train import CHANGEABLE_ON_RESUME
-from immunity_fast.training.config import TrainConfig
-from immunity_fast.training.ensemble import join
+from immunity_fast.training import ensemble, run_evaluation, session
+from immunity_fast.training.config import REMOVED, TrainConfig
+from immunity_fast.training.preparation import CHANGEABLE_ON_RESUME, begin, go_on
 from immunity_fast.training.run_folder import Run
 
 LOCKS = ".locks"
@@ -42,18 +42,19 @@ class Job:
     """A run to be trained and evaluated.
 
     config: the settings, of each member where there are several.
-    evaluation: options of `immunity_fast.evaluate`.
+    evaluation: what is then found out of it.
     members: above 1: so many single networks, trained alone with seeds of their own, and joined to a mixture.
     """
 
     config: TrainConfig
-    evaluation: tuple[str, ...] = ()
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     members: int = 1
 
     @property
     def name(self) -> str:
         """Of the run's folder: readable, and different for different settings."""
-        settings = {k: v for k, v in self.config.to_json().items() if k not in (*CHANGEABLE_ON_RESUME, "preset")}
+        settings = self.config.to_json() | REMOVED  # by which runs from before have their names
+        settings = {k: v for k, v in settings.items() if k not in (*CHANGEABLE_ON_RESUME, "preset")}
         digest = hashlib.sha256(json.dumps([settings, self.members], sort_keys=True).encode()).hexdigest()[:8]
         config = self.config
         count = f"{self.members}-alone" if self.members > 1 else f"{config.experts}"
@@ -62,7 +63,7 @@ class Job:
         return "-".join([*words, digest, f"seed{config.seed}"])
 
     def alone(self) -> list[Job]:
-        """The members."""
+        """The jobs of the networks that are trained alone and then joined, each with a seed of its own."""
         seeds = range(self.config.seed * self.members, (self.config.seed + 1) * self.members)
         return [Job(dataclasses.replace(self.config, seed=seed)) for seed in seeds]
 
@@ -109,7 +110,8 @@ class Queue:
     def run(self, *, wait: bool = True) -> bool:
         """Do what is not done, first what no other process is at; then wait for the others, unless that is not wanted.
 
-        Returns whether all jobs have been looked at.
+        Returns:
+            Whether every job is done or has failed; without waiting, those of other processes may be left.
         """
         (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
         left = [job for job in self.jobs if job not in self.done and job not in self.failures]
@@ -121,8 +123,8 @@ class Queue:
             self._try(job, wait=True)
         return wait or not others
 
-    def look(self) -> None:
-        """Take what is done, and do nothing."""
+    def find_done(self) -> None:
+        """Fill `done` with what was done before, by whatever process; nothing is trained or evaluated."""
         found = {job: self._found(job) for job in self.jobs}
         self.done = {job: done for job, done in found.items() if done is not None}
 
@@ -145,7 +147,7 @@ class Queue:
         cli.console.print(f"\n{place}")
         try:
             return self._do(job)
-        except (SystemExit, Exception) as error:  # whatever is wrong with one run says nothing about the others
+        except Exception as error:  # whatever is wrong with one run says nothing about the others
             line = " ".join(str(error).split()) or type(error).__name__
             self.failures[job] = line
             cli.console.print(f"{place} FAILED: {line}")
@@ -164,10 +166,7 @@ class Queue:
             commands.append(self._join(job))
         else:
             commands.append(self._train(job))
-        arguments = [str(run.folder), *job.evaluation, "--device", self.device]
-        arguments += [] if self.data is None else ["--data", self.data]
-        evaluate.main(arguments)
-        commands.append(_command("evaluate", arguments))
+        commands.append(self._evaluate(job))
         results = json.loads(run.results_file.read_text(encoding="utf-8"))
         trained = [Run(self.folder / member.name) for member in job.alone()] if job.members > 1 else [run]
         done = Done(
@@ -190,35 +189,42 @@ class Queue:
         for member in job.alone() if job.members > 1 else ():
             with locked(self._lock(member), wait=False) as mine:
                 if mine and self._found(job) is None:
-                    with suppress(SystemExit, Exception):  # it fails there, too, and is reported
+                    with suppress(Exception):  # it fails there, too, and is reported
                         self._train(member)
 
     def _train(self, job: Job) -> str:
         """Train a run to its end, from where it stands; the command that does it."""
         run = Run(self.folder / job.name)
         config = dataclasses.replace(job.config, device=self.device, data=self.data)
-        arguments = [*config.options(), "--out", str(run.folder)]
         if not _ended(run, config):
-            exists = run.folder.exists()
-            going_on = ["--resume", str(run.folder), "--device", self.device]
-            going_on += [] if self.data is None else ["--data", self.data]
-            train.fit(going_on if exists else arguments)
-        return _command("train", arguments)
+            here = {"device": self.device} | ({} if self.data is None else {"data": self.data})
+            session.fit(go_on(run.folder, here) if run.folder.exists() else begin(config, run.folder))
+        return shell_command("train", [*config.options(), "--out", str(run.folder)])
+
+    def _evaluate(self, job: Job) -> str:
+        """Evaluate a job's run; the command that does it."""
+        folder = self.folder / job.name
+        with cli.input_errors():
+            device = cli.pick_device(self.device)
+            run_evaluation.evaluate_folder(folder, job.evaluation, device, data=self.data)
+        data = [] if self.data is None else ["--data", self.data]
+        return shell_command("evaluate", [str(folder), *job.evaluation.options(), "--device", self.device, *data])
 
     def _join(self, job: Job) -> str:
+        """Join a job's members, unless that is done; the command that does it."""
         run = Run(self.folder / job.name)
         members = [self.folder / member.name for member in job.alone()]
         if run.folder.exists() and not run.checkpoint.is_file():
             shutil.rmtree(run.folder)  # it was killed on the way
         if not run.folder.exists():
-            join(members, run.folder)
-        return _command("ensemble", [*map(str, members), "--out", str(run.folder)])
+            ensemble.join(members, run.folder)
+        return shell_command("ensemble", [*map(str, members), "--out", str(run.folder)])
 
     def _lock(self, job: Job) -> Path:
         return self.folder / LOCKS / job.name
 
     def _record(self, job: Job) -> Path:
-        described = json.dumps([VERSION, *job.evaluation])  # what another version has found is computed again
+        described = json.dumps([VERSION, *job.evaluation.options()])  # what another version has found is computed again
         digest = hashlib.sha256(described.encode()).hexdigest()[:8]
         return self.folder / job.name / f"done-{digest}.json"
 
@@ -246,7 +252,7 @@ def attack_seconds(results: dict[str, Any]) -> float:
 
 
 def describe(device: torch.device) -> str:
-    """A device's name for people."""
+    """A device's name: a GPU's own, or a CPU's kind, cores that the process may use, and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -257,7 +263,3 @@ def describe(device: torch.device) -> str:
 
 def _ended(run: Run, config: TrainConfig) -> bool:
     return run.checkpoint.is_file() and run.epochs_trained() >= config.epochs
-
-
-def _command(module: str, arguments: Sequence[str]) -> str:
-    return f"python -m immunity_fast.{module} {shlex.join(arguments)}"

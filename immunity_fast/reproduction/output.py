@@ -53,7 +53,7 @@ def write(name: str, product: Product, queue: Queue, folder: Path, command: str)
 
 
 def facts_of(found: Mapping[Job, Done]) -> dict[str, str]:
-    """Machine and time of some runs."""
+    """On what some runs were computed, how many they are, and how long they took."""
     if not found:
         return {}
     devices = sorted({done.device for done in found.values()})
@@ -68,7 +68,7 @@ def facts_of(found: Mapping[Job, Done]) -> dict[str, str]:
 
 
 def duration(seconds: float) -> str:
-    """For people."""
+    """Seconds as a text in the largest unit that fits: "90 s" is "1.5 min"."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"

@@ -38,7 +38,7 @@ class Product:
 
 
 def table1(experiments: Experiments) -> Product:
-    """Networks trained independently against Immunity."""
+    """Table 1: networks trained independently against Immunity, by architecture."""
     entries = experiments.table1()
 
     def draw(queue: Queue, path: Path) -> list[tuple[Path, str]]:
@@ -55,17 +55,17 @@ def table1(experiments: Experiments) -> Product:
 
 
 def table2(experiments: Experiments) -> Product:
-    """The baselines and Immunity."""
+    """Table 2: searched architectures as single networks against Immunity, by data and training."""
     entries = experiments.table2()
 
     def draw(queue: Queue, path: Path) -> list[tuple[Path, str]]:
         found = queue.done
-        shown = ("clean", "FGSM", "PGD-20", "AutoAttack", "PGD-20 on gate mean")
+        attacks = ("clean", "FGSM", "PGD-20", "AutoAttack", "PGD-20 on gate mean")
         columns = {name: value for name, (value, _) in paper.table2_columns("sample", "sample").items()}
         panels = []
         for place in dict.fromkeys(entry.labels[:2] for entry in entries):
             own = [Entry(entry.labels[2:], entry.jobs) for entry in entries if entry.labels[:2] == place]
-            series = {name: columns[name] for name in shown}
+            series = {name: columns[name] for name in attacks}
             panels.append(_panel(", ".join(place), "accuracy, %", own, found, series))
         return _charted(panels, path, "Accuracy, Immunity's with gate sample, by attack.")
 
@@ -74,7 +74,7 @@ def table2(experiments: Experiments) -> Product:
 
 
 def table3(experiments: Experiments) -> Product:
-    """The ablation, switch modes, and sweeps of both coefficients."""
+    """Table 3: the ablation, what answers against which attacker, and sweeps of both coefficients."""
     rows = experiments.table3()
     sweeps = {"β": experiments.sweep("beta"), "γ": experiments.sweep("gamma")}
     full = next(entry for entry in rows if entry.labels == ("full",))
@@ -122,8 +122,8 @@ def figure2(experiments: Experiments) -> Product:
                 if job in queue.done:
                     model, _ = load_model(queue.folder / job.name, device)
                     loss_fn = job.config.loss_fn(dataset.image_size)
-                    shown = (dataset.test, dataset.classes, experiments.scale.images, loss_fn)
-                    made.append(collect(model, *shown, title=entry.labels[0]))
+                    images = (dataset.test, dataset.classes, experiments.scale.images, loss_fn)
+                    made.append(collect(model, *images, title=entry.labels[0]))
         return made
 
     def tables(queue: Queue) -> list[Table]:

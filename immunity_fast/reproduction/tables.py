@@ -49,7 +49,7 @@ def worst(judge: str) -> Value:
 
 
 def measure(name: str) -> Value:
-    """A heatmap measure of clean images."""
+    """A measure of the heatmaps of clean images, by its name in a run's results."""
     return lambda results: results.get("heatmaps", {}).get("clean", {}).get(name)
 
 
@@ -72,7 +72,7 @@ def summarised(got: Sequence[dict[str, Any] | float | None]) -> tuple[float, flo
 
 
 def cell(entry: Entry, found: Found, value: Value, digits: int = 1) -> str:
-    """`number` for people."""
+    """A table's cell: the mean and its spread, a dash where it was not measured, or that nothing was done."""
     if not any(job in found for job in entry.jobs):
         return NOT_DONE
     got = number(entry, found, value)
@@ -118,7 +118,7 @@ def table2_columns(attacker: str, judge: str) -> dict[str, tuple[Value, int]]:
 
 
 def table1(entries: Sequence[Entry], found: Found) -> Table:
-    """Networks trained independently against Immunity."""
+    """Table 1: a row for each architecture, trained independently and as Immunity."""
     public = _on_cifar10(entries)
     rows = [
         [
@@ -129,7 +129,7 @@ def table1(entries: Sequence[Entry], found: Found) -> Table:
         for entry in entries
     ]
     columns = ["architecture", "networks", *TABLE1, "the paper's clean accuracy, %"]
-    return _shown(
+    return _without_empty_columns(
         "Table 1", columns, rows, entries, "Networks trained independently answer by the mean of their outputs."
     )
 
@@ -152,11 +152,11 @@ def table2(entries: Sequence[Entry], found: Found) -> Table:
         "AutoAttack is its randomised version; the columns on gate mean are an attacker who knows the exact mean. "
         "Published numbers are of the published networks and training."
     )
-    return _shown("Table 2", columns, rows, entries, note)
+    return _without_empty_columns("Table 2", columns, rows, entries, note)
 
 
 def table3(entries: Sequence[Entry], found: Found) -> Table:
-    """The ablation."""
+    """Table 3: a row for each of the losses that were left out or changed."""
     public = _on_cifar10(entries)
     rows = [
         [*entry.labels, *_cells(entry, found, TABLE3), PAPER_TABLE3.get(entry.labels[0], "") if public else ""]
@@ -165,7 +165,7 @@ def table3(entries: Sequence[Entry], found: Found) -> Table:
     columns = ["trained with", *TABLE3, "the paper's clean accuracy, %"]
     note = "Accuracy in %, answered by gate sample but where it says so."
     note += " The paper's experts are GoogLeNets." if public else ""
-    return _shown("Table 3", columns, rows, entries, note)
+    return _without_empty_columns("Table 3", columns, rows, entries, note)
 
 
 def switch_modes(entry: Entry, found: Found) -> Table:
@@ -195,13 +195,17 @@ def switch_modes(entry: Entry, found: Found) -> Table:
         for name, judge in judges.items()
     ]
     note = f"Accuracy in % under PGD-20, on the attacked images; {entry.labels[0]} loss."
-    return _shown("What answers, by what the attacker knows", ["answered by", *attackers], rows, [entry], note)
+    return _without_empty_columns(
+        "What answers, by what the attacker knows", ["answered by", *attackers], rows, [entry], note
+    )
 
 
 def sweep_table(points: Sequence[tuple[float, Entry]], name: str, found: Found) -> Table:
-    """A coefficient's values."""
+    """The sweep of a coefficient: a row for each of its values."""
     rows = [[f"{value:g}", *_cells(entry, found, TABLE3)] for value, entry in points]
-    return _shown(f"Sweep of {name}", [name, *TABLE3], rows, [entry for _, entry in points], "Accuracy in %.")
+    return _without_empty_columns(
+        f"Sweep of {name}", [name, *TABLE3], rows, [entry for _, entry in points], "Accuracy in %."
+    )
 
 
 def _cells(entry: Entry, found: Found, columns: Mapping[str, tuple[Value, int]]) -> list[str]:
@@ -212,7 +216,7 @@ def _on_cifar10(entries: Sequence[Entry]) -> bool:
     return all(job.config.dataset == "cifar10" for entry in entries for job in entry.jobs)
 
 
-def _shown(
+def _without_empty_columns(
     caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], entries: Sequence[Entry], note: str
 ) -> Table:
     """The table without columns that nobody has an entry in."""

@@ -5,7 +5,6 @@ import atexit
 import io
 import json
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -49,7 +48,7 @@ except ModuleNotFoundError as missing:
         "pip install '.[train]', for what all commands need"
     ) from None
 
-TELL = 60.0  # seconds between two lines in a log that is no terminal
+STATUS_SECONDS = 60.0  # seconds between two lines in a log that is no terminal
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a folder's name may look like markup
 
 
@@ -110,6 +109,15 @@ class InputError(Exception):
     """Something the user gave is wrong; its text is one clear line."""
 
 
+@contextmanager
+def input_errors() -> Iterator[None]:
+    """What a `with` block refuses of what the user gave, or misses of what is installed, is an `InputError`."""
+    try:
+        yield
+    except (ValueError, ModuleNotFoundError) as error:
+        raise InputError(str(error)) from error
+
+
 def path(text: str) -> Path:
     """A path of a command line, for argparse: ~ is the home, which shells leave in --out=~/runs.
 
@@ -140,15 +148,16 @@ def enough_memory(advice: str) -> Iterator[None]:
 
 def resumable(module: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Of a command's main, whose work is kept piece by piece: an interrupt is told with the command that goes on."""
-    from immunity_fast.runtime.interrupts import told
+    from immunity_fast.runtime.commands import shell_command  # not at the top, as above
+    from immunity_fast.runtime.interrupts import explained
 
     def wrap(main: Callable[P, None]) -> Callable[P, None]:
         @wraps(main)
         def wrapped(*given: P.args, **keywords: P.kwargs) -> None:
             arguments: Any = given[0] if given else keywords.get("arguments")
-            given_words = sys.argv[1:] if arguments is None else arguments
-            words = shlex.join(word for word in given_words if word != "--again")  # that would forget what is kept
-            with told(lambda: f"interrupted; go on with: python -m immunity_fast.{module} {words}", console.print):
+            words = sys.argv[1:] if arguments is None else arguments
+            again = shell_command(module, (word for word in words if word != "--again"))  # that forgets what is done
+            with explained(lambda: f"interrupted; go on with: {again}", console.print):
                 main(*given, **keywords)
 
         return wrapped
@@ -175,27 +184,27 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def telling(status: Callable[[], str], shown: bool = True) -> Iterator[None]:
+def status_lines(status: Callable[[], str], enabled: bool = True) -> Iterator[None]:
     """Where there is no terminal for a progress bar, a line now and then: an epoch or an attack may take an hour."""
-    if console.is_terminal or not shown:
+    if console.is_terminal or not enabled:
         yield
         return
     over = threading.Event()
 
-    def tell() -> None:
-        while not over.wait(TELL):
+    def log() -> None:
+        while not over.wait(STATUS_SECONDS):
             console.print(status())  # which flushes
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    logger = threading.Thread(target=log, daemon=True)
+    logger.start()
     try:
         yield
     finally:
         over.set()
-        teller.join()
+        logger.join()
 
 
-def progress_bar(shown: bool = True) -> Progress:
+def progress_bar(enabled: bool = True) -> Progress:
     """A progress bar that disappears when done; in a log that is no terminal nothing is drawn."""
     return Progress(
         TextColumn("{task.description}"),
@@ -206,5 +215,5 @@ def progress_bar(shown: bool = True) -> Progress:
         TextColumn("{task.fields[status]}"),
         console=console,
         transient=True,
-        disable=not (shown and console.is_terminal),
+        disable=not (enabled and console.is_terminal),
     )

@@ -33,13 +33,13 @@ def check_environment() -> None:
         )
     for name, least, most in (("RANK", 0, _world_size() - 1), ("MASTER_PORT", 1, 65535)):
         if not (os.environ[name].isdecimal() and least <= int(os.environ[name]) <= most):
-            raise ValueError(f"the environment has {name}={os.environ[name]}, expected {least} to {most}")
+            raise ValueError(f"{name} in the environment: expected {least} to {most}, got {os.environ[name]}")
 
 
 def _world_size() -> int:
     given = os.environ.get("WORLD_SIZE") or "1"
     if not given.isdecimal() or int(given) < 1:
-        raise ValueError(f"the environment has WORLD_SIZE={given}, expected a number of processes")
+        raise ValueError(f"WORLD_SIZE in the environment: expected a number of processes, got {given}")
     return int(given)
 
 
@@ -73,9 +73,9 @@ def processes(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def tell_once(tell: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`tell` in the first process, nothing in the others; also after the process group has ended."""
-    return tell if (os.environ.get("RANK") or "0") == "0" else lambda _: None
+def log_in_first(log: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`log` in the first process, nothing in the others; also after the process group has ended."""
+    return log if (os.environ.get("RANK") or "0") == "0" else lambda _: None
 
 
 def group() -> dist.ProcessGroup | None:
@@ -89,7 +89,7 @@ def rank() -> int:
 
 
 def count() -> int:
-    """How many processes there are."""
+    """How many processes train the model together; 1 without `torchrun`."""
     return dist.get_world_size() if _several() else 1
 
 

@@ -42,7 +42,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def in_units(size: float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes as a text in the largest unit that fits: 2048 is "2.0 KiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
@@ -58,7 +58,7 @@ def readable(text: str) -> str:
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def kept_traceback(error: BaseException, folder: Path) -> str:
+def traceback_note(error: BaseException, folder: Path) -> str:
     """Where a defect's traceback lies, as the end of a line; nothing for what the line says all of."""
     if isinstance(error, (ValueError, OSError)) or out_of_memory(error) is not None:
         return ""

@@ -193,7 +193,7 @@ def lock_byte(descriptor: int, place: int, *, wait: bool) -> bool:
 
 
 def unlock_byte(descriptor: int, place: int) -> None:
-    """The end of `lock_byte`."""
+    """Give back the lock of one byte that `lock_byte` has taken."""
     with suppress(OSError):
         if fcntl is not None:
             fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, place)
@@ -227,7 +227,7 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and not abs(value) > sys.float_info.max
 
 
-def shown(value: Any) -> str:
+def abbreviated(value: Any) -> str:
     """A value as an error's line shows it: of a long one its beginning."""
     text = " ".join(str(value).split()) if isinstance(value, str) else repr(value)
     return text if len(text) <= 200 else f"{text[:199]}…"

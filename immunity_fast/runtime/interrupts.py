@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
@@ -76,22 +76,22 @@ def deferred(wanted: bool = True) -> Iterator[list[int]]:
         _give_back(before)
 
 
-def stop_if(asked: list[int]) -> None:
+def stop_if(asked: Sequence[int]) -> None:
     """`KeyboardInterrupt` where a signal was `deferred` to here."""
     if asked:
         _raise(asked[0], None)
 
 
 @contextmanager
-def told(line: Callable[[], str], tell: Callable[[str], Any]) -> Iterator[None]:
-    """What is to be told of an interrupt in a `with` block; of commands that run within another only the outermost."""
+def explained(line: Callable[[], str], log: Callable[[str], Any]) -> Iterator[None]:
+    """Log a line on an interrupt in a `with` block; of commands that run within another only the outermost does."""
     global _commands
     _commands += 1
     try:
         yield
     except KeyboardInterrupt:
         if _commands == 1:
-            tell(line())
+            log(line())
         raise
     finally:
         _commands -= 1

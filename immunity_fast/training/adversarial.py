@@ -53,7 +53,7 @@ class InnerAttackSettings:
     gate: Switch = "off"
 
     def attack(self) -> Attack:
-        """The attack's own settings."""
+        """The settings of the attack alone, as `attacks.Attack` takes them."""
         if self.method == "fgsm-rs":
             return Attack(self.eps, FGSM_RS_STEP * self.eps, steps=1, random_start=True)
         return Attack(self.eps, self.alpha, self.steps, random_start=self.method == "pgd")

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from immunity_fast.experts import create
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
-from immunity_fast.runtime.files import parse_json, shown, write_atomically
+from immunity_fast.runtime.files import abbreviated, parse_json, write_atomically
 
 FORMAT = 2
 LAST = Path("checkpoints") / "last.safetensors"  # in a run folder
@@ -49,7 +49,7 @@ def load_info(path: Path) -> dict[str, Any]:
     """`load_checkpoint`'s `info` of a run's checkpoint, without its tensors; errors are the same."""
     with _opened(path) as file:
         metadata = file.metadata()
-    return has_info(path, _info(path, metadata), "model", "data", "epoch", "step")
+    return checked_info(path, _info(path, metadata), "model", "data", "epoch", "step")
 
 
 @contextmanager
@@ -107,13 +107,13 @@ INFO: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def has_info(path: Path, info: dict[str, Any], *names: str) -> dict[str, Any]:
+def checked_info(path: Path, info: dict[str, Any], *names: str) -> dict[str, Any]:
     """`info`, if these are in it and all in it is what `INFO` says; ValueError, by file and name, if not."""
     for name in (*names, *(name for name in info if name in INFO)):
         if name not in info:
             raise ValueError(f"{path}: not a whole checkpoint: {name} is missing")
         if not INFO[name](info[name]):
-            raise ValueError(f"{path}: not a whole checkpoint: {name} was {shown(info[name])}")
+            raise ValueError(f"{path}: not a whole checkpoint: {name} was {abbreviated(info[name])}")
     if "classes" in info and "model" in info and len(info["classes"]) != info["model"]["num_classes"]:
         raise ValueError(f"{path}: names {len(info['classes'])} of {info['model']['num_classes']} classes")
     return info
@@ -122,7 +122,9 @@ def has_info(path: Path, info: dict[str, Any], *names: str) -> dict[str, Any]:
 def check_classes(path: Path, info: Mapping[str, Any], classes: Sequence[str]) -> None:
     """ValueError, by file, where a checkpoint names other classes than the data it was trained on have."""
     if "classes" in info and info["classes"] != list(classes):
-        raise ValueError(f"{path}: names other classes than the data: {shown(info['classes'])}, {shown(list(classes))}")
+        raise ValueError(
+            f"{path}: names other classes than the data: {abbreviated(info['classes'])}, {abbreviated(list(classes))}"
+        )
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str = "") -> None:
@@ -130,15 +132,23 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
     for name in sorted(expected.keys() | tensors.keys()):
         had, wanted = (f"{tuple(t[name].shape)}" if name in t else "none" for t in (tensors, expected))
         if had != wanted:
-            raise ValueError(f"{path}: of another architecture: {prefix}{name} has shape {had}, expected {wanted}")
+            raise ValueError(f"{path}: of another architecture: {prefix}{name}: expected shape {wanted}, got {had}")
         types = [str(t[name].dtype).removeprefix("torch.") for t in (tensors, expected)]
         if types[0] != types[1]:
-            raise ValueError(f"{path}: {prefix}{name} has dtype {types[0]}, expected {types[1]}")
+            raise ValueError(f"{path}: {prefix}{name}: expected dtype {types[1]}, got {types[0]}")
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first of the tensors that holds NaN or an infinite number, if one does."""
     return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules have the same tensors by name, shape and value; both on one device."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(
+        mine[name].shape == theirs[name].shape and bool((mine[name] == theirs[name]).all()) for name in mine
+    )
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor], separator: str = "/") -> dict[str, Tensor]:
@@ -148,7 +158,7 @@ def under(prefix: str, tensors: Mapping[str, Tensor], separator: str = "/") -> d
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """A module's state under `prefix/`."""
+    """A module's parameters and buffers, each under `prefix/` and its name."""
     return {f"{prefix}/{name}": tensor for name, tensor in module.state_dict().items()}
 
 
@@ -211,7 +221,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Im
     """
     path = model_file(path)
     tensors, info = load_checkpoint(path)
-    description = has_info(path, info, "model")["model"]
+    description = checked_info(path, info, "model")["model"]
     group = "ema" if under("ema", tensors) else "model"
     stored = under(group, tensors)
     check_experts(path, description, stored, f"{group}/")

@@ -6,17 +6,19 @@ import math
 import os
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
-from immunity_fast.arguments import Score, WeightScale
+from immunity_fast.arguments import Score
 from immunity_fast.data.datasets import NAMES as DATASETS
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve
 from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
 from immunity_fast.models.gate import Switch
 from immunity_fast.runtime.compilation import Compile
-from immunity_fast.runtime.files import shown
+from immunity_fast.runtime.files import abbreviated
 from immunity_fast.runtime.precision import Amp, Float32
 from immunity_fast.runtime.strategies import Batching, DoubleBackprop
 from immunity_fast.training.adversarial import Adversarial, BatchNormMode, InnerAttackSettings
@@ -24,8 +26,23 @@ from immunity_fast.training.adversarial import Adversarial, BatchNormMode, Inner
 Flip = Literal["auto", "on", "off"]
 
 
-def _option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices})
+# Settings that are gone, and the value with which they change nothing: runs from before have them in config.json.
+REMOVED = {"weight_scale": "channels"}
+
+
+def _option(group: str, default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    """A setting: under which heading of --help it stands, its default, what it does, its values if they are listed."""
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+
+
+_data = partial(_option, "preset and data")
+_model = partial(_option, "model")
+_loss = partial(_option, "loss")
+_attack = partial(_option, "adversarial training")
+_optimiser = partial(_option, "optimisation")
+_images = partial(_option, "augmentation")
+_speed = partial(_option, "device and speed")
+_output = partial(_option, "checks and output")
 
 
 @dataclass(frozen=True)
@@ -36,49 +53,48 @@ class TrainConfig:
         ValueError: a value out of its range.
     """
 
-    preset: str = _option("quickstart", "settings to start from; the other options change single ones")
-    dataset: str = _option("digits", "what to train on", DATASETS)
-    data: str | None = _option(None, "file (npz), folder of images (folder), or download folder (cifar10, cifar100)")
-    image_size: int | None = _option(None, "for --dataset folder: scale and crop images to this many pixels a side")
-    limit_train: int | None = _option(None, "use so many training images")
-    arch: str = _option("resnet8", f"the experts' architecture: {', '.join(ARCHITECTURES)}, or a genotype file, ….json")
-    experts: int = _option(5, "number of experts; 1: a single network, by its cross-entropy alone")
-    stage: str | None = _option(None, "stage Grad-CAM looks at; default: the last whose map exceeds 8×8")
-    alpha: float = _option(ALPHA, "weight of each expert's own cross-entropy")
-    beta: float = _option(BETA, "weight of the mutual-information loss")
-    gamma: float = _option(GAMMA, "weight of the position-stability loss (in pixels⁴, so it depends on the image size)")
-    smoothing: float = _option(0.01, "smoothing of the heatmaps' distributions")
-    weight_scale: WeightScale = _option("channels", "factor of Grad-CAM's channel weights")
-    score: Score = _option("logit", "what Grad-CAM differentiates")
-    detach_weights: bool = _option(False, "treat Grad-CAM's weights as constants: cheaper, approximate gradient")
-    adversarial: Adversarial = _option("off", "train on attacked images")
-    eps: float = _option(8 / 255, "Linf radius of the training's and the epoch's attacks")
-    attack_alpha: float = _option(2 / 255, "step of the training's attack; fgsm-rs takes 1.25 eps")
-    attack_steps: int = _option(10, "steps of the training's attack; fgsm-rs takes 1")
-    attack_batchnorm: BatchNormMode = _option("eval", "BatchNorm in the training's attack: running or batch statistics")
-    attack_gate: Switch = _option("off", "gate in the training's attack; off: the trained weights")
-    trades_weight: float = _option(6.0, "lambda of TRADES")
-    ema: float | None = _option(None, "evaluate an average of the weights with this decay; default: the weights")
-    epochs: int = _option(12, "passes over the training images")
-    batch_size: int = _option(32, "images a step")
-    lr: float = _option(0.05, "learning rate at the start of its cosine")
-    momentum: float = _option(0.9, "Nesterov momentum of SGD")
-    weight_decay: float = _option(5e-4, "weight decay of SGD")
-    clip_grad_norm: float | None = _option(None, "clip the gradient's norm to this; default: no clipping")
-    crop_padding: int = _option(4, "random crops move by up to so many pixels")
-    rotation: float = _option(15.0, "random rotations turn by up to so many degrees")
-    flip: Flip = _option("auto", "mirror half of the images; auto: where the data set is known to allow it")
-    seed: int = _option(0, "seed of weights, batches, augmentation and gate")
-    device: str = _option("auto", "cpu, cuda, cuda:1, …; auto: CUDA if there is any")
-    compile: Compile = _option("auto", "compile the step; max: try kernels out, takes long; auto: on, on a GPU")
-    batching: Batching = _option("auto", "how the experts run at once; auto: what was measured to be faster")
-    double_backprop: DoubleBackprop = _option("auto", "how to differentiate Grad-CAM, both exact; auto: likewise")
-    amp: Amp = _option("off", "half precision for convolutions and products")
-    float32: Float32 = _option("tf32", "factors of a GPU's float32 convolutions and products in training")
-    profile: bool = _option(False, "write a trace of some steps and a table of operators to the run folder")
-    check_images: int = _option(256, "validation images attacked by PGD-10 after each epoch; 0: none")
-    attack_images: int = _option(1000, "test images attacked at the end of the run")
-    checkpoint_every: int = _option(500, "steps between checkpoints; the end of an epoch always writes one")
+    preset: str = _data("quickstart", "settings to start from; the other options change single ones")
+    dataset: str = _data("digits", "what to train on", DATASETS)
+    data: str | None = _data(None, "file (npz), folder of images (folder), or download folder (cifar10, cifar100)")
+    image_size: int | None = _data(None, "for --dataset folder: scale and crop images to this many pixels a side")
+    limit_train: int | None = _data(None, "use so many training images")
+    arch: str = _model("resnet8", f"the experts' architecture: {', '.join(ARCHITECTURES)}, or a genotype file, ….json")
+    experts: int = _model(5, "number of experts; 1: a single network, by its cross-entropy alone")
+    stage: str | None = _model(None, "stage Grad-CAM looks at; default: the last whose map exceeds 8×8")
+    alpha: float = _loss(ALPHA, "weight of each expert's own cross-entropy")
+    beta: float = _loss(BETA, "weight of the mutual-information loss")
+    gamma: float = _loss(GAMMA, "weight of the position-stability loss (in pixels⁴, so it depends on the image size)")
+    smoothing: float = _loss(0.01, "smoothing of the heatmaps' distributions")
+    score: Score = _loss("logit", "what Grad-CAM differentiates")
+    detach_weights: bool = _loss(False, "treat Grad-CAM's weights as constants: cheaper, approximate gradient")
+    adversarial: Adversarial = _attack("off", "train on attacked images")
+    eps: float = _attack(8 / 255, "Linf radius of the training's and the epoch's attacks")
+    attack_alpha: float = _attack(2 / 255, "step of the training's attack; fgsm-rs takes 1.25 eps")
+    attack_steps: int = _attack(10, "steps of the training's attack; fgsm-rs takes 1")
+    attack_batchnorm: BatchNormMode = _attack("eval", "BatchNorm in the training's attack: running or batch statistics")
+    attack_gate: Switch = _attack("off", "gate in the training's attack; off: the trained weights")
+    trades_weight: float = _attack(6.0, "lambda of TRADES")
+    ema: float | None = _optimiser(None, "evaluate an average of the weights with this decay; default: the weights")
+    epochs: int = _optimiser(12, "passes over the training images")
+    batch_size: int = _optimiser(32, "images a step")
+    lr: float = _optimiser(0.05, "learning rate at the start of its cosine")
+    momentum: float = _optimiser(0.9, "Nesterov momentum of SGD")
+    weight_decay: float = _optimiser(5e-4, "weight decay of SGD")
+    clip_grad_norm: float | None = _optimiser(None, "clip the gradient's norm to this; default: no clipping")
+    seed: int = _optimiser(0, "seed of weights, batches, augmentation and gate")
+    crop_padding: int = _images(4, "random crops move by up to so many pixels")
+    rotation: float = _images(15.0, "random rotations turn by up to so many degrees")
+    flip: Flip = _images("auto", "mirror half of the images; auto: where the data set is known to allow it")
+    device: str = _speed("auto", "cpu, cuda, cuda:1, …; auto: CUDA if there is any")
+    compile: Compile = _speed("auto", "compile the step; max: try kernels out, takes long; auto: on, on a GPU")
+    batching: Batching = _speed("auto", "how the experts run at once; auto: what was measured to be faster")
+    double_backprop: DoubleBackprop = _speed("auto", "how to differentiate Grad-CAM, both exact; auto: likewise")
+    amp: Amp = _speed("off", "half precision for convolutions and products")
+    float32: Float32 = _speed("tf32", "factors of a GPU's float32 convolutions and products in training")
+    profile: bool = _output(False, "write a trace of some steps and a table of operators to the run folder")
+    check_images: int = _output(256, "validation images attacked by PGD-10 after each epoch; 0: none")
+    attack_images: int = _output(1000, "test images attacked at the end of the run")
+    checkpoint_every: int = _output(500, "steps between checkpoints; the end of an epoch always writes one")
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "checkpoint_every", "attack_images"):
@@ -118,7 +134,6 @@ class TrainConfig:
             self.gamma,
             size=image_size,
             smoothing=self.smoothing,
-            weight_scale=self.weight_scale,
             score=self.score,
             detach_weights=self.detach_weights,
             group_name=group_name,
@@ -156,7 +171,7 @@ class TrainConfig:
         return words
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object of all settings."""
+        """All settings by name, as config.json holds them."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -164,22 +179,30 @@ class TrainConfig:
         """The inverse of `to_json`; ValueError where a setting is missing, unknown or of the wrong type."""
         expected = typing.get_type_hints(cls)
         if not isinstance(values, dict):
-            raise ValueError(f"expected an object of settings, got {shown(values)}")
+            raise ValueError(f"expected an object of settings, got {abbreviated(values)}")
+        for name, only in REMOVED.items():
+            if values.get(name, only) != only:
+                raise ValueError(f"setting {name}: expected {only}, the only one left, got {abbreviated(values[name])}")
+        values = {name: value for name, value in values.items() if name not in REMOVED}
         if values.keys() != expected.keys():
             different = ", ".join(sorted(values.keys() ^ expected.keys()))
-            raise ValueError(f"settings missing or unknown: {shown(different)}")
+            raise ValueError(f"settings missing or unknown: {abbreviated(different)}")
         for name, value in values.items():
             kinds = _plain_types(expected[name])
             # To Python true is a number, to a reader of the file it is not.
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise ValueError(f"setting {name}: got {shown(value)}")
+                raise ValueError(f"setting {name}: got {abbreviated(value)}")
         return cls(**values)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """One option a setting, none with a default of the parser's: the namespace then holds what the user gave."""
     hints = typing.get_type_hints(TrainConfig)
-    for option in dataclasses.fields(TrainConfig):
+    options = dataclasses.fields(TrainConfig)
+    groups = {
+        name: parser.add_argument_group(name) for name in dict.fromkeys(each.metadata["group"] for each in options)
+    }
+    for option in options:
         default = getattr(PRESETS["quickstart"], option.name)
         text = option.metadata["help"] + ("" if default is None else f" [{default}]")
         keywords: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": text}
@@ -193,17 +216,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             kind = next(kind for kind in (float, int, str) if kind in _plain_types(hints[option.name]))
             keywords["type"] = number if kind is float else kind
             keywords["metavar"] = kind.__name__.upper()
-        parser.add_argument(f"--{option.name.replace('_', '-')}", **keywords)
+        groups[option.metadata["group"]].add_argument(f"--{option.name.replace('_', '-')}", **keywords)
 
 
-def resolve_architecture(given: dict[str, Any]) -> None:
+def from_preset(changes: Mapping[str, Any]) -> TrainConfig:
+    """The settings of the preset that is named among some settings, or of quickstart, and these in their place.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    return dataclasses.replace(PRESETS[changes.get("preset", "quickstart")], **changes)
+
+
+def resolve_architecture(options: dict[str, Any]) -> None:
     """In the place of a genotype file's name, what it says; ValueError for an architecture that there is not."""
-    if "arch" in given:
+    if "arch" in options:
         try:
-            name = given["arch"]
-            given["arch"] = resolve(os.path.expanduser(name) if name.endswith(".json") else name)
+            name = options["arch"]
+            options["arch"] = resolve(os.path.expanduser(name) if name.endswith(".json") else name)
         except ValueError as error:
-            raise ValueError(f"--arch {given['arch']}: {error}") from error
+            raise ValueError(f"--arch {options['arch']}: {error}") from error
 
 
 def number(text: str) -> float:
@@ -239,7 +271,7 @@ def _is_architecture(arch: str) -> bool:
 
 def _check(config: TrainConfig, name: str, fits: bool, expected: str) -> None:
     if not fits:
-        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {shown(getattr(config, name))}")
+        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {abbreviated(getattr(config, name))}")
 
 
 PRESETS: dict[str, TrainConfig] = {

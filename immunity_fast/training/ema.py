@@ -41,7 +41,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the module's present state in."""
+        """Move the average towards the module's present weights, after a step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         state = self.module.state_dict(keep_vars=True)  # which makes no new tensors
@@ -99,7 +99,7 @@ class WeightAverage:
             self._write(before)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The average under the module's names."""
+        """The averaged tensors, under the names that they have in the module."""
         return self.average
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from immunity_fast.experts import title
 from immunity_fast.models.moe import ImmunityMoE
-from immunity_fast.training.checkpoint import load_model, module_tensors, save_checkpoint
+from immunity_fast.training.checkpoint import load_model, module_tensors, same_weights, save_checkpoint
 from immunity_fast.training.run_folder import Run
 
 
@@ -40,14 +40,11 @@ def join(folders: Sequence[Path], out: Path) -> Run:
         trained = run.epochs_trained()
         if config.experts != 1:
             raise ValueError(f"{folder}: expected a run of one network, got {config.experts} experts")
-        if trained < config.epochs:
-            raise ValueError(
-                f"{folder}: stopped after {trained} of {config.epochs} epochs; go on with: {run.resume_command}"
-            )
+        run.check_ended(trained)
         if infos:
             _check_alike(folder, info, folders[0], infos[0])
         for earlier, other in zip(folders, models, strict=False):
-            if _same(model, other):
+            if same_weights(model, other):
                 raise ValueError(f"{folder}: the same network as {earlier}; a mixture of one network twice is no other")
         models.append(model)
         infos.append(info)
@@ -84,13 +81,8 @@ def _check_alike(folder: Path, info: dict[str, Any], first: Path, wanted: dict[s
     ):
         if info["model"][name] != wanted["model"][name]:
             had, expected = (title(str(each["model"][name])) for each in (info, wanted))
-            raise ValueError(f"{folder}: of another {words} than {first}: {had}, expected {expected}")
+            raise ValueError(f"{folder}: {words}: expected that of {first}, {expected}, got {had}")
     if info.get("classes") != wanted.get("classes"):
         raise ValueError(f"{folder}: trained on other classes than {first}")
     if info.get("data") != wanted.get("data"):
         raise ValueError(f"{folder}: trained on other data than {first}")
-
-
-def _same(one: ImmunityMoE, other: ImmunityMoE) -> bool:
-    state = other.state_dict()
-    return all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())

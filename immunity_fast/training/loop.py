@@ -2,28 +2,19 @@
 
 import json
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
-
 from immunity_fast.runtime import cli, distributed, interrupts
-from immunity_fast.runtime.compilation import keep_caches
-from immunity_fast.runtime.failures import one_line
 from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.profiling import profiled
 from immunity_fast.training.adversarial import collapsed
 from immunity_fast.training.checkpoint import save_checkpoint
+from immunity_fast.training.display import Display, synchronize
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer, training_means, validate
-
-CHECKS = {
-    "accuracy": "accuracy",
-    "pgd10": "accuracy under PGD-10",
-    "fgsm": "accuracy under FGSM",
-    "heatmaps": "the heatmaps",
-}
+from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.validation import training_means, validate
 
 
 def train(trainer: Trainer, run: Run) -> None:
@@ -36,101 +27,85 @@ def train(trainer: Trainer, run: Run) -> None:
         cli.InputError: the loss is no longer finite; the last checkpoint is from before.
         KeyboardInterrupt: it was stopped.
     """
-    config, loader = trainer.config, trainer.loader
-    main = distributed.rank() == 0
-    if main:
+    first = distributed.rank() == 0
+    if first:
         if not run.checkpoint.is_file():
-            keep(trainer, run)
+            write_checkpoint(trainer, run)
         run.forget_metrics_after(trainer.epoch)
-    # After these: on a full disk its own thread would print a traceback.
-    board = tensorboard(run, trainer.epoch) if main else None
-    begin = time.perf_counter()
-    stepped = False
-
-    def told() -> str:
-        minutes = (time.perf_counter() - begin) / 60
-        epoch = min(trainer.epoch + 1, config.epochs)
-        return f"epoch {epoch}/{config.epochs}: step {trainer.step:,} of {trainer.steps:,} after {minutes:.0f} min"
-
     with (
-        cli.progress_bar(shown=main) as progress,
-        cli.telling(told, shown=main),
+        Display(trainer, run) as display,  # after these: on a full disk TensorBoard's thread would print a traceback
         steps_profiled(trainer, run) as profile,
         interrupts.deferred(distributed.count() == 1) as asked,  # several would stop at different steps
     ):
-        task = progress.add_task("training", total=trainer.steps, completed=trainer.step, status=waiting_for(trainer))
-        while trainer.epoch < config.epochs:
-            started, images_seen = time.perf_counter(), 0
-            trainer.model.train()
-            for batch in loader:
-                trainer.advance(batch)
-                if not stepped:
-                    stepped = True
-                    synchronize(trainer.device)
-                    progress.update(task, status="")
-                    if main and trainer.train_step.compiled:
-                        progress.console.print(f"first step after {time.perf_counter() - begin:.1f} s")
-                images_seen += loader.batch_size
-                progress.advance(task)
-                if profile is not None:
-                    profile.step()
-                if loader.position < len(loader) and (asked or trainer.step % config.checkpoint_every == 0):
-                    save(trainer, run)
-                    interrupts.stop_if(asked)
-            synchronize(trainer.device)
-            seconds = time.perf_counter() - started
+        while trainer.epoch < trainer.config.epochs:
+            images, seconds = take_steps(trainer, run, display, profile, asked)
             trainer.synchronize()
             check_finite(trainer, run)
             trainer.epoch += 1
-            if main:
-                progress.update(task, status="checking on the validation split")
-                record: dict[str, Any] = {
-                    "epoch": trainer.epoch,
-                    "step": trainer.step,
-                    "lr": trainer.lr,
-                    **training_means(trainer),
-                    **validate(trainer),
-                    "images_per_second": images_seen / seconds,
-                    "seconds": seconds,
-                }
-                doubts: dict[str, str] = record.pop("val_doubts", {})
-                run.append_metrics(record)
-                keep_best(trainer, run)
-                board = shown_on(board, record)
-                progress.update(task, status="")
-                progress.console.print(summary(record, config.epochs))
-                for name, reason in record.get("val_not_measured", {}).items():
-                    progress.console.print(not_measured_line(trainer.epoch, name, reason))
-                for name, doubt in doubts.items():
-                    progress.console.print(f"epoch {trainer.epoch}: {CHECKS[name]} on validation images: {doubt}")
-                lost = collapsed(run.metrics(), min(config.check_images, len(trainer.dataset.validation)))
-                if lost is not None:
-                    progress.console.print(collapse_line(record, lost, run))
+            if first:
+                check(trainer, run, display, images, seconds)
             trainer.sums.zero_()
-            if main:
-                keep(trainer, run)
+            if first:
+                write_checkpoint(trainer, run)
                 run.diverged.unlink(missing_ok=True)  # what had diverged before has got past it
             interrupts.stop_if(asked)
-    if board is not None:
-        with suppress(Exception):
-            board.close()
 
 
-def shown_on(board: Any, record: Mapping[str, Any]) -> Any:
-    """TensorBoard with an epoch's numbers; None, and a line, where it fails: it is the least of what a run writes."""
-    if board is None:
-        return None
-    try:
-        for name, value in record.items():
-            if isinstance(value, (int, float)):
-                board.add_scalar(name, value, record["epoch"])
-    except Exception as error:
-        cli.console.print(f"going on without TensorBoard: {one_line(error)}")
-        return None
-    return board
+def take_steps(trainer: Trainer, run: Run, display: Display, profile: Any, asked: Sequence[int]) -> tuple[int, float]:
+    """The rest of an epoch's steps, with a checkpoint now and then.
+
+    Args:
+        trainer, run: what is trained, and where it is saved.
+        display: is told of each step.
+        profile: the profiler, is told as well; None where there is none.
+        asked: the signals that have come, see `interrupts.deferred`; the first one stops the training, saved.
+
+    Returns:
+        (images seen, seconds).
+    """
+    loader, started, images = trainer.loader, time.perf_counter(), 0
+    trainer.model.train()
+    for batch in loader:
+        trainer.advance(batch)
+        display.step_taken()
+        images += loader.batch_size
+        if profile is not None:
+            profile.step()
+        if loader.position < len(loader) and (asked or trainer.step % trainer.config.checkpoint_every == 0):
+            save(trainer, run)
+            interrupts.stop_if(asked)
+    synchronize(trainer.device)
+    return images, time.perf_counter() - started
 
 
-def keep_best(trainer: Trainer, run: Run) -> None:
+def check(trainer: Trainer, run: Run, display: Display, images: int, seconds: float) -> None:
+    """Measure a finished epoch on the validation split; write it down, keep the best model, and say what came of it.
+
+    Args:
+        trainer, run: what is trained, and where it is saved.
+        display: shows it.
+        images, seconds: of the epoch's steps.
+    """
+    display.checking()
+    record: dict[str, Any] = {
+        "epoch": trainer.epoch,
+        "step": trainer.step,
+        "lr": trainer.lr,
+        **training_means(trainer),
+        **validate(trainer),
+        "images_per_second": images / seconds,
+        "seconds": seconds,
+    }
+    doubts: dict[str, str] = record.pop("val_doubts", {})
+    run.append_metrics(record)
+    save_best(trainer, run)
+    display.epoch_checked(record, doubts)
+    lost = collapsed(run.metrics(), min(trainer.config.check_images, len(trainer.dataset.validation)))
+    if lost is not None:
+        display.line(collapse_line(record, lost, run))
+
+
+def save_best(trainer: Trainer, run: Run) -> None:
     """In adversarial training, the model of the epoch that was best under PGD on validation images, never test images.
 
     The first of those that are as good. A run that was killed before the epoch's checkpoint comes here again.
@@ -145,7 +120,13 @@ def keep_best(trainer: Trainer, run: Run) -> None:
 
 
 def collapse_line(record: Mapping[str, float], lost: float, run: Run) -> str:
-    """What to say of catastrophic overfitting."""
+    """The line on a training that has collapsed, by catastrophic overfitting: what is lost, and what may help.
+
+    Args:
+        record: the epoch's, as metrics.jsonl has it.
+        lost: validation accuracy under PGD-10 before, a fraction.
+        run: whose best checkpoint is from before.
+    """
     return (
         f"epoch {record['epoch']}: training has collapsed (catastrophic overfitting): validation accuracy under PGD-10 "
         f"fell from {100 * lost:.1f} % to {100 * record['val_pgd10_accuracy_mean']:.1f} % although it is "
@@ -155,35 +136,21 @@ def collapse_line(record: Mapping[str, float], lost: float, run: Run) -> str:
 
 
 def save(trainer: Trainer, run: Run) -> None:
-    """A checkpoint between two steps."""
+    """Write a checkpoint between two steps, of what all processes have made the same.
+
+    Raises:
+        cli.InputError: the loss or a weight is no longer finite; nothing is written.
+    """
     trainer.synchronize()
     check_finite(trainer, run)
     if distributed.rank() == 0:
-        keep(trainer, run)
+        write_checkpoint(trainer, run)
 
 
-def keep(trainer: Trainer, run: Run) -> None:
-    """Write a checkpoint as it is."""
+def write_checkpoint(trainer: Trainer, run: Run) -> None:
+    """Write the run's checkpoint of the trainer as it stands."""
     save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
-    trainer.kept = trainer.step
-
-
-def synchronize(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def waiting_for(trainer: Trainer) -> str:
-    """What the first step will take its time for."""
-    if not trainer.train_step.compiled or trainer.epoch == trainer.config.epochs:
-        return ""
-    if distributed.rank() == 0:
-        cli.console.print(
-            f"compiling the training step: minutes, or seconds where {keep_caches()} has it from an earlier run; "
-            "--compile off does without"
-        )
-    return "compiling the training step"
+    trainer.saved_step = trainer.step
 
 
 def steps_profiled(trainer: Trainer, run: Run) -> AbstractContextManager[Any]:
@@ -211,44 +178,3 @@ def is_finite(trainer: Trainer) -> bool:
     """Whether loss, weights and statistics are all numbers."""
     # The weights too: a gradient can be NaN where the loss, from before its step, is not.
     return all(bool(tensor.isfinite().all()) for tensor in (trainer.sums, *trainer.model.state_dict().values()))
-
-
-def not_measured_line(epoch: int, name: str, reason: str) -> str:
-    """What to say of a check that could not be made."""
-    option = "--check-images" if reason.startswith("out of memory") else "--lr"
-    return (
-        f"epoch {epoch}: {CHECKS[name]} on validation images was not measured: {reason}; training goes on, but where "
-        f"this stays, try a smaller {option}"
-    )
-
-
-def summary(record: Mapping[str, float], epochs: int) -> str:
-    """One line on an epoch."""
-    attacked = record.get("val_pgd10_accuracy_mean")
-    several = record["mutual_information_loss"] > 0  # a single network has none
-    validation = "not measured"
-    if "val_accuracy_mean" in record:
-        sampled, mean = (100 * record[f"val_accuracy_{name}"] for name in ("sample", "mean"))
-        validation = f"{sampled:.1f} % gate sample, {mean:.1f} % gate mean"
-    return (
-        f"epoch {record['epoch']:>3}/{epochs}  loss {record['loss']:.3f}  validation {validation}"
-        + ("" if attacked is None else f", {100 * attacked:.1f} % under PGD-10")
-        + (f"  mutual information {record['mutual_information']:.2f} nats" if several else "")
-        + f"  {record['images_per_second']:.0f} images/s"
-    )
-
-
-def tensorboard(run: Run, epoch: int) -> Any:
-    """TensorBoard's writer, or None where it is not installed, or does not work.
-
-    It tells readers to drop what a killed process has written of epochs after `epoch`, which are trained again.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(run.tensorboard), purge_step=epoch + 1)
-    except ImportError:
-        return None
-    except Exception as error:
-        cli.console.print(f"going on without TensorBoard: {one_line(error)}")
-        return None

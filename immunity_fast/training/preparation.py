@@ -1,10 +1,12 @@
-"""Everything that can go wrong with what the user gave, before the first step."""
+"""Before a training's first step: where the run is to lie, whether it can go on, and what cannot be trained."""
 
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,13 +22,71 @@ from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
 
+# Settings that may differ when a run goes on: where, and by which of several exact ways.
+CHANGEABLE_ON_RESUME = ("data", "device", "compile", "batching", "double_backprop", "profile")
 # Those that may differ as well once the loss has diverged: without it, no run could ever go on from there.
 CHANGEABLE_AFTER_DIVERGENCE = ("lr", "clip_grad_norm")
 MEMORY_ADVICE = "a smaller --batch-size, fewer --experts, a smaller --arch or smaller images"
 
 
+class Start(NamedTuple):
+    """A training that is to start: in which folder, whether the run in it goes on or is new, with which settings."""
+
+    folder: Path
+    resume: bool
+    config: TrainConfig
+
+
+def begin(config: TrainConfig, out: Path | None = None) -> Start:
+    """The start of a new run.
+
+    Args:
+        config: its settings.
+        out: its folder; None is one that is named after the settings and the time, in runs/.
+
+    Raises:
+        ValueError: settings that do not go together.
+        FileExistsError: the name is taken.
+    """
+    if config.dataset == "digits" and config.flip == "on":
+        raise ValueError("--flip on: a mirrored digit is another sign; leave it out for --dataset digits")
+    if out is None:
+        out = Run.free_name(Path("runs") / f"{default_name(config)}{datetime.now():%Y%m%d-%H%M%S}")
+    else:
+        Run.check_free(out)
+    return Start(out, False, config)
+
+
+def go_on(folder: Path, changes: Mapping[str, Any]) -> Start:
+    """The start of a run that was begun before.
+
+    Args:
+        folder: the run's.
+        changes: settings by name; of those that a run depends on only the values with which it was begun.
+
+    Raises:
+        ValueError: a setting that would make another run of it.
+        FileNotFoundError: there is no run in the folder.
+    """
+    run = Run.open(folder)
+    config = run.config()
+    changeable = CHANGEABLE_ON_RESUME + (CHANGEABLE_AFTER_DIVERGENCE if run.diverged.is_file() else ())
+    for name, value in changes.items():
+        if name not in changeable and value != getattr(config, name):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} {value}: the run in {folder} was begun with {option} {getattr(config, name)}")
+    return Start(folder, True, dataclasses.replace(config, **changes))
+
+
 def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, Run]:
-    """Everything that can go wrong with what the user gave, before the first step.
+    """Everything that can go wrong with what the user gave, before the first step: data, device, network, checkpoint.
+
+    Args:
+        folder, resume, config: see `Start`.
+
+    Returns:
+        The trainer, where the run stands, and the run, whose folder is there then; of a new run it may have got another
+        name, where nobody had chosen it.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: one clear line.
@@ -49,7 +109,7 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     run = Run.open(folder)
     if run.checkpoint.is_file():
         trainer.load(run.checkpoint)
-        trainer.kept = trainer.step
+        trainer.saved_step = trainer.step
         wrong = not_finite(trainer.tensors())
         if wrong is not None:  # momentum and averages too: from these the next step would make the same of the weights
             raise ValueError(
@@ -57,11 +117,11 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
                 f"({wrong}); begin a new run, with a smaller --lr"
             )
     run.check_goes_on(trainer.epoch)
-    take_remedies(run, config)
+    save_changed_settings(run, config)
     return trainer, run
 
 
-def take_remedies(run: Run, config: TrainConfig) -> None:
+def save_changed_settings(run: Run, config: TrainConfig) -> None:
     """Write down with what a run goes on that has diverged, if that is not what it began with."""
     begun = run.config()
     changed = {

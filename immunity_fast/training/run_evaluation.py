@@ -1,23 +1,36 @@
-"""The evaluation of a training run's model on the test split of its data."""
+"""An evaluation from the names that a command gives: of a run's folder, or of a network that Python can import."""
 
 import dataclasses
-from typing import Any
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
-from immunity_fast.data.datasets import ImageDataset
+import torch
+
+from immunity_fast.attacks import Model
+from immunity_fast.data.datasets import ImageDataset, load
 from immunity_fast.data.sampling import EVALUATION_BATCH, attack_batch
 from immunity_fast.evaluation.pipeline import evaluate
 from immunity_fast.evaluation.report import About, Outputs
 from immunity_fast.evaluation.runner import SETS, Plan
-from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget, TargetModel
+from immunity_fast.evaluation.settings import EvaluationSettings, check_whole
+from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget, load_callable
 from immunity_fast.experts import title
 from immunity_fast.models.modes import frozen
 from immunity_fast.models.moe import ExactMean, ImmunityMoE
 from immunity_fast.runtime import cli
-from immunity_fast.runtime.compilation import Compile, Compiled, at_size
-from immunity_fast.training.checkpoint import load_model
+from immunity_fast.runtime.compilation import Compile, Compiled, at_size, keep_caches
+from immunity_fast.training.checkpoint import check_classes, load_info, load_model, model_file, not_finite, same_weights
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
+
+DRAWS = 20  # of a gate, for EOT
+IMAGES = 1000  # that are attacked of a network that has no run, and so no setting of one
+MEMORY_ADVICE = "another --device, fewer --draws, or smaller networks"
+WhichCheckpoint = Literal["best", "last"]
 
 # What a training run ends with: minutes on a CPU. The command finds out more.
 AFTER_TRAINING = Plan(
@@ -29,48 +42,311 @@ AFTER_TRAINING = Plan(
 )
 
 
+@cli.enough_memory(MEMORY_ADVICE)
+def evaluate_named(
+    place: str,
+    settings: EvaluationSettings,
+    device: torch.device,
+    *,
+    dataset: str | None = None,
+    data: str | None = None,
+    image_size: int | None = None,
+    transfer_from: Path | None = None,
+    checkpoint: WhichCheckpoint | None = None,
+    out: Path | None = None,
+    again: bool = False,
+    compile: Compile = "auto",
+) -> None:
+    """Evaluate what a command line names.
+
+    Args:
+        place: a run's folder, or a network as module.path:callable.
+        settings: what is to be found out.
+        device: where.
+        dataset, image_size: of a network; a run has its own.
+        data: where the data set lies; None is where the run has it, or the data set's default.
+        transfer_from, out, again: see `evaluate_folder`.
+        checkpoint, compile: of a run; see `evaluate_folder`.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: what was given is wrong; one clear line.
+    """
+    check_whole("image_size", image_size, 1)
+    if names_callable(place):
+        for name, value in (("dataset", dataset), ("out", out)):
+            if value is None:
+                raise ValueError(f"--{name}: missing; {place} is no folder that is here, and a network needs it")
+        assert dataset is not None
+        assert out is not None
+        images = load(dataset, data, image_size=image_size).to(device)
+        evaluate_callable(place, images, settings, device, out, transfer_from=transfer_from, again=again)
+        return
+    for name, given in (("dataset", dataset), ("image_size", image_size)):
+        if given is not None:
+            raise ValueError(f"--{name.replace('_', '-')} {given}: the run in {place} has its own")
+    evaluate_folder(
+        Path(place),
+        settings,
+        device,
+        data=data,
+        transfer_from=transfer_from,
+        checkpoint=checkpoint,
+        out=out,
+        again=again,
+        compile=compile,
+    )
+
+
+def names_callable(text: str) -> bool:
+    """Whether it is module.path:callable, and not a folder, be it one that is missing: `C:\\runs`, `runs/a:b`."""
+    return re.fullmatch(r"[\w.]*:[\w.]*", text) is not None and not Path(text).exists()
+
+
+def evaluate_callable(
+    place: str,
+    dataset: ImageDataset,
+    settings: EvaluationSettings,
+    device: torch.device,
+    out: Path,
+    *,
+    transfer_from: Path | None = None,
+    again: bool = False,
+) -> None:
+    """Evaluate a network that Python can import.
+
+    Args:
+        place: module.path:callable.
+        dataset: whose test split is attacked, on the device.
+        settings: what is to be found out.
+        device: where.
+        out: the folder that is written to.
+        transfer_from, again: see `evaluate_folder`.
+
+    Raises:
+        ValueError, OSError: what was given is wrong; one clear line.
+    """
+    model = load_callable(place)
+    if isinstance(model, torch.nn.Module):
+        model.to(device)
+    other = None if transfer_from is None else load_other(transfer_from, None, model, dataset, device)
+    transfer = None if other is None else ExactMean(other)
+    target: MixtureTarget | NetworkTarget
+    if isinstance(model, ImmunityMoE) and model.num_experts > 1:
+        target = MixtureTarget(model, dataset.num_classes, draws=settings.draws or DRAWS, transfer=transfer)
+    else:
+        target = NetworkTarget(model, dataset.num_classes, name=place, draws=settings.draws, transfer=transfer)
+    plan = settings.plan(target.attackers, dataset.image_size, images=IMAGES, seed=0, chunk=attack_batch(device))
+    about = About(
+        title=f"{place} on {dataset.name}",
+        lead=f"{place}, judged on {len(dataset.test):,} test images.",
+        settings={"model": place, "dataset": dataset.name, "classes": ", ".join(dataset.classes)},
+        commands={},
+    )
+    outputs = outputs_in(out, again)
+    if isinstance(model, torch.nn.Module):
+        with frozen(model):
+            evaluate(target, dataset, plan, outputs, about)
+    else:
+        evaluate(target, dataset, plan, outputs, about)
+
+
+@cli.enough_memory(MEMORY_ADVICE)
+def evaluate_folder(
+    folder: Path,
+    settings: EvaluationSettings,
+    device: torch.device,
+    *,
+    data: str | None = None,
+    transfer_from: Path | None = None,
+    checkpoint: WhichCheckpoint | None = None,
+    out: Path | None = None,
+    again: bool = False,
+    compile: Compile = "auto",
+) -> None:
+    """Evaluate the model of a run that was trained to its end.
+
+    Args:
+        folder: the run's.
+        settings: what is to be found out.
+        device: where.
+        data: where the data set lies now; None is where it lay.
+        transfer_from: another run, whose adversarial images are tried on this one.
+        checkpoint: whose model; None is the best, where there is one.
+        out: the folder that is written to; None is the run's.
+        again: forget what is finished of an earlier evaluation there.
+        compile: the experts.
+
+    Raises:
+        ValueError, OSError: what was given is wrong; one clear line.
+    """
+    run = Run.open(folder)
+    config = run.config()
+    dataset = load(
+        config.dataset, data or config.data, limit_train=config.limit_train, image_size=config.image_size
+    ).to(device)
+    file = model_file({None: run.folder, "best": run.best_checkpoint, "last": run.checkpoint}[checkpoint])
+    model = load_trained(run, config, file, dataset, device)
+    transfer = None if transfer_from is None else load_other(transfer_from, folder, model, dataset, device)
+    folder = out or run.folder
+    keep_caches()
+    target = target_of(
+        model,
+        dataset.num_classes,
+        draws=settings.draws or DRAWS,
+        transfer=transfer,
+        compile=compile,
+        tracebacks=Outputs(folder).tracebacks,
+    )
+    plan = settings.plan(
+        target.attackers,
+        dataset.image_size,
+        images=config.attack_images,
+        seed=config.seed,
+        chunk=attack_batch(device),
+    )
+    with broken_weights_named(model, file):
+        evaluate_run(run, target, dataset, config, plan, outputs_in(folder, again))
+
+
+@contextmanager
+def broken_weights_named(model: ImmunityMoE, file: Path) -> Iterator[None]:
+    """Whatever a `with` block refuses of a model, its ValueError says where the weights are no longer finite."""
+    try:
+        yield
+    except ValueError as error:
+        wrong = not_finite(model.state_dict())
+        if wrong is None:
+            raise
+        raise ValueError(
+            f"{error}; {file} holds weights that are NaN or infinite ({wrong}): begin a new run, with a smaller --lr"
+        ) from error
+
+
+def load_trained(run: Run, config: TrainConfig, file: Path, dataset: ImageDataset, device: torch.device) -> ImmunityMoE:
+    """A checkpoint's model; ValueError where it is not the run's, the data are others, or the run has not ended."""
+    model, info = load_model(file, device)
+    trained = run.epochs_trained()
+    if (info["model"]["arch"], info["model"]["num_experts"]) != (config.arch, config.experts):
+        raise ValueError(f"{file}: of another run: {info['model']}")
+    if info["model"]["num_classes"] != dataset.num_classes or info.get("data") != dataset.fingerprint():
+        if info.get("data") != load_info(run.checkpoint)["data"]:
+            raise ValueError(f"{file}: of another run, which was trained on other data")
+        raise ValueError(f"the data are not those that {run.folder} was trained on")
+    check_classes(file, info, dataset.classes)
+    run.check_ended(trained)
+    return model
+
+
+def load_other(path: Path, own: Path | None, model: Model, dataset: ImageDataset, device: torch.device) -> ImmunityMoE:
+    """The model of `--transfer-from`.
+
+    Args:
+        path: a run's folder, or a checkpoint.
+        own: the folder of the run that is evaluated, if it is one.
+        model: what is evaluated.
+        dataset: on which.
+        device: where the model is to be.
+
+    Raises:
+        ValueError: it is what is evaluated, was trained on other classes, or has not been trained to its end.
+    """
+    place = f"--transfer-from {path}"
+    other, info = load_model(path, device)
+    if path.is_dir():
+        run = Run.open(path)
+        config = run.config()
+        run.check_ended(run.epochs_trained(), place)
+        if config.dataset != dataset.name:
+            raise ValueError(
+                f"{place}: it was trained on {config.dataset}, whose classes are not those of {dataset.name}"
+            )
+    classes = info["model"]["num_classes"]
+    if classes != dataset.num_classes:
+        raise ValueError(f"{place}: it was trained on {classes} classes, and these data have {dataset.num_classes}")
+    if "classes" in info and info["classes"] != list(dataset.classes):
+        raise ValueError(f"{place}: it was trained on other classes than these data have")
+    same_folder = own is not None and path.is_dir() and path.samefile(own)
+    if same_folder or (isinstance(model, torch.nn.Module) and same_weights(model, other)):
+        raise ValueError(f"{place}: that is the run that is evaluated; name one that was trained independently")
+    return other
+
+
+def target_of(
+    model: ImmunityMoE,
+    num_classes: int,
+    *,
+    draws: int = DRAWS,
+    transfer: ImmunityMoE | None = None,
+    compile: Compile = "off",
+    tracebacks: Path | None = None,
+) -> MixtureTarget | NetworkTarget:
+    """What is attacked of a trained model: the mixture with its gate, or the one network that it is.
+
+    Args:
+        model: in evaluation mode.
+        num_classes: K.
+        draws: of the gate, for EOT.
+        transfer: an independently trained model, attacked for its images.
+        compile: the experts' logits, into one function for all attacks: what each makes of them is little.
+        tracebacks: the file for those of compiling.
+    """
+    other = None if transfer is None else ExactMean(transfer)
+    if model.num_experts == 1:
+        return NetworkTarget(ExactMean(model), num_classes, transfer=other)
+    device = next(model.parameters()).device
+    logits = Compiled(model.expert_logits, compile, device, cli.console.print, tracebacks)
+    size = max(attack_batch(device), EVALUATION_BATCH)
+    return MixtureTarget(
+        model,
+        num_classes,
+        draws=draws,
+        transfer=other,
+        expert_logits=(lambda images: at_size(logits, images, size)) if logits.active else None,
+    )
+
+
 def evaluate_run(
     run: Run,
-    model: ImmunityMoE,
+    target: MixtureTarget | NetworkTarget,
     dataset: ImageDataset,
     config: TrainConfig,
     plan: Plan,
     outputs: Outputs | None = None,
-    *,
-    draws: int = 20,
-    transfer: ImmunityMoE | None = None,
-    compile: Compile = "off",
 ) -> dict[str, Any]:
-    """Evaluate the model of a training run, in evaluation mode, on its data set's test split.
+    """Evaluate the model of a training run on its data set's test split.
 
-    Writes into the run's folder, or `outputs`. `transfer`: an independently trained model, attacked for its images.
+    Args:
+        run: for what the report says of it.
+        target: its model, as `target_of` makes it.
+        dataset: on the model's device.
+        config: with which it was trained.
+        plan: what to find out.
+        outputs: where to write; None is the run's folder.
+
+    Returns:
+        `evaluation.results.results`.
+
+    Raises:
+        ValueError: a model that cannot be attacked or whose output is not finite.
     """
-    outputs = outputs or Outputs(run.folder)
-    other = None if transfer is None else ExactMean(transfer)
-    single = model.num_experts == 1
-    if single:
-        target: TargetModel = NetworkTarget(ExactMean(model), dataset.num_classes, transfer=other)
-        what = title(config.arch)
-    else:
-        # One compiled function for all attacks and attackers: what each makes of the experts' logits is little.
-        device = next(model.parameters()).device
-        logits = Compiled(model.expert_logits, compile, device, cli.console.print, outputs.tracebacks)
-        size = max(plan.chunk, EVALUATION_BATCH)
-        target = MixtureTarget(
-            model,
-            dataset.num_classes,
-            draws=draws,
-            transfer=other,
-            expert_logits=(lambda images: at_size(logits, images, size)) if logits.active else None,
-        )
-        what = f"{config.experts} × {title(config.arch)}"
+    loss_fn = config.loss_fn(dataset.image_size) if isinstance(target, MixtureTarget) else None
+    model = target.model
+    assert isinstance(model, torch.nn.Module)
+    with frozen(model):
+        return evaluate(target, dataset, plan, outputs or Outputs(run.folder), about_run(run, config, dataset), loss_fn)
+
+
+def about_run(run: Run, config: TrainConfig, dataset: ImageDataset) -> About:
+    """What a report says of a run besides its results."""
+    single = config.experts == 1
+    what = title(config.arch) if single else f"{config.experts} × {title(config.arch)}"
     trained = "" if config.adversarial == "off" else f", adversarially ({config.adversarial})"
     weights = (
         ""
         if single
         else f" α\u00a0=\u00a0{config.alpha:g}, β\u00a0=\u00a0{config.beta:g}, γ\u00a0=\u00a0{config.gamma:g}."
     )
-    about = About(
+    return About(
         title=f"Immunity: {what} on {config.dataset}",
         lead=(
             f"{what}, trained for {config.epochs} epochs on {len(dataset.train):,} images{trained}, and judged on "
@@ -83,9 +359,6 @@ def evaluate_run(
         },
         records=run.metrics(),
     )
-    loss_fn = None if single else config.loss_fn(dataset.image_size)
-    with frozen(model):
-        return evaluate(target, dataset, plan, outputs, about, loss_fn)
 
 
 def evaluate_trained(trainer: Trainer, run: Run) -> None:
@@ -97,4 +370,15 @@ def evaluate_trained(trainer: Trainer, run: Run) -> None:
     )
     if config.experts == 1:  # nothing about a gate to know
         plan = dataclasses.replace(plan, attackers=None)
-    evaluate_run(run, model, trainer.dataset, config, plan, compile=config.compile)
+    target = target_of(
+        model, trainer.dataset.num_classes, compile=config.compile, tracebacks=Outputs(run.folder).tracebacks
+    )
+    evaluate_run(run, target, trainer.dataset, config, plan)
+
+
+def outputs_in(folder: Path, again: bool) -> Outputs:
+    """A folder's files; `again` forgets what is finished of an earlier evaluation there."""
+    outputs = Outputs(folder)
+    if again:
+        outputs.ledger.unlink(missing_ok=True)
+    return outputs

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from immunity_fast.runtime.commands import shell_command
 from immunity_fast.runtime.compilation import TRACEBACKS
 from immunity_fast.runtime.files import append_line, is_number, locked_folder, parse_json, write_atomically
 from immunity_fast.training.checkpoint import BEST, LAST, load_info
@@ -41,19 +41,19 @@ class Run:
     @property
     def resume_command(self) -> str:
         """What goes on with this run, for a shell."""
-        return f"python -m immunity_fast.train --resume {shlex.quote(str(self.folder))}{self._remedy()}"
+        return shell_command("train", ["--resume", str(self.folder), *self._smaller_lr()])
 
-    def _remedy(self) -> str:
+    def _smaller_lr(self) -> list[str]:
         """The option without which a run that has diverged would do so again."""
         with suppress(OSError, ValueError, TypeError, KeyError):
             diverged = float(json.loads(self.diverged.read_text(encoding="utf-8"))["lr"])
-            return f" --lr {min(diverged / 10, TrainConfig().lr):g}"  # far off, a tenth would diverge as well
-        return ""
+            return ["--lr", f"{min(diverged / 10, TrainConfig().lr):g}"]  # far off, a tenth would diverge as well
+        return []
 
     @property
     def evaluate_command(self) -> str:
         """What evaluates this run again, for a shell."""
-        return f"python -m immunity_fast.evaluate {shlex.quote(str(self.folder))}"
+        return shell_command("evaluate", [str(self.folder)])
 
     @classmethod
     def create(cls, folder: Path, config: TrainConfig, *, numbered: bool = False) -> "Run":
@@ -101,7 +101,7 @@ class Run:
 
     @staticmethod
     def check_free(folder: Path) -> None:
-        """FileExistsError if the name is taken."""
+        """FileExistsError where there is a file, a folder or a link of a new run's name."""
         if folder.exists() or folder.is_symlink():
             raise FileExistsError(f"--out {folder}: exists already; name a new folder, or go on with --resume {folder}")
 
@@ -181,6 +181,14 @@ class Run:
             raise ValueError(
                 f"{self.metrics_file}: has {records} records where {epoch} epochs were trained; "
                 "put back what is missing, or begin a new run with --out"
+            )
+
+    def check_ended(self, epochs: int, place: object = None) -> None:
+        """ValueError, by the run's folder or `place`, where so many epochs are not all of the run's."""
+        if epochs < self.config().epochs:
+            raise ValueError(
+                f"{place or self.folder}: stopped after {epochs} of {self.config().epochs} epochs; "
+                f"go on with: {self.resume_command}"
             )
 
     def epochs_trained(self) -> int:

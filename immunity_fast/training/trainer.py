@@ -1,35 +1,25 @@
-"""A training run in memory: what it consists of, how all of it is saved, and what is measured after an epoch."""
+"""A training run in memory: what it consists of, and how all of it is saved and taken up again."""
 
 import math
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from immunity_fast.attacks import Attack
-from immunity_fast.attacks.checks import check_finite, not_finite
-from immunity_fast.data.datasets import ImageDataset, Split
+from immunity_fast.data.datasets import ImageDataset
 from immunity_fast.data.loader import Batch, TrainLoader
-from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample
-from immunity_fast.evaluation.metrics import correct, heatmap_metrics
-from immunity_fast.functional import log_mixture
-from immunity_fast.models.modes import frozen
+from immunity_fast.data.sampling import EVALUATION_BATCH
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 from immunity_fast.runtime import distributed
 from immunity_fast.runtime.compilation import Compiled, Log, at_size, resolve
-from immunity_fast.runtime.failures import one_line
-from immunity_fast.runtime.files import shown
-from immunity_fast.runtime.strategies import fastest
+from immunity_fast.runtime.files import abbreviated
+from immunity_fast.runtime.strategies import Strategy, fastest
 from immunity_fast.training.adversarial import InnerAttack
 from immunity_fast.training.checkpoint import (
     check_classes,
     check_tensors,
-    has_info,
+    checked_info,
     load_checkpoint,
     load_module,
     load_optimizer_tensors,
@@ -49,6 +39,16 @@ class Trainer:
     """A run in memory: model, optimiser, batches and random states, and where it stands.
 
     `tensors` and `info` are all of it that a checkpoint holds; `load` takes up from them.
+
+    Args:
+        config: the settings.
+        dataset: what is trained on; it is brought to the device.
+        device: where everything is computed.
+        log: what takes lines on code that could not be compiled; None is `warnings.warn`.
+        traceback_file: where the tracebacks of such are appended to.
+
+    Raises:
+        ValueError: settings that do not go together.
     """
 
     def __init__(
@@ -70,20 +70,44 @@ class Trainer:
             "stage": config.stage,
             "image_size": list(dataset.image_size),
         }
-        self.loader = TrainLoader(
+        self.loader = self._new_loader()
+        self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
+        compiled = resolve(config.compile, device) != "off"
+        strategy = fastest(device.type, config.arch, self.steps if compiled else None)
+        self.model = self._new_model(strategy, dataset)
+        if distributed.rank():  # whatever is random in a network: not the same in every process
+            torch.manual_seed(config.seed + 3 + distributed.rank())
+        group = distributed.group()
+        self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name)
+        self.optimizer = FusedSGD(
+            self.model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=True
+        )
+        self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
+        self.train_step = self._new_step(strategy, log, traceback_file)
+        self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, log, traceback_file)
+        self.fingerprint = dataset.fingerprint()
+        self.epoch = 0  # epochs finished
+        self.saved_step = 0  # optimiser steps that the run's checkpoint has
+        self.sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)  # over the present epoch's steps
+
+    def _new_loader(self) -> TrainLoader:
+        """The training batches, or this process' part of each."""
+        config = self.config
+        return TrainLoader(
             self.dataset.train,
             config.batch_size,
             config.seed + 2,
             padding=config.crop_padding,
             degrees=config.rotation,
-            flip=dataset.flip if config.flip == "auto" else config.flip == "on",
+            flip=self.dataset.flip if config.flip == "auto" else config.flip == "on",
             rank=distributed.rank(),
             processes=distributed.count(),
         )
+
+    def _new_model(self, strategy: Strategy, dataset: ImageDataset) -> ImmunityMoE:
+        """The mixture, or the single network, with random weights; `dataset` is still where it was read."""
+        config = self.config
         mean, std = channel_statistics(dataset.train.images)
-        self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
-        compiled = resolve(config.compile, device) != "off"
-        strategy = fastest(device.type, config.arch, self.steps if compiled else None)
         options: dict[str, Any] = {
             "stage": config.stage,
             "image_size": dataset.image_size,
@@ -92,19 +116,13 @@ class Trainer:
             "std": std,
         }
         if config.experts == 1:
-            self.model: ImmunityMoE = SingleNetwork(config.arch, dataset.num_classes, **options).to(device)
-        else:
-            mixture = ImmunityMoE(
-                config.arch, config.experts, dataset.num_classes, generator=self.gate_generator, **options
-            )
-            self.model = mixture.to(device)
-        if distributed.rank():  # whatever is random in a network: not the same in every process
-            torch.manual_seed(config.seed + 3 + distributed.rank())
-        group = distributed.group()
-        self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name)
-        self.optimizer = FusedSGD(
-            self.model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=True
-        )
+            return SingleNetwork(config.arch, dataset.num_classes, **options).to(self.device)
+        options["generator"] = self.gate_generator
+        return ImmunityMoE(config.arch, config.experts, dataset.num_classes, **options).to(self.device)
+
+    def _new_step(self, strategy: Strategy, log: Log | None, traceback_file: Path | None) -> TrainStep:
+        """What makes one step of a batch, with the attack in it where training is adversarial."""
+        config = self.config
         attack = None
         if config.inner_attack is not None:
             attack = InnerAttack(
@@ -112,39 +130,33 @@ class Trainer:
                 config.inner_attack,
                 amp=config.amp,
                 compile=config.compile,
-                device=device,
+                device=self.device,
                 log=log,
                 traceback_file=traceback_file,
             )
-        self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
-        self.train_step = TrainStep(
+        return TrainStep(
             self.model,
             self.loss_fn,
             self.optimizer,
             clip_grad_norm=config.clip_grad_norm,
             amp=config.amp,
-            double_backprop=(strategy.double_backprop if config.double_backprop == "auto" else config.double_backprop),
+            double_backprop=strategy.double_backprop if config.double_backprop == "auto" else config.double_backprop,
             compile=config.compile,
             log=log,
             traceback_file=traceback_file,
             attack=attack,
             trades_weight=config.trades_weight,
-            group=group,
+            group=distributed.group(),
         )
-        self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, log, traceback_file)
-        self.fingerprint = dataset.fingerprint()
-        self.epoch = 0  # epochs finished
-        self.kept = 0  # optimiser steps that the run's checkpoint has
-        self.sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)  # over the present epoch's steps
 
     @property
     def step(self) -> int:
-        """Optimiser steps taken."""
+        """How many optimiser steps of the run were taken so far."""
         return self.epoch * len(self.loader) + self.loader.position
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """How many optimiser steps the whole run takes."""
         return self.config.epochs * len(self.loader)
 
     @property
@@ -200,10 +212,10 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Take up where a checkpoint was written; ValueError where it is not one that this run can have written."""
         tensors, info = load_checkpoint(path)
-        has_info(path, info, "model", "data", "epoch", "step")
+        checked_info(path, info, "model", "data", "epoch", "step")
         load_module(path, self.model, under("model", tensors), "model/")
         if info["model"] != self.description:
-            raise ValueError(f"{path}: of another model: {info['model']}, expected {self.description}")
+            raise ValueError(f"{path}: expected a model {self.description}, got {info['model']}")
         if info["data"] != self.fingerprint:
             raise ValueError(f"{path}: trained on other data than {self.config.dataset} as it is now")
         check_classes(path, info, self.dataset.classes)
@@ -236,7 +248,7 @@ class Trainer:
         there = [name for name in momenta if name in tensors]
         if len(there) != info.get("momenta", len(there)):
             lost = "".join(f"; it lacks {name}" for name in momenta if name not in tensors)
-            raise ValueError(f"{path}: has {len(there)} of {info['momenta']} momentum buffers{shown(lost)}")
+            raise ValueError(f"{path}: has {len(there)} of {info['momenta']} momentum buffers{abbreviated(lost)}")
         expected |= {name: momenta[name] for name in there}
         # The state of a GPU's generator is taken up on a GPU alone: a run may go on without one.
         of_gpu = expected.pop("random/cuda", torch.empty(CUDA_STATE, dtype=torch.uint8))
@@ -255,7 +267,7 @@ class Trainer:
             )
         for name in ("scaler/scale", "scaler/growth_factor", "scaler/backoff_factor"):
             if name in tensors and not 0 < float(tensors[name]) < math.inf:
-                raise ValueError(f"{path}: {name} was {float(tensors[name])}, expected a finite number above 0")
+                raise ValueError(f"{path}: {name}: expected a finite number above 0, got {float(tensors[name])}")
 
 
 def check_generator_state(path: Path, name: str, state: Tensor) -> None:
@@ -277,108 +289,3 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
     mean = counts @ levels / counts.sum(1)
     variance = counts @ levels.square() / counts.sum(1) - mean.square()
     return mean.tolist(), variance.clamp_min(0).sqrt().clamp_min(1 / 255).tolist()
-
-
-def training_means(trainer: Trainer) -> dict[str, float]:
-    """Means over the finished epoch's batches of what `train_step` measures, and the mutual information they mean."""
-    means = dict(zip(MEASURED, (trainer.sums / len(trainer.loader)).tolist(), strict=True))
-    experts = trainer.config.experts
-    return means | {"mutual_information": math.log(experts) - means["mutual_information_loss"] / experts}
-
-
-def validate(trainer: Trainer) -> dict[str, Any]:
-    """Accuracies and heatmap measures on the validation split; attacks are on the exact mean and judged on it.
-
-    Of the averaged weights, where there are such. A check that cannot be made, of a network that has died, say, ends
-    no training: what it measures is left out, and `val_not_measured` names it and the reason. `val_doubts` has what was
-    warned of in one that can.
-    """
-    gate, epoch = trainer.model.gate, trainer.epoch
-    drawn_from = gate.generator
-    # Not what a training step may draw from: how much is checked changes no training.
-    gate.generator = torch.Generator().manual_seed(trainer.config.seed + epoch)
-    try:
-        with trainer.average.applied() if trainer.average else nullcontext():
-            return _validate(trainer)
-    finally:
-        gate.generator = drawn_from
-
-
-def _validate(trainer: Trainer) -> dict[str, Any]:
-    trainer.model.eval()
-    measured: dict[str, Any] = {}
-    missing: dict[str, str] = {}
-    doubts: dict[str, str] = {}
-    for name, measure in _checks(trainer).items():
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", UserWarning)
-                found = measure()
-            wrong = [key for key, value in found.items() if not math.isfinite(value)]
-            if wrong:
-                raise ValueError(f"{', '.join(wrong)} came out NaN or infinite")
-            measured |= found
-            # Of an attack that cannot move, which a person has to know of who reads how much withstands it.
-            said = [" ".join(str(each.message).split()) for each in caught if issubclass(each.category, UserWarning)]
-            if said:
-                doubts[name] = "; ".join(dict.fromkeys(said))
-        except Exception as error:  # hours of training are worth more than any check
-            missing[name] = one_line(error)
-    trainer.model.train()
-    notes = {"val_not_measured": missing, "val_doubts": doubts}
-    return measured | {name: note for name, note in notes.items() if note}
-
-
-def _checks(trainer: Trainer) -> dict[str, Callable[[], dict[str, float]]]:
-    """What is measured after an epoch, in order, each independent of whether the others can be."""
-    config = trainer.config
-    checked = sample(trainer.dataset.validation, config.check_images)
-    checks: dict[str, Callable[[], dict[str, float]]] = {"accuracy": lambda: _accuracies(trainer)}
-    if len(checked):
-        starts = torch.Generator().manual_seed(config.seed)
-        attacks = {"pgd10": Attack(config.eps, config.eps / 4, steps=10, random_start=True)}
-        if config.adversarial != "off":  # against both, the collapse of single-step training shows
-            attacks["fgsm"] = Attack(config.eps, config.eps, steps=1)
-        for name, attack in attacks.items():
-            checks[name] = partial(_attacked_accuracy, trainer, name, attack, checked, starts)
-        if trainer.model.num_experts > 1:
-            checks["heatmaps"] = lambda: _heatmaps(trainer, checked)
-    return checks
-
-
-def _accuracies(trainer: Trainer) -> dict[str, float]:
-    validation = trainer.dataset.validation
-
-    def expert_logits(images: Tensor) -> Tensor:
-        logits = trainer.expert_logits(images)
-        check_finite(not_finite(logits))  # the largest of such numbers would pass for an answer
-        return logits
-
-    right = [
-        correct(trainer.model, images, labels, expert_logits)
-        for images, labels in batches(validation, EVALUATION_BATCH)
-    ]
-    return {
-        "val_accuracy_sample": sum(count["sample"] for count in right) / len(validation),
-        "val_accuracy_mean": sum(count["mean"] for count in right) / len(validation),
-    }
-
-
-def _attacked_accuracy(
-    trainer: Trainer, name: str, attack: Attack, checked: Split, starts: torch.Generator
-) -> dict[str, float]:
-    model, survived = trainer.model, 0
-
-    def mean_of_gate(images: Tensor) -> Tensor:
-        return log_mixture(trainer.expert_logits(images))
-
-    for images, labels in batches(checked, EVALUATION_BATCH):
-        with frozen(model):
-            attacked = attack(mean_of_gate, images, labels, generator=starts)
-        survived += correct(model, attacked, labels, trainer.expert_logits)["mean"]
-    return {f"val_{name}_accuracy_mean": survived / len(checked)}
-
-
-def _heatmaps(trainer: Trainer, checked: Split) -> dict[str, float]:
-    heatmaps = heatmap_metrics(trainer.model, trainer.loss_fn, checked, EVALUATION_BATCH)
-    return {f"val_{name}": value for name, value in heatmaps.items()}

@@ -20,13 +20,14 @@ from immunity_fast import evaluate
 from immunity_fast.attacks import fgsm, pgd
 from immunity_fast.data.datasets import load
 from immunity_fast.data.sampling import sample
-from immunity_fast.evaluation import runner
+from immunity_fast.evaluation import pipeline, runner
 from immunity_fast.evaluation.report import About, Outputs
 from immunity_fast.evaluation.results import tables, to_csv
 from immunity_fast.evaluation.runner import Plan
 from immunity_fast.evaluation.targets import NetworkTarget
 from immunity_fast.runtime import cli
 from immunity_fast.training.checkpoint import load_model
+from immunity_fast.training.run_evaluation import evaluate_run, target_of
 from immunity_fast.training.run_folder import Run
 from tests import evaluated
 from tests.evaluated import (
@@ -302,7 +303,8 @@ def test_the_model_is_left_as_it_was(finished: Path, tmp_path: Path, data: Path,
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state, shared = generator.get_state(), torch.get_rng_state()
     plan = Plan(attacks=("fgsm",), images=2, masking_images=1, curve_eps=(1,), curve_steps=(1,))
-    found = evaluate.evaluate_run(run, model, load("npz", data), run.config(), plan, Outputs(tmp_path))
+    target = target_of(model, CLASSES)
+    found = evaluate_run(run, target, load("npz", data), run.config(), plan, Outputs(tmp_path))
     assert found["accuracy"]
     assert not any(module.training for module in model.modules())
     assert model.gate.switch == "off"
@@ -322,8 +324,9 @@ def test_a_failing_evaluation_gives_the_model_back_too(
 
     run, (model, _) = Run(finished), load_model(finished)
     monkeypatch.setattr(runner, "BoundAttack", fail)
+    target = target_of(model, CLASSES)
     with pytest.raises(RuntimeError, match="failed"):
-        evaluate.evaluate_run(run, model, load("npz", data), run.config(), Plan(images=2), Outputs(tmp_path))
+        evaluate_run(run, target, load("npz", data), run.config(), Plan(images=2), Outputs(tmp_path))
     assert model.gate.switch == "call"
     assert model.gate.generator is None
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -399,7 +402,7 @@ def _estimates(
     """The lines that an evaluation prints of what will come out."""
     capsys.readouterr()
     about = About(title="title", lead="lead", settings={}, commands={})
-    evaluate.evaluate(NetworkTarget(network, CLASSES), dataset(test=split(12)), plan, Outputs(folder), about)
+    pipeline.evaluate(NetworkTarget(network, CLASSES), dataset(test=split(12)), plan, Outputs(folder), about)
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("worst case so far")]
 
 

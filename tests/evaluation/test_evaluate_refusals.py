@@ -16,6 +16,7 @@ from immunity_fast.data.sampling import sample_order
 from immunity_fast.evaluation.report import Outputs
 from immunity_fast.evaluation.runner import Plan
 from immunity_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from immunity_fast.training.preparation import prepare
 from immunity_fast.training.run_folder import Run
 from tests import evaluated
 from tests.evaluated import FEW, accuracy_of, file_bytes, network_options, perturb
@@ -255,7 +256,7 @@ def test_other_data_are_refused(run: Run, tmp_path: Path, capsys: pytest.Capture
 def test_a_checkpoint_of_another_run_is_refused(
     changes: dict[str, Any], run: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer, _ = train.prepare(*train.parse([*options(data, **changes), "--out", str(tmp_path / "other")]))
+    trainer, _ = prepare(*train.parse([*options(data, **changes), "--out", str(tmp_path / "other")]))
     save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info() | {"epoch": 2})
     assert str(run.checkpoint) in error_line(capsys, evaluate.main, [str(run.folder)])
 
@@ -266,7 +267,7 @@ def test_a_best_checkpoint_of_another_run_is_called_by_its_name(
 ) -> None:
     if not changes:
         data = write_data(tmp_path / "other.npz", test_images=arrays(seed=1)["test_images"])
-    trainer, _ = train.prepare(*train.parse([*options(data, **changes), "--out", str(tmp_path / "other")]))
+    trainer, _ = prepare(*train.parse([*options(data, **changes), "--out", str(tmp_path / "other")]))
     save_checkpoint(run.best_checkpoint, trainer.tensors(), trainer.info() | {"epoch": 2})
     message = error_line(capsys, evaluate.main, [str(run.folder)])
     assert message.startswith(f"error: {run.best_checkpoint}: of another run")

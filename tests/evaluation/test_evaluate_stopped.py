@@ -129,11 +129,11 @@ def test_a_log_that_is_no_terminal_has_a_line_now_and_then(
         return original(self, row, *arguments)
 
     monkeypatch.setattr(Evaluation, "_piece", piece)
-    monkeypatch.setattr(cli, "TELL", 0.1)
+    monkeypatch.setattr(cli, "STATUS_SECONDS", 0.1)
     threads = threading.active_count()
     evaluate.main(network_options(networks, "instance", data, tmp_path))
     assert inside[0].count("evaluation: 12 of 48 images after 0 min\n") >= 2
     assert threading.active_count() == threads
-    monkeypatch.setattr(cli, "TELL", 60)
+    monkeypatch.setattr(cli, "STATUS_SECONDS", 60)
     evaluate.main([*network_options(networks, "instance", data, tmp_path), "--again"])
     assert "evaluation:" not in capsys.readouterr().out

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from immunity_fast import evaluate, train
+from immunity_fast import train
+from immunity_fast.evaluation.settings import EvaluationSettings
 from immunity_fast.reproduction.jobs import Job, Queue
-from immunity_fast.train import CHANGEABLE_ON_RESUME
+from immunity_fast.training import run_evaluation, session
 from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.preparation import CHANGEABLE_ON_RESUME, Start
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
 from tests.small_runs import arrays, saved, write_data
@@ -22,7 +24,7 @@ from tests.small_runs import arrays, saved, write_data
 CONFIG = TrainConfig(
     dataset="npz", experts=2, batch_size=8, epochs=2, beta=0.5, gamma=1e-4, check_images=0, attack_images=3
 )
-EVALUATION = ("--attacks", "fgsm", "--attackers", "mean", "--limit", "3", "--masking-images", "0")
+EVALUATION = EvaluationSettings(attacks=("fgsm",), attackers=("mean",), limit=3, masking_images=0)
 
 
 @pytest.fixture
@@ -34,24 +36,19 @@ def data(tmp_path: Path) -> Path:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the queue asks for, in order: "train NAME" and "evaluate NAME"."""
     made: list[str] = []
-    fit, judge = train.fit, evaluate.main
+    fit, judge = session.fit, run_evaluation.evaluate_folder
 
-    def fitted(arguments: list[str]) -> Any:
-        made.append(f"train {Path(arguments[_after(arguments)]).name}")
-        return fit(arguments)
+    def fitted(start: Start) -> Any:
+        made.append(f"train {start.folder.name}")
+        return fit(start)
 
-    def judged(arguments: list[str]) -> None:
-        made.append(f"evaluate {Path(arguments[0]).name}")
-        judge(arguments)
+    def judged(folder: Path, *given: Any, **options: Any) -> None:
+        made.append(f"evaluate {folder.name}")
+        judge(folder, *given, **options)
 
-    monkeypatch.setattr(train, "fit", fitted)
-    monkeypatch.setattr(evaluate, "main", judged)
+    monkeypatch.setattr(session, "fit", fitted)
+    monkeypatch.setattr(run_evaluation, "evaluate_folder", judged)
     return made
-
-
-def _after(arguments: list[str]) -> int:
-    flag = "--resume" if "--resume" in arguments else "--out"
-    return arguments.index(flag) + 1
 
 
 def _queue(tmp_path: Path, *jobs: Job) -> Queue:
@@ -67,7 +64,7 @@ def _job(**changes: Any) -> Job:
 
 def test_a_name_depends_on_what_a_run_depends_on() -> None:
     other: dict[str, Any] = {"dataset": "digits", "arch": "resnet18", "adversarial": "pgd", "flip": "on", "amp": "bf16"}
-    other |= {"weight_scale": "spatial", "score": "probability", "attack_batchnorm": "train", "attack_gate": "mean"}
+    other |= {"score": "probability", "attack_batchnorm": "train", "attack_gate": "mean"}
     other |= {"stage": "layer1", "float32": "ieee", "detach_weights": True}
     other |= {"image_size": 9, "limit_train": 9, "ema": 0.5, "clip_grad_norm": 2.0}
     names = {_job().name}
@@ -90,7 +87,7 @@ def test_a_name_depends_on_what_a_run_depends_on() -> None:
 def test_a_name_does_not_depend_on_where_it_runs() -> None:
     moved: dict[str, Any] = {"data": "x.npz", "device": "cpu", "compile": "off", "batching": "loop", "profile": True}
     assert _job(**moved, double_backprop="reverse", preset="fast").name == _job().name
-    assert Job(CONFIG, ()).name == _job().name
+    assert Job(CONFIG).name == _job().name
 
 
 # Doing
@@ -108,7 +105,7 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, data: Path, calls: list[
     assert len(calls) == 4
     assert again.done == queue.done
     # Another evaluation trains nothing.
-    more = Job(CONFIG, (*EVALUATION, "--seed", "5"))
+    more = Job(CONFIG, dataclasses.replace(EVALUATION, seed=5))
     third = _queue(tmp_path, more)
     third.run()
     assert calls[4:] == [f"evaluate {first}"]
@@ -126,7 +123,7 @@ def test_the_commands_make_the_same_run(tmp_path: Path, data: Path) -> None:
     (done,) = queue.done.values()
     words = done.commands[0].split()[3:]
     words[words.index("--out") + 1] = str(tmp_path / "again")
-    train.fit(words)
+    session.fit(train.parse(words))
     assert saved(tmp_path / "again") == saved(tmp_path / "runs" / queue.jobs[0].name)
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from immunity_fast import reproduce, train
+from immunity_fast import reproduce
 from immunity_fast.reproduction.experiments import BASELINES, SCALES, Experiments, jobs_of
 from immunity_fast.train import parse
+from immunity_fast.training import session
 from immunity_fast.training.config import PRESETS, TrainConfig
+from immunity_fast.training.preparation import Start
 from tests.small_runs import error_line
 
 pytest.importorskip("torchattacks", reason="Table 2 holds AutoAttack")
@@ -78,11 +80,11 @@ def test_figure_2_is_a_figure_and_a_page(folder: Path) -> None:
 
 
 def test_the_same_command_trains_nothing_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fit(_arguments: list[str]) -> None:
+    def fit(_start: Start) -> None:
         raise AssertionError("trained again")
 
     before = {file: file.read_bytes() for file in folder.glob("table*.json")}
-    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(session, "fit", fit)
     reproduce.main(["all", *QUICK, "--out", str(folder)])
     after = {file: json.loads(file.read_bytes()) for file in before}
     assert after == {file: json.loads(content) for file, content in before.items()}
@@ -91,7 +93,7 @@ def test_the_same_command_trains_nothing_again(folder: Path, monkeypatch: pytest
 def test_the_table_of_what_is_done_so_far(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "fit", None)
+    monkeypatch.setattr(session, "fit", None)
     rows = _rows(folder, "table3")
     kept = tmp_path / "kept"
     shutil.copytree(folder, kept)
@@ -110,14 +112,14 @@ def test_the_table_of_what_is_done_so_far(
 def test_a_failed_run_is_reported_and_the_table_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit = train.fit
+    fit = session.fit
 
-    def sometimes(arguments: list[str]) -> Any:
-        if "--detach-weights" in arguments:
+    def sometimes(start: Start) -> Any:
+        if start.config.detach_weights:
             raise MemoryError("no memory left")
-        return fit(arguments)
+        return fit(start)
 
-    monkeypatch.setattr(train, "fit", sometimes)
+    monkeypatch.setattr(session, "fit", sometimes)
     arguments = ["table3", *QUICK, "--out", str(tmp_path / "out"), "--limit-train", "20", "--batch-size", "10"]
     line = error_line(capsys, reproduce.main, arguments)
     assert "1 failed, the same command" in line

@@ -16,10 +16,14 @@ import torch
 from PIL import Image
 
 from immunity_fast import ensemble, evaluate, reproduce, train
+from immunity_fast.data.datasets import load
 from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.experts import create
+from immunity_fast.reproduction import making
 from immunity_fast.runtime import memory
-from immunity_fast.runtime.failures import in_units, kept_traceback, one_line, out_of_memory
+from immunity_fast.runtime.failures import in_units, one_line, out_of_memory, traceback_note
+from immunity_fast.training import ensemble as training_ensemble
+from immunity_fast.training import preparation
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.step import TrainStep
 from tests.places import REPOSITORY
@@ -85,12 +89,12 @@ def test_a_long_error_is_shortened() -> None:
 
 
 def test_a_defect_s_traceback_is_kept_and_a_refusal_s_is_not(tmp_path: Path) -> None:
-    assert kept_traceback(ValueError("plain"), tmp_path) == ""
-    assert kept_traceback(MemoryError(), tmp_path) == ""
+    assert traceback_note(ValueError("plain"), tmp_path) == ""
+    assert traceback_note(MemoryError(), tmp_path) == ""
     assert list(tmp_path.iterdir()) == []
-    assert str(tmp_path / "errors.log") in kept_traceback(_raised(lambda: {}["a"]), tmp_path)
+    assert str(tmp_path / "errors.log") in traceback_note(_raised(lambda: {}["a"]), tmp_path)
     assert "KeyError: 'a'" in (tmp_path / "errors.log").read_text(encoding="utf-8")
-    assert kept_traceback(KeyError(), tmp_path / "none") == "", "a folder that is not there stops nothing"
+    assert traceback_note(KeyError(), tmp_path / "none") == "", "a folder that is not there stops nothing"
 
 
 @pytest.mark.parametrize(
@@ -127,9 +131,9 @@ def test_what_fits_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_estimate_of_a_step_s_memory_is_one_from_below(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, gradients and momentum exactly; of activations less than the network holds."""
     found: list[float] = []
-    monkeypatch.setattr(train, "check_fits", lambda size, *_: found.append(size))
+    monkeypatch.setattr(preparation, "check_fits", lambda size, *_: found.append(size))
     config = TrainConfig(experts=experts, batch_size=7)
-    train.check_trainable(config, (16, 16), 3, 40, CPU)
+    preparation.check_trainable(config, (16, 16), 3, 40, CPU)
     expert = create("resnet8", 3)
     outputs: list[int] = []
     for module in expert.modules():
@@ -146,7 +150,7 @@ def test_the_estimate_of_a_step_s_memory_is_one_from_below(experts: int, monkeyp
 def test_more_experts_than_memory_are_refused_before_one_is_made(
     changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "Trainer", None)
+    monkeypatch.setattr(preparation, "Trainer", None)
     arguments = [*options(write_data(tmp_path / "data.npz"), **changes), "--out", str(tmp_path / "run")]
     line = error_line(capsys, train.main, arguments)
     assert f"{changes['experts']} × " in line
@@ -175,7 +179,7 @@ def test_images_beyond_memory_are_refused_before_one_is_made(
         assert not (tmp_path / "run").exists()
     monkeypatch.setattr(memory, "total", lambda device: 10**6)
     with pytest.raises(ValueError, match=r"^6 images of 1000×1000 pixels would take at least 17.2 MiB"):
-        train.load("folder", photos, image_size=1000)
+        load("folder", photos, image_size=1000)
 
 
 # What has run out of memory
@@ -202,10 +206,10 @@ def test_commands_say_what_was_tried_and_what_to_change(
     assert "909.5 TiB" in line
     assert "--batch-size" not in line, "evaluate has no such option"
     with monkeypatch.context() as patch:
-        patch.setattr(ensemble, "load_model", too_much)
+        patch.setattr(training_ensemble, "load_model", too_much)
         line = error_line(capsys, ensemble.main, [str(run.folder), str(run.folder), "--out", str(tmp_path / "joined")])
     assert "909.5 TiB" in line
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "Queue", too_much)
+        patch.setattr(making, "Queue", too_much)
         line = error_line(capsys, reproduce.main, ["table1", "--out", str(tmp_path / "tables")])
     assert "909.5 TiB" in line

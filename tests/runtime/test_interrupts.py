@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 
 from immunity_fast import ensemble, evaluate, reproduce, train
 from immunity_fast.evaluation.runner import Evaluation
-from immunity_fast.reproduction import jobs
 from immunity_fast.runtime import cli, interrupts
+from immunity_fast.training import ensemble as training_ensemble
+from immunity_fast.training import loop, preparation, session
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
@@ -71,7 +73,7 @@ def test_training_stops_after_a_step_and_goes_on_bit_for_bit(
 def test_training_stopped_while_it_checks_keeps_the_epoch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "validate", _signalling(signal.SIGTERM, 1, train.validate))
+    monkeypatch.setattr(loop, "validate", _signalling(signal.SIGTERM, 1, loop.validate))
     assert _status(train.main, [*options(data), "--out", str(tmp_path / "run")]) == 143
     run = Run(tmp_path / "run")
     assert load_checkpoint(run.checkpoint)[1]["epoch"] == 1
@@ -92,13 +94,13 @@ def test_a_second_signal_ends_it_and_names_the_last_checkpoint(
 def test_before_there_is_a_run_nothing_can_go_on(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "load", _signalling(signal.SIGINT, 1, train.load))
+    monkeypatch.setattr(preparation, "load", _signalling(signal.SIGINT, 1, preparation.load))
     assert _status(train.main, [*options(data), "--out", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().out == "interrupted, before anything was written\n"
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("where", "name"), [(train, "parse"), (train.cli, "pick_device")], ids=["parse", "device"])
+@pytest.mark.parametrize(("where", "name"), [(train, "parse"), (cli, "pick_device")], ids=["parse", "device"])
 def test_before_anything_is_known_an_interrupt_is_a_line(
     where: Any,
     name: str,
@@ -135,7 +137,9 @@ def test_the_other_commands_say_how_to_go_on_once(
     assert capsys.readouterr().out.endswith(go_on)
     joined = tmp_path / "joined"
     with monkeypatch.context() as patch:
-        patch.setattr(ensemble, "save_checkpoint", _signalling(signal.SIGINT, 1, ensemble.save_checkpoint))
+        patch.setattr(
+            training_ensemble, "save_checkpoint", _signalling(signal.SIGINT, 1, training_ensemble.save_checkpoint)
+        )
         assert _status(ensemble.main, [*runs, "--out", str(joined)]) == 130
     go_on = f"interrupted; go on with: python -m immunity_fast.ensemble {' '.join(runs)} --out {joined}\n"
     assert capsys.readouterr().out == go_on
@@ -143,7 +147,7 @@ def test_the_other_commands_say_how_to_go_on_once(
     ensemble.main([*runs, "--out", str(joined)])
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.train, "train", _signalling(signal.SIGINT, 1, train.train))
+        patch.setattr(session, "train", _signalling(signal.SIGINT, 1, session.train))
         assert _status(reproduce.main, ["table1", "--device", "cpu", "--out", str(tmp_path / "tables")]) == 130
     told = [line for line in capsys.readouterr().out.splitlines() if "interrupted" in line]
     assert told == [
@@ -211,12 +215,15 @@ def test_a_missing_backend_of_matplotlib_s_does_not_matter(backend: str, tmp_pat
     ("environment", "expected"),
     [
         ({"WORLD_SIZE": "2"}, "no RANK, MASTER_ADDR, MASTER_PORT: start the processes with torchrun"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
-        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1"),
-        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}, "RANK=2"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE in the environment: expected a number of processes, got two"),
+        ({"WORLD_SIZE": "0"}, "a number of processes, got 0"),
+        ({"WORLD_SIZE": "-1"}, "a number of processes, got -1"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+            "expected 0 to 1, got 2",
+        ),
         ({"WORLD_SIZE": "2", "RANK": "", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}, "no RANK:"),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "99999"}, "1 to 65535, got 99999"),
         (
             {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "no.such.host.invalid", "MASTER_PORT": "29500"},
             "cannot find each other at no.such.host.invalid:29500",
@@ -236,7 +243,7 @@ def test_several_processes_that_are_not_torchrun_s_are_named(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("immunity_fast.runtime.distributed.TIMEOUT", train.distributed.timedelta(seconds=2))
+    monkeypatch.setattr("immunity_fast.runtime.distributed.TIMEOUT", timedelta(seconds=2))
     line = error_line(capsys, train.main, [*options(data), "--out", str(tmp_path / "run")])
     assert expected in line
     assert not (tmp_path / "run").exists()

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast import train
+from immunity_fast.training import loop, run_evaluation
 from immunity_fast.training.adversarial import InnerAttackSettings, collapsed
 from immunity_fast.training.checkpoint import load_checkpoint, load_model
 from immunity_fast.training.config import PRESETS, TrainConfig, add_options, number
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer, validate
+from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.validation import validate
 from tests.adversarial_cases import ATTACK_SETTINGS, CONFIG, METHODS, train_run
 from tests.small_runs import CPU, dataset, error_line, options, split, trained, weights, write_data
 
@@ -121,7 +123,7 @@ def test_the_test_split_is_never_touched_in_training(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, epochs=2, batch_size=20, check_images=3, ema=0.5)
     trainer, run = Trainer(config, dataset(), CPU), Run.create(tmp_path / "run", config)
     trainer.dataset = dataclasses.replace(trainer.dataset, test=_Untouchable())  # type: ignore[arg-type]
-    train.train(trainer, run)
+    loop.train(trainer, run)
     assert run.best_checkpoint.is_file()
     assert len(run.metrics()) == 2
 
@@ -145,7 +147,7 @@ def _script(
             "val_fgsm_accuracy_mean": under_fgsm[epoch],
         }
 
-    monkeypatch.setattr(train, "validate", scripted)
+    monkeypatch.setattr(loop, "validate", scripted)
     return seen
 
 
@@ -192,7 +194,7 @@ def test_without_attacks_in_training_and_checks_there_is_no_best(changes: dict[s
 def test_the_command_evaluates_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = _script(monkeypatch, [0.5, 0.4], [0.5, 0.5])
     evaluated = []
-    monkeypatch.setattr(train, "evaluate_run", lambda _run, model, *_rest, **_options: evaluated.append(model))
+    monkeypatch.setattr(run_evaluation, "evaluate_run", lambda _run, target, *_rest: evaluated.append(target.model))
     changes = {"adversarial": "fgsm-rs", "check_images": 4, "batch_size": 32}
     train.main([*options(write_data(tmp_path / "data.npz"), **changes), "--out", str(tmp_path / "run")])
     assert len(evaluated) == 1
@@ -207,7 +209,7 @@ def test_training_says_that_it_has_collapsed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _script(monkeypatch, [0.3, 0.5, 0.0], [0.4, 0.6, 0.9])
-    monkeypatch.setattr(train, "collapsed", lambda records, images: collapsed(records, 100 * images))
+    monkeypatch.setattr(loop, "collapsed", lambda records, images: collapsed(records, 100 * images))
     _, run = train_run(tmp_path / "run", epochs=3, batch_size=20, check_images=100, adversarial="fgsm-rs")
     lines = [line for line in capsys.readouterr().out.splitlines() if "catastrophic overfitting" in line]
     assert len(lines) == 1
@@ -221,7 +223,7 @@ def test_training_says_that_it_has_collapsed(
 def test_training_counts_the_images_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _script(monkeypatch, [0.5], [0.5])
     counted = []
-    monkeypatch.setattr(train, "collapsed", lambda records_of, images: counted.append(images))
+    monkeypatch.setattr(loop, "collapsed", lambda records_of, images: counted.append(images))
     train_run(tmp_path / "more", batch_size=20, check_images=100)
     _script(monkeypatch, [0.5], [0.5])
     train_run(tmp_path / "fewer", batch_size=20, check_images=4)

@@ -139,7 +139,7 @@ def test_a_module_and_its_optimizer_go_on_alike() -> None:
 @pytest.mark.parametrize(("experts", "arch"), [(3, "resnet8"), (2, "resnet18")])
 def test_weights_of_another_architecture_are_refused(experts: int, arch: str) -> None:
     other = ImmunityMoE(arch, experts, 3, image_size=12)
-    with pytest.raises(ValueError, match=r"c\.safetensors: of another architecture: \S+ has shape .*, expected "):
+    with pytest.raises(ValueError, match=r"c\.safetensors: of another architecture: \S+: expected shape .*, got "):
         load_module(Path("c.safetensors"), _model(), other.state_dict())
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from immunity_fast import train
 from immunity_fast.losses import ALPHA, BETA, GAMMA
 from immunity_fast.training.config import PRESETS, TrainConfig, add_options
+from tests.small_runs import error_line
 from tests.typed_settings import FIELDS, GIVEN, option_of
 
 
@@ -75,7 +77,6 @@ def test_the_paper_preset_is_the_paper_s_recipe() -> None:
     assert (paper.arch, paper.experts, paper.epochs, paper.batch_size, paper.lr) == ("googlenet", 5, 200, 32, 0.01)
     assert paper.dataset == "cifar10"
     assert paper.score == "logit"
-    assert paper.weight_scale == "channels"
     assert not paper.detach_weights
 
 
@@ -180,3 +181,26 @@ def test_a_missing_and_an_unknown_setting_are_named() -> None:
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().lr = 1.0  # type: ignore[misc]
+
+
+def test_help_has_its_options_under_headings() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    lines = parser.format_help().splitlines()
+    headings = {option.metadata["group"] for option in FIELDS.values()}
+    assert len(headings) == 8
+    assert all(f"{heading}:" in lines for heading in headings)
+    options = next(i for i, line in enumerate(lines) if line == "options:")
+    assert not lines[options + 2], "only --help has no heading"
+
+
+def test_a_run_from_before_has_a_setting_that_is_gone() -> None:
+    values = TrainConfig(lr=0.5).to_json()
+    assert TrainConfig.from_json(values | {"weight_scale": "channels"}) == TrainConfig(lr=0.5)
+    with pytest.raises(ValueError, match=r"^setting weight_scale: expected channels, .*, got spatial$"):
+        TrainConfig.from_json(values | {"weight_scale": "spatial"})
+
+
+def test_an_option_that_is_gone_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_line(capsys, train.main, ["--weight-scale", "spatial"], code=2)
+    assert "unrecognized arguments: --weight-scale spatial" in line

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast import train
-from immunity_fast.training import trainer as trainer_module
+from immunity_fast.training import loop, run_evaluation, validation
 from immunity_fast.training.checkpoint import load_checkpoint, load_model, under
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.ema import WeightAverage
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer, validate
+from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.validation import validate
 from tests.small_runs import as_bytes, dataset, interrupted, options, saved, trained, weights, write_data
 
 CPU = torch.device("cpu")
@@ -201,16 +202,16 @@ def test_a_run_is_judged_by_its_average(
     states: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     validated: list[dict[str, Tensor]] = []
-    measure: Callable[[Trainer], dict[str, float]] = trainer_module._validate
+    measure: Callable[[Trainer], dict[str, float]] = validation._validate
 
     def recorded(trainer: Trainer) -> dict[str, float]:
         validated.append(_state(trainer.model))
         # The second epoch is not as good as the first.
         return measure(trainer) | {"val_pgd10_accuracy_mean": 0.5 / len(validated)}
 
-    monkeypatch.setattr(trainer_module, "_validate", recorded)
+    monkeypatch.setattr(validation, "_validate", recorded)
     trainer, run = Trainer(CONFIG, dataset(), CPU), Run.create(tmp_path / "run", CONFIG)
-    train.train(trainer, run)
+    loop.train(trainer, run)
     assert len(states) == 5
     first, second = _averaged(states[:3], 0.6), _averaged(states, 0.6)
     assert not _close(states[2], first)
@@ -230,7 +231,7 @@ def test_without_an_attack_the_last_average_is_the_model(
     states: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluated = []
-    monkeypatch.setattr(train, "evaluate_run", lambda _run, model, *_rest, **_options: evaluated.append(model))
+    monkeypatch.setattr(run_evaluation, "evaluate_run", lambda _run, target, *_rest: evaluated.append(target.model))
     arguments = options(write_data(tmp_path / "data.npz"), epochs=1, batch_size=20, ema=0.6)
     train.main([*arguments, "--out", str(tmp_path / "run")])
     expected = _averaged(states, 0.6)
@@ -262,7 +263,7 @@ def test_an_average_changes_nothing_about_the_training(tmp_path: Path) -> None:
     for ema in (None, 0.6):
         config = dataclasses.replace(CONFIG, ema=ema)
         trainer = Trainer(config, dataset(), CPU)
-        train.train(trainer, Run.create(tmp_path / str(ema), config))
+        loop.train(trainer, Run.create(tmp_path / str(ema), config))
         found.append(weights(trainer))
     assert found[0] == found[1]
 
@@ -274,11 +275,11 @@ def test_an_average_changes_nothing_about_the_training(tmp_path: Path) -> None:
     ("settings", "where", "count", "after"),
     [
         ({"ema": 0.7}, (Trainer, "advance"), 3, False),
-        ({"ema": 0.7}, (train, "validate"), 2, True),
+        ({"ema": 0.7}, (loop, "validate"), 2, True),
         ({"adversarial": "pgd"}, (Trainer, "advance"), 4, True),
         ({"adversarial": "trades", "ema": 0.7, "experts": 1}, (Trainer, "advance"), 2, False),
-        ({"adversarial": "fgsm-rs", "attack_gate": "sample", "ema": 0.7}, (train, "keep_best"), 1, True),
-        ({"adversarial": "fgsm-rs", "experts": 1}, (train, "keep_best"), 2, False),
+        ({"adversarial": "fgsm-rs", "attack_gate": "sample", "ema": 0.7}, (loop, "save_best"), 1, True),
+        ({"adversarial": "fgsm-rs", "experts": 1}, (loop, "save_best"), 2, False),
     ],
     ids=["average", "average-validation", "pgd", "trades", "fgsm-rs", "fgsm-rs-single"],
 )

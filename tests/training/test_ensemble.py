@@ -14,6 +14,7 @@ from immunity_fast import ensemble, evaluate, train
 from immunity_fast.data.augmentation import to_float
 from immunity_fast.models.gate import Switch
 from immunity_fast.training.checkpoint import load_model
+from immunity_fast.training.ensemble import join
 from immunity_fast.training.run_folder import Run
 from tests.small_runs import arrays, change_config, error_line, options, split, trained, write_data
 
@@ -29,7 +30,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_each_expert_is_one_of_the_networks(alone: list[Path], tmp_path: Path) -> None:
-    run = ensemble.join(alone, tmp_path / "joined")
+    run = join(alone, tmp_path / "joined")
     mixture, info = load_model(run.folder)
     images = to_float(split(5).images)
     logits = mixture.expert_logits(images)
@@ -42,7 +43,7 @@ def test_each_expert_is_one_of_the_networks(alone: list[Path], tmp_path: Path) -
 
 @pytest.mark.parametrize("switch", get_args(Switch))
 def test_each_network_counts_the_same_whatever_the_gate_does(alone: list[Path], tmp_path: Path, switch: Switch) -> None:
-    mixture, _ = load_model(ensemble.join(alone, tmp_path / "joined").folder)
+    mixture, _ = load_model(join(alone, tmp_path / "joined").folder)
     images = to_float(split(4).images)
     with mixture.gate.switched(switch), torch.no_grad():
         assert torch.equal(mixture.gate_weights(images), torch.full((4, 3), 1 / 3))
@@ -66,7 +67,7 @@ def test_the_joined_run_is_evaluated_as_any_other(
 def test_there_is_no_training_to_go_on_with(
     alone: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = ensemble.join(alone, tmp_path / "joined")
+    run = join(alone, tmp_path / "joined")
     assert "no training to go on with" in error_line(capsys, train.main, ["--resume", str(run.folder)])
 
 
@@ -108,10 +109,10 @@ def test_a_network_is_not_joined_with_itself(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"arch": "resnet18"}, "of another architecture than {first}: resnet18, expected resnet8"),
-        ({"stage": "layer2"}, "of another --stage than {first}: layer2, expected None"),
-        ({"size": 14}, "of another image size than {first}: [14, 14], expected [12, 12]"),
-        ({"classes": 4}, "of another number of classes than {first}: 4, expected 3"),
+        ({"arch": "resnet18"}, "architecture: expected that of {first}, resnet8, got resnet18"),
+        ({"stage": "layer2"}, "--stage: expected that of {first}, None, got layer2"),
+        ({"size": 14}, "image size: expected that of {first}, [12, 12], got [14, 14]"),
+        ({"classes": 4}, "number of classes: expected that of {first}, 3, got 4"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 from immunity_fast import train
-from immunity_fast.train import CHANGEABLE_ON_RESUME
-from immunity_fast.training import checkpoint
+from immunity_fast.training import checkpoint, loop
 from immunity_fast.training.checkpoint import load_checkpoint
+from immunity_fast.training.preparation import CHANGEABLE_ON_RESUME, prepare
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
 from tests.places import REPOSITORY
@@ -130,7 +130,7 @@ def test_interrupted_at_eight_random_places_it_ends_the_same(whole: dict[str, An
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("where", [(train, "validate"), (Run, "append_metrics")], ids=lambda where: where[1])
+@pytest.mark.parametrize("where", [(loop, "validate"), (Run, "append_metrics")], ids=lambda where: where[1])
 def test_interrupted_between_steps_it_ends_the_same(
     where: tuple[Any, str], count: int, after: bool, whole: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:
@@ -161,7 +161,7 @@ def test_killed_while_writing_it_ends_the_same(
 def test_attacks_on_validation_images_do_not_disturb_it(data: Path, tmp_path: Path) -> None:
     arguments = options(data, check_images=4)
     trained([*arguments, "--out", str(tmp_path / "whole")])
-    interrupted((train, "validate"), 2, [*arguments, "--out", str(tmp_path / "run")])
+    interrupted((loop, "validate"), 2, [*arguments, "--out", str(tmp_path / "run")])
     trained(["--resume", str(tmp_path / "run")])
     assert saved(tmp_path / "run") == saved(tmp_path / "whole")
     assert "val_pgd10_accuracy_mean" in saved(tmp_path / "run")["records"][1]
@@ -196,7 +196,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     data: Path, whole: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    interrupted((train, "save_checkpoint"), 1, [*options(data), "--out", str(folder)])
+    interrupted((loop, "save_checkpoint"), 1, [*options(data), "--out", str(folder)])
     assert not Run(folder).checkpoint.exists()
     trained(["--resume", str(folder)])
     assert saved(folder) == whole
@@ -490,7 +490,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     changes: dict[str, Any], names: str, run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, resume, config = train.parse([*options(data, **changes), "--out", str(tmp_path / "other")])
-    trainer, _ = train.prepare(folder, resume, config)
+    trainer, _ = prepare(folder, resume, config)
     checkpoint.save_checkpoint(Run(run).checkpoint, trainer.tensors(), trainer.info())
     message = error_line(capsys, train.main, ["--resume", str(run)])
     assert str(Run(run).checkpoint) in message

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from immunity_fast import evaluate, train
 from immunity_fast.evaluation.ledger import Ledger
-from immunity_fast.training import checkpoint
+from immunity_fast.training import checkpoint, loop
 from immunity_fast.training.checkpoint import load_checkpoint, load_info, load_model, save_checkpoint
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
@@ -41,6 +41,7 @@ from tests.small_runs import (
 plain = evaluated.plain
 FEW = ["--attacks", "pgd", "--attackers", "mean", "--limit", "4", "--masking-images", "2", "--device", "cpu"]
 MOMENTUM = "optimizer/3/momentum_buffer"
+STEM = "model/experts.stem.0.weight"
 Change = Callable[[dict[str, Tensor], dict[str, Any]], object]
 
 
@@ -104,7 +105,7 @@ UNFIT: list[tuple[Change, str]] = [
     (put(MOMENTUM, lambda t: t[:1]), MOMENTUM),
     (put(MOMENTUM, lambda t: torch.cat([t, t])), MOMENTUM),
     (put(MOMENTUM, lambda t: t[None]), MOMENTUM),
-    (put(MOMENTUM, lambda t: t.double()), f"{MOMENTUM} has dtype float64, expected float32"),
+    (put(MOMENTUM, lambda t: t.double()), f"{MOMENTUM}: expected dtype float32, got float64"),
     (put(MOMENTUM, lambda t: t.to(torch.int32)), MOMENTUM),
     (put(MOMENTUM, lambda t: torch.zeros(())), MOMENTUM),
     (put(MOMENTUM, lambda t: t * torch.nan), f"NaN or infinite, from which nothing can go on ({MOMENTUM})"),
@@ -115,11 +116,11 @@ UNFIT: list[tuple[Change, str]] = [
     (lambda tensors, _: tensors.update({"optimizer/3/exp_avg": tensors[MOMENTUM]}), "optimizer/3/exp_avg"),
     (lambda tensors, _: tensors.update({"optimizer/x": torch.zeros(3)}), "optimizer/x"),
     (lambda tensors, _: tensors.update({"more": torch.zeros(3)}), "more"),
-    (put("model/experts.stem.0.weight", lambda t: t.to(torch.int32)), "experts.stem.0.weight has dtype int32"),
-    (put("model/experts.stem.0.weight", lambda t: t.double()), "experts.stem.0.weight has dtype float64"),
-    (put("model/experts.stem.0.weight", lambda t: t[:1]), "experts.stem.0.weight has shape (1,"),
-    (put("sums", lambda t: t[:1]), "sums has shape (1,)"),
-    (put("sums", lambda t: t.float()), "sums has dtype float32"),
+    (put(STEM, lambda t: t.to(torch.int32)), f"{STEM}: expected dtype float32, got int32"),
+    (put(STEM, lambda t: t.double()), f"{STEM}: expected dtype float32, got float64"),
+    (put(STEM, lambda t: t[:1]), f"{STEM}: expected shape (2, 16, 3, 3, 3), got (1,"),
+    (put("sums", lambda t: t[:1]), "sums: expected shape (4,), got (1,)"),
+    (put("sums", lambda t: t.float()), "sums: expected dtype float64, got float32"),
     (lose("random/torch"), "random/torch"),
     (lose("random/gate"), "random/gate"),
     (lose("loader/generator"), "loader/generator"),
@@ -179,7 +180,7 @@ def test_a_momentum_of_another_shape_ends_no_process(half: Run) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert ended.stderr.count("\n") == 1
-    assert f"{half.checkpoint}: of another architecture: {MOMENTUM} has shape" in ended.stderr
+    assert f"{half.checkpoint}: of another architecture: {MOMENTUM}: expected shape" in ended.stderr
 
 
 def test_the_scaler_of_float16_is_checked(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,9 +240,9 @@ UNMADE: list[tuple[Change, str]] = [
     (lambda _, info: info["model"].pop("stage"), "model was"),
     (lose("model"), "model is missing"),
     (tell(model=None), "model was None"),
-    (put("model/experts.stem.0.weight", lambda t: t.to(torch.int32)), "model/experts.stem.0.weight has dtype int32"),
-    (put("model/experts.stem.0.weight", lambda t: t.half()), "model/experts.stem.0.weight has dtype float16"),
-    (lose("model/experts.stem.0.weight"), "model/experts.stem.0.weight has shape none"),
+    (put(STEM, lambda t: t.to(torch.int32)), f"{STEM}: expected dtype float32, got int32"),
+    (put(STEM, lambda t: t.half()), f"{STEM}: expected dtype float32, got float16"),
+    (lose(STEM), f"{STEM}: expected shape (2, 16, 3, 3, 3), got none"),
     (lambda tensors, _: tensors.update({"model/more": torch.zeros(1)}), "model/more"),
 ]
 
@@ -488,7 +489,7 @@ def test_on_a_full_disk_the_records_are_named(
 def test_tensorboard_shows_each_epoch_once_after_a_kill(data: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = tmp_path / "run"
-    interrupted((train, "save_checkpoint"), 3, [*options(data), "--out", str(folder)])  # after epoch 2's record
+    interrupted((loop, "save_checkpoint"), 3, [*options(data), "--out", str(folder)])  # after epoch 2's record
     trained(["--resume", str(folder)])
     shown = accumulator.EventAccumulator(str(Run(folder).tensorboard))
     shown.Reload()

@@ -17,6 +17,7 @@ import pytest
 from immunity_fast import evaluate, train
 from immunity_fast.reproduction.jobs import Job, Queue
 from immunity_fast.runtime import files
+from immunity_fast.training import session
 from immunity_fast.training.run_folder import Run
 from tests.places import REPOSITORY
 from tests.sharing import ALONE, JOBS, KEYS
@@ -216,7 +217,7 @@ def test_a_lock_ends_with_its_process(half: Path, finished: Path, tmp_path: Path
     assert training.stdout is not None
     assert training.stdout.readline() == "training\n"
     with pytest.raises(BlockingIOError, match="another process is training this run"):
-        train.fit(["--resume", str(folder)])
+        session.fit(train.parse(["--resume", str(folder)]))
     training.kill()
     training.communicate()
     trained(["--resume", str(folder)])

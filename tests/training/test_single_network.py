@@ -16,6 +16,7 @@ from torch import Tensor
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, train
 from immunity_fast.models.gate import Switch
 from immunity_fast.models.moe import SingleNetwork
+from immunity_fast.training import run_evaluation
 from immunity_fast.training.adversarial import InnerAttack
 from immunity_fast.training.checkpoint import load_model
 from immunity_fast.training.run_folder import Run
@@ -105,7 +106,9 @@ def test_a_run_of_one_network_is_loaded_as_one(tmp_path: Path) -> None:
 
 
 def test_one_network_s_test_accuracy_is_measured_under_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "AFTER_TRAINING", dataclasses.replace(train.AFTER_TRAINING, masking_images=0))
+    monkeypatch.setattr(
+        run_evaluation, "AFTER_TRAINING", dataclasses.replace(run_evaluation.AFTER_TRAINING, masking_images=0)
+    )
     arguments = options(write_data(tmp_path / "data.npz"), experts=1, epochs=1, attack_images=3)
     train.main([*arguments, "--out", str(tmp_path / "run")])
     results = json.loads(Run(tmp_path / "run").results_file.read_text(encoding="utf-8"))

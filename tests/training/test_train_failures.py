@@ -15,11 +15,13 @@ import torch
 from immunity_fast import evaluate, train
 from immunity_fast.data.augmentation import apply_affine
 from immunity_fast.data.datasets import Split
-from immunity_fast.training import trainer as trainer_module
+from immunity_fast.training import loop, run_evaluation, validation
 from immunity_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from immunity_fast.training.display import not_measured_line
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.step import TrainStep
-from immunity_fast.training.trainer import Trainer, validate
+from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.validation import validate
 from tests.small_runs import CONFIG, CPU, arrays, dataset, error_line, options, saved, trained, write_data
 
 # Checks that cannot be made
@@ -108,7 +110,7 @@ def test_whatever_is_wrong_with_a_check_the_training_is_the_same(
     def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(trainer_module, "heatmap_metrics", fails)
+    monkeypatch.setattr(validation, "heatmap_metrics", fails)
     _, run = trained([*options(data, check_images=4), "--out", str(tmp_path / "run")])
     assert saved(run.folder)["tensors"] == whole["tensors"]
     for record, expected in zip(run.metrics(), whole["records"], strict=True):
@@ -120,7 +122,7 @@ def test_the_best_epoch_is_the_best_of_those_that_were_attacked(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[dict[str, Any]] = [{"val_not_measured": {"pgd10": "dead"}}, {"val_pgd10_accuracy_mean": 0.0}] * 2
-    monkeypatch.setattr(train, "validate", lambda trainer: found[trainer.epoch - 1])
+    monkeypatch.setattr(loop, "validate", lambda trainer: found[trainer.epoch - 1])
     _, run = trained([*options(data, adversarial="fgsm-rs", check_images=4, epochs=4), "--out", str(tmp_path / "run")])
     assert load_checkpoint(run.best_checkpoint)[1]["epoch"] == 2
 
@@ -153,7 +155,7 @@ def test_what_follows_a_training_leaves_it_alone_where_it_fails(
 ) -> None:
     run = Run(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(train, where, _fails(error))
+        patch.setattr(run_evaluation, where, _fails(error))
         line = error_line(capsys, train.main, [*options(data, epochs=1), "--out", str(run.folder)])
     assert "training has ended" in line
     assert run.resume_command in line
@@ -474,7 +476,7 @@ def test_what_an_attack_warns_of_is_a_line(
     measured = validate(trainer)
     assert measured["val_pgd10_accuracy_mean"] == 1
     assert "the attack cannot move" in measured["val_doubts"]["pgd10"]
-    monkeypatch.setattr(train, "validate", lambda _: {"val_accuracy_sample": 1.0, "val_accuracy_mean": 1.0} | measured)
+    monkeypatch.setattr(loop, "validate", lambda _: {"val_accuracy_sample": 1.0, "val_accuracy_mean": 1.0} | measured)
     _, run = trained([*options(data, epochs=1), "--out", str(tmp_path / "run")])
     assert f"epoch 1: accuracy under PGD-10 on validation images: {measured['val_doubts']['pgd10']}\n" in (
         capsys.readouterr().out
@@ -483,8 +485,8 @@ def test_what_an_attack_warns_of_is_a_line(
 
 
 def test_a_check_without_memory_does_not_blame_the_learning_rate() -> None:
-    assert "smaller --check-images" in train.not_measured_line(3, "heatmaps", "out of memory")
-    assert "smaller --lr" in train.not_measured_line(3, "pgd10", "model: expected outputs that depend on the images")
+    assert "smaller --check-images" in not_measured_line(3, "heatmaps", "out of memory")
+    assert "smaller --lr" in not_measured_line(3, "pgd10", "model: expected outputs that depend on the images")
 
 
 def test_a_training_that_refuses_its_input_is_one_line(

@@ -1,0 +1,181 @@
+"""What a person sees of a training: a progress bar, a line now and then where there is none, epochs, TensorBoard."""
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from immunity_fast.runtime import cli, distributed
+from immunity_fast.runtime.compilation import keep_caches
+from immunity_fast.runtime.failures import one_line
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
+
+CHECKS = {
+    "accuracy": "accuracy",
+    "pgd10": "accuracy under PGD-10",
+    "fgsm": "accuracy under FGSM",
+    "heatmaps": "the heatmaps",
+}
+
+
+class Display:
+    """The display of a training for the length of a `with` block; of several processes only the first shows anything.
+
+    Args:
+        trainer: where it stands is where the bar begins.
+        run: in whose folder TensorBoard's files are.
+    """
+
+    def __init__(self, trainer: Trainer, run: Run) -> None:
+        self.trainer = trainer
+        self.first = distributed.rank() == 0
+        self._board = tensorboard(run, trainer.epoch) if self.first else None
+        self._progress = cli.progress_bar(enabled=self.first)
+        self._began = time.perf_counter()
+        self._stepped = False
+        self._open = ExitStack()
+
+    def __enter__(self) -> "Display":
+        with ExitStack() as opened:
+            opened.enter_context(self._progress)
+            opened.enter_context(cli.status_lines(self._status, enabled=self.first))
+            self._task = self._progress.add_task(
+                "training", total=self.trainer.steps, completed=self.trainer.step, status=waiting_for(self.trainer)
+            )
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, traceback)
+        if kind is None and self._board is not None:
+            with suppress(Exception):
+                self._board.close()
+
+    def step_taken(self) -> None:
+        """The bar moves on by a step; of the first one the time is told, where it was compiled."""
+        if not self._stepped:
+            self._stepped = True
+            synchronize(self.trainer.device)
+            self._set_status("")
+            if self.first and self.trainer.train_step.compiled:
+                self._progress.console.print(f"first step after {time.perf_counter() - self._began:.1f} s")
+        self._progress.advance(self._task)
+
+    def checking(self) -> None:
+        """The bar says what is done after an epoch's steps."""
+        self._set_status("checking on the validation split")
+
+    def epoch_checked(self, record: Mapping[str, Any], doubts: Mapping[str, str]) -> None:
+        """An epoch's record in a line and in TensorBoard, and a line on each check that failed or that is in doubt.
+
+        Args:
+            record: as metrics.jsonl has it.
+            doubts: of what check which warning.
+        """
+        self._board = written_to(self._board, record)
+        self._set_status("")
+        self.line(summary(record, self.trainer.config.epochs))
+        for name, reason in record.get("val_not_measured", {}).items():
+            self.line(not_measured_line(record["epoch"], name, reason))
+        for name, doubt in doubts.items():
+            self.line(f"epoch {record['epoch']}: {CHECKS[name]} on validation images: {doubt}")
+
+    def line(self, text: str) -> None:
+        """Print a line; the bar stays beneath it."""
+        self._progress.console.print(text)
+
+    def _set_status(self, text: str) -> None:
+        self._progress.update(self._task, status=text)
+
+    def _status(self) -> str:
+        """The line for a log that is no terminal."""
+        trainer = self.trainer
+        minutes = (time.perf_counter() - self._began) / 60
+        epoch = min(trainer.epoch + 1, trainer.config.epochs)
+        return (
+            f"epoch {epoch}/{trainer.config.epochs}: step {trainer.step:,} of {trainer.steps:,} after {minutes:.0f} min"
+        )
+
+
+def summary(record: Mapping[str, float], epochs: int) -> str:
+    """An epoch's loss, accuracies and speed in one line.
+
+    Args:
+        record: as metrics.jsonl has it.
+        epochs: of the whole run.
+    """
+    attacked = record.get("val_pgd10_accuracy_mean")
+    several = record["mutual_information_loss"] > 0  # a single network has none
+    validation = "not measured"
+    if "val_accuracy_mean" in record:
+        sampled, mean = (100 * record[f"val_accuracy_{name}"] for name in ("sample", "mean"))
+        validation = f"{sampled:.1f} % gate sample, {mean:.1f} % gate mean"
+    return (
+        f"epoch {record['epoch']:>3}/{epochs}  loss {record['loss']:.3f}  validation {validation}"
+        + ("" if attacked is None else f", {100 * attacked:.1f} % under PGD-10")
+        + (f"  mutual information {record['mutual_information']:.2f} nats" if several else "")
+        + f"  {record['images_per_second']:.0f} images/s"
+    )
+
+
+def not_measured_line(epoch: int, name: str, reason: str) -> str:
+    """What to say of a check that could not be made."""
+    option = "--check-images" if reason.startswith("out of memory") else "--lr"
+    return (
+        f"epoch {epoch}: {CHECKS[name]} on validation images was not measured: {reason}; training goes on, but where "
+        f"this stays, try a smaller {option}"
+    )
+
+
+def waiting_for(trainer: Trainer) -> str:
+    """What the first step will take its time for."""
+    if not trainer.train_step.compiled or trainer.epoch == trainer.config.epochs:
+        return ""
+    if distributed.rank() == 0:
+        cli.console.print(
+            f"compiling the training step: minutes, or seconds where {keep_caches()} has it from an earlier run; "
+            "--compile off does without"
+        )
+    return "compiling the training step"
+
+
+def tensorboard(run: Run, epoch: int) -> Any:
+    """TensorBoard's writer, or None where it is not installed, or does not work.
+
+    It tells readers to drop what a killed process has written of epochs after `epoch`, which are trained again.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(run.tensorboard), purge_step=epoch + 1)
+    except ImportError:
+        return None
+    except Exception as error:
+        cli.console.print(f"going on without TensorBoard: {one_line(error)}")
+        return None
+
+
+def written_to(board: Any, record: Mapping[str, Any]) -> Any:
+    """TensorBoard with an epoch's numbers; None, and a line, where it fails: it is the least of what a run writes."""
+    if board is None:
+        return None
+    try:
+        for name, value in record.items():
+            if isinstance(value, (int, float)):
+                board.add_scalar(name, value, record["epoch"])
+    except Exception as error:
+        cli.console.print(f"going on without TensorBoard: {one_line(error)}")
+        return None
+    return board
+
+
+def synchronize(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

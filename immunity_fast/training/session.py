@@ -1,0 +1,91 @@
+"""A training from its start to its report: prepared, locked, trained, evaluated; and what is said where it stops."""
+
+from contextlib import ExitStack
+
+from immunity_fast.experts import title
+from immunity_fast.runtime import cli, distributed, interrupts
+from immunity_fast.runtime.failures import one_line, traceback_note
+from immunity_fast.training.loop import train
+from immunity_fast.training.preparation import MEMORY_ADVICE, Start, prepare
+from immunity_fast.training.run_evaluation import evaluate_trained
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.trainer import Trainer
+
+
+@cli.enough_memory(MEMORY_ADVICE)
+def fit(start: Start) -> tuple[Trainer, Run] | None:
+    """Train to the end, without the evaluation; the run is locked meanwhile.
+
+    Returns:
+        The trainer and the run; None in processes other than the first.
+
+    Raises:
+        cli.InputError, OSError: what the user gave is wrong, or the loss is no longer finite; one clear line.
+        KeyboardInterrupt: it was stopped, and has said how to go on.
+    """
+    run = Run(start.folder)
+    trainer: Trainer | None = None
+
+    def stopped() -> str:
+        if not run.config_file.is_file():
+            return "interrupted, before anything was written"
+        saved = "" if trainer is None else f"its checkpoint is of step {trainer.saved_step} of {trainer.steps}; "
+        return f"interrupted; {saved}go on with: {run.resume_command}"
+
+    with interrupts.explained(stopped, distributed.log_in_first(cli.console.print)), ExitStack() as held:
+        with cli.input_errors():
+            device = cli.pick_device(start.config.device)
+            distributed.check_environment()
+        held.enter_context(distributed.processes(device))
+        main_process = distributed.rank() == 0
+        if start.resume and main_process:
+            held.enter_context(run.locked())
+        with cli.input_errors():
+            trainer, run = prepare(*start)
+        if not start.resume and main_process:
+            held.enter_context(run.locked())
+        if main_process:
+            say_what_is_trained(trainer, run)
+        try:
+            train(trainer, run)
+        except ValueError as error:
+            raise cli.InputError(f"training stopped: {one_line(error)}; go on with: {run.resume_command}") from error
+    return (trainer, run) if main_process else None
+
+
+def say_what_is_trained(trainer: Trainer, run: Run) -> None:
+    """A line on the experts, the data, the device and the folder; and one on where a run goes on."""
+    config, dataset = trainer.config, trainer.dataset
+    where = f"{trainer.device}" + (f" × {distributed.count()}" if distributed.count() > 1 else "")
+    cli.console.print(
+        f"{config.experts} × {title(config.arch)} on {config.dataset}: {len(dataset.train):,} training, "
+        f"{len(dataset.validation):,} validation, {len(dataset.test):,} test images; {where}; {run.folder}"
+    )
+    if trainer.epoch:
+        cli.console.print(f"going on after epoch {trainer.epoch}, step {trainer.step}")
+
+
+def fit_and_evaluate(start: Start) -> None:
+    """`fit`, and what a run ends with: attacks on test images, tables, figures and the report.
+
+    Raises:
+        cli.InputError, OSError: as `fit`, or the evaluation has failed; the training is kept then.
+        KeyboardInterrupt: it was stopped, and has said how to go on.
+    """
+    trained = fit(start)
+    if trained is None:
+        return
+    trainer, run = trained
+    try:
+        with interrupts.explained(
+            lambda: f"interrupted; training has ended; go on with: {run.resume_command}", cli.console.print
+        ):
+            evaluate_trained(trainer, run)
+    except Exception as error:
+        dead = " (where the network has died or diverged, only a new run with a smaller --lr helps)"
+        raise cli.InputError(
+            f"training has ended, and {run.folder} keeps it, but evaluating it failed: {one_line(error)}"
+            f"{traceback_note(error, run.folder)}; try again with: {run.resume_command}"
+            + (dead if isinstance(error, ValueError) else "")
+        ) from error
+    cli.console.print(f"more attacks, more attackers: {run.evaluate_command}")

@@ -1,0 +1,67 @@
+"""An evaluation's settings: every one is an option of the command, and the options mean the settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from immunity_fast import evaluate
+from immunity_fast.evaluation.settings import EvaluationSettings
+
+CHANGED: dict[str, Any] = {
+    "attacks": ("quick", "dlr"),
+    "attackers": ("mean", "experts"),
+    "limit": 3,
+    "eps": 0.1,
+    "norm": "L2",
+    "draws": 7,
+    "drop_fooled": True,
+    "masking_images": 0,
+    "queries": 9,
+    "autoattack_steps": 8,
+    "seed": 4,
+}
+
+
+def test_every_setting_is_tried_here() -> None:
+    assert list(CHANGED) == [field.name for field in dataclasses.fields(EvaluationSettings)]
+    assert all(value != getattr(EvaluationSettings(), name) for name, value in CHANGED.items())
+
+
+@pytest.mark.parametrize("changes", [{}, CHANGED, *({name: value} for name, value in CHANGED.items())])
+def test_options_and_settings_mean_each_other(changes: dict[str, Any]) -> None:
+    settings = EvaluationSettings(**changes)
+    options = settings.options()
+    assert len([word for word in options if word.startswith("--")]) == len(changes)
+    assert evaluate.parse(["run", *options])[0] == settings
+
+
+def test_a_plan_has_the_settings_and_for_the_rest_the_run_s() -> None:
+    attackers = ("mean", "expert 1", "expert 2")
+    plan = EvaluationSettings().plan(attackers, (8, 8), images=5, seed=6, chunk=2)
+    assert (plan.attacks, plan.attackers) == (("fgsm", "bim", "mim", "pgd"), None)
+    assert (plan.images, plan.seed, plan.chunk) == (5, 6, 2)
+    plan = EvaluationSettings(**CHANGED).plan(attackers, (8, 8), images=5, seed=6, chunk=2)
+    assert (plan.attacks, plan.attackers) == (("fgsm", "pgd", "dlr"), attackers)
+    assert (plan.images, plan.seed) == (3, 4)
+    for name in ("eps", "norm", "drop_fooled", "masking_images", "queries", "autoattack_steps"):
+        assert getattr(plan, name) == CHANGED[name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attacks": ("pgd", "none")}, "--attacks: expected some of .*, got none"),
+        ({"limit": 0}, "--limit: expected at least 1, got 0"),
+        ({"masking_images": -1}, "--masking-images: expected at least 0, got -1"),
+        ({"draws": 10_001}, "--draws: expected at most 10000, got 10001"),
+        ({"seed": 2**63}, "--seed: expected at most 2⁶³ − 1, got a number of 19 digits"),
+        ({"eps": 8.0}, "--eps: expected at most 1, .* got 8"),
+        ({"eps": float("nan")}, "--eps: expected a finite number of at least 0, got nan"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        EvaluationSettings(**changes)
