@@ -188,8 +188,8 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> 
         parameter = parameters[int(index)]
         if (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
             raise ValueError(
-                f"optimizer/{name}: has {value.dtype} of shape {tuple(value.shape)}, "
-                f"expected {parameter.dtype} of {tuple(parameter.shape)}"
+                f"optimizer/{name}: expected {parameter.dtype} of shape {tuple(parameter.shape)}, "
+                f"got {value.dtype} of {tuple(value.shape)}"
             )
         # A fused optimiser wants what belongs to a parameter in its layout, which may be channels-last.
         state.setdefault(int(index), {})[key] = torch.empty_like(parameter).copy_(value)

@@ -231,7 +231,7 @@ def load_trained(run: Run, config: TrainConfig, file: Path, dataset: ImageDatase
     if info["model"]["num_classes"] != dataset.num_classes or info.get("data") != dataset.fingerprint():
         if info.get("data") != load_info(run.checkpoint)["data"]:
             raise ValueError(f"{file}: of another run, which was trained on other data")
-        raise ValueError(f"the data are not those that {run.folder} was trained on")
+        raise ValueError(f"data: expected those that {run.folder} was trained on, got others")
     check_classes(file, info, dataset.classes)
     run.check_ended(trained)
     return model

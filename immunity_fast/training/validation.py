@@ -59,7 +59,7 @@ def _validate(trainer: Trainer) -> dict[str, Any]:
                 found = measure()
             wrong = [key for key, value in found.items() if not math.isfinite(value)]
             if wrong:
-                raise ValueError(f"{', '.join(wrong)} came out NaN or infinite")
+                raise ValueError(f"{', '.join(wrong)}: expected finite numbers, got NaN or infinite ones")
             measured |= found
             # Of an attack that cannot move, which a person has to know of who reads how much withstands it.
             said = [" ".join(str(each.message).split()) for each in caught if issubclass(each.category, UserWarning)]
