@@ -235,7 +235,9 @@ def _other_values(tensor: Tensor, chance: random.Random) -> Tensor:
 
 def resume(folder: Path) -> Any:
     """Go on with the half run."""
-    session.fit(train.parse(["--resume", str(folder / "half")]))
+    with cli.input_errors():
+        start = train.parse(["--resume", str(folder / "half")])
+    session.fit(start)
     return {name: tensor[2].hex()[:64] for name, tensor in saved(folder / "half")["tensors"].items()}
 
 

@@ -115,7 +115,9 @@ def resume(folder: str) -> list[Any]:
 
     with _patched(Trainer, "advance", counted):
         try:
-            session.fit(train.parse(["--resume", folder]))
+            with cli.input_errors():
+                start = train.parse(["--resume", folder])
+            session.fit(start)
         except (cli.InputError, OSError) as error:
             return [steps, str(error)]
     return [steps, ""]

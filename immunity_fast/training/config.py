@@ -191,7 +191,8 @@ class TrainConfig:
             kinds = _plain_types(expected[name])
             # To Python true is a number, to a reader of the file it is not.
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise ValueError(f"setting {name}: got {abbreviated(value)}")
+                expected_kinds = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+                raise ValueError(f"setting {name}: expected {expected_kinds}, got {abbreviated(value)}")
         return cls(**values)
 
 
