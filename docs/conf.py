@@ -4,6 +4,7 @@ import re
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.ext import autosummary
@@ -71,6 +72,19 @@ intersphinx_mapping = {"torch": ("https://docs.pytorch.org/docs/stable/", str(IN
 SHOWN = {"../CONTRIBUTING.md": "contribute.md", "../CHANGELOG.md": "changelog.md", "../SECURITY.md": "security.md"}
 
 
+def with_values(
+    _app: Sphinx, _what: str, _name: str, documented: Any, _options: Any, signature: str | None, returned: str | None
+) -> tuple[str | None, str | None]:
+    """Defaults are shown as they are written, `8 / 255`, but of a constant, `ALPHA`, the value."""
+    module = sys.modules.get(getattr(documented, "__module__", None) or "")
+
+    def value(match: re.Match[str]) -> str:
+        found = getattr(module, match[1], None)
+        return f"={found!r}" if isinstance(found, int | float | str | tuple) else match[0]
+
+    return signature and re.sub(r"=([A-Z][A-Z0-9_]+)\b(?!\.)", value, signature), returned
+
+
 def setup(app: Sphinx) -> None:
     """On GitHub links lead to the files themselves; here to the pages that show them."""
 
@@ -85,3 +99,4 @@ def setup(app: Sphinx) -> None:
         source[0] = re.sub(r"\[(?P<text>[^\]]*)\]\((?P<file>\.\./[\w/]+\.md)(?P<anchor>[^)]*)\)", inside, source[0])
 
     app.connect("source-read", lead)
+    app.connect("autodoc-process-signature", with_values)

@@ -17,7 +17,7 @@ ROWS = 40  # of the table
 
 @contextmanager
 def profiled(folder: Path, device: torch.device) -> Iterator[profile]:
-    """Profiles some steps of the `with` block, each of which ends with a call of `.step()`.
+    """Profiles some steps of the `with` block, each of which ends with a call of ``.step()``.
 
     When they are over, or the block is, `folder` holds trace.json, for chrome://tracing or ui.perfetto.dev, and
     operators.txt, the operators that took the most time.

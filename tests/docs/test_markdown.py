@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.docs.pages import PAGES, anchors, cells, links, name, tables
+from tests.docs.pages import PAGES, anchors, blocks, cells, links, name, tables
 from tests.places import REPOSITORY
 
 pages = pytest.mark.parametrize("page", PAGES, ids=name)
@@ -86,13 +86,41 @@ def test_a_file_that_is_named_is_there_and_holds_the_name(page: Path) -> None:
             assert any(re.search(rf"\b{last}\b", path.read_text(encoding="utf-8")) for path in found), name_in_it
 
 
+PACKAGE = REPOSITORY / "immunity_fast"
+MODULES = sorted(
+    module.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+    for module in PACKAGE.rglob("*.py")
+    if module.name != "__init__.py" and "kernels" not in module.parts
+)
+
+
 def test_contributing_says_where_each_module_is() -> None:
-    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    for module in (REPOSITORY / "immunity_fast").rglob("*.py"):
-        wing = module.parent.name
-        if module.name != "__init__.py" and wing not in ("experts", "reproduction", "kernels"):
-            name_of_it = module.name if wing == "immunity_fast" else module.stem
-            assert f"`{name_of_it}`" in text, f"CONTRIBUTING.md, Where things are: {module.relative_to(REPOSITORY)}"
+    (tree,) = (block.text for block in blocks(REPOSITORY / "CONTRIBUTING.md") if block.language == "text")
+    listed, wing = [], ""
+    for line in tree.splitlines():
+        if match := re.match(r"  (\w+)/", line):
+            wing = match[1]
+        elif match := re.match(r"    (\w+) ", line):
+            listed.append(f"{wing}.{match[1]}")
+        elif re.match(r"  \w", line):
+            listed += re.findall(r"(\w+)\.py", line)
+    in_one_line = ("experts.", "reproduction.")  # wings whose files explain themselves
+    assert sorted(listed) == [module for module in MODULES if not module.startswith(in_one_line)]
+
+
+# What has no section of its own: public names, which are documented where people import them from; and commands, which
+# have --help.
+COMMANDS = {"train", "evaluate", "ensemble", "reproduce", "info"}
+ELSEWHERE = {"losses", "models.gate", "models.moe", "attacks.gradient", "attacks.descent", "attacks.autoattack"}
+ARCHITECTURES = {"cells", "darts", "densenet", "googlenet", "resnet", "robnet", "staged"}
+
+
+def test_every_module_is_in_the_reference() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES if page.is_relative_to(REPOSITORY / "docs/api"))
+    documented = set(re.findall(r"automodule:: immunity_fast\.([\w.]+)", text))
+    without = COMMANDS | ELSEWHERE | {f"experts.{name}" for name in ARCHITECTURES}
+    assert sorted(documented - {"attacks"} | without) == MODULES
+    assert not documented & without
 
 
 @pytest.fixture
