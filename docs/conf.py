@@ -27,6 +27,8 @@ extensions = [
 ]
 exclude_patterns = ["README.md"]
 
+smartquotes_action = "qe"  # quotes and ellipses; `--` begins an option
+
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_copy_source = False
