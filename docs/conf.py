@@ -27,8 +27,6 @@ extensions = [
 ]
 exclude_patterns = ["README.md"]
 
-smartquotes_action = "qe"  # quotes and ellipses; `--` begins an option
-
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_copy_source = False
@@ -87,6 +85,12 @@ def with_values(
     return signature and re.sub(r"=([A-Z][A-Z0-9_]+)\b(?!\.)", value, signature), returned
 
 
+def without_type(_app: Sphinx, what: str, _name: str, _documented: Any, _options: Any, lines: list[str]) -> None:
+    """A colon in a property's first line ends no type: that is annotated. Napoleon looks for the first one only."""
+    if what == "property" and lines:
+        lines[0] = f": {lines[0]}"
+
+
 def setup(app: Sphinx) -> None:
     """On GitHub links lead to the files themselves; here to the pages that show them."""
 
@@ -102,3 +106,4 @@ def setup(app: Sphinx) -> None:
 
     app.connect("source-read", lead)
     app.connect("autodoc-process-signature", with_values)
+    app.connect("autodoc-process-docstring", without_type, priority=400)  # before Napoleon
