@@ -12,7 +12,6 @@ from immunity_fast.data.datasets import NAMES as DATASETS
 from immunity_fast.evaluation.runner import ATTACKS, SETS
 from immunity_fast.evaluation.settings import EvaluationSettings
 from immunity_fast.runtime import cli
-from immunity_fast.training.config import number
 from immunity_fast.training.run_evaluation import evaluate_named
 
 
@@ -60,7 +59,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         help=f"with commas, of {', '.join(ATTACKS)}, {', '.join(SETS)}; default: {', '.join(SETS['default'])}",
     )
     group.add_argument(
-        "--eps", type=number, metavar="FLOAT", help="radius, of images in [0, 1]; default: 8/255 for Linf, 1 for L2"
+        "--eps", type=cli.number, metavar="FLOAT", help="radius, of images in [0, 1]; default: 8/255 for Linf, 1 for L2"
     )
     group.add_argument("--norm", choices=("Linf", "L2"), default=default.norm, help="of the perturbation")
     group.add_argument("--limit", type=int, metavar="INT", help="test images to attack; default: the run's setting")

@@ -253,7 +253,12 @@ def mixture_log_probabilities(logits: Experts, gate: Tensor | None = None) -> Te
 
 
 def log_mixture(logits: Tensor, gate: Tensor | None = None) -> Tensor:
-    """`mixture_log_probabilities` of a model's own logits (N, B, K) and gate, whose values nobody needs to look at."""
+    """`mixture_log_probabilities` of a model's own logits (N, B, K) and gate, whose values nobody needs to look at.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape or type.
+    """
+    logits = join_experts("logits", logits, 3, "(N, B, K)")
     gate = at_least_float32(check_gate(gate, logits, values=False))
     return reference.log_mixture(at_least_float32(logits).log_softmax(-1), gate.T[..., None])
 

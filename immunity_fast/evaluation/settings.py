@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from immunity_fast.attacks.autoattack import check_installed
 from immunity_fast.attacks.projections import Norm
-from immunity_fast.evaluation.runner import ATTACKS, SETS, Plan
+from immunity_fast.evaluation.runner import ATTACKS, OTHER_ATTACKS, SETS, Plan
+from immunity_fast.runtime.checks import check_choice, is_number
 
 MOST_DRAWS = 10_000  # of EOT
 LARGEST = 2**63 - 1  # of whole numbers
@@ -61,15 +63,23 @@ class EvaluationSettings:
             ("seed", 0),
         ):
             check_whole(name, getattr(self, name), least)
+        check_choice("--norm", self.norm, Norm)
         if self.draws is not None and self.draws > MOST_DRAWS:  # each is a mixture of its own in every step
             raise ValueError(f"--draws: expected at most {MOST_DRAWS}, got {self.draws}")
-        if self.eps is not None and not 0 <= self.eps < math.inf:
+        if self.eps is not None and not (is_number(self.eps) and 0 <= self.eps < math.inf):
             raise ValueError(f"--eps: expected a finite number of at least 0, got {self.eps}")
         if self.eps is not None and self.norm == "Linf" and self.eps > 1:
             given = f"{self.eps:g}"
             raise ValueError(
                 f"--eps: expected at most 1, as images are in [0, 1], got {given}; of 255 levels: {given}/255"
             )
+
+    def check_installed(self) -> None:
+        """Look for what the attacks need, before anything is loaded; ModuleNotFoundError where it is missing."""
+        attacks = [attack for name in self.attacks for attack in SETS.get(name, (name,))]
+        for attack in OTHER_ATTACKS:
+            if attack in attacks:
+                check_installed(attack)
 
     def plan(
         self, attackers: Sequence[str], image_size: tuple[int, int], *, images: int, seed: int, chunk: int
@@ -135,10 +145,23 @@ class EvaluationSettings:
         return words
 
 
-def check_whole(name: str, value: int | None, least: int) -> None:
-    """ValueError, by its option, for a whole number that is too small, or that no 64 bits hold; None is let through."""
+def check_whole(name: str, value: object, least: int) -> None:
+    """Check a whole number, or None.
+
+    Args:
+        name: of its setting.
+        value: what is checked.
+        least: what it has to be at least.
+
+    Raises:
+        ValueError: no whole number, too small a one, or one that no 64 bits hold.
+    """
+    if value is None:
+        return
     option = f"--{name.replace('_', '-')}"
-    if value is not None and value < least:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{option}: expected a whole number, got {value}")
+    if value < least:
         raise ValueError(f"{option}: expected at least {least}, got {value}")
-    if value is not None and value > LARGEST:
+    if value > LARGEST:
         raise ValueError(f"{option}: expected at most 2⁶³ − 1, got a number of {len(str(value))} digits")

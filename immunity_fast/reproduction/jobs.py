@@ -70,8 +70,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What a job has found: `results` as `findings.results`; `data`, a hash of the test split; seconds of all
-    its training and of all its attacks."""
+    """What a job has found.
+
+    Args:
+        results: as `evaluation.results.results` makes them.
+        settings: of the run, by name.
+        commands: that do the job.
+        data: a hash of the test split.
+        device: that it was done on.
+        training_seconds, attack_seconds: of all its training and of all its attacks.
+    """
 
     results: dict[str, Any]
     settings: dict[str, Any]

@@ -72,6 +72,7 @@ def evaluate_named(
         ValueError, OSError, ModuleNotFoundError: what was given is wrong; one clear line.
     """
     check_whole("image_size", image_size, 1)
+    settings.check_installed()
     if names_callable(place):
         for name, value in (("dataset", dataset), ("out", out)):
             if value is None:

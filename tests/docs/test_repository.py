@@ -94,7 +94,7 @@ def test_a_report_of_a_fault_asks_for_info() -> None:
     assert asked[0]["validations"]["required"]
 
 
-def test_setup_lists_every_package_and_every_file_beside_the_code(metadata: dict[str, Any]) -> None:
+def test_setup_lists_all_packages_and_files_beside_the_code(metadata: dict[str, Any]) -> None:
     there = {file.parent.relative_to(REPOSITORY) for file in (REPOSITORY / "immunity_fast").rglob("__init__.py")}
     assert sorted(metadata["packages"]) == sorted(".".join(folder.parts) for folder in {*there, KERNELS})
     listed = {f"{package}/{file}" for package, files in metadata["package_data"].items() for file in files}
