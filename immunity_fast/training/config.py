@@ -252,6 +252,20 @@ def resolve_architecture(options: dict[str, Any]) -> None:
             raise ValueError(f"--arch {name}: {said}") from error
 
 
+def check_data(dataset: str | None, data: str | None) -> None:
+    """A data set that lies somewhere needs a path.
+
+    Args:
+        dataset: its name; None is one that needs none.
+        data: its path, if there is one.
+
+    Raises:
+        ValueError: the path is missing.
+    """
+    if dataset in ("npz", "folder") and data is None:
+        raise ValueError(f"--data: missing; --dataset {dataset} needs the path of what it reads")
+
+
 def _choices(option: "dataclasses.Field[Any]") -> tuple[str, ...]:
     hint = typing.get_type_hints(TrainConfig)[option.name]
     listed: tuple[str, ...] = option.metadata["choices"]

@@ -18,7 +18,7 @@ from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.memory import check_fits
 from immunity_fast.runtime.precision import set_float32
 from immunity_fast.training.checkpoint import not_finite
-from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.config import TrainConfig, check_data
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
 
@@ -93,8 +93,7 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     """
     keep_caches()  # before anything imports the compiler, as torchvision does
     device = cli.pick_device(config.device)
-    if config.dataset in ("npz", "folder") and config.data is None:
-        raise ValueError(f"--data: missing; --dataset {config.dataset} needs the path of what it reads")
+    check_data(config.dataset, config.data)
     if config.dataset == "folder" and config.image_size is not None:  # before all images are made so large
         check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
     with distributed.first_of_all():  # a data set that is missing is downloaded once

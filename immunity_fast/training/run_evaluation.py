@@ -23,7 +23,7 @@ from immunity_fast.models.moe import ExactMean, ImmunityMoE
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compile, Compiled, at_size, keep_caches
 from immunity_fast.training.checkpoint import check_classes, load_info, load_model, model_file, not_finite, same_weights
-from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.config import TrainConfig, check_data
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
 
@@ -79,6 +79,7 @@ def evaluate_named(
                 raise ValueError(f"--{name}: missing; {place} is no folder that is here, and a network needs it")
         assert dataset is not None
         assert out is not None
+        check_data(dataset, data)
         images = load(dataset, data, image_size=image_size).to(device)
         evaluate_callable(place, images, settings, device, out, transfer_from=transfer_from, again=again)
         return

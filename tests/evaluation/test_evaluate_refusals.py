@@ -259,7 +259,7 @@ def test_a_run_whose_weights_are_no_numbers_is_refused(
 def test_other_data_are_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = write_data(tmp_path / "other.npz", test_images=arrays(seed=1)["test_images"])
     message = error_line(capsys, evaluate.main, [str(run.folder), "--data", str(other)])
-    assert "not those" in message
+    assert "got others" in message
 
 
 @pytest.mark.parametrize("changes", [{"arch": "resnet18"}, {"experts": 3}])
