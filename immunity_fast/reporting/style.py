@@ -1,6 +1,7 @@
-"""What all figures share: sizes, colours, panels with their titles and legends, fonts that have the characters.
+"""What charts share: sizes, colours, panels with their titles and legends, fonts that have the characters.
 
-All are drawn with `matplotlib.figure.Figure` itself, so that no display and no global pyplot state is involved.
+The colours of heatmaps are in `overlay`. All are drawn with `matplotlib.figure.Figure` itself, so that no display
+and no global pyplot state is involved.
 """
 
 import io

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from immunity_fast import train
 from immunity_fast.runtime import cli
 from immunity_fast.training import loop, run_evaluation
-from immunity_fast.training.adversarial import InnerAttackSettings, collapsed
+from immunity_fast.training.adversarial import InnerAttackSettings
 from immunity_fast.training.checkpoint import load_checkpoint, load_model
+from immunity_fast.training.collapse import collapsed
 from immunity_fast.training.config import PRESETS, TrainConfig, add_options
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
