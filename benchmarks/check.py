@@ -46,7 +46,7 @@ UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or a read beyond a tensor 
 
 
 class Combination(NamedTuple):
-    """A way of taking a step."""
+    """How a training step is taken: the experts' batching, and the precision."""
 
     batching: str
     amp: str

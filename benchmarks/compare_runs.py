@@ -71,7 +71,7 @@ def entry(run: dict[str, Any], attack: str, attacker: str | None, judge: str) ->
 
 
 def cell(entries: Sequence[dict[str, Any] | None]) -> str:
-    """In %, of runs that differ in their seed."""
+    """A table's cell: mean and spread, in %, over runs that differ in their seed."""
     known = summarised(entries)
     return "—" if known is None else f"{known[0]:.1f} ± {known[1]:.1f}"
 

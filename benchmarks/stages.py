@@ -52,12 +52,16 @@ def share(stage: str, stages: Sequence[str], left: float) -> float:
 class Job:
     """A command.
 
-    limit: seconds that it may take.
-    environment: what it has there besides.
-    cores: how many it keeps busy.
-    after: the job that is to have ended first.
-    echo: whether what it prints is printed.
-    expected: names of the outcomes that it will report; without any its status is the only one, under the job's name.
+    Args:
+        name: of its files and its outcome.
+        command: its words.
+        limit: seconds that it may take.
+        environment: what it has there besides.
+        cores: how many it keeps busy.
+        after: the job that is to have ended first.
+        echo: whether what it prints is printed.
+        expected: names of the outcomes that it will report; without any its status is the only one, under the job's
+            name.
     """
 
     name: str

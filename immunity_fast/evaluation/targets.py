@@ -22,7 +22,7 @@ from immunity_fast.models.moe import ImmunityMoE
 
 
 class TargetModel(Protocol):
-    """What is attacked and judged.
+    """A model as an evaluation sees it: who may attack it, with what knowledge, and what of it may answer.
 
     Attributes:
         num_classes: K.

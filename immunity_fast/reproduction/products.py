@@ -24,9 +24,12 @@ Points = Sequence[tuple[float, Entry]]
 class Product:
     """What a command makes: its runs, and what is written of them.
 
-    tables: from what the queue has done.
-    draw: writes figures beside the given PNG file, and returns (PNG file, caption) of each.
-    page: whether the HTML page is a report; or else `draw` writes one.
+    Args:
+        title, lead: of its page.
+        entries: its rows, with the runs that each needs.
+        tables: from what the queue has done.
+        draw: writes figures beside the given PNG file, and returns (PNG file, caption) of each.
+        page: whether the HTML page is a report; or else `draw` writes one.
     """
 
     title: str

@@ -145,7 +145,11 @@ def steps_profiled(trainer: Trainer, run: Run) -> AbstractContextManager[Any]:
 
 
 def check_finite(trainer: Trainer, run: Run) -> None:
-    """Stop a run whose loss or weights are no longer numbers, before its checkpoint is overwritten."""
+    """Stop a run whose loss or weights are no longer numbers, before its checkpoint is overwritten.
+
+    Raises:
+        cli.InputError: they are not; what is left and may help.
+    """
     if is_finite(trainer):
         return
     lr = trainer.config.lr

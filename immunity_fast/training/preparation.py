@@ -38,7 +38,7 @@ class Start(NamedTuple):
 
 
 def begin(config: TrainConfig, out: Path | None = None) -> Start:
-    """The start of a new run.
+    """Settle with what settings and in which folder a new run starts; nothing is written.
 
     Args:
         config: its settings.
@@ -58,7 +58,7 @@ def begin(config: TrainConfig, out: Path | None = None) -> Start:
 
 
 def go_on(folder: Path, changes: Mapping[str, Any]) -> Start:
-    """The start of a run that was begun before.
+    """Settle with what settings a run that was begun before goes on; nothing is written.
 
     Args:
         folder: the run's.
@@ -137,9 +137,11 @@ def save_changed_settings(run: Run, config: TrainConfig) -> None:
 def check_trainable(
     config: TrainConfig, image_size: tuple[int, int], num_classes: int, images: int, device: torch.device
 ) -> None:
-    """ValueError where so many images of (H, W) pixels do not suit the settings; next to nothing is computed.
+    """So many images of (H, W) pixels suit the settings; next to nothing is computed.
 
-    They are too small for the architecture or for its random crops, or a step cannot fit into the device's memory.
+    Raises:
+        ValueError: they are too small for the architecture or for its random crops, or a step cannot fit into the
+            device's memory.
     """
     batch = min(config.batch_size, images)
     height, width = image_size
