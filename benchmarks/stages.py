@@ -34,7 +34,11 @@ Take = Callable[[dict[str, Any]], None]
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """The stages of a list with commas, in the order in which they run; ValueError where one is unknown."""
+    """The stages of a list with commas, in the order in which they run.
+
+    Raises:
+        ValueError: one is unknown.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in STAGES]
     if unknown or not names:

@@ -191,7 +191,7 @@ def check_maps(activations: Experts, gradients: Experts, layout: Layout = "NCHW"
 
 
 def check_distinct(activations: Sequence[Tensor]) -> None:
-    """Each expert has maps of its own: one tensor that stands for several is a mistake, and looks like agreement.
+    """Check that each expert has maps of its own: one tensor that stands for several is a mistake, and looks like accord.
 
     Raises:
         ValueError: one does.
@@ -214,7 +214,7 @@ def _are_one(one: Tensor, other: Tensor) -> bool:
 
 
 def check_device(name: str, tensor: Tensor, others: Sequence[Tensor]) -> None:
-    """A kernel that is given another device's address stops the whole process.
+    """Check that all are on one device: a kernel that is given another's address stops the whole process.
 
     Raises:
         ValueError: one of `others` is on another device than `tensor`.

@@ -190,7 +190,11 @@ class _Network(nn.Module):
         return (gradient / self.largest).to(gradient.dtype)
 
     def outputs(self, images: Tensor) -> Tensor:
-        """The model's outputs (B, K) for images of its dtype; ValueError for NaN or infinite ones."""
+        """The model's outputs (B, K) for images of its dtype.
+
+        Raises:
+            ValueError: NaN or infinite ones.
+        """
         outputs = self.last_draw(images)
         # An argmax takes NaN for the largest: a row of it is class 0, and an image of that class passed for robust.
         if bool(not_finite(outputs).any()):

@@ -33,7 +33,11 @@ LEGEND_WIDTH = 214.0  # points, a little less than the axes of a panel
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Writes a figure so that a reader of `path` never sees half of one; OSError, by its name, where that fails."""
+    """Writes a figure so that a reader of `path` never sees half of one.
+
+    Raises:
+        OSError: that fails; by its name.
+    """
     content = io.BytesIO()
     figure.savefig(content, dpi=DPI, format="png")
     write_atomically(path, content.getvalue())

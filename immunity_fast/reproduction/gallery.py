@@ -155,7 +155,11 @@ def _measure(model: ImmunityMoE, split: Split, loss: FusedImmunityLoss) -> tuple
 
 
 def check_same(galleries: Sequence[Gallery]) -> None:
-    """ValueError unless there is one, and all are of the same images."""
+    """Check that there is a gallery, and all are of the same images.
+
+    Raises:
+        ValueError: there is none, or they are not.
+    """
     if len(galleries) == 0:
         raise ValueError("galleries: expected at least 1, got none")
     first = galleries[0]

@@ -15,7 +15,7 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def check_weight(name: str, value: object) -> None:
-    """A coefficient must be a finite number ≥ 0.
+    """Check that a coefficient is a finite number ≥ 0.
 
     Raises:
         ValueError: a number that is negative, infinite or NaN.
@@ -28,7 +28,7 @@ def check_weight(name: str, value: object) -> None:
 
 
 def check_whole(name: str, value: object, least: int) -> None:
-    """A number of things must be whole and at least `least`.
+    """Check that a number of things is whole and at least `least`.
 
     Raises:
         ValueError: a smaller one.
@@ -41,7 +41,7 @@ def check_whole(name: str, value: object, least: int) -> None:
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
-    """A word must be one of a `Literal`'s.
+    """Check that a word is one of a `Literal`'s.
 
     Raises:
         ValueError: it is none of them.

@@ -124,7 +124,7 @@ def checked_info(path: Path, info: dict[str, Any], *names: str) -> dict[str, Any
 
 
 def check_classes(path: Path, info: Mapping[str, Any], classes: Sequence[str]) -> None:
-    """A checkpoint names the classes of the data that it was trained on.
+    """Check that a checkpoint names the classes of the data that it was trained on.
 
     Raises:
         ValueError: it names others; by file.
@@ -136,7 +136,7 @@ def check_classes(path: Path, info: Mapping[str, Any], classes: Sequence[str]) -
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Two sets of tensors have the same names, each with the same shape and dtype.
+    """Check that two sets of tensors have the same names, each with the same shape and dtype.
 
     Raises:
         ValueError: they have not; by file and entry.
@@ -255,7 +255,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Im
 
 
 def check_experts(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """The experts' tensors are the described model's: looked at before a wrong number of them fills memory.
+    """Check that the experts' tensors are the described model's: looked at before a wrong number of them fills memory.
 
     Args:
         description: `info["model"]`, checked.

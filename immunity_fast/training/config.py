@@ -253,7 +253,7 @@ def resolve_architecture(options: dict[str, Any]) -> None:
 
 
 def check_data(dataset: str | None, data: str | None) -> None:
-    """A data set that lies somewhere needs a path.
+    """Check that a data set that lies somewhere has a path.
 
     Args:
         dataset: its name; None is one that needs none.

@@ -137,7 +137,7 @@ def save_changed_settings(run: Run, config: TrainConfig) -> None:
 def check_trainable(
     config: TrainConfig, image_size: tuple[int, int], num_classes: int, images: int, device: torch.device
 ) -> None:
-    """So many images of (H, W) pixels suit the settings; next to nothing is computed.
+    """Check that so many images of (H, W) pixels suit the settings; next to nothing is computed.
 
     Raises:
         ValueError: they are too small for the architecture or for its random crops, or a step cannot fit into the

@@ -225,7 +225,11 @@ def broken_weights_named(model: ImmunityMoE, file: Path) -> Iterator[None]:
 
 
 def load_trained(run: Run, config: TrainConfig, file: Path, dataset: ImageDataset, device: torch.device) -> ImmunityMoE:
-    """A checkpoint's model; ValueError where it is not the run's, the data are others, or the run has not ended."""
+    """A checkpoint's model.
+
+    Raises:
+        ValueError: it is not the run's, the data are others, or the run has not ended.
+    """
     model, info = load_model(file, device)
     trained = run.epochs_trained()
     if (info["model"]["arch"], info["model"]["num_experts"]) != (config.arch, config.experts):
