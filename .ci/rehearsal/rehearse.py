@@ -74,7 +74,7 @@ def cases() -> list[Case]:
         train("forward mode loop", "--batching loop --double-backprop forward"),
         train("forward mode bf16", "--double-backprop forward --amp bf16"),
         train("detached", "--detach-weights"),
-        train("probability", "--score probability --weight-scale spatial"),
+        train("probability", "--score probability"),
         train("clipped", "--clip-grad-norm 1 --float32 ieee"),
         train("one network", "--experts 1"),
         train("another network", "--experts 1 --seed 1"),

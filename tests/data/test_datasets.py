@@ -532,7 +532,7 @@ def test_folder_validation_is_the_one_that_is_there(tmp_path: Path) -> None:
     assert dataset.validation.labels.tolist() == [0] * 4 + [1] * 4
     assert sorted(first_channel(dataset.train)) == [*range(10), *range(100, 110)]
     write_images(tmp_path / "valid", "c")
-    check_error(ValueError, [str(tmp_path / "valid"), "also class 'c'", "2 classes"], lambda: load("folder", tmp_path))
+    check_error(ValueError, [str(tmp_path / "valid"), "also the class 'c'", "2 classes"], lambda: load("folder", tmp_path))
     write_images(tmp_path / "val", count=1)
     check_error(ValueError, [str(tmp_path), "got val and valid"], lambda: load("folder", tmp_path))
 
@@ -671,12 +671,12 @@ def test_folder_wrong_parts(tmp_path: Path) -> None:
     write_images(tmp_path / "train")
     fails(FileNotFoundError, str(tmp_path / "test"), "no such folder")
     write_images(tmp_path / "test", "a")
-    fails(ValueError, str(tmp_path / "test"), "none of class 'b'")
+    fails(ValueError, str(tmp_path / "test"), "none of the class 'b'")
     write_images(tmp_path / "test", "abc")
-    fails(ValueError, str(tmp_path / "test"), "also class 'c'")
+    fails(ValueError, str(tmp_path / "test"), "also the class 'c'")
     write_images(tmp_path / "train", "c")
     (tmp_path / "val").mkdir()
-    fails(ValueError, str(tmp_path / "val"), "none of class 'a'")
+    fails(ValueError, str(tmp_path / "val"), "none of the class 'a'")
     for name in "abc":
         (tmp_path / "val" / name).mkdir()
     fails(ValueError, str(tmp_path / "val" / "a"), "expected at least one image")
