@@ -191,7 +191,7 @@ def check_maps(activations: Experts, gradients: Experts, layout: Layout = "NCHW"
 
 
 def check_distinct(activations: Sequence[Tensor]) -> None:
-    """Check that each expert has maps of its own: one tensor that stands for several is a mistake, and looks like accord.
+    """Check that each expert has maps of its own: one tensor for several is a mistake, and looks like agreement.
 
     Raises:
         ValueError: one does.

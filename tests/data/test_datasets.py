@@ -532,7 +532,9 @@ def test_folder_validation_is_the_one_that_is_there(tmp_path: Path) -> None:
     assert dataset.validation.labels.tolist() == [0] * 4 + [1] * 4
     assert sorted(first_channel(dataset.train)) == [*range(10), *range(100, 110)]
     write_images(tmp_path / "valid", "c")
-    check_error(ValueError, [str(tmp_path / "valid"), "also the class 'c'", "2 classes"], lambda: load("folder", tmp_path))
+    check_error(
+        ValueError, [str(tmp_path / "valid"), "also the class 'c'", "2 classes"], lambda: load("folder", tmp_path)
+    )
     write_images(tmp_path / "val", count=1)
     check_error(ValueError, [str(tmp_path), "got val and valid"], lambda: load("folder", tmp_path))
 
