@@ -46,7 +46,7 @@ UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # or a read beyond a tensor 
 
 
 class Combination(NamedTuple):
-    """A way of taking a step."""
+    """How a training step is taken: the experts' batching, and the precision."""
 
     batching: str
     amp: str
@@ -185,7 +185,11 @@ def taken(way: Combination) -> tuple[float, Tensor]:
 
 
 def compared(way: Combination, found: tuple[float, Tensor], wanted: tuple[float, Tensor]) -> dict[str, float]:
-    """How close they are; ValueError where that is not close."""
+    """How close they are.
+
+    Raises:
+        ValueError: that is not close.
+    """
     (loss, gradient), (true_loss, true_gradient) = found, wanted
     error, closeness = CLOSE[way.amp]
     off = abs(loss - true_loss) / abs(true_loss)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import header
-from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS
+from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS, GATE_WORDS, KNOWLEDGE
 from immunity_fast.evaluation.results import NAMES
 from immunity_fast.reporting.html import Table
 from immunity_fast.reproduction.tables import summarised
@@ -22,11 +22,7 @@ from immunity_fast.training.run_folder import Run
 
 MEASURES = {"mutual_information": "mutual information, nats", "cscore": "CScore", "iscore": "IScore"}
 ATTACKERS = {
-    "off": "gate off",
-    "sample": "gate sample",
-    "eot": "gate eot",
-    "mean": "gate mean",
-    "worst": "gate worst",
+    **{name: GATE_WORDS[name] for name in KNOWLEDGE},
     "any expert": "an expert",
     "transfer": "another ensemble",
 }
@@ -75,7 +71,7 @@ def entry(run: dict[str, Any], attack: str, attacker: str | None, judge: str) ->
 
 
 def cell(entries: Sequence[dict[str, Any] | None]) -> str:
-    """In %, of runs that differ in their seed."""
+    """A table's cell: mean and spread, in %, over runs that differ in their seed."""
     known = summarised(entries)
     return "—" if known is None else f"{known[0]:.1f} ± {known[1]:.1f}"
 

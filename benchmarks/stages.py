@@ -34,7 +34,11 @@ Take = Callable[[dict[str, Any]], None]
 
 
 def parse(text: str) -> tuple[str, ...]:
-    """The stages of a list with commas, in the order in which they run; ValueError where one is unknown."""
+    """The stages of a list with commas, in the order in which they run.
+
+    Raises:
+        ValueError: one is unknown.
+    """
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in STAGES]
     if unknown or not names:
@@ -52,12 +56,16 @@ def share(stage: str, stages: Sequence[str], left: float) -> float:
 class Job:
     """A command.
 
-    limit: seconds that it may take.
-    environment: what it has there besides.
-    cores: how many it keeps busy.
-    after: the job that is to have ended first.
-    echo: whether what it prints is printed.
-    expected: names of the outcomes that it will report; without any its status is the only one, under the job's name.
+    Args:
+        name: of its files and its outcome.
+        command: its words.
+        limit: seconds that it may take.
+        environment: what it has there besides.
+        cores: how many it keeps busy.
+        after: the job that is to have ended first.
+        echo: whether what it prints is printed.
+        expected: names of the outcomes that it will report; without any its status is the only one, under the job's
+            name.
     """
 
     name: str

@@ -71,7 +71,7 @@ class Measured:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Of what has been measured: loss by loss, the naive loop first, ways in their order."""
+        """The records of what has been measured: loss by loss, the naive loop first, then the ways in their order."""
         names = [NAIVE, *(way.name for way in WAYS)]
         keys = [(name, loss) for loss in LOSSES for name in names if (name, loss) in self._records]
         return [self._records[key] for key in keys]

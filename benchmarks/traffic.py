@@ -1,7 +1,7 @@
 """Bytes that the losses have to move, from shapes alone: what achieved bandwidth is counted against.
 
-Each large tensor counts once for each pass over it that DESIGN.md allows. Heatmaps, sums over space, targets and gate
-are not counted: moving them is overhead, and lowers the bandwidth that is reported.
+Each large tensor counts once for each pass over it that docs/kernels.md allows. Heatmaps, sums over space, targets and
+gate are not counted: moving them is overhead, and lowers the bandwidth that is reported.
 """
 
 from collections.abc import Sequence

@@ -63,7 +63,12 @@ class HeatmapOptions:
 
 
 def expert_parts(name: str, value: Experts, dim: int, expected: str) -> list[Tensor]:
-    """Tensors (n, ...) whose n add up to N, none of them copied: the one given, or one an expert."""
+    """Tensors (n, ...) whose n add up to N, none of them copied: the one given, or one an expert.
+
+    Raises:
+        ValueError: tensors of another shape than is expected, or of several.
+        TypeError: no floating-point tensors.
+    """
     if isinstance(value, Tensor):
         parts = [value]
     else:
@@ -95,7 +100,12 @@ def stack_experts(name: str, value: Experts, dim: int, expected: str) -> Tensor:
 
 
 def check_targets(targets: Tensor, samples: int, classes: int) -> Tensor:
-    """`targets` as int64, once its type, shape and (on a CPU, where looking is free) range are right."""
+    """`targets` as int64, once its type, shape and (on a CPU, where looking is free) range are right.
+
+    Raises:
+        ValueError: another shape, or a label that is no class.
+        TypeError: no integers.
+    """
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
         raise TypeError(f"targets: expected an integer tensor, got {getattr(targets, 'dtype', type(targets).__name__)}")
     if targets.shape != (samples,):
@@ -108,7 +118,12 @@ def check_targets(targets: Tensor, samples: int, classes: int) -> Tensor:
 
 
 def check_gate(gate: Tensor | None, logits: Tensor, *, values: bool) -> Tensor:
-    """Weights (B, N) for logits (N, B, K)."""
+    """Weights (B, N) for logits (N, B, K).
+
+    Raises:
+        ValueError: another shape; or, if `values` are looked at, weights that are negative or do not sum to 1.
+        TypeError: no floating-point tensor.
+    """
     experts, samples = logits.shape[:2]
     if gate is None:
         return torch.full((samples, experts), 1 / experts, dtype=accumulation_dtype(logits), device=logits.device)
@@ -146,7 +161,11 @@ def _check_weights(gate: Tensor, logits: Tensor) -> None:
 
 
 def check_maps(activations: Experts, gradients: Experts, layout: Layout = "NCHW") -> tuple[list[Tensor], list[Tensor]]:
-    """Parts (n, B, C, h, w) of the activations and (n, B, C, h, w) or (n, B, C) of the gradients, as many of each."""
+    """Parts (n, B, C, h, w) of the activations and (n, B, C, h, w) or (n, B, C) of the gradients, as many of each.
+
+    Raises:
+        ValueError, TypeError: tensors of other shapes, types or devices, or one that stands for several experts.
+    """
     check_choice("layout", layout, Layout)
     axes = "(N, B, h, w, C)" if layout == "NHWC" else "(N, B, C, h, w)"
     maps = [channels_first(part, layout) for part in expert_parts("activations", activations, 5, axes)]
@@ -172,7 +191,11 @@ def check_maps(activations: Experts, gradients: Experts, layout: Layout = "NCHW"
 
 
 def check_distinct(activations: Sequence[Tensor]) -> None:
-    """Each expert has maps of its own: one tensor that stands for several is a mistake, and looks like agreement."""
+    """Check that each expert has maps of its own: one tensor for several is a mistake, and looks like agreement.
+
+    Raises:
+        ValueError: one does.
+    """
     for index, maps in enumerate(activations):
         for earlier, other in enumerate(activations[:index]):
             if maps is other or _are_one(maps, other):
@@ -191,7 +214,11 @@ def _are_one(one: Tensor, other: Tensor) -> bool:
 
 
 def check_device(name: str, tensor: Tensor, others: Sequence[Tensor]) -> None:
-    """A kernel that is given another device's address stops the whole process."""
+    """Check that all are on one device: a kernel that is given another's address stops the whole process.
+
+    Raises:
+        ValueError: one of `others` is on another device than `tensor`.
+    """
     for other in others:
         if other.device != tensor.device:
             raise ValueError(f"{name}: expected a tensor on {tensor.device}, got one on {other.device}")

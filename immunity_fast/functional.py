@@ -143,7 +143,11 @@ def heatmap_losses(
 def losses_of_heatmaps(
     activations: Experts, gradients: Experts, options: HeatmapOptions, layout: Layout = "NCHW"
 ) -> tuple[Tensor, Tensor]:
-    """`heatmap_losses` with its options in one."""
+    """`heatmap_losses` with its options in one.
+
+    Raises:
+        ValueError, TypeError: see `heatmap_losses`.
+    """
     maps, slopes = check_maps(activations, gradients, layout)
     if sum(part.shape[0] for part in maps) < 2:
         raise ValueError(f"activations: expected at least 2 experts, got shape {tuple(maps[0].shape)}")
@@ -212,7 +216,11 @@ def gradients_of_heatmap_losses(
     options: HeatmapOptions,
     layout: Layout = "NCHW",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`heatmap_loss_gradients` with its options in one."""
+    """`heatmap_loss_gradients` with its options in one.
+
+    Raises:
+        ValueError: an unknown layout.
+    """
     check_choice("layout", layout, Layout)
     maps, slopes = channels_first(activations.detach(), layout), gradients.detach()
     if not _use_triton(options.backend, "activations", [maps, slopes]):
@@ -253,7 +261,12 @@ def mixture_log_probabilities(logits: Experts, gate: Tensor | None = None) -> Te
 
 
 def log_mixture(logits: Tensor, gate: Tensor | None = None) -> Tensor:
-    """`mixture_log_probabilities` of a model's own logits (N, B, K) and gate, whose values nobody needs to look at."""
+    """`mixture_log_probabilities` of a model's own logits (N, B, K) and gate, whose values nobody needs to look at.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape or type.
+    """
+    logits = join_experts("logits", logits, 3, "(N, B, K)")
     gate = at_least_float32(check_gate(gate, logits, values=False))
     return reference.log_mixture(at_least_float32(logits).log_softmax(-1), gate.T[..., None])
 

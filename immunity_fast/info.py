@@ -80,7 +80,11 @@ def to_text(found: dict[str, Any], indentation: str = "") -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Print what is here, as text or as JSON.
+
+    Args:
+        arguments: of the command line; None is this process's.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m immunity_fast.info", description="Versions, devices, backends, and what `auto` means here."
     )

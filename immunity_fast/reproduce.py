@@ -15,7 +15,7 @@ from immunity_fast.reproduction.making import ALL, make, wanted
 from immunity_fast.reproduction.products import PRODUCTS, Product
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.commands import shell_command
-from immunity_fast.training.config import add_options, resolve_architecture
+from immunity_fast.training.config import add_options, check_data, resolve_architecture
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def parse(arguments: list[str] | None) -> Request:
     device, data, dataset = options.pop("device", "auto"), options.pop("data", None), options.pop("dataset", None)
     if "preset" in options:
         raise ValueError("--preset: --scale takes its place")
-    if dataset in ("npz", "folder") and data is None:
-        raise ValueError(f"--data: missing; --dataset {dataset} needs the path of what it reads")
+    check_data(dataset, data)
     resolve_architecture(options)
     products = wanted(what, scale, options, seeds=seeds, dataset=dataset)
     cli.pick_device(device)

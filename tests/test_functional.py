@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from immunity_fast import FusedImmunityLoss
 from immunity_fast.functional import (
     gradcam_heatmaps,
     heatmap_loss_gradients,
     heatmap_losses,
     label_scores,
+    log_mixture,
     mixture_cross_entropy,
     mixture_log_probabilities,
 )
@@ -564,3 +566,30 @@ def test_a_wrong_layout_is_named() -> None:
             function(maps, maps, layout="NCWH")  # type: ignore[operator]
         with pytest.raises(ValueError, match=r"activations: .*\(N, B, h, w, C\)"):
             function(maps[0], maps[0], layout="NHWC")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("logits", "error", "got"),
+    [
+        (torch.rand(2), ValueError, r"shape \(N, B, K\), got \(2,\)"),
+        (torch.rand(2, 3), ValueError, r"shape \(N, B, K\), got \(2, 3\)"),
+        (torch.ones(2, 3, 4, dtype=torch.int64), TypeError, r"a floating-point tensor, got torch\.int64"),
+        ("x", TypeError, r"a tensor \(N, B, K\) or a list of tensors, got "),
+    ],
+)
+def test_wrong_logits_are_named(logits: Any, error: type[Exception], got: str) -> None:
+    for mixture in (log_mixture, mixture_log_probabilities):
+        with pytest.raises(error, match=f"^logits: expected {got}"):
+            mixture(logits)
+
+
+@pytest.mark.parametrize("value", ["x", None, [1.0]])
+def test_a_weight_that_is_no_number_is_named(value: Any) -> None:
+    expected = "expected a finite number of at least 0, got "
+    with pytest.raises(TypeError, match=f"^smoothing: {expected}"):
+        heatmap_losses(normal(2, 1, 1, 2, 2), normal(2, 1, 1, 2, 2), smoothing=value)
+    with pytest.raises(TypeError, match=f"^alpha: {expected}"):
+        mixture_cross_entropy(normal(2, 1, 3), None, torch.zeros(1, dtype=torch.int64), value)
+    for name in ("alpha", "beta", "gamma", "smoothing"):
+        with pytest.raises(TypeError, match=f"^{name}: {expected}"):
+            FusedImmunityLoss(**{name: value})

@@ -10,6 +10,7 @@ compute in float32 and round to that dtype what they show the model.
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -189,7 +190,11 @@ class _Network(nn.Module):
         return (gradient / self.largest).to(gradient.dtype)
 
     def outputs(self, images: Tensor) -> Tensor:
-        """The model's outputs (B, K) for images of its dtype; ValueError for NaN or infinite ones."""
+        """The model's outputs (B, K) for images of its dtype.
+
+        Raises:
+            ValueError: NaN or infinite ones.
+        """
         outputs = self.last_draw(images)
         # An argmax takes NaN for the largest: a row of it is class 0, and an image of that class passed for robust.
         if bool(not_finite(outputs).any()):
@@ -383,13 +388,23 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(of_numpy)  # noqa: NPY002
 
 
+def check_installed(name: str) -> None:
+    """Look for torchattacks, without importing it.
+
+    Args:
+        name: of what needs it.
+
+    Raises:
+        ModuleNotFoundError: it is missing.
+    """
+    if importlib.util.find_spec("torchattacks") is None:
+        raise ModuleNotFoundError(f"{name} needs torchattacks: pip install torchattacks", name="torchattacks")
+
+
 def _torchattacks(name: str) -> Any:
-    try:
-        import torchattacks
-    except ModuleNotFoundError as error:
-        if error.name != "torchattacks":
-            raise
-        raise ModuleNotFoundError(f"{name} needs torchattacks: pip install torchattacks", name="torchattacks") from None
+    check_installed(name)
+    import torchattacks
+
     return torchattacks
 
 

@@ -12,7 +12,7 @@ class NotFiniteError(ValueError):
     """
 
     def __init__(self, sample: int) -> None:
-        super().__init__(f"model: expected finite outputs and gradients, got NaN or infinite ones for sample {sample}")
+        super().__init__(f"model: expected finite outputs and gradients, got NaN or infinite ones for image {sample}")
         self.sample = sample
 
 
@@ -50,7 +50,7 @@ def check_range(labels: Tensor, targets: Tensor | None, classes: int) -> None:
     for name, given in (("labels", labels), ("targets", targets)):
         if given is not None and len(given) and not (given.min() >= 0 and given.max() < classes):
             wrong = int(((given < 0) | (given >= classes)).nonzero()[0, 0])
-            raise ValueError(f"{name}: expected 0 to {classes - 1}, got {int(given[wrong])} for sample {wrong}")
+            raise ValueError(f"{name}: expected 0 to {classes - 1}, got {int(given[wrong])} for image {wrong}")
 
 
 def not_finite(outputs: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ class BoundAttack:
         reference: Tensor | None = None,
         trusted: bool = False,
     ) -> Tensor:
-        """Attack a batch.
+        """Adversarial images for a batch of images.
 
         Args:
             images: (B, C, H, W) floating-point, in [0, 1].

@@ -285,7 +285,11 @@ def _test_cut(root: Path, files: dict[str, list[Path]]) -> tuple[dict[str, list[
 
 
 def _read_images(files: dict[str, list[Path]], image_size: int | None, first: Path) -> Pair:
-    """Images and labels of all files; ValueError where an image has another size than the file `first`."""
+    """Images and labels of all files.
+
+    Raises:
+        ValueError: an image has another size than the file `first`.
+    """
     count = sum(map(len, files.values()))
     if image_size is not None:  # before a single one is made so large
         _check_memory(count, image_size, image_size)
@@ -311,7 +315,11 @@ def _check_memory(count: int, height: int, width: int) -> None:
 
 
 def _read_image(file: Path, image_size: int | None) -> NDArray[np.uint8]:
-    """An image file as RGB, uint8 (H, W, 3); ValueError, by its name, where it cannot be read."""
+    """An image file as RGB, uint8 (H, W, 3).
+
+    Raises:
+        ValueError: it cannot be read; by its name.
+    """
     pillow, operations = _need("PIL.Image", "pillow"), _need("PIL.ImageOps", "pillow")
     try:
         with pillow.open(file) as image:

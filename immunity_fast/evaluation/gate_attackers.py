@@ -21,13 +21,16 @@ from immunity_fast.permutations import permuted, worst_margins, worst_weights
 Knowledge = Literal["off", "sample", "eot", "mean", "worst"]
 KNOWLEDGE: tuple[Knowledge, ...] = get_args(Knowledge)
 
+# What the gate is called in tables and figures, as an answer and as what is attacked.
+GATE_WORDS: dict[str, str] = {name: f"gate {name}" for name in ("sample", "mean", "off", "worst", "eot")}
+
 # What a table says of each.
 DESCRIPTIONS: dict[str, str] = {
-    "off": "gate off: the trained weights as they are",
-    "sample": "gate sample: one random permutation an image and gradient",
-    "eot": "gate eot: an average over several draws",
-    "mean": "gate mean: the exact mean of all permutations",
-    "worst": "gate worst: each image's worst permutation",
+    "off": f"{GATE_WORDS['off']}: the trained weights as they are",
+    "sample": f"{GATE_WORDS['sample']}: one random permutation an image and gradient",
+    "eot": f"{GATE_WORDS['eot']}: an average over several draws",
+    "mean": f"{GATE_WORDS['mean']}: the exact mean of all permutations",
+    "worst": f"{GATE_WORDS['worst']}: each image's worst permutation",
     "transfer": "another, independently trained ensemble",
     "output": "the model's own output",
 }

@@ -60,7 +60,10 @@ def evaluate(
 
 
 def _run(evaluation: Evaluation) -> None:
-    """With a progress bar, or now and then a line; and after the first images an estimate of what will come out."""
+    """Compute what an evaluation misses, with a progress bar, or now and then a line.
+
+    After the first images it prints an estimate of what will come out.
+    """
     pieces = list(evaluation.pieces())
     remaining = sum(
         stop - start for row, start, stop in pieces if evaluation.key(row, start, stop) not in evaluation.ledger

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from immunity_fast.attacks import EPS, radius_of
-from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS
+from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS, GATE_WORDS
 from immunity_fast.evaluation.metrics import HeatmapSums, combined, wilson_interval
 from immunity_fast.evaluation.runner import Evaluation, Row, bits, mean_loss
 from immunity_fast.evaluation.targets import MixtureTarget
@@ -30,13 +30,7 @@ NAMES = {
     "square": "Square (no gradients)",
     "autoattack": "AutoAttack",
 }
-JUDGES = {
-    "sample": "gate sample",
-    "mean": "gate mean",
-    "off": "gate off",
-    "worst": "gate worst",
-    "output": "accuracy",
-}
+JUDGES = {name: GATE_WORDS[name] for name in ("sample", "mean", "off", "worst")} | {"output": "accuracy"}
 SLACK = 0.01  # by so much a weaker attack may do better before it counts as a sign of masking
 
 

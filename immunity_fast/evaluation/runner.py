@@ -232,7 +232,12 @@ class Evaluation:
             yield from ((row, start, stop) for row in self.curves)
 
     def key(self, row: Row, start: int, stop: int) -> str:
-        """The key of a piece in the ledger: a hash of all that its result depends on."""
+        """The key of a piece in the ledger: a hash of all that its result depends on.
+
+        Args:
+            row: the piece's.
+            start, stop: its images, by their places in the fixed order.
+        """
         return key_of(self._identity | self._description(row) | {"start": start, "stop": stop})
 
     def run(self, advance: Callable[[Row, int, bool], None]) -> None:

@@ -2,51 +2,58 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
+import types
+import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
+from immunity_fast.attacks.autoattack import check_installed
 from immunity_fast.attacks.projections import Norm
-from immunity_fast.evaluation.runner import ATTACKS, SETS, Plan
+from immunity_fast.evaluation.gate_attackers import KNOWLEDGE
+from immunity_fast.evaluation.runner import ATTACKS, OTHER_ATTACKS, SETS, Plan
+from immunity_fast.runtime import cli
+from immunity_fast.runtime.checks import check_choice, is_number
 
 MOST_DRAWS = 10_000  # of EOT
 LARGEST = 2**63 - 1  # of whole numbers
 FORMER_ATTACKERS = {"fixed": "off", "single": "sample"}  # what they were called, for who still calls them so
 
 
+def _option(group: str, default: Any, text: str) -> Any:
+    """A setting: under which heading of --help it stands, its default, what it does."""
+    return field(default=default, metadata={"group": group, "help": text})
+
+
+_attack = partial(_option, "attacks")
+_attacker = partial(_option, "attackers")
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """The settings of an evaluation; construction checks their ranges, `plan` what depends on the network.
-
-    Args:
-        attacks: of `ATTACKS`, and the names of `SETS` for several at once.
-        attackers: what is known of the gate; "experts" is each expert; None is all that the network has.
-        limit: how many test images are attacked; None is the run's setting.
-        eps: radius, of images in [0, 1]; None is 8/255 for Linf, 1 for L2.
-        norm: of the perturbation.
-        draws: of the gate, or of a random model, for EOT; None is 20 for a gate, and no random model.
-        drop_fooled: attack an image until it fools what its attacker attacks.
-        masking_images: that the curves are made of; 0 makes none.
-        queries: of Square.
-        autoattack_steps: of AutoAttack's gradient attacks.
-        seed: of what is random in attacks; None is the run's.
 
     Raises:
         ValueError: a value out of its range, or an attack that there is not, by its option.
     """
 
-    attacks: tuple[str, ...] = ("default",)
-    attackers: tuple[str, ...] | None = None
-    limit: int | None = None
-    eps: float | None = None
-    norm: Norm = "Linf"
-    draws: int | None = None
-    drop_fooled: bool = False
-    masking_images: int = 64
-    queries: int = 5000
-    autoattack_steps: int = 100
-    seed: int | None = None
+    attacks: tuple[str, ...] = _attack(("default",), f"of {', '.join(ATTACKS)}; several: {', '.join(SETS)}")
+    attackers: tuple[str, ...] | None = _attacker(
+        None, f"what is known of the gate: {', '.join(KNOWLEDGE)}, experts (each), transfer; default: all there are"
+    )
+    limit: int | None = _attack(None, "test images to attack; default: the run's setting")
+    eps: float | None = _attack(None, "radius, of images in [0, 1]; default: 8/255 for Linf, 1 for L2")
+    norm: Norm = _attack("Linf", "of the perturbation")
+    draws: int | None = _attacker(None, "of the gate, or of a random model, for EOT; default: 20 of a gate")
+    drop_fooled: bool = _attack(False, "attack an image until it fools what its attacker attacks; faster")
+    masking_images: int = _attack(64, "that the curves are made of; 0: no curves")
+    queries: int = _attack(5000, "of Square")
+    autoattack_steps: int = _attack(100, "of AutoAttack's gradient attacks; fewer than 100 is no AutoAttack")
+    seed: int | None = _attack(None, "of what is random in attacks; default: the run's")
 
     def __post_init__(self) -> None:
         for name in self.attacks:
@@ -61,15 +68,23 @@ class EvaluationSettings:
             ("seed", 0),
         ):
             check_whole(name, getattr(self, name), least)
+        check_choice("--norm", self.norm, Norm)
         if self.draws is not None and self.draws > MOST_DRAWS:  # each is a mixture of its own in every step
             raise ValueError(f"--draws: expected at most {MOST_DRAWS}, got {self.draws}")
-        if self.eps is not None and not 0 <= self.eps < math.inf:
+        if self.eps is not None and not (is_number(self.eps) and 0 <= self.eps < math.inf):
             raise ValueError(f"--eps: expected a finite number of at least 0, got {self.eps}")
         if self.eps is not None and self.norm == "Linf" and self.eps > 1:
             given = f"{self.eps:g}"
             raise ValueError(
                 f"--eps: expected at most 1, as images are in [0, 1], got {given}; of 255 levels: {given}/255"
             )
+
+    def check_installed(self) -> None:
+        """Look for what the attacks need, before anything is loaded; ModuleNotFoundError where it is missing."""
+        attacks = [attack for name in self.attacks for attack in SETS.get(name, (name,))]
+        for attack in OTHER_ATTACKS:
+            if attack in attacks:
+                check_installed(attack)
 
     def plan(
         self, attackers: Sequence[str], image_size: tuple[int, int], *, images: int, seed: int, chunk: int
@@ -124,9 +139,9 @@ class EvaluationSettings:
     def options(self) -> list[str]:
         """The options of `immunity_fast.evaluate` that mean these settings."""
         words: list[str] = []
-        for field in dataclasses.fields(self):
-            value, flag = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
-            if value == field.default:
+        for option in dataclasses.fields(self):
+            value, flag = getattr(self, option.name), f"--{option.name.replace('_', '-')}"
+            if value == option.default:
                 continue
             if isinstance(value, bool):
                 words.append(flag)
@@ -135,10 +150,52 @@ class EvaluationSettings:
         return words
 
 
-def check_whole(name: str, value: int | None, least: int) -> None:
-    """ValueError, by its option, for a whole number that is too small, or that no 64 bits hold; None is let through."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """One option a setting, with its default."""
+    hints = typing.get_type_hints(EvaluationSettings)
+    kinds: dict[Any, Any] = {int: int, float: cli.number, tuple: _words}
+    groups: dict[str, Any] = {}
+    for option in dataclasses.fields(EvaluationSettings):
+        group, hint, text = option.metadata["group"], hints[option.name], option.metadata["help"]
+        keywords: dict[str, Any] = {"default": option.default, "help": text}
+        if hint is bool:
+            keywords["action"] = "store_true"
+        else:
+            shown = ",".join(option.default) if isinstance(option.default, tuple) else option.default
+            keywords["help"] += "" if shown is None else f" [{shown}]"
+            if typing.get_origin(hint) is Literal:
+                keywords["choices"] = typing.get_args(hint)
+            else:
+                parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+                kind = next(kind for kind in kinds if kind in (parts[0], typing.get_origin(parts[0])))
+                keywords |= {"type": kinds[kind], "metavar": "LIST" if kind is tuple else kind.__name__.upper()}
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        groups[group].add_argument(f"--{option.name.replace('_', '-')}", **keywords)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """A list of a command line, with commas."""
+    return tuple(text.split(","))
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Check a whole number, or None.
+
+    Args:
+        name: of its setting.
+        value: what is checked.
+        least: what it has to be at least.
+
+    Raises:
+        ValueError: no whole number, too small a one, or one that no 64 bits hold.
+    """
+    if value is None:
+        return
     option = f"--{name.replace('_', '-')}"
-    if value is not None and value < least:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{option}: expected a whole number, got {value}")
+    if value < least:
         raise ValueError(f"{option}: expected at least {least}, got {value}")
-    if value is not None and value > LARGEST:
+    if value > LARGEST:
         raise ValueError(f"{option}: expected at most 2⁶³ − 1, got a number of {len(str(value))} digits")

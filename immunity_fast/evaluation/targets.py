@@ -22,7 +22,7 @@ from immunity_fast.models.moe import ImmunityMoE
 
 
 class TargetModel(Protocol):
-    """What is attacked and judged.
+    """A model as an evaluation sees it: who may attack it, with what knowledge, and what of it may answer.
 
     Attributes:
         num_classes: K.
@@ -255,7 +255,11 @@ def load_callable(place: str) -> Model:
 
 
 def _check_outputs(outputs: Any, num_classes: int) -> None:
-    """ValueError where outputs (…, B, K) are not K numbers for each image."""
+    """Check that outputs (…, B, K) are K numbers for each image.
+
+    Raises:
+        ValueError: they are not.
+    """
     if not isinstance(outputs, Tensor) or outputs.dim() != 3 or outputs.shape[-1] != num_classes:
         shape = tuple(outputs.shape[1:]) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"model: expected outputs (B, {num_classes}), as many as there are classes, got {shape}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.permutations import random_orders
-from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.checks import check_choice, check_whole
 from immunity_fast.runtime.precision import accumulation_dtype
 
 Switch = Literal["call", "sample", "off", "mean"]
@@ -44,8 +44,7 @@ class RandomSwitchGate(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if num_experts < 1:
-            raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+        check_whole("num_experts", num_experts, 1)
         self.num_experts = num_experts
         self._here = threading.local()  # `switch`, where a `switched` block of this thread has another
         self.switch = switch
@@ -95,7 +94,11 @@ class RandomSwitchGate(nn.Module):
         self._here = threading.local()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Weights (B, N) for `images` (B, 3, H, W)."""
+        """Weights (B, N) for `images` (B, 3, H, W).
+
+        Raises:
+            ValueError: the gate's network gives no (B, N).
+        """
         if not self.training and self.switch == "mean":
             dtype = accumulation_dtype(images)
             return images.new_full((images.shape[0], self.num_experts), 1 / self.num_experts, dtype=dtype)

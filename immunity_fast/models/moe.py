@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
@@ -26,7 +26,7 @@ from immunity_fast.models.stacking import (
     stack_modules,
     unstack_modules,
 )
-from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.checks import check_choice, check_whole
 from immunity_fast.runtime.strategies import Batching, choose
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -51,6 +51,7 @@ class ImmunityMoE(nn.Module):
 
     Raises:
         ValueError: an unknown name, or a number out of its range.
+        TypeError: a number of experts that is no whole number.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class ImmunityMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.arch = arch
-        _check_number(num_experts)
+        check_whole("num_experts", num_experts, 2)
         experts = [create(arch, num_classes) for _ in range(num_experts)]
         self._assemble(
             experts,
@@ -118,11 +119,12 @@ class ImmunityMoE(nn.Module):
         Raises:
             ValueError: fewer than 2 experts, experts that differ in more than tensors, or do not run, an unknown stage,
                 one that returns no map or whose layout cannot be told, a mean without a std.
+            TypeError: no list of modules.
         """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model.arch = ""
-        _check_number(len(experts))
+        experts = _check_experts(experts)
         if gate is None:
             gate = RandomSwitchGate(len(experts), switch=switch, generator=generator)
         if (mean is None) != (std is None):
@@ -438,15 +440,27 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images, of the same shape."""
+        """Normalised images, of the same shape.
+
+        Raises:
+            ValueError: images of another number of channels.
+        """
         if images.shape[-3] != self.mean.shape[0]:
             raise ValueError(f"images: expected shape (B, {self.mean.shape[0]}, H, W), got {tuple(images.shape)}")
         return (images - self.mean) / self.std
 
 
-def _check_number(experts: int) -> None:
-    if experts < 2:
-        raise ValueError(f"num_experts: expected at least 2, got {experts}")
+def _check_experts(experts: object) -> list[nn.Module]:
+    if not isinstance(experts, Iterable) or isinstance(experts, (str, Tensor)):
+        raise TypeError(f"experts: expected a list of at least 2 modules, got {type(experts).__name__}")
+    modules: list[nn.Module] = []
+    for expert in experts:
+        if not isinstance(expert, nn.Module):
+            raise TypeError(f"experts: expected modules, got {type(expert).__name__} as number {len(modules)}")
+        modules.append(expert)
+    if len(modules) < 2:
+        raise ValueError(f"experts: expected at least 2 modules, got {len(modules)}")
+    return modules
 
 
 def _check_stage(network: nn.Module, stage: str) -> None:

@@ -84,7 +84,11 @@ def attacked_heatmap_figure(
 
 
 def check_heatmaps(images: Tensor, heatmaps: Tensor, names: tuple[str, str] = ("images", "heatmaps")) -> None:
-    """ValueError, by these names, unless images are (n, 3, H, W) and heatmaps (N, n, H, W), none of them 0."""
+    """Check that images are (n, 3, H, W) and heatmaps (N, n, H, W), none of them 0.
+
+    Raises:
+        ValueError: they are not; by these names.
+    """
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ValueError(f"{names[0]}: expected shape (n, 3, H, W), none of them 0, got {tuple(images.shape)}")
     count, _, height, width = images.shape

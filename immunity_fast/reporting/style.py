@@ -1,6 +1,7 @@
-"""What all figures share: sizes, colours, panels with their titles and legends, fonts that have the characters.
+"""What charts share: sizes, colours, panels with their titles and legends, fonts that have the characters.
 
-All are drawn with `matplotlib.figure.Figure` itself, so that no display and no global pyplot state is involved.
+The colours of heatmaps are in `overlay`. All are drawn with `matplotlib.figure.Figure` itself, so that no display
+and no global pyplot state is involved.
 """
 
 import io
@@ -32,7 +33,11 @@ LEGEND_WIDTH = 214.0  # points, a little less than the axes of a panel
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Writes a figure so that a reader of `path` never sees half of one; OSError, by its name, where that fails."""
+    """Writes a figure so that a reader of `path` never sees half of one.
+
+    Raises:
+        OSError: that fails; by its name.
+    """
     content = io.BytesIO()
     figure.savefig(content, dpi=DPI, format="png")
     write_atomically(path, content.getvalue())

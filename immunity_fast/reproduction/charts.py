@@ -1,6 +1,6 @@
 """Two figures of a reproduction: what networks measure beside each other, and how measures follow a coefficient.
 
-Drawn as those of `figures` are, with its fonts, colours and layout.
+Drawn as those of `reporting.curves` are, with its fonts, colours and layout.
 """
 
 import math

@@ -23,15 +23,16 @@ BASELINES = {"P-DARTS": "pdarts", "RobNet": "robnet_large", "AdvRush": "advrush"
 class Scale:
     """How much is trained, and how much of it attacked.
 
-    base: settings of every run; of Immunity's, of Tables 2 and 3 and Figure 2.
-    datasets: of Table 2; of the rest the first.
-    architectures: of Table 1.
-    cells: (cells, channels) of the baselines; None is as published.
-    seeds: how many.
-    limit, masking: test images that are attacked, and that curves are made of.
-    autoattack: settings of an evaluation that make AutoAttack smaller than it is.
-    betas, gammas: of Table 3's sweeps.
-    images: rows of Figure 2.
+    Args:
+        base: settings of every run; of Immunity's, of Tables 2 and 3 and Figure 2.
+        datasets: of Table 2; of the rest the first.
+        architectures: of Table 1.
+        cells: (cells, channels) of the baselines; None is as published.
+        seeds: how many.
+        limit, masking: test images that are attacked, and that curves are made of.
+        autoattack: settings of an evaluation that make AutoAttack smaller than it is.
+        betas, gammas: of Table 3's sweeps.
+        images: rows of Figure 2.
     """
 
     base: TrainConfig

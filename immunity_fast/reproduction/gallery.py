@@ -84,8 +84,8 @@ def collect(
 ) -> Gallery:
     """The gallery of a model: a fixed choice of images, whose heatmaps are computed in evaluation mode.
 
-    The images are the first of each class in the order of `metrics.sample`, then the second of each, and so on; they
-    are shown in the order of the classes. The choice depends on the split's labels and on `count` alone, so that
+    The images are the first of each class in the order of `data.sampling.sample`, then the second of each, and so on;
+    they are shown in the order of the classes. The choice depends on the split's labels and on `count` alone, so that
     several models' galleries go side by side.
 
     Args:
@@ -155,7 +155,11 @@ def _measure(model: ImmunityMoE, split: Split, loss: FusedImmunityLoss) -> tuple
 
 
 def check_same(galleries: Sequence[Gallery]) -> None:
-    """ValueError unless there is one, and all are of the same images."""
+    """Check that there is a gallery, and all are of the same images.
+
+    Raises:
+        ValueError: there is none, or they are not.
+    """
     if len(galleries) == 0:
         raise ValueError("galleries: expected at least 1, got none")
     first = galleries[0]

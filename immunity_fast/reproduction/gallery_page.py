@@ -23,7 +23,11 @@ LEVELS = 2**16 - 1  # the page's steps from 0 to a heatmap's maximum
 
 
 def page(galleries: Sequence[Gallery]) -> str:
-    """The page's HTML; ValueError for galleries of different images."""
+    """The page's HTML.
+
+    Raises:
+        ValueError: galleries of different images.
+    """
     check_same(galleries)
     first = galleries[0]
     height, width = first.images.shape[-2:]

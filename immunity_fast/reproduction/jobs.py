@@ -41,9 +41,10 @@ CHECKSUM = "sha256"  # of a record of what is done: its other members'
 class Job:
     """A run to be trained and evaluated.
 
-    config: the settings, of each member where there are several.
-    evaluation: what is then found out of it.
-    members: above 1: so many single networks, trained alone with seeds of their own, and joined to a mixture.
+    Args:
+        config: the settings, of each member where there are several.
+        evaluation: what is then found out of it.
+        members: above 1: so many single networks, trained alone with seeds of their own, and joined to a mixture.
     """
 
     config: TrainConfig
@@ -70,8 +71,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What a job has found: `results` as `findings.results`; `data`, a hash of the test split; seconds of all
-    its training and of all its attacks."""
+    """What a job has found.
+
+    Args:
+        results: as `evaluation.results.results` makes them.
+        settings: of the run, by name.
+        commands: that do the job.
+        data: a hash of the test split.
+        device: that it was done on.
+        versions: of the packages that it was done with.
+        training_seconds, attack_seconds: of all its training and of all its attacks.
+    """
 
     results: dict[str, Any]
     settings: dict[str, Any]
@@ -246,7 +256,7 @@ def checksum(record: dict[str, Any]) -> str:
 
 
 def attack_seconds(results: dict[str, Any]) -> float:
-    """Of all attacks of an evaluation, in whatever process each was made."""
+    """The seconds that all attacks of an evaluation took, in whatever process each was made."""
     first = results["accuracy"][0]["judge"]  # a row is there once for each judge
     return float(sum(entry["seconds"] for entry in results["accuracy"] if entry["judge"] == first))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from immunity_fast.data.datasets import load
 from immunity_fast.reporting.html import Table
 from immunity_fast.reproduction import figure2 as figure2_files
-from immunity_fast.reproduction import tables as paper
+from immunity_fast.reproduction import tables
 from immunity_fast.reproduction.charts import Panel, dot_chart, sweep_figure
 from immunity_fast.reproduction.experiments import Entry, Experiments
 from immunity_fast.reproduction.gallery import Gallery, collect
@@ -24,9 +24,12 @@ Points = Sequence[tuple[float, Entry]]
 class Product:
     """What a command makes: its runs, and what is written of them.
 
-    tables: from what the queue has done.
-    draw: writes figures beside the given PNG file, and returns (PNG file, caption) of each.
-    page: whether the HTML page is a report; or else `draw` writes one.
+    Args:
+        title, lead: of its page.
+        entries: its rows, with the runs that each needs.
+        tables: from what the queue has done.
+        draw: writes figures beside the given PNG file, and returns (PNG file, caption) of each.
+        page: whether the HTML page is a report; or else `draw` writes one.
     """
 
     title: str
@@ -44,14 +47,14 @@ def table1(experiments: Experiments) -> Product:
     def draw(queue: Queue, path: Path) -> list[tuple[Path, str]]:
         found = queue.done
         panels = [
-            _panel("Clean accuracy", "%", entries, found, {"": paper.TABLE1["clean, gate mean, %"][0]}),
-            _panel("IScore", "", entries, found, {"": paper.HEATMAPS["IScore"][0]}),
-            _panel("CScore", "pixels⁴", entries, found, {"": paper.HEATMAPS["CScore, pixels⁴"][0]}, log=True),
+            _panel("Clean accuracy", "%", entries, found, {"": tables.TABLE1["clean, gate mean, %"][0]}),
+            _panel("IScore", "", entries, found, {"": tables.HEATMAPS["IScore"][0]}),
+            _panel("CScore", "pixels⁴", entries, found, {"": tables.HEATMAPS["CScore, pixels⁴"][0]}, log=True),
         ]
         return _charted(panels, path, "Each architecture, trained independently and as Immunity.")
 
     lead = "Networks of one architecture, trained independently, against the same number trained as Immunity."
-    return Product("Table 1", lead, entries, lambda queue: [paper.table1(entries, queue.done)], draw)
+    return Product("Table 1", lead, entries, lambda queue: [tables.table1(entries, queue.done)], draw)
 
 
 def table2(experiments: Experiments) -> Product:
@@ -61,7 +64,7 @@ def table2(experiments: Experiments) -> Product:
     def draw(queue: Queue, path: Path) -> list[tuple[Path, str]]:
         found = queue.done
         attacks = ("clean", "FGSM", "PGD-20", "AutoAttack", "PGD-20 on gate mean")
-        columns = {name: value for name, (value, _) in paper.table2_columns("sample", "sample").items()}
+        columns = {name: value for name, (value, _) in tables.table2_columns("sample", "sample").items()}
         panels = []
         for place in dict.fromkeys(entry.labels[:2] for entry in entries):
             own = [Entry(entry.labels[2:], entry.jobs) for entry in entries if entry.labels[:2] == place]
@@ -70,7 +73,7 @@ def table2(experiments: Experiments) -> Product:
         return _charted(panels, path, "Accuracy, Immunity's with gate sample, by attack.")
 
     lead = "Searched architectures as single networks, and Immunity; standard and adversarial training."
-    return Product("Table 2", lead, entries, lambda queue: [paper.table2(entries, queue.done)], draw)
+    return Product("Table 2", lead, entries, lambda queue: [tables.table2(entries, queue.done)], draw)
 
 
 def table3(experiments: Experiments) -> Product:
@@ -79,21 +82,21 @@ def table3(experiments: Experiments) -> Product:
     sweeps = {"β": experiments.sweep("beta"), "γ": experiments.sweep("gamma")}
     full = next(entry for entry in rows if entry.labels == ("full",))
 
-    def tables(queue: Queue) -> list[Table]:
+    def its_tables(queue: Queue) -> list[Table]:
         found = queue.done
         return [
-            paper.table3(rows, found),
-            paper.switch_modes(full, found),
-            *(paper.sweep_table(points, name, found) for name, points in sweeps.items()),
+            tables.table3(rows, found),
+            tables.switch_modes(full, found),
+            *(tables.sweep_table(points, name, found) for name, points in sweeps.items()),
         ]
 
     def draw(queue: Queue, path: Path) -> list[tuple[Path, str]]:
         found = queue.done
         measures = {
-            "clean accuracy, gate mean (%)": paper.TABLE3["clean, gate mean"][0],
-            "under PGD-20 on gate mean (%)": paper.TABLE3["PGD-20 on gate mean, answered by it"][0],
-            "mutual information (nats)": paper.HEATMAPS["mutual information, nats"][0],
-            "CScore (pixels⁴)": paper.HEATMAPS["CScore, pixels⁴"][0],
+            "clean accuracy, gate mean (%)": tables.TABLE3["clean, gate mean"][0],
+            "under PGD-20 on gate mean (%)": tables.TABLE3["PGD-20 on gate mean, answered by it"][0],
+            "mutual information (nats)": tables.HEATMAPS["mutual information, nats"][0],
+            "CScore (pixels⁴)": tables.HEATMAPS["CScore, pixels⁴"][0],
         }
         curves = {name: _curves(points, found, measures) for name, points in sweeps.items()}
         if not any(points for measured in curves.values() for points in measured.values()):
@@ -104,7 +107,7 @@ def table3(experiments: Experiments) -> Product:
 
     entries = [*rows, *(entry for points in sweeps.values() for _, entry in points)]
     lead = "What each of the two losses does, what is lost by detached weights, and what answers under attack."
-    return Product("Table 3", lead, entries, tables, draw)
+    return Product("Table 3", lead, entries, its_tables, draw)
 
 
 def figure2(experiments: Experiments) -> Product:
@@ -126,7 +129,7 @@ def figure2(experiments: Experiments) -> Product:
                     made.append(collect(model, *images, title=entry.labels[0]))
         return made
 
-    def tables(queue: Queue) -> list[Table]:
+    def its_tables(queue: Queue) -> list[Table]:
         rows = [
             [
                 gallery.title,
@@ -150,7 +153,7 @@ def figure2(experiments: Experiments) -> Product:
         return []
 
     lead = "Where networks that were trained independently, and Immunity's experts, look."
-    return Product("Figure 2", lead, entries, tables, draw, page=False)
+    return Product("Figure 2", lead, entries, its_tables, draw, page=False)
 
 
 PRODUCTS: dict[str, Callable[[Experiments], Product]] = {
@@ -165,8 +168,8 @@ def _panel(
     heading: str,
     axis: str,
     entries: Sequence[Entry],
-    found: paper.Found,
-    series: Mapping[str, paper.Value],
+    found: tables.Found,
+    series: Mapping[str, tables.Value],
     *,
     log: bool = False,
 ) -> Panel:
@@ -174,7 +177,7 @@ def _panel(
     values: dict[str, dict[str, tuple[float, float]]] = {}
     for entry in entries:
         for name, value in series.items():
-            got = paper.number(entry, found, value)
+            got = tables.number(entry, found, value)
             if got is not None:
                 values.setdefault(name or entry.labels[1], {})[entry.labels[0]] = got
     return Panel(heading, axis, values, log)
@@ -189,12 +192,12 @@ def _charted(panels: Sequence[Panel], path: Path, caption: str) -> list[tuple[Pa
 
 
 def _curves(
-    points: Points, found: paper.Found, measures: Mapping[str, paper.Value]
+    points: Points, found: tables.Found, measures: Mapping[str, tables.Value]
 ) -> dict[str, list[tuple[float, float, float]]]:
     curves: dict[str, list[tuple[float, float, float]]] = {name: [] for name in measures}
     for x, entry in points:
         for name, value in measures.items():
-            got = paper.number(entry, found, value)
+            got = tables.number(entry, found, value)
             if got is not None:
                 curves[name].append((x, *got))
     return curves

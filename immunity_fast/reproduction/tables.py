@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from immunity_fast.evaluation.gate_attackers import GATE_WORDS, KNOWLEDGE
 from immunity_fast.evaluation.results import find
 from immunity_fast.reporting.html import Table
 from immunity_fast.reproduction.experiments import IMMUNITY, INDEPENDENT, Entry
@@ -170,20 +171,8 @@ def table3(entries: Sequence[Entry], found: Found) -> Table:
 
 def switch_modes(entry: Entry, found: Found) -> Table:
     """What answers, against what the attacker knows, for PGD-20."""
-    attackers = {
-        "nobody": None,
-        "gate off": "off",
-        "gate sample": "sample",
-        "gate eot": "eot",
-        "gate mean": "mean",
-        "gate worst": "worst",
-    }
-    judges = {
-        "gate sample": "sample",
-        "gate mean": "mean",
-        "gate off": "off",
-        "gate worst": "worst",
-    }
+    attackers = {"nobody": None} | {GATE_WORDS[name]: name for name in KNOWLEDGE}
+    judges = {GATE_WORDS[name]: name for name in ("sample", "mean", "off", "worst")}
     rows = [
         [
             name,

@@ -45,7 +45,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"error: this command needs {missing.name}: pip install {missing.name}; or, in a checkout of immunity_fast, "
-        "pip install '.[train]', for what all commands need"
+        "pip install '.[train,attacks]', for what all commands need"
     ) from None
 
 STATUS_SECONDS = 60.0  # seconds between two lines in a log that is no terminal
@@ -122,6 +122,9 @@ def path(text: str) -> Path:
     """A path of a command line, for argparse: ~ is the home, which shells leave in --out=~/runs.
 
     It has to be UTF-8: checkpoints cannot be read from any other.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no path.
     """
     try:
         os.fsencode(text).decode("utf-8")
@@ -130,6 +133,19 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text}: expected a name in UTF-8") from None
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+def number(text: str) -> float:
+    """A number of a command line, for argparse, also as a fraction: 8/255.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    numerator, _, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator or 1)
+    except ZeroDivisionError:
+        raise ValueError(f"{text}: a fraction of zero") from None
 
 
 @contextmanager
@@ -166,9 +182,12 @@ def resumable(module: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where there is any. ValueError where it cannot be used.
+    """The device called `name`; "auto" is CUDA where there is any.
 
     Of several processes on one machine, each gets a GPU of its own for "auto" and "cuda".
+
+    Raises:
+        ValueError: it cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -22,7 +22,11 @@ TIMEOUT = timedelta(hours=2)  # others wait while one of them validates
 
 
 def check_environment() -> None:
-    """ValueError where the environment tells of several processes, but not as `torchrun` does."""
+    """Check that the environment tells of one process, or of several as `torchrun` does.
+
+    Raises:
+        ValueError: of several in another way.
+    """
     if _world_size() == 1:
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]

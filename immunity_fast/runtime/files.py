@@ -215,7 +215,11 @@ def _lock_on_windows(descriptor: int, place: int, *, wait: bool) -> None:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """What a file of JSON says; ValueError also where it is nested without end."""
+    """What a file of JSON says.
+
+    Raises:
+        ValueError: it is no JSON, or is nested without end.
+    """
     try:
         return json.loads(content)
     except RecursionError:

@@ -31,13 +31,16 @@ def total(device: torch.device) -> int | None:
 
 
 def check_fits(size: float, device: torch.device, what: str, instead: str) -> None:
-    """ValueError, one line, where something of so many bytes cannot fit, whatever else there is.
+    """Check that something of so many bytes can fit, with nothing else there.
 
     Args:
         size: an estimate from below.
         device: where it is to be.
         what: that it "would take" so much.
         instead: what to "try".
+
+    Raises:
+        ValueError: it cannot; one line.
     """
     available = total(device)
     if available is not None and size > available:

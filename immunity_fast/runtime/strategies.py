@@ -32,10 +32,13 @@ UNMEASURED = {"cpu": Strategy("loop", "reverse"), "other": Strategy("vmap", "rev
 
 
 def fastest(device_type: str, arch: str = "", compiled_steps: int | None = None) -> Strategy:
-    """The measured strategy for an architecture ("" where it has no name) on this machine's device of a type.
+    """The measured strategy for an architecture on this machine's device of a type.
 
-    `compiled_steps`: of a run that compiles and takes so many: what counts is when it ends, the compiling included,
-    which takes longest where a loop over the experts is unrolled. None counts the steps alone.
+    Args:
+        device_type: "cpu", "cuda", ….
+        arch: its name; "" where it has none.
+        compiled_steps: of a run that compiles and takes so many: what counts is when it ends, the compiling included,
+            which takes longest where a loop over the experts is unrolled. None counts the steps alone.
     """
     device = "cpu" if device_type == "cpu" else _device_name(device_type)
     table = _table()

@@ -1,8 +1,8 @@
-"""Adversarial training: the attack inside a training step, TRADES' losses, and the collapse of single-step training."""
+"""Adversarial training: the attack inside a training step, and TRADES' losses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from immunity_fast.attacks import Attack, BoundAttack
-from immunity_fast.evaluation.metrics import wilson_interval
 from immunity_fast.functional import mixture_cross_entropy, mixture_log_probabilities
 from immunity_fast.models.gate import Switch
 from immunity_fast.models.modes import evaluating, frozen
@@ -162,23 +161,3 @@ def trades_losses(
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p ‖ q) over the last axis, of logarithms."""
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-
-
-def collapsed(records: Sequence[Mapping[str, float]], images: int) -> float | None:
-    """The PGD accuracy that was lost, if the last epoch's record shows catastrophic overfitting; None if it does not.
-
-    That is (Wong et al., arXiv 2001.03994, section 5.4): accuracy under PGD has fallen, by half or more and beyond the
-    chance of so few images, and to half or less of that under FGSM: the network is robust against single steps alone.
-
-    Args:
-        records: of the epochs so far, with `val_pgd10_accuracy_mean` and `val_fgsm_accuracy_mean`.
-        images: how many were attacked.
-    """
-    if not records or not {"val_fgsm_accuracy_mean", "val_pgd10_accuracy_mean"} <= records[-1].keys():
-        return None
-    under_pgd = [record["val_pgd10_accuracy_mean"] for record in records if "val_pgd10_accuracy_mean" in record]
-    best, last = max(under_pgd), under_pgd[-1]
-    apart = wilson_interval(round(last * images), images)[1] < wilson_interval(round(best * images), images)[0]
-    if apart and last <= best / 2 and last <= records[-1]["val_fgsm_accuracy_mean"] / 2:
-        return best
-    return None

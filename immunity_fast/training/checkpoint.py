@@ -108,7 +108,11 @@ INFO: dict[str, Callable[[Any], bool]] = {
 
 
 def checked_info(path: Path, info: dict[str, Any], *names: str) -> dict[str, Any]:
-    """`info`, if these are in it and all in it is what `INFO` says; ValueError, by file and name, if not."""
+    """`info`, if these are in it and all in it is what `INFO` says.
+
+    Raises:
+        ValueError: it is not; by file and name.
+    """
     for name in (*names, *(name for name in info if name in INFO)):
         if name not in info:
             raise ValueError(f"{path}: not a whole checkpoint: {name} is missing")
@@ -120,7 +124,11 @@ def checked_info(path: Path, info: dict[str, Any], *names: str) -> dict[str, Any
 
 
 def check_classes(path: Path, info: Mapping[str, Any], classes: Sequence[str]) -> None:
-    """ValueError, by file, where a checkpoint names other classes than the data it was trained on have."""
+    """Check that a checkpoint names the classes of the data that it was trained on.
+
+    Raises:
+        ValueError: it names others; by file.
+    """
     if "classes" in info and info["classes"] != list(classes):
         raise ValueError(
             f"{path}: names other classes than the data: {abbreviated(info['classes'])}, {abbreviated(list(classes))}"
@@ -128,7 +136,11 @@ def check_classes(path: Path, info: Mapping[str, Any], classes: Sequence[str]) -
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str = "") -> None:
-    """ValueError, by file and entry, unless both have the same names, each with the same shape and dtype."""
+    """Check that two sets of tensors have the same names, each with the same shape and dtype.
+
+    Raises:
+        ValueError: they have not; by file and entry.
+    """
     for name in sorted(expected.keys() | tensors.keys()):
         had, wanted = (f"{tuple(t[name].shape)}" if name in t else "none" for t in (tensors, expected))
         if had != wanted:
@@ -197,7 +209,11 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> 
 
 
 def load_module(path: Path, module: nn.Module, tensors: dict[str, Tensor], prefix: str = "") -> None:
-    """Fill a module from a checkpoint's tensors; ValueError where names, shapes or dtypes are another's."""
+    """Fill a module from a checkpoint's tensors.
+
+    Raises:
+        ValueError: names, shapes or dtypes are another's.
+    """
     check_tensors(path, tensors, module.state_dict(), prefix)
     module.load_state_dict(tensors)
 
@@ -239,11 +255,14 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Im
 
 
 def check_experts(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """ValueError unless the experts' tensors are the described model's: before a wrong number of them fills memory.
+    """Check that the experts' tensors are the described model's: looked at before a wrong number of them fills memory.
 
     Args:
         description: `info["model"]`, checked.
         tensors: of the module, which are under `prefix` in the file.
+
+    Raises:
+        ValueError: they are not; by file.
     """
     try:
         with torch.device("meta"):

@@ -17,6 +17,7 @@ from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve
 from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
 from immunity_fast.models.gate import Switch
+from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compile
 from immunity_fast.runtime.files import abbreviated
 from immunity_fast.runtime.precision import Amp, Float32
@@ -176,7 +177,11 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
-        """The inverse of `to_json`; ValueError where a setting is missing, unknown or of the wrong type."""
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: a setting is missing, unknown or of the wrong type.
+        """
         expected = typing.get_type_hints(cls)
         if not isinstance(values, dict):
             raise ValueError(f"expected an object of settings, got {abbreviated(values)}")
@@ -215,7 +220,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             keywords["choices"] = choices
         else:
             kind = next(kind for kind in (float, int, str) if kind in _plain_types(hints[option.name]))
-            keywords["type"] = number if kind is float else kind
+            keywords["type"] = cli.number if kind is float else kind
             keywords["metavar"] = kind.__name__.upper()
         groups[option.metadata["group"]].add_argument(f"--{option.name.replace('_', '-')}", **keywords)
 
@@ -230,22 +235,35 @@ def from_preset(changes: Mapping[str, Any]) -> TrainConfig:
 
 
 def resolve_architecture(options: dict[str, Any]) -> None:
-    """In the place of a genotype file's name, what it says; ValueError for an architecture that there is not."""
+    """Put in the place of a genotype file's name what it says.
+
+    Args:
+        options: settings by name, which are changed.
+
+    Raises:
+        ValueError: there is no such architecture, or the genotype is wrong.
+    """
     if "arch" in options:
+        name = options["arch"]
         try:
-            name = options["arch"]
             options["arch"] = resolve(os.path.expanduser(name) if name.endswith(".json") else name)
-        except ValueError as error:
-            raise ValueError(f"--arch {options['arch']}: {error}") from error
+        except ValueError as error:  # which begins with a name of its own
+            said = str(error).removeprefix("name: ").removeprefix(f"{name}: ")
+            raise ValueError(f"--arch {name}: {said}") from error
 
 
-def number(text: str) -> float:
-    """A number of a command line, also as a fraction: 8/255."""
-    numerator, _, denominator = text.partition("/")
-    try:
-        return float(numerator) / float(denominator or 1)
-    except ZeroDivisionError:
-        raise ValueError(f"{text}: a fraction of zero") from None
+def check_data(dataset: str | None, data: str | None) -> None:
+    """Check that a data set that lies somewhere has a path.
+
+    Args:
+        dataset: its name; None is one that needs none.
+        data: its path, if there is one.
+
+    Raises:
+        ValueError: the path is missing.
+    """
+    if dataset in ("npz", "folder") and data is None:
+        raise ValueError(f"--data: missing; --dataset {dataset} needs the path of what it reads")
 
 
 def _choices(option: "dataclasses.Field[Any]") -> tuple[str, ...]:

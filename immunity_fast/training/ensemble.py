@@ -72,7 +72,11 @@ def join(folders: Sequence[Path], out: Path) -> Run:
 
 
 def _check_alike(folder: Path, info: dict[str, Any], first: Path, wanted: dict[str, Any]) -> None:
-    """ValueError, by what differs, where two networks cannot be experts of one mixture."""
+    """Check that two networks can be experts of one mixture.
+
+    Raises:
+        ValueError: they cannot; by what differs.
+    """
     for name, words in (
         ("arch", "architecture"),
         ("num_classes", "number of classes"),

@@ -2,15 +2,15 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from immunity_fast.runtime import cli, distributed, interrupts
 from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.profiling import profiled
-from immunity_fast.training.adversarial import collapsed
 from immunity_fast.training.checkpoint import save_checkpoint
+from immunity_fast.training.collapse import collapse_line, collapsed
 from immunity_fast.training.display import Display, synchronize
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
@@ -102,7 +102,7 @@ def check(trainer: Trainer, run: Run, display: Display, images: int, seconds: fl
     display.epoch_checked(record, doubts)
     lost = collapsed(run.metrics(), min(trainer.config.check_images, len(trainer.dataset.validation)))
     if lost is not None:
-        display.line(collapse_line(record, lost, run))
+        display.line(collapse_line(record, lost, run.best_checkpoint))
 
 
 def save_best(trainer: Trainer, run: Run) -> None:
@@ -117,22 +117,6 @@ def save_best(trainer: Trainer, run: Run) -> None:
         tensors = trainer.average.tensors() if trainer.average else trainer.model.state_dict()
         info = trainer.info() | {"val_pgd10_accuracy_mean": accuracies[-1]}
         save_checkpoint(run.best_checkpoint, {f"model/{name}": value for name, value in tensors.items()}, info)
-
-
-def collapse_line(record: Mapping[str, float], lost: float, run: Run) -> str:
-    """The line on a training that has collapsed, by catastrophic overfitting: what is lost, and what may help.
-
-    Args:
-        record: the epoch's, as metrics.jsonl has it.
-        lost: validation accuracy under PGD-10 before, a fraction.
-        run: whose best checkpoint is from before.
-    """
-    return (
-        f"epoch {record['epoch']}: training has collapsed (catastrophic overfitting): validation accuracy under PGD-10 "
-        f"fell from {100 * lost:.1f} % to {100 * record['val_pgd10_accuracy_mean']:.1f} % although it is "
-        f"{100 * record['val_fgsm_accuracy_mean']:.1f} % under FGSM. {run.best_checkpoint} is from before. Try a "
-        "smaller --eps or --lr, fewer epochs, or --adversarial pgd"
-    )
 
 
 def save(trainer: Trainer, run: Run) -> None:
@@ -161,7 +145,11 @@ def steps_profiled(trainer: Trainer, run: Run) -> AbstractContextManager[Any]:
 
 
 def check_finite(trainer: Trainer, run: Run) -> None:
-    """Stop a run whose loss or weights are no longer numbers, before its checkpoint is overwritten."""
+    """Stop a run whose loss or weights are no longer numbers, before its checkpoint is overwritten.
+
+    Raises:
+        cli.InputError: they are not; what is left and may help.
+    """
     if is_finite(trainer):
         return
     lr = trainer.config.lr

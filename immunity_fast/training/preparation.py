@@ -18,7 +18,7 @@ from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.memory import check_fits
 from immunity_fast.runtime.precision import set_float32
 from immunity_fast.training.checkpoint import not_finite
-from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.config import TrainConfig, check_data
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
 
@@ -38,7 +38,7 @@ class Start(NamedTuple):
 
 
 def begin(config: TrainConfig, out: Path | None = None) -> Start:
-    """The start of a new run.
+    """Settle with what settings and in which folder a new run starts; nothing is written.
 
     Args:
         config: its settings.
@@ -58,7 +58,7 @@ def begin(config: TrainConfig, out: Path | None = None) -> Start:
 
 
 def go_on(folder: Path, changes: Mapping[str, Any]) -> Start:
-    """The start of a run that was begun before.
+    """Settle with what settings a run that was begun before goes on; nothing is written.
 
     Args:
         folder: the run's.
@@ -93,8 +93,7 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
     """
     keep_caches()  # before anything imports the compiler, as torchvision does
     device = cli.pick_device(config.device)
-    if config.dataset in ("npz", "folder") and config.data is None:
-        raise ValueError(f"--data: missing; --dataset {config.dataset} needs the path of what it reads")
+    check_data(config.dataset, config.data)
     if config.dataset == "folder" and config.image_size is not None:  # before all images are made so large
         check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
     with distributed.first_of_all():  # a data set that is missing is downloaded once
@@ -138,9 +137,11 @@ def save_changed_settings(run: Run, config: TrainConfig) -> None:
 def check_trainable(
     config: TrainConfig, image_size: tuple[int, int], num_classes: int, images: int, device: torch.device
 ) -> None:
-    """ValueError where so many images of (H, W) pixels do not suit the settings; next to nothing is computed.
+    """Check that so many images of (H, W) pixels suit the settings; next to nothing is computed.
 
-    They are too small for the architecture or for its random crops, or a step cannot fit into the device's memory.
+    Raises:
+        ValueError: they are too small for the architecture or for its random crops, or a step cannot fit into the
+            device's memory.
     """
     batch = min(config.batch_size, images)
     height, width = image_size

@@ -23,7 +23,7 @@ from immunity_fast.models.moe import ExactMean, ImmunityMoE
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compile, Compiled, at_size, keep_caches
 from immunity_fast.training.checkpoint import check_classes, load_info, load_model, model_file, not_finite, same_weights
-from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.config import TrainConfig, check_data
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
 
@@ -72,12 +72,14 @@ def evaluate_named(
         ValueError, OSError, ModuleNotFoundError: what was given is wrong; one clear line.
     """
     check_whole("image_size", image_size, 1)
+    settings.check_installed()
     if names_callable(place):
         for name, value in (("dataset", dataset), ("out", out)):
             if value is None:
                 raise ValueError(f"--{name}: missing; {place} is no folder that is here, and a network needs it")
         assert dataset is not None
         assert out is not None
+        check_data(dataset, data)
         images = load(dataset, data, image_size=image_size).to(device)
         evaluate_callable(place, images, settings, device, out, transfer_from=transfer_from, again=again)
         return
@@ -223,7 +225,11 @@ def broken_weights_named(model: ImmunityMoE, file: Path) -> Iterator[None]:
 
 
 def load_trained(run: Run, config: TrainConfig, file: Path, dataset: ImageDataset, device: torch.device) -> ImmunityMoE:
-    """A checkpoint's model; ValueError where it is not the run's, the data are others, or the run has not ended."""
+    """A checkpoint's model.
+
+    Raises:
+        ValueError: it is not the run's, the data are others, or the run has not ended.
+    """
     model, info = load_model(file, device)
     trained = run.epochs_trained()
     if (info["model"]["arch"], info["model"]["num_experts"]) != (config.arch, config.experts):

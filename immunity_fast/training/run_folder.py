@@ -126,7 +126,11 @@ class Run:
             yield
 
     def config(self) -> TrainConfig:
-        """The run's settings; ValueError where config.json does not hold them."""
+        """The run's settings.
+
+        Raises:
+            ValueError: config.json does not hold them.
+        """
         try:
             return TrainConfig.from_json(parse_json(self.config_file.read_bytes()))
         except ValueError as error:
@@ -164,9 +168,12 @@ class Run:
             write_atomically(self.metrics_file, content)
 
     def check_goes_on(self, epoch: int) -> None:
-        """ValueError unless a training can go on here after `epoch`.
+        """Check that a training can go on here after `epoch`.
 
         Without a last checkpoint it would begin anew, and what was trained would be lost.
+
+        Raises:
+            ValueError: it cannot.
         """
         records = len(self.metrics())
         trained = [self.metrics_file] * bool(records)
@@ -184,7 +191,11 @@ class Run:
             )
 
     def check_ended(self, epochs: int, place: object = None) -> None:
-        """ValueError, by the run's folder or `place`, where so many epochs are not all of the run's."""
+        """Check that so many epochs are all of the run's.
+
+        Raises:
+            ValueError: they are not; by the run's folder or `place`.
+        """
         if epochs < self.config().epochs:
             raise ValueError(
                 f"{place or self.folder}: stopped after {epochs} of {self.config().epochs} epochs; "

@@ -254,5 +254,11 @@ def _distributed(objective: _Objective, group: torch.distributed.ProcessGroup) -
 
 
 def cosine_lr(lr: float, step: int, steps: int) -> float:
-    """The learning rate of step 0..steps−1: half a cosine from `lr` to almost 0 (Loshchilov & Hutter, 1608.03983)."""
+    """The learning rate of step 0..steps−1: half a cosine from `lr` to almost 0 (Loshchilov & Hutter, 1608.03983).
+
+    Args:
+        lr: at step 0.
+        step: which.
+        steps: how many there are.
+    """
     return lr * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -210,7 +210,11 @@ class Trainer:
         }
 
     def load(self, path: Path) -> None:
-        """Take up where a checkpoint was written; ValueError where it is not one that this run can have written."""
+        """Take up where a checkpoint was written.
+
+        Raises:
+            ValueError: it is not one that this run can have written.
+        """
         tensors, info = load_checkpoint(path)
         checked_info(path, info, "model", "data", "epoch", "step")
         load_module(path, self.model, under("model", tensors), "model/")
@@ -240,7 +244,11 @@ class Trainer:
         self.epoch = info["epoch"]
 
     def _check(self, path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        """ValueError, by file and entry, unless a checkpoint is as this run would write it at some step."""
+        """Check that a checkpoint is as this run would write it at some step.
+
+        Raises:
+            ValueError: it is not; by file and entry.
+        """
         momenta = {
             f"optimizer/{index}/momentum_buffer": parameter for index, parameter in enumerate(self.model.parameters())
         }
@@ -271,7 +279,11 @@ class Trainer:
 
 
 def check_generator_state(path: Path, name: str, state: Tensor) -> None:
-    """ValueError, by file and entry, unless a CPU generator can have this state (5056,), uint8."""
+    """Check that a CPU generator can have this state (5056,), uint8.
+
+    Raises:
+        ValueError: it cannot; by file and entry.
+    """
     try:
         torch.Generator().set_state(state)
     except RuntimeError as error:

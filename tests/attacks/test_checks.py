@@ -226,7 +226,7 @@ def test_an_output_that_is_no_number_names_its_sample(
 ) -> None:
     """Be it the first step or a later one that meets it."""
     model = Broken(sample, since, value)
-    with pytest.raises(NotFiniteError, match=f"got NaN or infinite ones for sample {sample}$") as caught:
+    with pytest.raises(NotFiniteError, match=f"got NaN or infinite ones for image {sample}$") as caught:
         attacks.Attack(eps=0.01, steps=4, **options)(model, marked_images(), small_labels())
     assert caught.value.sample == sample
     assert isinstance(caught.value, ValueError)
@@ -291,7 +291,7 @@ def test_of_a_compiled_model_errors_are_the_same(called: list[Call]) -> None:
     with pytest.raises(NotFiniteError) as caught:
         bound(marked_images(), small_labels())
     assert caught.value.sample == 4
-    with pytest.raises(ValueError, match="labels: expected 0 to 4, got 7 for sample 0"):
+    with pytest.raises(ValueError, match="labels: expected 0 to 4, got 7 for image 0"):
         bound(marked_images(), torch.full((7,), 7))
     assert len(called) == 2
     assert bound.compiled

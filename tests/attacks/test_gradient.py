@@ -279,9 +279,9 @@ def test_negative_steps_are_named(attack: Attack, name: str) -> None:
 def test_classes_that_the_model_does_not_know_are_named(attack: Attack, wrong: int, loss: Any) -> None:
     bad = small_labels()
     bad[5] = wrong
-    with pytest.raises(ValueError, match=f"labels: expected 0 to 4, got {wrong} for sample 5"):
+    with pytest.raises(ValueError, match=f"labels: expected 0 to 4, got {wrong} for image 5"):
         attack(small_network(), small_images(), bad, loss=loss)
-    with pytest.raises(ValueError, match=f"targets: expected 0 to 4, got {wrong} for sample 5"):
+    with pytest.raises(ValueError, match=f"targets: expected 0 to 4, got {wrong} for image 5"):
         attack(small_network(), small_images(), small_labels(), targets=bad, loss=loss)
 
 

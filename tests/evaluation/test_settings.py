@@ -59,6 +59,10 @@ def test_a_plan_has_the_settings_and_for_the_rest_the_run_s() -> None:
         ({"draws": 10_001}, "--draws: expected at most 10000, got 10001"),
         ({"seed": 2**63}, "--seed: expected at most 2⁶³ − 1, got a number of 19 digits"),
         ({"eps": 8.0}, "--eps: expected at most 1, .* got 8"),
+        ({"limit": 2.5}, "--limit: expected a whole number, got 2.5"),
+        ({"seed": True}, "--seed: expected a whole number, got True"),
+        ({"norm": "L3"}, "--norm: expected one of Linf, L2, got 'L3'"),
+        ({"eps": "x"}, "--eps: expected a finite number of at least 0, got x"),
         ({"eps": float("nan")}, "--eps: expected a finite number of at least 0, got nan"),
     ],
 )

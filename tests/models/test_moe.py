@@ -554,8 +554,8 @@ def test_wrong_options_are_named(options: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize(
     ("experts", "options", "text"),
     [
-        ([_small_chain()], {}, "at least 2, got 1"),
-        ([], {}, "at least 2, got 0"),
+        ([_small_chain()], {}, "experts: expected at least 2 modules, got 1"),
+        ([], {}, "experts: expected at least 2 modules, got 0"),
         ([_small_chain(), _small_chain().float()], {}, "number 1 to be like number 0"),
         ([_small_chain(), create("resnet8", 4)], {}, "number 1 to be like number 0"),
         ([_small_chain()] * 2, {"stage": "conv2"}, "stage: .*'conv2'"),
@@ -568,3 +568,26 @@ def test_wrong_options_are_named(options: dict[str, Any], text: str) -> None:
 def test_wrong_experts_are_named(experts: list[nn.Module], options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         ImmunityMoE.from_experts(experts, **{"image_size": 12} | options)
+
+
+@pytest.mark.parametrize(
+    ("experts", "got"),
+    [
+        (["a", "b"], "expected modules, got str as number 0"),
+        ([nn.Linear(2, 2), None], "expected modules, got NoneType as number 1"),
+        (nn.Linear(2, 2), "expected a list of at least 2 modules, got Linear"),
+        ("ab", "expected a list of at least 2 modules, got str"),
+        (2, "expected a list of at least 2 modules, got int"),
+    ],
+)
+def test_experts_of_a_wrong_type_are_named(experts: Any, got: str) -> None:
+    with pytest.raises(TypeError, match=f"^experts: {got}$"):
+        ImmunityMoE.from_experts(experts)
+
+
+@pytest.mark.parametrize("number", [2.0, "2", None])
+def test_a_number_of_experts_is_whole(number: Any) -> None:
+    with pytest.raises(TypeError, match=r"^num_experts: expected a whole number, got "):
+        ImmunityMoE("resnet8", number)
+    with pytest.raises(TypeError, match=r"^num_experts: expected a whole number, got "):
+        RandomSwitchGate(number)

@@ -9,7 +9,7 @@ import pytest
 
 from immunity_fast.evaluation.metrics import wilson_interval
 from immunity_fast.reporting.html import Table
-from immunity_fast.reproduction import tables as paper
+from immunity_fast.reproduction import tables
 from immunity_fast.reproduction.experiments import IMMUNITY, INDEPENDENT, Entry
 from immunity_fast.reproduction.jobs import Done, Job
 from immunity_fast.training.config import TrainConfig
@@ -46,31 +46,31 @@ HEATMAPS = {"mutual_information": 0.256, "iscore": 12.34, "cscore": 4567.8, "dea
 
 
 def test_one_seed_has_the_wilson_interval_and_more_have_a_range() -> None:
-    clean = paper.accuracy("clean", None, "mean")
+    clean = tables.accuracy("clean", None, "mean")
     jobs = [_job(seed=seed) for seed in range(3)]
     counts = (100, 110, 90)
     found = {job: _done({("clean", None, "mean"): count}) for job, count in zip(jobs, counts, strict=True)}
     low, high = wilson_interval(100, 200)
-    assert paper.cell(Entry(("a",), (jobs[0],)), found, clean) == f"50.0 ± {50 * (high - low):.1f}"
-    assert paper.cell(Entry(("a",), tuple(jobs)), found, clean) == "50.0 ± 5.0"
-    assert paper.number(Entry(("a",), tuple(jobs)), found, clean) == pytest.approx((50, 5))
+    assert tables.cell(Entry(("a",), (jobs[0],)), found, clean) == f"50.0 ± {50 * (high - low):.1f}"
+    assert tables.cell(Entry(("a",), tuple(jobs)), found, clean) == "50.0 ± 5.0"
+    assert tables.number(Entry(("a",), tuple(jobs)), found, clean) == pytest.approx((50, 5))
     same = dict.fromkeys(jobs, found[jobs[0]])
-    assert paper.cell(Entry(("a",), tuple(jobs)), same, clean) == "50.0 ± 0.0"
+    assert tables.cell(Entry(("a",), tuple(jobs)), same, clean) == "50.0 ± 0.0"
     # A seed that failed is left out of the mean.
     del found[jobs[1]]
-    assert paper.cell(Entry(("a",), tuple(jobs)), found, clean) == "47.5 ± 2.5"
-    assert paper.cell(Entry(("a",), (jobs[1],)), found, clean) == "not done"
-    assert paper.cell(Entry(("a",), tuple(jobs)), found, paper.accuracy("fgsm", "mean", "mean")) == "—"
+    assert tables.cell(Entry(("a",), tuple(jobs)), found, clean) == "47.5 ± 2.5"
+    assert tables.cell(Entry(("a",), (jobs[1],)), found, clean) == "not done"
+    assert tables.cell(Entry(("a",), tuple(jobs)), found, tables.accuracy("fgsm", "mean", "mean")) == "—"
 
 
 def test_a_measure_of_one_seed_has_no_spread() -> None:
     job = _job()
     found = {job: _done({("clean", None, "mean"): 100}, HEATMAPS)}
     entry = Entry(("a",), (job,))
-    cells = [paper.cell(entry, found, value, digits) for value, digits in paper.HEATMAPS.values()]
+    cells = [tables.cell(entry, found, value, digits) for value, digits in tables.HEATMAPS.values()]
     assert cells == ["0.26", "12.3", "4,568"]
     found = {job: _done({("clean", None, "mean"): 100})}
-    assert [paper.cell(entry, found, value) for value, _ in paper.HEATMAPS.values()] == ["—"] * 3
+    assert [tables.cell(entry, found, value) for value, _ in tables.HEATMAPS.values()] == ["—"] * 3
 
 
 def test_table_1() -> None:
@@ -85,14 +85,14 @@ def test_table_1() -> None:
                 ("pgd", "mean", "mean"): 9,
             }
             found[job] = _done(accuracies, HEATMAPS)
-    table = paper.table1(entries, found)
+    table = tables.table1(entries, found)
     assert [list(row[:2]) for row in table.rows] == [list(entry.labels) for entry in entries]
     assert _column(table, "the paper's clean accuracy, %") == ["", "", "95.01", "93.46"]
     assert [cell.split()[0] for cell in _column(table, "clean, gate mean, %")] == ["75.0", "75.5"] * 2
     assert "Seeds: 0" in table.note
     # Other data than the paper's: its numbers are not beside ours.
     moved = [Entry(e.labels, tuple(_job(dataset="digits", beta=j.config.beta) for j in e.jobs)) for e in entries]
-    table = paper.table1(moved, dict.fromkeys((job for e in moved for job in e.jobs), next(iter(found.values()))))
+    table = tables.table1(moved, dict.fromkeys((job for e in moved for job in e.jobs), next(iter(found.values()))))
     assert "the paper's clean accuracy, %" not in table.columns
 
 
@@ -110,7 +110,7 @@ def test_table_2_shows_immunity_by_gate_sample_and_by_gate_mean() -> None:
         Entry(("cifar10", "standard", "P-DARTS, 8 cells"), (single,)),
         Entry(("cifar10", "standard", IMMUNITY), (mixture,)),
     ]
-    table = paper.table2(entries, {single: _done(alone), mixture: _done(both)})
+    table = tables.table2(entries, {single: _done(alone), mixture: _done(both)})
     assert _column(table, "network") == ["P-DARTS, 8 cells", "Immunity, gate sample", "Immunity, gate mean"]
 
     def shares(name: str) -> list[float]:
@@ -134,16 +134,16 @@ def test_table_3_and_switch_modes() -> None:
     accuracies["clean", None, "sample"] = 111
     entry = Entry(("full",), (job,))
     found = {job: _done(accuracies, HEATMAPS)}
-    table = paper.table3([entry, Entry(("MoE",), (_job(beta=0.0),))], found)
+    table = tables.table3([entry, Entry(("MoE",), (_job(beta=0.0),))], found)
     assert _column(table, "clean, gate sample")[0].startswith("55.5")
     assert set(table.rows[1][1:-1]) == {"not done"}
     assert _column(table, "the paper's clean accuracy, %") == ["93.46", "94.74"]
-    modes = paper.switch_modes(entry, found)
+    modes = tables.switch_modes(entry, found)
     cells = [[2 * float(cell.split()[0]) for cell in row[1:]] for row in modes.rows]
     assert cells == [[100 - 10 * i - 2 * j for i in range(6)] for j in range(4)]
 
 
 def test_columns_that_nobody_has_an_entry_in_are_left_out() -> None:
     job = _job(dataset="digits")
-    table = paper.table3([Entry(("full",), (job,))], {job: _done({("clean", None, "mean"): 3})})
+    table = tables.table3([Entry(("full",), (job,))], {job: _done({("clean", None, "mean"): 3})})
     assert list(table.columns) == ["trained with", "clean, gate mean"]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from immunity_fast import ImmunityMoE
 from immunity_fast.attacks import pgd
 from immunity_fast.models.gate import Switch
-from immunity_fast.training.adversarial import BatchNormMode, InnerAttack, collapsed
+from immunity_fast.training.adversarial import BatchNormMode, InnerAttack
+from immunity_fast.training.collapse import collapsed
 from tests.adversarial_cases import (
     ALPHA,
     EPS,

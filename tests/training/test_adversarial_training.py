@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast import train
+from immunity_fast.runtime import cli
 from immunity_fast.training import loop, run_evaluation
-from immunity_fast.training.adversarial import InnerAttackSettings, collapsed
+from immunity_fast.training.adversarial import InnerAttackSettings
 from immunity_fast.training.checkpoint import load_checkpoint, load_model
-from immunity_fast.training.config import PRESETS, TrainConfig, add_options, number
+from immunity_fast.training.collapse import collapsed
+from immunity_fast.training.config import PRESETS, TrainConfig, add_options
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
 from immunity_fast.training.validation import validate
@@ -246,13 +248,13 @@ def test_healthy_training_says_nothing_of_it(
     [("8/255", 8 / 255), ("0.03", 0.03), ("1e-3", 1e-3), ("-1/4", -0.25), ("2.5/5", 0.5), ("0/7", 0.0), ("3", 3.0)],
 )
 def test_a_number_may_be_a_fraction(text: str, expected: float) -> None:
-    assert number(text) == expected
+    assert cli.number(text) == expected
 
 
 @pytest.mark.parametrize("text", ["8/0", "1/2/3", "/", "", "a/2", "8/b", "8 of 255"])
 def test_what_is_no_number_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"could not convert|fraction of zero"):
-        number(text)
+        cli.number(text)
 
 
 def test_options_of_the_attack_take_fractions() -> None:
