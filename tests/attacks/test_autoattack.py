@@ -542,7 +542,7 @@ def test_outputs_that_are_no_numbers(attack: Callable[..., Tensor]) -> None:
         known = (x.detach()[:, None] == images).flatten(2).all(2).any(1)
         return torch.where(known[:, None], model(x), torch.nan)
 
-    with pytest.raises(NotFiniteError, match="sample 3"):
+    with pytest.raises(NotFiniteError, match="image 3"):
         attack(from_the_start, images, labels)
     with pytest.raises(ValueError, match="NaN or infinite"):
         attack(on_the_way, images[labels == 0], labels[labels == 0])
