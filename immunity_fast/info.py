@@ -41,7 +41,7 @@ PACKAGES = {
 
 def collect() -> dict[str, Any]:
     """A JSON object of what is here, by section; what could not be found out says why."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if _attempt(torch.cuda.is_available) is True else "cpu")
     versions = {"immunity_fast": immunity_fast.__version__, "python": platform.python_version()}
     return {
         "versions": versions | {name: _version(name) for name in PACKAGES},

@@ -73,6 +73,7 @@ def test_what_is_broken_is_said_and_the_rest_as_well(home: Path, monkeypatch: py
         raise RuntimeError("driver:\n  no such device")
 
     monkeypatch.setattr(torch.cuda, "device_count", broken)
+    monkeypatch.setattr(torch.cuda, "is_available", broken)  # which counts devices, or asks the driver, by a variable
     found = info.collect()
     assert found["devices"] == "not known: RuntimeError: driver: no such device"
     assert list(found) == SECTIONS

@@ -159,7 +159,7 @@ def test_the_paper_scale_is_the_papers_recipe() -> None:
     assert {labels[0] for labels in table2} == {"cifar10", "cifar100"}
     assert table2["cifar100", "PGD", "AdvRush"].arch == "advrush"
     assert table2["cifar100", "PGD", "AdvRush"].adversarial == "pgd"
-    assert all("autoattack" in ",".join(job.evaluation) for entry in experiments.table2() for job in entry.jobs)
+    assert all("autoattack" in job.evaluation.attacks for entry in experiments.table2() for job in entry.jobs)
 
 
 def test_tables_share_their_runs() -> None:

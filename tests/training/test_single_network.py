@@ -53,7 +53,7 @@ def test_one_network_alone_is_that_network(batching: str) -> None:
 def test_a_mixture_still_needs_two_experts() -> None:
     with pytest.raises(ValueError, match="num_experts: expected at least 2, got 1"):
         ImmunityMoE("resnet8", num_experts=1)
-    with pytest.raises(ValueError, match="num_experts: expected at least 2, got 1"):
+    with pytest.raises(ValueError, match="experts: expected at least 2 modules, got 1"):
         ImmunityMoE.from_experts([chain()], stage="2")
 
 
