@@ -119,7 +119,7 @@ def input_errors() -> Iterator[None]:
 
 
 def path(text: str) -> Path:
-    """A path of a command line, for argparse: ~ is the home, which shells leave in --out=~/runs.
+    """A path of a command line, for argparse: ~ is the home, which shells leave in ``--out=~/runs``.
 
     It has to be UTF-8: checkpoints cannot be read from any other.
 
