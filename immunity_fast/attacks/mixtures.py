@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import get_ident
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ LabelledModel = Callable[[Tensor, Tensor], Tensor]
 Judge = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
 
 
-@runtime_checkable
 class RandomGate(Protocol):
     """A module that weighs experts; in evaluation mode it draws a permutation while `switch` is "call" or "sample"."""
 
@@ -39,7 +38,6 @@ class RandomGate(Protocol):
         """Another `switch` for the length of a `with` block: "off" for the trained weights, "mean" for 1/N each."""
 
 
-@runtime_checkable
 class Mixture(Protocol):
     """A module from images (B, C, H, W) to log-probabilities (B, K), of N experts that a gate weighs."""
 
@@ -50,6 +48,19 @@ class Mixture(Protocol):
 
     def gate_weights(self, images: Tensor) -> Tensor:
         """The gate's weights (B, N)."""
+
+
+# By their classes: from Python 3.12 on `isinstance` of a protocol finds no submodule, which `gate` is; and what wraps a
+# module for a compiler has all of its attributes.
+def is_gate(module: nn.Module) -> TypeGuard[RandomGate]:
+    """Whether a module is a `RandomGate`: its class has `switched`, and it a `switch`."""
+    return callable(getattr(type(module), "switched", None)) and hasattr(module, "switch")
+
+
+def is_mixture(module: nn.Module) -> TypeGuard[Mixture]:
+    """Whether a module is a `Mixture`: its class has `expert_logits` and `gate_weights`, and it a `gate`."""
+    methods = ("expert_logits", "gate_weights")
+    return all(callable(getattr(type(module), name, None)) for name in methods) and hasattr(module, "gate")
 
 
 def drawn(model: Mixture, draws: int) -> Model:
@@ -143,14 +154,14 @@ def asked_modules(gate: Callable[[RandomGate], Any] | None = None) -> Iterator[A
             return
         # Inside compiled code nobody is heard: a compiled module's gates may all be asked.
         for asking in module.modules() if hasattr(module, "_orig_mod") else (module,):
-            if isinstance(asking, RandomGate) and not asking.training and asking.switch in ("call", "sample"):
+            if is_gate(asking) and not asking.training and asking.switch in ("call", "sample"):
                 asked.random_gates.append(asking)
                 if gate is not None:
                     gate(asking)
 
     def after(module: nn.Module, inputs: Any, outputs: Any) -> None:
         module = getattr(module, "_orig_mod", module)
-        if heard() and isinstance(module, Mixture):
+        if heard() and is_mixture(module):
             asked.mixtures.append((module, inputs[0] if inputs else None, outputs))
 
     hooks = register_module_forward_pre_hook(before), register_module_forward_hook(after)
