@@ -59,6 +59,9 @@ class EvaluationSettings:
         for name in self.attacks:
             if name not in (*ATTACKS, *SETS):
                 raise ValueError(f"--attacks: expected some of {', '.join((*ATTACKS, *SETS))}, got {name}")
+        for name in self.attackers or ():
+            if name in FORMER_ATTACKERS:
+                raise ValueError(f"--attackers: expected {FORMER_ATTACKERS[name]}, as it is called now, got {name}")
         for name, least in (
             ("limit", 1),
             ("draws", 1),
@@ -128,8 +131,6 @@ class EvaluationSettings:
         """Of the attackers that there are those that are asked for."""
         chosen: list[str] = []
         for name in names:
-            if name in FORMER_ATTACKERS:
-                raise ValueError(f"--attackers: expected {FORMER_ATTACKERS[name]}, as it is called now, got {name}")
             found = [a for a in attackers if a == name or (name == "experts" and a.startswith("expert "))]
             if not found:
                 raise ValueError(f"--attackers: expected some of {', '.join(attackers)}, got {name}")
