@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -66,8 +66,10 @@ def default_stage(
 ) -> str:
     """The last stage whose map exceeds 8×8 on both sides: the Grad-CAM layer of arXiv 2402.18787.
 
-    Any module on images (B, C, H, W) will do: its stages are the direct children that run once in a forward pass and
-    return a map, in the order in which they run.
+    Any module on images (B, C, H, W) will do: its stages are the children that run once in a forward pass and return a
+    map, in the order in which they run. Of a list of modules these are its members; and, unless the network itself is
+    an `nn.Sequential`, of a plain `nn.Sequential` that most of its modules are in, such as torchvision's `features` and
+    timm's `blocks`, likewise its own.
 
     Args:
         network: is left as it is: a copy is run, in eval mode.
@@ -83,11 +85,12 @@ def default_stage(
     if like is None:
         like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0)).new_empty(1, 3)
     probe = copied(network).eval()
-    ran = _shapes_of_children(probe, like.new_zeros(1, like.shape[1], height, width), whole=True)
+    stages = _stages(probe)
+    ran = _shapes_of(probe, stages, like.new_zeros(1, like.shape[1], height, width), whole=True)
     wider, taller = {}, {}
     if layout is None:
-        wider = _shapes_of_children(probe, like.new_zeros(1, like.shape[1], height, 2 * width))
-        taller = _shapes_of_children(probe, like.new_zeros(1, like.shape[1], 2 * height, width))
+        wider = _shapes_of(probe, stages, like.new_zeros(1, like.shape[1], height, 2 * width))
+        taller = _shapes_of(probe, stages, like.new_zeros(1, like.shape[1], 2 * height, width))
     sizes = {}
     for name, shape in ran.items():
         found = layout or map_layout(shape, wider.get(name), taller.get(name), square=height == width)
@@ -172,10 +175,26 @@ def map_layout(
     return None
 
 
-def _shapes_of_children(
-    network: nn.Module, images: Tensor, *, whole: bool = False
+def _stages(network: nn.Module) -> dict[str, nn.Module]:
+    """What may be a network's stages, by dotted names."""
+    half = len(list(network.modules())) / 2
+
+    def parts(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for key, child in module.named_children():
+            name, is_list = f"{prefix}{key}", type(child) in (nn.ModuleList, nn.ModuleDict)
+            is_chain = type(child) is nn.Sequential and not isinstance(network, nn.Sequential)
+            if is_list or (is_chain and len(list(child.modules())) > half):
+                yield from parts(f"{name}.", child)
+            if not is_list:
+                yield name, child
+
+    return dict(parts("", network))
+
+
+def _shapes_of(
+    network: nn.Module, stages: dict[str, nn.Module], images: Tensor, *, whole: bool = False
 ) -> dict[str, tuple[int, ...] | None]:
-    """Of the direct children that run once in a forward pass, in that order; None for what is no tensor.
+    """Of the stages that run once in a forward pass, in the order of their ends; None for what is no tensor.
 
     A child that runs twice, such as a shared ReLU, has no one map to take. Unless it is to run as a `whole`, the
     network may fail of the images on the way.
@@ -185,7 +204,7 @@ def _shapes_of_children(
     def note(name: str) -> Callable[[nn.Module, object, object], None]:
         return lambda _module, _inputs, output: outputs.append((name, output))
 
-    hooks = [child.register_forward_hook(note(name)) for name, child in network.named_children()]
+    hooks = [stage.register_forward_hook(note(name)) for name, stage in stages.items()]
     try:
         with torch.no_grad():
             network(images)
