@@ -44,6 +44,11 @@ def create(name: str, num_classes: int = 10) -> StagedNetwork:
     return builder(num_classes)
 
 
+def split_names(arch: str) -> tuple[str, ...]:
+    """The names that a list of architectures holds, "resnet8,resnet18"; the text of a genotype is one."""
+    return (arch,) if arch.startswith("{") else tuple(name.strip() for name in arch.split(","))
+
+
 def resolve(name: str) -> str:
     """What a run keeps of an architecture's name: of a genotype file its text, so that the run does without the file.
 
