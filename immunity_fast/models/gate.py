@@ -17,7 +17,7 @@ Switch = Literal["call", "sample", "off", "mean"]
 
 
 class RandomSwitchGate(nn.Module):
-    """Images (B, 3, H, W) to the experts' weights (B, N), at least float32, ≥ 0, each row summing to 1.
+    """Images (B, channels, H, W) to the experts' weights (B, N), at least float32, ≥ 0, each row summing to 1.
 
     In training mode these are the trained weights. In evaluation mode `switch` decides:
 
@@ -31,9 +31,11 @@ class RandomSwitchGate(nn.Module):
         network: from images to (B, N) logits of the weights; None is two strided convolutions and a linear layer.
         switch: see above; may be set at any time.
         generator: where the permutations come from, on any device; None is PyTorch's default generator.
+        channels: of the images that the network which is made here takes.
 
     Raises:
-        ValueError: an unknown switch, fewer than one expert; when it runs, a network with another number of outputs.
+        ValueError: an unknown switch, fewer than one expert or channel; when it runs, a network with another number of
+            outputs.
     """
 
     def __init__(
@@ -42,16 +44,18 @@ class RandomSwitchGate(nn.Module):
         network: nn.Module | None = None,
         switch: Switch = "call",
         generator: torch.Generator | None = None,
+        channels: int = 3,
     ) -> None:
         super().__init__()
         check_whole("num_experts", num_experts, 1)
+        check_whole("channels", channels, 1)
         self.num_experts = num_experts
         self._here = threading.local()  # `switch`, where a `switched` block of this thread has another
         self.switch = switch
         self.generator = generator
         if network is None:
             network = nn.Sequential(
-                nn.Conv2d(3, 16, 3, stride=2, padding=1),
+                nn.Conv2d(channels, 16, 3, stride=2, padding=1),
                 nn.ReLU(),
                 nn.Conv2d(16, 32, 3, stride=2, padding=1),
                 nn.ReLU(),
@@ -94,7 +98,7 @@ class RandomSwitchGate(nn.Module):
         self._here = threading.local()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Weights (B, N) for `images` (B, 3, H, W).
+        """Weights (B, N) for `images` (B, channels, H, W).
 
         Raises:
             ValueError: the gate's network gives no (B, N).

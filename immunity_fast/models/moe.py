@@ -1,21 +1,22 @@
 """`ImmunityMoE`: N experts and a Random Switch Gate as one `nn.Module` from images to log-probabilities."""
 
 import copy
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeGuard
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from immunity_fast.arguments import Experts, Layout, channels_back, channels_first
-from immunity_fast.experts import create
-from immunity_fast.experts.staged import StagedNetwork, default_stage, split
+from immunity_fast.arguments import Experts, Layout
 from immunity_fast.functional import log_mixture
-from immunity_fast.models import probe
+from immunity_fast.models.assembly import Assembly, Layouts, Stages, assembled, check_classes, check_experts, from_names
+from immunity_fast.models.chains import halves, is_chain, prepended
+from immunity_fast.models.expert_list import ExpertList
 from immunity_fast.models.gate import RandomSwitchGate, Switch
+from immunity_fast.models.layers import FromRead, NoChoice, Normalize, ToRead
 from immunity_fast.models.stacking import (
     call,
     call_stacked,
@@ -23,10 +24,9 @@ from immunity_fast.models.stacking import (
     in_use,
     run_stacked,
     slices,
-    stack_modules,
     unstack_modules,
 )
-from immunity_fast.runtime.checks import check_choice, check_whole
+from immunity_fast.runtime.checks import check_whole
 from immunity_fast.runtime.strategies import Batching, choose
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -34,51 +34,69 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 class ImmunityMoE(nn.Module):
-    """A mixture of N experts, arXiv 2402.18787 eq. (1): images in [0, 1], (B, 3, H, W), to log ŷ, (B, num_classes).
+    """A mixture of N experts, arXiv 2402.18787 eq. (1): images in [0, 1], (B, C, H, W), to log ŷ, (B, num_classes).
 
     In evaluation mode the gate's weights are permuted at random, as `model.gate.switch` says; see `RandomSwitchGate`.
 
     Args:
-        arch: a name of `immunity_fast.experts.NAMES`, or a genotype file, `….json`.
+        arch: a name that `immunity_fast.experts.create` takes: of `immunity_fast.experts.NAMES`, a genotype file,
+            `….json`, or a network of another library. Several, with commas or in a list, take turns. Experts of one
+            structure are one stack, of different ones a list, which runs in a loop.
         num_experts: N ≥ 2. Each expert is initialised on its own.
         num_classes: K ≥ 2.
-        stage: where Grad-CAM looks, a name of the architecture's stages; None is the last stage whose map exceeds 8×8.
-        image_size: the images' side or (H, W); only the default of `stage` depends on it.
+        stage: where Grad-CAM looks, a name of the architecture's stages, or one an expert; None is the last stage whose
+            map exceeds 8×8.
+        image_size: the images' side or (H, W); the default of `stage` depends on it.
+        channels: of the images.
         switch: what the gate does in evaluation mode.
         generator: where the gate's permutations come from; None is PyTorch's default generator.
         batching: "loop" or "vmap" over the experts; "auto" is what was measured to be faster, see `strategies`.
         mean, std: per channel, of images in [0, 1]; the model normalises with them itself. Default: CIFAR-10's.
+        classes: the classes' names, as many as there are; None where nobody has named them.
+
+    Attributes:
+        image_size: (H, W) of the images that it was made for.
+        num_classes: K.
+        classes: their names, or None.
+        stage, layout: where Grad-CAM looks, and the axes of what it sees there; of experts that differ in it a tuple.
 
     Raises:
         ValueError: an unknown name, or a number out of its range.
-        TypeError: a number of experts that is no whole number.
+        TypeError: a number of experts that is no whole number, or classes that are no names.
     """
+
+    _fewest: ClassVar[int] = 2  # experts
 
     def __init__(
         self,
-        arch: str = "resnet18",
+        arch: str | Sequence[str] = "resnet18",
         num_experts: int = 5,
         num_classes: int = 10,
         *,
-        stage: str | None = None,
+        stage: Stages = None,
         image_size: int | tuple[int, int] = 32,
+        channels: int = 3,
         switch: Switch = "call",
         generator: torch.Generator | None = None,
         batching: Batching = "auto",
         mean: Sequence[float] = CIFAR10_MEAN,
         std: Sequence[float] = CIFAR10_STD,
+        classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        self.arch = arch
+        self.arch = arch if isinstance(arch, str) else ",".join(arch)
         check_whole("num_experts", num_experts, 2)
-        experts = [create(arch, num_classes) for _ in range(num_experts)]
-        self._assemble(
-            experts,
-            RandomSwitchGate(num_experts, switch=switch, generator=generator),
-            default_stage(experts[0], image_size) if stage is None else stage,
-            batching,
-            Normalize(mean, std),
+        parts = from_names(
+            arch,
+            num_experts,
+            num_classes,
+            stage=stage,
+            image_size=image_size,
+            channels=channels,
+            batching=batching,
         )
+        gate = RandomSwitchGate(num_experts, switch=switch, generator=generator, channels=channels)
+        self._hold(parts, gate, batching, Normalize(mean, std), classes)
 
     @classmethod
     def from_experts(
@@ -86,96 +104,105 @@ class ImmunityMoE(nn.Module):
         experts: Sequence[nn.Module],
         *,
         gate: RandomSwitchGate | None = None,
-        stage: str | None = None,
+        stage: Stages = None,
         image_size: int | tuple[int, int] = 32,
         switch: Switch = "call",
         generator: torch.Generator | None = None,
         batching: Batching = "auto",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        layout: Layout | None = None,
+        layout: Layouts = None,
+        classes: Sequence[str] | None = None,
     ) -> "ImmunityMoE":
         """A mixture of the user's own networks, which are copied.
 
         They run on two images, some 8·N passes and 2·N backward, and are refused unless each computes in the mixture
-        what it computes alone, gradients included: of what is no parameter and no buffer (plain attributes, functions,
-        hooks) the mixture has number 0's. Weights, statistics, modes and PyTorch's random state stay as they are; hooks
-        are called.
+        what it computes alone, gradients included. Networks of one structure become one stack: of what is no parameter
+        and no buffer (plain attributes, functions, hooks) the mixture has number 0's. Networks of different structures
+        stay modules of their own, which run one after another. Weights, statistics, modes and PyTorch's random state
+        stay as they are; hooks are called.
         Where an in-place operation follows on `stage`, it gets a copy of the activations.
 
         Args:
-            experts: at least 2 modules from images (B, 3, H, W) to logits (B, K), of the same structure. An
-                `nn.Sequential` is split at a child; any other module, or one with a `forward` or hooks of its own, runs
-                whole, and its activations are caught on the way, so that `expert_outputs` gives them as a list.
+            experts: at least 2 modules from images (B, C, H, W) to logits (B, K). Where all are an `nn.Sequential` of
+                one structure they are split at a child; any other module, or one with a `forward` or hooks of its own,
+                runs whole, and its activations are caught on the way, so that `expert_outputs` gives them as a list.
             gate: None is a new `RandomSwitchGate` with `switch` and `generator`, which a given gate has of its own.
             stage: the child, or (not for `nn.Sequential`) the dotted name of any submodule, whose output Grad-CAM
-                looks at; None is the last direct child whose map exceeds 8×8.
+                looks at, or one an expert; None is the last direct child whose map exceeds 8×8.
             image_size: the images' side or (H, W), which the experts have to accept.
-            batching: see the class.
+            batching: see the class; "vmap" is for experts of one structure.
             mean, std: normalisation before the experts and the gate; None is none: the experts do their own.
             layout: the order of the axes of what `stage` returns, "NCHW" for (B, C, h, w), or "NHWC" for (B, h, w, C),
-                as in a Swin Transformer; None finds out. The model's activations are (B, C, h, w) either way.
+                as in a Swin Transformer, or one an expert; None finds out. The model's activations are (B, C, h, w)
+                either way.
+            classes: see the class.
 
         Raises:
-            ValueError: fewer than 2 experts, experts that differ in more than tensors, or do not run, an unknown stage,
-                one that returns no map or whose layout cannot be told, a mean without a std.
+            ValueError: fewer than 2 experts, experts that do not run, or in the mixture otherwise than alone, or have
+                other classes, an unknown stage, one that returns no map or whose layout cannot be told, a mean without
+                a std.
             TypeError: no list of modules.
         """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
         model.arch = ""
-        experts = _check_experts(experts)
-        if gate is None:
-            gate = RandomSwitchGate(len(experts), switch=switch, generator=generator)
+        modules = check_experts(experts, cls._fewest)
         if (mean is None) != (std is None):
             raise ValueError(f"mean, std: expected both or neither, got {mean} and {std}")
-        if layout is not None:
-            check_choice("layout", layout, Layout)
         normalize = nn.Identity() if mean is None or std is None else Normalize(mean, std)
-        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-        images = probe.find_images(experts[0], sides, None if mean is None else len(mean))
-        if stage is None:
-            stage = default_stage(experts[0], tuple(images.shape[2:]), layout=layout, like=images)  # type: ignore[arg-type]
-        _check_stage(experts[0], stage)
-        probe.check_stage(experts[0], stage, images, several=_is_chain(experts[0]))
-        layout = layout or probe.find_layout(experts[0], stage, images)
-        model._assemble(experts, gate, stage, batching, normalize)
-        overwritten = probe.check_alike(experts, model.experts, stage, images)
-        model._read(layout, overwritten)
+        parts = assembled(
+            modules,
+            stage=stage,
+            image_size=image_size,
+            channels=None if mean is None else len(mean),
+            batching=batching,
+            layout=layout,
+        )
+        if gate is None:
+            gate = cls._gate(len(modules), switch, generator, parts.channels)
+        model._hold(parts, gate, batching, normalize, classes)
         return model
 
-    def _assemble(
+    @classmethod
+    def _gate(
+        cls, num_experts: int, switch: Switch, generator: torch.Generator | None, channels: int
+    ) -> RandomSwitchGate:
+        return RandomSwitchGate(num_experts, switch=switch, generator=generator, channels=channels)
+
+    def _hold(
         self,
-        experts: Sequence[nn.Module],
+        parts: Assembly,
         gate: RandomSwitchGate,
-        stage: str,
         batching: Batching,
         normalize: nn.Module,
+        classes: Sequence[str] | None,
     ) -> None:
-        check_choice("batching", batching, Batching)
-        _check_stage(experts[0], stage)
-        self.num_experts = len(experts)
+        self.num_experts = len(parts.stages)
+        self.num_classes, self.image_size = parts.num_classes, parts.image_size
+        self.classes = check_classes(classes, parts.num_classes)
         self.batching: Batching = batching
-        self.stage = stage
         self.normalize = normalize
         self.gate = gate
-        self.experts = stack_modules(experts)
-        self._read("NCHW", False)
-
-    def _read(self, layout: Layout, overwritten: bool) -> None:
-        """Take the stage's maps, of such a layout, as (B, C, h, w); what follows gets a copy if it changes them."""
-        self.layout, self._overwritten = layout, overwritten
+        self.experts = parts.experts
+        self._stages, self._layouts, self._overwritten = parts.stages, parts.layouts, parts.overwritten
         # A tuple, so that the two halves, which share the experts' modules, are not registered a second time.
         self._halves: tuple[nn.Sequential, nn.Sequential] | None = None
-        if _is_chain(self.experts):
-            trunk, head = split(self.experts, self.stage)
-            if layout == "NHWC" or overwritten:
-                trunk = _chain([*trunk._modules.items(), ("channels first", _ToRead(layout))])
-                head = _chain([("channels back", _FromRead(layout, overwritten)), *head._modules.items()])
-            self._halves = trunk, head
+        if is_chain(self.experts):
+            self._halves = halves(self.experts, parts.stages[0], parts.layouts[0], parts.overwritten[0])
+
+    @property
+    def stage(self) -> str | tuple[str, ...]:
+        """Where Grad-CAM looks; of experts that differ in it one each."""
+        return self._stages[0] if len(set(self._stages)) == 1 else self._stages
+
+    @property
+    def layout(self) -> Layout | tuple[Layout, ...]:
+        """The order of the axes of what the stage returns; of experts that differ in it one each."""
+        return self._layouts[0] if len(set(self._layouts)) == 1 else self._layouts
 
     def forward(self, images: Tensor) -> Tensor:
-        """Log-probabilities (B, num_classes) of `images` (B, 3, H, W) in [0, 1].
+        """Log-probabilities (B, num_classes) of `images` (B, C, H, W) in [0, 1].
 
         Raises:
             ValueError: images of another shape.
@@ -185,7 +212,7 @@ class ImmunityMoE(nn.Module):
         return log_mixture(self._logits(x), self.gate(x))
 
     def expert_logits(self, images: Tensor) -> Tensor:
-        """Logits (N, B, K) of `images` (B, 3, H, W) in [0, 1]: all of the model that is not the gate.
+        """Logits (N, B, K) of `images` (B, C, H, W) in [0, 1]: all of the model that is not the gate.
 
         Raises:
             ValueError, TypeError: as for `forward`.
@@ -199,6 +226,8 @@ class ImmunityMoE(nn.Module):
         change them: here they are copies, written back.
         """
         x = self._normalized(images)
+        if isinstance(self.experts, ExpertList):
+            return self.experts.logits_with_copied_buffers(x)
         inputs = x.expand(self.num_experts, *x.shape)
         with in_use():
             logits, buffers = call_stacked(self.experts, inputs, self.num_experts, batching=self._batching(x))
@@ -207,14 +236,15 @@ class ImmunityMoE(nn.Module):
         return logits
 
     def gate_weights(self, images: Tensor) -> Tensor:
-        """The gate's weights (B, N) for `images` (B, 3, H, W) in [0, 1], in the mode the model is in."""
+        """The gate's weights (B, N) for `images` (B, C, H, W) in [0, 1], in the mode the model is in."""
         weights: Tensor = self.gate(self._normalized(images))
         return weights
 
     def expert_outputs(self, images: Tensor) -> tuple[Tensor, Experts, Tensor]:
         """What `FusedImmunityLoss` takes: logits (N, B, K), activations (N, B, C, h, w) in their graph, gate (B, N).
 
-        The activations are a list of N tensors (B, C, h, w) if the experts are not an `nn.Sequential`.
+        The activations are a list of N tensors (B, C, h, w) if the experts are not an `nn.Sequential` of one structure;
+        C, h and w are then each expert's own.
         """
         if self._halves is None:
             x = self._normalized(images)
@@ -228,7 +258,7 @@ class ImmunityMoE(nn.Module):
 
     @property
     def has_head(self) -> bool:
-        """Whether the experts are an `nn.Sequential`, which can be cut at the stage that Grad-CAM looks at."""
+        """Whether the experts are an `nn.Sequential` of one structure, which can be cut where Grad-CAM looks."""
         return self._halves is not None
 
     def trunk_outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,12 +318,17 @@ class ImmunityMoE(nn.Module):
         Where the model normalises, so does each module, in a first child called `normalize`.
         """
         with in_use():
-            modules = unstack_modules(self.experts, self.num_experts)
+            if isinstance(self.experts, ExpertList):
+                modules = self.experts.copies()
+            else:
+                modules = unstack_modules(self.experts, self.num_experts)
         if isinstance(self.normalize, nn.Identity):
             return modules
-        return [_prepend(copy.deepcopy(self.normalize), module) for module in modules]
+        return [prepended(copy.deepcopy(self.normalize), module) for module in modules]
 
     def _logits(self, x: Tensor) -> Tensor:
+        if isinstance(self.experts, ExpertList):
+            return self.experts.logits(x)
         return run_stacked(self.experts, x, self.num_experts, shared=True, batching=self._batching(x))
 
     def _batching(self, x: Tensor) -> Batching:
@@ -302,7 +337,8 @@ class ImmunityMoE(nn.Module):
     def _cut(self) -> tuple[nn.Sequential, nn.Sequential]:
         if self._halves is None:
             raise ValueError(
-                "experts: expected nn.Sequential, which can be cut into a trunk and a head, got networks that cannot"
+                "experts: expected nn.Sequential of one structure, which can be cut into a trunk and a head, got "
+                "networks that cannot"
             )
         return self._halves
 
@@ -317,25 +353,36 @@ class ImmunityMoE(nn.Module):
 
     def _run_whole(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One expert after another: the activations inside a `vmap` are in no graph outside of it."""
-        caught: list[Tensor] = []
-        versions: list[int] = []
-        inward, back = _ToRead(self.layout), _FromRead(self.layout, self._overwritten)
+        experts = self.experts
+        runs: list[tuple[nn.Module, Callable[[], Tensor]]]
+        with nullcontext() if isinstance(experts, ExpertList) else in_use():
+            if isinstance(experts, ExpertList):
+                runs = [(expert, partial(experts.run, index, x)) for index, expert in enumerate(experts)]
+            else:
+                runs = [(experts, partial(call, experts, own, x)) for own in slices(experts, self.num_experts)]
+            results = [self._run_one(index, network, run) for index, (network, run) in enumerate(runs)]
+        return torch.stack([logits for logits, _ in results]), [maps for _, maps in results]
+
+    def _run_one(self, index: int, network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) and maps (B, C, h, w) of one expert's pass."""
+        caught: list[tuple[Tensor, int]] = []
+        inward = ToRead(self._layouts[index])
+        back = FromRead(self._layouts[index], self._overwritten[index])
 
         def catch(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
             maps = inward(output)
-            caught.append(maps)
-            versions.append(_version(maps))
+            caught.append((maps, _version(maps)))
             onward: Tensor = back(maps)  # in the graph behind `maps`
             return onward
 
-        with in_use():
-            hook = self.experts.get_submodule(self.stage).register_forward_hook(catch)
-            try:
-                logits = [call(self.experts, own, x) for own in slices(self.experts, self.num_experts)]
-            finally:
-                hook.remove()
-        self._check_kept(caught, versions)
-        return torch.stack(logits), caught
+        hook = network.get_submodule(self._stages[index]).register_forward_hook(catch)
+        try:
+            logits = run()
+        finally:
+            hook.remove()
+        (maps, version), *_ = caught
+        self._check_kept([maps], [version])
+        return logits, maps
 
     def _check_kept(self, maps: Sequence[Tensor], versions: Sequence[int]) -> None:
         """What Grad-CAM looks at must be what the stage returned."""
@@ -350,7 +397,8 @@ class ImmunityMoE(nn.Module):
         with in_use():
             if recurse:
                 for child in self.children():
-                    child._apply(expert_by_expert(fn) if child is self.experts else fn)  # type: ignore[no-untyped-call]
+                    stacked = child is self.experts and not isinstance(child, ExpertList)
+                    child._apply(expert_by_expert(fn) if stacked else fn)  # type: ignore[no-untyped-call]
             super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
@@ -358,9 +406,13 @@ class ImmunityMoE(nn.Module):
 class SingleNetwork(ImmunityMoE):
     """One network alone, the baseline, as a mixture of one: its gate has nothing to choose, and no parameters.
 
+    `SingleNetwork.from_experts([network])` takes any.
+
     Args:
-        arch, num_classes, stage, image_size, batching, mean, std: see `ImmunityMoE`.
+        arch, num_classes, stage, image_size, channels, batching, mean, std, classes: see `ImmunityMoE`.
     """
+
+    _fewest: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -369,16 +421,26 @@ class SingleNetwork(ImmunityMoE):
         *,
         stage: str | None = None,
         image_size: int | tuple[int, int] = 32,
+        channels: int = 3,
         batching: Batching = "auto",
         mean: Sequence[float] = CIFAR10_MEAN,
         std: Sequence[float] = CIFAR10_STD,
+        classes: Sequence[str] | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.arch = arch
-        gate = RandomSwitchGate(1, _NoChoice())
-        network = create(arch, num_classes)
-        stage = default_stage(network, image_size) if stage is None else stage
-        self._assemble([network], gate, stage, batching, Normalize(mean, std))
+        parts = from_names(
+            arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching
+        )
+        self._hold(parts, self._gate(1, "call", None, channels), batching, Normalize(mean, std), classes)
+
+    @classmethod
+    def _gate(
+        cls, num_experts: int, switch: Switch, generator: torch.Generator | None, channels: int
+    ) -> RandomSwitchGate:
+        if num_experts != 1:
+            raise ValueError(f"experts: expected one network, got {num_experts}")
+        return RandomSwitchGate(1, NoChoice(), switch, generator)
 
 
 class ExactMean(nn.Module):
@@ -394,93 +456,6 @@ class ExactMean(nn.Module):
         return outputs
 
 
-class _ToRead(nn.Module):
-    """A stage's maps as (B, C, h, w)."""
-
-    def __init__(self, layout: Layout) -> None:
-        super().__init__()
-        self.layout = layout
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """A view of the maps as (B, C, h, w)."""
-        return channels_first(maps, self.layout)
-
-
-class _FromRead(nn.Module):
-    """The inverse of `_ToRead`; a copy, where what follows would change the maps."""
-
-    def __init__(self, layout: Layout, overwritten: bool) -> None:
-        super().__init__()
-        self.layout, self.overwritten = layout, overwritten
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps as the stage returned them."""
-        back = channels_back(maps, self.layout)
-        return back.clone() if self.overwritten else back
-
-
-class _NoChoice(nn.Module):
-    """A gate's network where there is one expert alone."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 1) of the only weight there is."""
-        return images.new_zeros(len(images), 1)
-
-
-class Normalize(nn.Module):
-    """(x − mean) / std per channel, for images (B, channels, H, W)."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        if len(mean) != len(std) or min(std) <= 0:
-            raise ValueError(f"mean, std: expected as many, std positive, got {tuple(mean)} and {tuple(std)}")
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images, of the same shape.
-
-        Raises:
-            ValueError: images of another number of channels.
-        """
-        if images.shape[-3] != self.mean.shape[0]:
-            raise ValueError(f"images: expected shape (B, {self.mean.shape[0]}, H, W), got {tuple(images.shape)}")
-        return (images - self.mean) / self.std
-
-
-def _check_experts(experts: object) -> list[nn.Module]:
-    if not isinstance(experts, Iterable) or isinstance(experts, (str, Tensor)):
-        raise TypeError(f"experts: expected a list of at least 2 modules, got {type(experts).__name__}")
-    modules: list[nn.Module] = []
-    for expert in experts:
-        if not isinstance(expert, nn.Module):
-            raise TypeError(f"experts: expected modules, got {type(expert).__name__} as number {len(modules)}")
-        modules.append(expert)
-    if len(modules) < 2:
-        raise ValueError(f"experts: expected at least 2 modules, got {len(modules)}")
-    return modules
-
-
-def _check_stage(network: nn.Module, stage: str) -> None:
-    if _is_chain(network):
-        split(network, stage)
-    elif stage not in dict(network.named_modules(remove_duplicate=False)):  # by any of a module's names
-        raise ValueError(f"stage: expected a submodule of the experts, got {stage!r}")
-
-
-def _is_chain(network: nn.Module) -> TypeGuard[nn.Sequential]:
-    """Whether running its children one after another is all that it does."""
-    own = vars(network)
-    is_plain = "forward" not in own and not network._forward_hooks and not network._forward_pre_hooks
-    return isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward and is_plain
-
-
-def _chain(children: Sequence[tuple[str, Any]]) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(children))
-
-
 def _unseen(buffers: dict[str, Tensor]) -> AbstractContextManager[object]:
     """Where autograd does not see that buffers change.
 
@@ -492,15 +467,3 @@ def _unseen(buffers: dict[str, Tensor]) -> AbstractContextManager[object]:
 def _version(tensor: Tensor) -> int:
     """How often a tensor was changed in place, where that is counted."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
-
-
-def _prepend(normalize: nn.Module, network: nn.Module) -> nn.Module:
-    if _is_chain(network) and "normalize" not in network._modules:
-        # Not named_children(): it drops the second use of a module that stands in the chain twice. And a subclass of
-        # the user's may take other arguments than children.
-        kind = StagedNetwork if isinstance(network, StagedNetwork) else nn.Sequential
-        chain = kind(OrderedDict([("normalize", normalize), *network._modules.items()]))
-    else:
-        chain = nn.Sequential(OrderedDict([("normalize", normalize), ("expert", network)]))
-    chain.training = network.training  # which the children have
-    return chain

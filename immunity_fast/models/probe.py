@@ -10,7 +10,7 @@ import functools
 import random
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +40,14 @@ class Pass(NamedTuple):
     gradients: list[Tensor]  # of the images, and of all parameters in one tensor; empty where they are not asked for
 
 
+class Twin(NamedTuple):
+    """What stands for an expert in the mixture."""
+
+    module: nn.Module
+    tensors: Mapping[str, Tensor]  # to run it with
+    shares: bool  # all that is no tensor with the other experts
+
+
 class _Way(NamedTuple):
     """In which state networks are compared."""
 
@@ -62,36 +70,46 @@ class _Reached(Exception):
     """Stops a pass at its stage."""
 
 
-def find_images(network: nn.Module, image_size: tuple[int, int], channels: int | None) -> Tensor:
-    """Two images in [0, 1], (2, C, H, W), on the network's device, which it accepts in evaluation mode.
+def find_images(networks: Sequence[nn.Module], image_size: tuple[int, int], channels: int | None) -> Tensor:
+    """Two images in [0, 1], (2, C, H, W), on the first network's device, which all accept in evaluation mode.
 
     Their sides are `image_size`; where that is 32×32, which nobody may have meant, other squares are tried, too.
 
     Raises:
-        ValueError: it accepts none.
+        ValueError: there are none.
     """
+    network = networks[0]
     own = own_tensors(network).values()
     first = next(iter(own), torch.empty(0))
     dtype = next((tensor.dtype for tensor in own if tensor.is_floating_point()), torch.float32)
     convolution = next((part for part in network.modules() if isinstance(part, nn.Conv2d)), None)
     depths = [channels] if channels else [3] if convolution is None else [3, convolution.in_channels]
     sides = [(side, side) for side in dict.fromkeys(SIDES)] if image_size == (32, 32) else [image_size]
-    failed: Exception | None = None
+    failed: tuple[int, Exception] | None = None
     for height, width in sides:
         for depth in dict.fromkeys(depths):
             for kind in dict.fromkeys((dtype, torch.float32)):
                 images = _noise(depth, height, width).to(first.device, kind)
-                try:
-                    _run(network, own_tensors(network), images)
-                except Exception as error:  # whatever a network may raise
-                    failed = failed or error
-                else:
+                error = _first_error(networks, images)
+                if error is None:
                     return images
+                failed = failed or error
     height, width = image_size
+    index, reason = failed or (0, None)
     raise ValueError(
-        f"experts: expected number 0 to run on images of (2, {depths[0]}, {height}, {width}), got {_line(failed)}; "
-        "image_size says which it takes"
-    ) from failed
+        f"experts: expected number {index} to run on images of (2, {depths[0]}, {height}, {width}), got "
+        f"{_line(reason)}; image_size says which it takes"
+    ) from reason
+
+
+def _first_error(networks: Sequence[nn.Module], images: Tensor) -> tuple[int, Exception] | None:
+    """The first network that does not accept images, and what it raises."""
+    for index, network in enumerate(networks):
+        try:
+            _run(network, own_tensors(network), images)
+        except Exception as error:  # whatever a network may raise
+            return index, error
+    return None
 
 
 def find_layout(network: nn.Module, stage: str, images: Tensor) -> Layout:
@@ -126,28 +144,46 @@ def check_stage(network: nn.Module, stage: str, images: Tensor, *, several: bool
         raise ValueError(f"stage: expected a map (B, C, h, w) or (B, h, w, C) of {stage!r}, got {found}")
 
 
-def check_alike(experts: Sequence[nn.Module], stacked: nn.Module, stage: str, images: Tensor) -> bool:
-    """Each expert has to compute alone what it computes in the stack: outputs, maps, and what becomes of buffers.
+def check_alike(
+    experts: Sequence[nn.Module], twins: Sequence[Twin], stages: Sequence[str], images: Tensor
+) -> tuple[list[bool], int]:
+    """Each expert has to compute alone what its twin in the mixture computes: outputs, maps, what becomes of buffers.
 
     Returns:
-        Whether something behind `stage` changes its output in place.
+        Whether something behind an expert's stage changes its output in place, of each; and K, the number of classes.
 
     Raises:
-        ValueError: an expert that does not, by its number.
+        ValueError: an expert that does not, or has other classes than number 0, by its number.
     """
     for index, expert in enumerate(experts):
         _check_parameters(index, expert)
-    overwritten = False
+    overwritten = [False] * len(experts)
+    classes: list[int] = []
     for way in _WAYS:
         # What a pass leaves in plain attributes the next expert's meets there, as it would later.
-        with _undisturbed(stacked):
+        with ExitStack() as undisturbed:
+            for module in {id(twin.module): twin.module for twin in twins}.values():
+                undisturbed.enter_context(_undisturbed(module))
             for index, expert in enumerate(experts):
-                alone = _alone(index, expert, stage, images, way)
+                alone = _alone(index, expert, stages[index], images, way)
                 if alone is None:
-                    break
-                _compare(alone, experts, index, stacked, stage, images, way)
-                overwritten = overwritten or alone.overwritten
-    return overwritten
+                    if twins[0].module is twins[-1].module:
+                        break  # as it is with all of one structure
+                    continue
+                if way is _WAYS[0]:
+                    _check_classes(index, alone.output, classes)
+                _compare(alone, experts, index, twins[index], stages[index], images, way)
+                overwritten[index] = overwritten[index] or alone.overwritten
+    return overwritten, classes[0]
+
+
+def _check_classes(index: int, logits: Tensor, classes: list[int]) -> None:
+    """Add an expert's number of classes, which is the others'."""
+    classes.append(logits.shape[1])
+    if classes[index] != classes[0]:
+        raise ValueError(
+            f"experts: expected number {index} to have {classes[0]} classes, as number 0, got {classes[index]}"
+        )
 
 
 def _check_parameters(index: int, expert: nn.Module) -> None:
@@ -184,20 +220,21 @@ def _compare(
     alone: Pass,
     experts: Sequence[nn.Module],
     index: int,
-    stacked: nn.Module,
+    twin: Twin,
     stage: str,
     images: Tensor,
     way: _Way,
 ) -> None:
     expert = experts[index]
     images = _as_loud(images, way)
-    slices = {name: tensor.detach()[index] for name, tensor in own_tensors(stacked).items()}
+    model_for = experts[0] if twin.shares else expert  # which all that is no tensor was taken of
+    tensors = _weights(expert, twin.tensors, way)
     try:
-        together = _run(stacked, _weights(expert, slices, way), images, stage, way.mode, way.backward, restore=False)
+        together = _run(twin.module, tensors, images, stage, way.mode, way.backward, restore=False)
     except Exception as error:
         if way.backward:  # as with a checkpoint's second pass; in training it is an error, and not everyone trains
             return
-        reason = _reason(experts[0], expert)
+        reason = _reason(model_for, expert)
         raise ValueError(
             f"experts: expected number {index} to run in the mixture, as it does alone, got {_line(error)}; {reason}"
         ) from error
@@ -211,7 +248,7 @@ def _compare(
         what = {"output": "outputs", "maps": f"maps at {stage!r}", "buffers": "buffers", "gradients": "gradients"}[name]
         raise ValueError(
             f"experts: expected number {index} to have the {what} in the mixture that it has alone, got others by "
-            f"up to {gap:.2g} on a probe image in {way.mode} mode; {_reason(experts[0], expert)}"
+            f"up to {gap:.2g} on a probe image in {way.mode} mode; {_reason(model_for, expert)}"
         )
 
 

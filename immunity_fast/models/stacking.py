@@ -113,10 +113,19 @@ def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
     # `functional_call` given one place under two names takes it twice, and puts the wrong tensor back.
     by_own = {value: tensors[name] for name, value in own_tensors(module).items()}
     by_place = {name: by_own[value] for name, value in _places(module)}
+    return explained(lambda: functional_call(module, by_place, (x,), tie_weights=False), tensors, x)
+
+
+def explained(run: Callable[[], Any], tensors: Mapping[str, Tensor], x: Tensor) -> Any:
+    """What `run` returns, a pass of x with such tensors.
+
+    Raises:
+        TypeError: an input of another dtype than the tensors, where that is what the pass fails of.
+    """
     if torch.compiler.is_compiling():
-        return functional_call(module, by_place, (x,), tie_weights=False)
+        return run()
     try:
-        return functional_call(module, by_place, (x,), tie_weights=False)
+        return run()
     except RuntimeError as error:
         dtypes = {value.dtype for value in tensors.values() if value.is_floating_point()}
         explains = "type" in str(error) and not torch.is_autocast_enabled(x.device.type)

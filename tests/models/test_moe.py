@@ -557,7 +557,7 @@ def test_wrong_options_are_named(options: dict[str, Any], text: str) -> None:
         ([_small_chain()], {}, "experts: expected at least 2 modules, got 1"),
         ([], {}, "experts: expected at least 2 modules, got 0"),
         ([_small_chain(), _small_chain().float()], {}, "number 1 to be like number 0"),
-        ([_small_chain(), create("resnet8", 4)], {}, "number 1 to be like number 0"),
+        ([_small_chain(), create("resnet8", 4)], {}, "number 1 to be on the device and in the dtype of the others"),
         ([_small_chain()] * 2, {"stage": "conv2"}, "stage: .*'conv2'"),
         ([Branching(), Branching()], {"stage": "middle"}, "stage: .*'middle'"),
         ([_small_chain()] * 2, {"image_size": 6}, "8×8"),

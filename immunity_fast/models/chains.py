@@ -1,0 +1,64 @@
+"""Networks that are a plain chain of children, which can be cut at a stage and given one child more."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+from torch import nn
+
+from immunity_fast.arguments import Layout
+from immunity_fast.experts.staged import StagedNetwork, split
+from immunity_fast.models.layers import FromRead, ToRead
+
+
+def is_chain(network: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether running its children one after another is all that it does."""
+    own = vars(network)
+    is_plain = "forward" not in own and not network._forward_hooks and not network._forward_pre_hooks
+    return isinstance(network, nn.Sequential) and type(network).forward is nn.Sequential.forward and is_plain
+
+
+def check_stage(network: nn.Module, stage: str) -> None:
+    """Check that a network has a stage: a chain a child that is not its last, any other a submodule.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if is_chain(network):
+        split(network, stage)
+    elif stage not in dict(network.named_modules(remove_duplicate=False)):  # by any of a module's names
+        raise ValueError(f"stage: expected a submodule of the experts, got {stage!r}")
+
+
+def halves(
+    network: nn.Sequential, stage: str, layout: Layout, overwritten: bool
+) -> tuple[nn.Sequential, nn.Sequential]:
+    """A trunk to maps (B, C, h, w), and a head from them, which share the network's modules.
+
+    Args:
+        overwritten: whether the head would change the maps in place: it gets a copy then.
+    """
+    trunk, head = split(network, stage)
+    if layout == "NHWC" or overwritten:
+        trunk = _chain([*trunk._modules.items(), ("channels first", ToRead(layout))])
+        head = _chain([("channels back", FromRead(layout, overwritten)), *head._modules.items()])
+    return trunk, head
+
+
+def prepended(normalize: nn.Module, network: nn.Module) -> nn.Module:
+    """The network behind a normalisation, in a first child called `normalize` where it is a chain."""
+    if is_chain(network) and "normalize" not in network._modules:
+        # Not named_children(): it drops the second use of a module that stands in the chain twice. And a subclass of
+        # the user's may take other arguments than children.
+        kind = StagedNetwork if isinstance(network, StagedNetwork) else nn.Sequential
+        chain = kind(OrderedDict([("normalize", normalize), *network._modules.items()]))
+    else:
+        chain = nn.Sequential(OrderedDict([("normalize", normalize), ("expert", network)]))
+    chain.training = network.training  # which the children have
+    return chain
+
+
+def _chain(children: Sequence[tuple[str, Any]]) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(children))
