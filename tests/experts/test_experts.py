@@ -183,35 +183,6 @@ def test_default_stage_leaves_the_network_alone(dtype: torch.dtype) -> None:
     assert not any(module._forward_hooks for module in network.modules())
 
 
-class _Foreign(nn.Module):
-    """A network whose children are neither a chain nor all maps, and one of which runs twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 3)
-        self.late = nn.Conv2d(4, 6, 3, stride=2, padding=1)
-        self.relu = nn.ReLU()
-        self.early = nn.Conv2d(3, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.linear(self.relu(self.late(self.relu(self.early(x)))).mean((2, 3)))
-        return logits
-
-
-def test_default_stage_of_any_module() -> None:
-    assert default_stage(_Foreign(), 32) == "late"
-    assert default_stage(_Foreign(), 16) == "early"
-    with pytest.raises(ValueError, match=r"\(early 8×8, late 4×4\)"):
-        default_stage(_Foreign(), 8)
-    with pytest.raises(ValueError, match="no child returns one"):
-        default_stage(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)), 32)
-
-
-def test_default_stage_of_torchvision() -> None:
-    models = pytest.importorskip("torchvision.models")
-    assert default_stage(models.resnet18(), 224) == "layer3"
-
-
 @pytest.mark.parametrize("stage", STAGES["resnet8"])
 def test_double_backward(stage: str) -> None:
     network = _expert("resnet8").double()
