@@ -163,7 +163,8 @@ def other_size_named(dataset: ImageDataset) -> Iterator[None]:
     except ValueError as error:
         if dataset.name != "folder" or "expected a network that takes images" not in str(error):
             raise
-        raise ValueError(f"{error}; or --image-size N brings the images of a folder to N×N pixels") from error
+        said = str(error).removeprefix("model: ")
+        raise ValueError(f"model: {said}; or --image-size N brings the images of a folder to N×N pixels") from error
 
 
 @cli.enough_memory(MEMORY_ADVICE)
