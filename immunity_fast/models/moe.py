@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from immunity_fast.arguments import Experts
+from immunity_fast.experts.stems import StemChoice
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.assembly import Assembly, Layouts, Stages, assembled, check_classes, check_experts, from_names
 from immunity_fast.models.attention import MathAttention
@@ -50,6 +51,8 @@ class ImmunityMoE(nn.Module):
         stage: where Grad-CAM looks, a name of the architecture's stages, or one an expert; None is the last stage whose
             map exceeds 8×8.
         image_size: the images' side or (H, W); the default of `stage` depends on it.
+        stem: with what `resnet18`, `googlenet` and `densenet121` begin, "cifar" or "imagenet"; "auto" is that for
+            ImageNet where the images' smaller side exceeds 64 pixels. Others have one form.
         channels: of the images.
         switch: what the gate does in evaluation mode.
         generator: where the gate's permutations come from; None is PyTorch's default generator.
@@ -78,6 +81,7 @@ class ImmunityMoE(nn.Module):
         *,
         stage: Stages = None,
         image_size: int | tuple[int, int] = 32,
+        stem: StemChoice = "auto",
         channels: int = 3,
         switch: Switch = "call",
         generator: torch.Generator | None = None,
@@ -97,6 +101,7 @@ class ImmunityMoE(nn.Module):
             image_size=image_size,
             channels=channels,
             batching=batching,
+            stem=stem,
         )
         gate = RandomSwitchGate(num_experts, switch=switch, generator=generator, channels=channels)
         self._hold(parts, gate, batching, Normalize(mean, std), classes)
@@ -411,7 +416,7 @@ class SingleNetwork(ImmunityMoE):
     `SingleNetwork.from_experts([network])` takes any.
 
     Args:
-        arch, num_classes, stage, image_size, channels, batching, mean, std, classes: see `ImmunityMoE`.
+        arch, num_classes, stage, image_size, stem, channels, batching, mean, std, classes: see `ImmunityMoE`.
     """
 
     _fewest: ClassVar[int] = 1
@@ -423,6 +428,7 @@ class SingleNetwork(ImmunityMoE):
         *,
         stage: str | None = None,
         image_size: int | tuple[int, int] = 32,
+        stem: StemChoice = "auto",
         channels: int = 3,
         batching: Batching = "auto",
         mean: Sequence[float] = CIFAR10_MEAN,
@@ -432,7 +438,7 @@ class SingleNetwork(ImmunityMoE):
         nn.Module.__init__(self)
         self.arch = arch
         parts = from_names(
-            arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching
+            arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching, stem=stem
         )
         self._hold(parts, self._gate(1, "call", None, channels), batching, Normalize(mean, std), classes)
 
