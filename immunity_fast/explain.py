@@ -27,7 +27,9 @@ def parse(arguments: list[str] | None) -> dict[str, Any]:
         metavar="IMAGE",
         help="files of any size, which is made the model's, and folders of such",
     )
-    parser.add_argument("--class", dest="class_name", metavar="NAME", help="heatmaps are for it; default: the predicted")
+    parser.add_argument(
+        "--class", dest="class_name", metavar="NAME", help="heatmaps are for it; default: the predicted"
+    )
     parser.add_argument("--checkpoint", choices=("best", "last"), help="default: the best, where there is one")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: CUDA if there is any")
     parser.add_argument("--out", type=cli.path, metavar="DIR", help=f"where to write; default: {FOLDER}")

@@ -116,7 +116,9 @@ def _class_index(name: str, names: Sequence[str]) -> int:
         return names.index(name)
     if name.isdecimal() and int(name) < len(names):
         return int(name)
-    raise ValueError(f"--class: expected one of {abbreviated(list(names))}, or a number below {len(names)}, got {name!r}")
+    raise ValueError(
+        f"--class: expected one of {abbreviated(list(names))}, or a number below {len(names)}, got {name!r}"
+    )
 
 
 def _answer(probabilities: Tensor, names: Sequence[str], target: int) -> dict[str, Any]:

@@ -36,13 +36,15 @@ def load_trained(
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such run")
     needs_safetensors("loading a model")
-    from immunity_fast.models.moe import ImmunityMoE
     from immunity_fast.experts.registry import check_trusted
+    from immunity_fast.models.moe import ImmunityMoE
     from immunity_fast.training.checkpoint import BEST, LAST, load_info, load_model, model_file, not_finite
 
     if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
         if checkpoint is not None:
-            raise ValueError(f"checkpoint: expected None for {path}, which save_pretrained has written, got {checkpoint!r}")
+            raise ValueError(
+                f"checkpoint: expected None for {path}, which save_pretrained has written, got {checkpoint!r}"
+            )
         model = ImmunityMoE.from_pretrained(path, device=device, trust_code=trust_code)
         model.gate.switch = "mean"
         return model

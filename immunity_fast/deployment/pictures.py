@@ -12,6 +12,7 @@ from torch import Tensor
 
 from immunity_fast.data.readers import IMAGE_EXTENSIONS
 
+
 def find_pictures(places: Iterable[Path]) -> list[Path]:
     """The image files that are named, and of each folder those directly in it, sorted.
 

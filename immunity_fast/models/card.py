@@ -7,6 +7,9 @@ from typing import Any
 
 from immunity_fast.experts import title
 
+PLACE = "PLACE"
+"""What stands in a card for where the model is, which nobody knows of a folder that is to be moved."""
+
 _HEAD = """\
 ---
 library_name: immunity_fast
@@ -53,7 +56,7 @@ def model_card(model: Any, *, about: Mapping[str, str] | None = None, accuracy: 
     stage = model.stage if isinstance(model.stage, str) else ", ".join(model.stage)
     single = model.num_experts == 1
     rows = {
-        "architecture": title(model.arch, model.num_experts) if model.arch else f"{model.num_experts} networks of the user's",
+        "architecture": _architecture(model),
         "images": f"{model.channels} × {height} × {width}, in [0, 1]; normalisation is inside",
         "classes": _classes(model),
         "Grad-CAM looks at": stage,
@@ -75,10 +78,14 @@ def model_card(model: Any, *, about: Mapping[str, str] | None = None, accuracy: 
         "## Limits",
         _LIMITS.format(**shape),
         "## Licence",
-        "Not stated. Whoever publishes this model names its licence here and in the head of this file, and sees that it "
-        "fits the data that it was trained on.",
+        "Not stated. Whoever publishes this model names its licence here and in the head of this file, once it is seen "
+        "to fit the data that it was trained on.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _architecture(model: Any) -> str:
+    return title(model.arch, model.num_experts) if model.arch else f"{model.num_experts} networks of the user's own"
 
 
 def _classes(model: Any) -> str:

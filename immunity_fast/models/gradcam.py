@@ -82,13 +82,13 @@ def _targets(classes: Tensor | Sequence[int] | int | None, log_probabilities: Te
     count, number = log_probabilities.shape
     if classes is None:
         return log_probabilities.argmax(-1)
-    if is_whole(classes) and not isinstance(classes, Tensor):
-        classes = torch.full((count,), int(classes))
-    elif not isinstance(classes, Tensor):
-        if not isinstance(classes, Sequence) or isinstance(classes, str) or not all(map(is_whole, classes)):
-            raise TypeError(f"classes: expected whole numbers, one an image, or one for all, got {classes!r}")
-        classes = torch.tensor([int(each) for each in classes], dtype=torch.int64)
-    elif classes.dim() == 0:
-        classes = classes.expand(count)
-    targets = check_targets(classes.cpu(), count, number, "classes")  # of few numbers, and worth the wait
+    if isinstance(classes, Tensor):
+        asked = classes.expand(count) if classes.dim() == 0 else classes
+    elif is_whole(classes):
+        asked = torch.full((count,), int(classes))
+    elif isinstance(classes, Sequence) and all(map(is_whole, classes)):
+        asked = torch.tensor([int(each) for each in classes], dtype=torch.int64)
+    else:
+        raise TypeError(f"classes: expected whole numbers, one an image, or one for all, got {classes!r}")
+    targets = check_targets(asked.cpu(), count, number, "classes")  # of few numbers, and worth the wait
     return targets.to(log_probabilities.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from immunity_fast.kernels import reference
-from immunity_fast.runtime.checks import check_choice
 from immunity_fast.runtime.precision import accumulation_dtype
 
 Gate = Literal["mean", "off"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from immunity_fast.arguments import Experts, Layout, Score, WeightScale
+from immunity_fast.experts.registry import check_trusted
 from immunity_fast.functional import log_mixture
 from immunity_fast.models import pretrained
 from immunity_fast.models.assembly import Assembly, Layouts, Stages, assembled, check_classes, check_experts, from_names
@@ -342,7 +343,7 @@ class ImmunityMoE(nn.Module):
         """
         if gate not in get_args(InferenceGate):
             raise ValueError(
-                f"gate: expected 'mean' or 'off', got {gate!r}; what a gate draws anew at each call no fixed graph can do"
+                f"gate: expected 'mean' or 'off', got {gate!r}; no fixed graph draws a permutation anew at each call"
             )
         like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
         generator = torch.Generator().manual_seed(0)
@@ -430,7 +431,8 @@ class ImmunityMoE(nn.Module):
                 "from_pretrained(…, experts=[…]) with networks of the same structure"
             )
         if not own:
-            pretrained.check_trusted(place, config["arch"], trust_code)
+            check_trusted(place, config["arch"], trust_code)
+            pretrained.check_fits(saved)
         kind = SingleNetwork if config["num_experts"] == 1 else ImmunityMoE
         unit = [0.0] * config["channels"], [1.0] * config["channels"]  # what normalises is among the tensors
         options: dict[str, Any] = {name: config[name] for name in ("stage", "classes")}
@@ -442,7 +444,6 @@ class ImmunityMoE(nn.Module):
                 model = kind.from_experts(experts, gate=gate, layout=config["layout"], mean=mean, std=std, **options)
                 model.arch = config["arch"]
             else:
-                pretrained.check_fits(saved)
                 options |= {"channels": config["channels"], "mean": unit[0], "std": unit[1]}
                 if config["stem"] is not None:
                     options["stem"] = config["stem"]

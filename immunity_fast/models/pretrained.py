@@ -1,4 +1,4 @@
-"""Mixtures in folders, as Hugging Face's `PyTorchModelHubMixin` lays them out: config.json, model.safetensors, README.md.
+"""Mixtures in folders as Hugging Face's `PyTorchModelHubMixin` has them: config.json, model.safetensors, README.md.
 
 The mixin itself would read weights as a pickle where there are no others, and pass over tensors that are missing. Here
 a folder is data: each name, type, shape and dtype is checked, nothing is unpickled, and a network of `module:callable`
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast.experts import create, resolve
-from immunity_fast.experts.registry import check_trusted, repeated
-from immunity_fast.models.card import model_card
-from immunity_fast.models.expert_list import ExpertList
+from immunity_fast.experts.registry import repeated
+from immunity_fast.models.card import PLACE, model_card
 from immunity_fast.runtime.files import abbreviated, parse_json, write_atomically
 
 CONFIG = "config.json"
@@ -40,8 +39,13 @@ class Saved(NamedTuple):
     card: str | None
 
 
-def save(model: Any, folder: Path) -> None:
+def save(model: Any, folder: Path, place: str | None = None) -> None:
     """Write `ImmunityMoE.save_pretrained`'s files; a README.md that is there already stays.
+
+    Args:
+        model: an `ImmunityMoE`.
+        folder: is made where it is missing.
+        place: what the card calls it where it says how to load it.
 
     Raises:
         ModuleNotFoundError: safetensors is not installed.
@@ -58,7 +62,8 @@ def save(model: Any, folder: Path) -> None:
     write_atomically(folder / WEIGHTS, safetensors.save(tensors, {"format": "pt"}))
     write_atomically(folder / CONFIG, (json.dumps(config_of(model), indent=2, ensure_ascii=False) + "\n").encode())
     if not (folder / CARD).exists():
-        write_atomically(folder / CARD, (model.card or model_card(model)).encode())
+        card: str = model.card or model_card(model)
+        write_atomically(folder / CARD, card.replace(f'"{PLACE}"', json.dumps(place or PLACE)).encode())
 
 
 def push(model: Any, repository: str, *, private: bool | None, token: str | None, message: str) -> str:
@@ -70,7 +75,7 @@ def push(model: Any, repository: str, *, private: bool | None, token: str | None
     api = _hub().HfApi(token=token)
     name = api.create_repo(repo_id=repository, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        save(model, Path(folder))
+        save(model, Path(folder), name)
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message))
 
 
@@ -182,6 +187,8 @@ def check_fits(saved: Saved) -> None:
                 network = create(name, config["num_classes"], image_size=tuple(config["image_size"]), **stem)
         except NotImplementedError:  # what it does while it is made needs values
             return
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{saved.folder}: describes a model that cannot be made ({error})") from error
         made[name] = network.state_dict()
     shapes: dict[str, tuple[int, ...]] = {}
     for index, name in enumerate(repeated(config["arch"], count)):
@@ -215,8 +222,8 @@ def fill(model: nn.Module, saved: Saved) -> None:
     """
     file = saved.folder / WEIGHTS
     own = model.state_dict()
-    shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (saved.tensors, own)]
-    check_shapes(file, *shapes)
+    found, expected = ({name: tuple(value.shape) for name, value in each.items()} for each in (saved.tensors, own))
+    check_shapes(file, found, expected)
     dtypes = {tensor.dtype for tensor in saved.tensors.values() if tensor.is_floating_point()}
     if len(dtypes) > 1:
         raise ValueError(f"{file}: expected one floating-point dtype, got {' and '.join(sorted(map(str, dtypes)))}")
@@ -260,15 +267,10 @@ def _downloaded(repository: str, revision: str | None, token: str | None) -> Pat
     hub = _hub()
     try:
         return Path(
-            hub.snapshot_download(
-                repository, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS, CARD]
-            )
+            hub.snapshot_download(repository, revision=revision, token=token, allow_patterns=[CONFIG, WEIGHTS, CARD])
         )
     except Exception as error:  # of the network, of the hub, of a name
         raise OSError(
             f"{repository}: there is no such folder here, and the hub does not give it: "
             f"{type(error).__name__}: {abbreviated(str(error))}"
         ) from error
-
-
-__all__ = ["CARD", "CONFIG", "WEIGHTS", "Saved", "check_fits", "check_trusted", "fill", "push", "read", "save"]
