@@ -36,7 +36,6 @@ def load_trained(
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such run")
     needs_safetensors("loading a model")
-    from immunity_fast.experts.registry import check_trusted
     from immunity_fast.models.moe import ImmunityMoE
     from immunity_fast.training.checkpoint import BEST, LAST, load_info, load_model, model_file, not_finite
 
@@ -56,8 +55,7 @@ def load_trained(
         if (path / LAST).is_file():
             _warn_if_unfinished(path, load_info(path / LAST)["epoch"])
     file = model_file({None: path, "best": path / BEST, "last": path / LAST}[checkpoint])
-    check_trusted(file, load_info(file)["model"]["arch"], trust_code)
-    model, info = load_model(file, device)
+    model, info = load_model(file, device, trust_code=trust_code)
     if (wrong := not_finite(model.state_dict())) is not None:
         raise ValueError(f"{file}: expected finite weights, got some that are NaN or infinite ({wrong})")
     model.gate.switch = "mean"

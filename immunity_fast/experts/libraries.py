@@ -64,7 +64,9 @@ def _torchvision() -> Any:
     except ModuleNotFoundError as error:
         raise _missing("torchvision") from error
     except RuntimeError as error:  # its operators are made for another version of torch
-        raise ModuleNotFoundError(f"torchvision: does not go with this torch ({error}); install a pair that does") from error
+        raise ModuleNotFoundError(
+            f"torchvision: does not go with this torch ({error}); install a pair that does"
+        ) from error
 
 
 def _timm() -> Any:

@@ -175,11 +175,7 @@ def experts_of(file: WeightsFile) -> list[dict[str, Tensor]]:
     if all(re.match(r"\d+\.", name) for name in own) and {"0", "1"} <= {name.partition(".")[0] for name in own}:
         numbers = sorted({int(name.partition(".")[0]) for name in own})
         return [
-            {
-                name.partition(".")[2]: value
-                for name, value in own.items()
-                if name.partition(".")[0] == str(number)
-            }
+            {name.partition(".")[2]: value for name, value in own.items() if name.partition(".")[0] == str(number)}
             for number in numbers
         ]
     counts = {len(value) if value.dim() else 0 for value in own.values()}
@@ -192,7 +188,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     try:
         from safetensors import safe_open
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path}: needs safetensors, which is not installed: pip install safetensors") from error
+        raise ModuleNotFoundError(
+            f"{path}: needs safetensors, which is not installed: pip install safetensors"
+        ) from error
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
         return tensors, "immunity_fast" in (file.metadata() or {})

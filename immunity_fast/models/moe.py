@@ -13,6 +13,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from immunity_fast.arguments import Experts, Layout, Score, WeightScale
 from immunity_fast.experts.registry import check_trusted
+from immunity_fast.experts.stems import Stem, StemChoice, chosen_stem
 from immunity_fast.functional import log_mixture
 from immunity_fast.models import pretrained
 from immunity_fast.models.assembly import Assembly, Layouts, Stages, assembled, check_classes, check_experts, from_names
@@ -53,6 +54,8 @@ class ImmunityMoE(nn.Module):
         stage: where Grad-CAM looks, a name of the architecture's stages, or one an expert; None is the last stage whose
             map exceeds 8×8.
         image_size: the images' side or (H, W); the default of `stage` depends on it.
+        stem: with what `resnet18`, `googlenet` and `densenet121` begin, "cifar" or "imagenet"; "auto" is that for
+            ImageNet where the images' smaller side exceeds 64 pixels. Others have one form.
         channels: of the images.
         switch: what the gate does in evaluation mode.
         generator: where the gate's permutations come from; None is PyTorch's default generator.
@@ -65,6 +68,7 @@ class ImmunityMoE(nn.Module):
         num_classes: K.
         classes: their names, or None.
         card: the model card that `save_pretrained` writes, in Markdown; None is one that says what the model is.
+        stem: with what architectures of two forms begin; None of networks of the user's.
         stage, layout: where Grad-CAM looks, and the axes of what it sees there; of experts that differ in it a tuple.
 
     Raises:
@@ -82,6 +86,7 @@ class ImmunityMoE(nn.Module):
         *,
         stage: Stages = None,
         image_size: int | tuple[int, int] = 32,
+        stem: StemChoice = "auto",
         channels: int = 3,
         switch: Switch = "call",
         generator: torch.Generator | None = None,
@@ -92,6 +97,7 @@ class ImmunityMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.arch = arch if isinstance(arch, str) else ",".join(arch)
+        self.stem: Stem | None = chosen_stem(stem, image_size)
         check_whole("num_experts", num_experts, 2)
         parts = from_names(
             arch,
@@ -101,6 +107,7 @@ class ImmunityMoE(nn.Module):
             image_size=image_size,
             channels=channels,
             batching=batching,
+            stem=stem,
         )
         gate = RandomSwitchGate(num_experts, switch=switch, generator=generator, channels=channels)
         self._hold(parts, gate, batching, Normalize(mean, std), classes)
@@ -153,7 +160,7 @@ class ImmunityMoE(nn.Module):
         """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model.arch = ""
+        model.arch, model.stem = "", None
         modules = check_experts(experts, cls._fewest)
         if (mean is None) != (std is None):
             raise ValueError(f"mean, std: expected both or neither, got {mean} and {std}")
@@ -442,7 +449,7 @@ class ImmunityMoE(nn.Module):
                 assert experts is not None
                 mean, std = unit if config["normalized"] else (None, None)
                 model = kind.from_experts(experts, gate=gate, layout=config["layout"], mean=mean, std=std, **options)
-                model.arch = config["arch"]
+                model.arch, model.stem = config["arch"], config["stem"]
             else:
                 options |= {"channels": config["channels"], "mean": unit[0], "std": unit[1]}
                 if config["stem"] is not None:
@@ -584,7 +591,7 @@ class SingleNetwork(ImmunityMoE):
     `SingleNetwork.from_experts([network])` takes any.
 
     Args:
-        arch, num_classes, stage, image_size, channels, batching, mean, std, classes: see `ImmunityMoE`.
+        arch, num_classes, stage, image_size, stem, channels, batching, mean, std, classes: see `ImmunityMoE`.
     """
 
     _fewest: ClassVar[int] = 1
@@ -596,6 +603,7 @@ class SingleNetwork(ImmunityMoE):
         *,
         stage: str | None = None,
         image_size: int | tuple[int, int] = 32,
+        stem: StemChoice = "auto",
         channels: int = 3,
         batching: Batching = "auto",
         mean: Sequence[float] = CIFAR10_MEAN,
@@ -604,8 +612,9 @@ class SingleNetwork(ImmunityMoE):
     ) -> None:
         nn.Module.__init__(self)
         self.arch = arch
+        self.stem = chosen_stem(stem, image_size)
         parts = from_names(
-            arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching
+            arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching, stem=stem
         )
         self._hold(parts, self._gate(1, "call", None, channels), batching, Normalize(mean, std), classes)
 
