@@ -63,7 +63,7 @@ def explain_named(
         _draw(image, heatmaps, found, figure)
         write_atomically(figure.with_suffix(".json"), json.dumps(found, indent=1, ensure_ascii=False).encode())
         best = found["mixture"]
-        cli.console.print(f"{file}: {done}; {best['predicted']} {best['probability']:.1%} → {figure}")
+        cli.console.print(f"{file}: {done}; {best['predicted']} {_percent(best['probability'])} → {figure}")
         figures.append(figure)
     return figures
 
@@ -91,7 +91,7 @@ def explained(model: ImmunityMoE, image: Tensor, asked: int | None = None) -> tu
     heatmaps = model.heatmaps(image[None], target, normalize=True)[:, 0].cpu()
     answers = [_answer(each, names, target) for each in (*probabilities, mixture)]
     for answer, heatmap in zip(answers, heatmaps, strict=False):
-        answer["looks anywhere"] = bool(heatmap.max() > 0)
+        answer["has_heatmap"] = bool(heatmap.max() > 0)
     found = {
         "class": names[target],
         "mixture": answers[-1],
@@ -126,8 +126,12 @@ def _answer(probabilities: Tensor, names: Sequence[str], target: int) -> dict[st
     return {
         "predicted": names[best],
         "probability": float(probabilities[best]),
-        "probability of the class": float(probabilities[target]),
+        "probability_of_class": float(probabilities[target]),
     }
+
+
+def _percent(probability: float) -> str:
+    return f"{100 * probability:.1f} %"
 
 
 def _draw(image: Tensor, heatmaps: Tensor, found: dict[str, Any], file: Path) -> None:
@@ -137,9 +141,9 @@ def _draw(image: Tensor, heatmaps: Tensor, found: dict[str, Any], file: Path) ->
     answers["network" if not answers else "mixture"] = found["mixture"]
     titles = ["input"]
     for name, answer in answers.items():
-        lines = [name, f"{answer['predicted']} {answer['probability']:.1%}"]
+        lines = [name, f"{answer['predicted']} {_percent(answer['probability'])}"]
         if answer["predicted"] != found["class"]:
-            lines.append(f"{found['class']} {answer['probability of the class']:.1%}")
+            lines.append(f"{found['class']} {_percent(answer['probability_of_class'])}")
         titles.append("\n".join(lines))
     picture = image.expand(3, -1, -1) if len(image) == 1 else image
     label = f"{found['image']}\nheatmaps for: {found['class']}"

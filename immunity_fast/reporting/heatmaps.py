@@ -123,8 +123,7 @@ def draw_heatmaps(
     layout = _Layout(len(maps), (height, width), labels, titles, font, count, group)
     canvas = Canvas(layout.width, layout.height, DPI)
     for x, title in zip(layout.lefts, titles, strict=True):
-        valign = "bottom" if "\n" in title else "baseline"
-        canvas.text(x + layout.cell.width / 2, layout.tops[0] - GAP, title, font, valign=valign)
+        canvas.text(x + layout.cell.width / 2, layout.tops[0] - GAP, title, font)
     for row, y in enumerate(layout.tops):
         canvas.text(layout.lefts[0] - 2 * GAP, y + layout.cell.height / 2, labels[row], font, "right", "center")
         canvas.picture(layout.lefts[0], y, layout.cell, pictures[row])

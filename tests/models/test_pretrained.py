@@ -149,7 +149,7 @@ class Hub:
     def __init__(self, root: Path) -> None:
         self.root, self.calls = root, list[tuple[str, dict[str, Any]]]()
 
-    def HfApi(self, token: str | None = None) -> Hub:  # noqa: N802  as it is called there
+    def HfApi(self, token: str | None = None) -> Hub:
         self.calls.append(("HfApi", {"token": token}))
         return self
 
@@ -309,7 +309,7 @@ def test_broken_weights_are_refused_by_name(saved: Path) -> None:
     file = saved / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="model.safetensors: expected whole weights, got"):
+    with pytest.raises(ValueError, match=r"model.safetensors: expected whole weights, got"):
         ImmunityMoE.from_pretrained(saved)
     file.write_bytes(whole)
     _rewritten(saved, lambda tensors: tensors.pop("gate.network.0.bias"))
@@ -317,10 +317,10 @@ def test_broken_weights_are_refused_by_name(saved: Path) -> None:
         ImmunityMoE.from_pretrained(saved)
     file.write_bytes(whole)
     _rewritten(saved, lambda tensors: tensors.update({"gate.network.0.bias": torch.zeros(16, dtype=torch.float64)}))
-    with pytest.raises(ValueError, match="expected one floating-point dtype, got torch.float32 and torch.float64"):
+    with pytest.raises(ValueError, match=r"expected one floating-point dtype, got torch.float32 and torch.float64"):
         ImmunityMoE.from_pretrained(saved)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match="got a folder without model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"got a folder without model.safetensors"):
         ImmunityMoE.from_pretrained(saved)
 
 
