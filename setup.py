@@ -76,6 +76,7 @@ setup(
         "immunity_fast",
         "immunity_fast.attacks",
         "immunity_fast.data",
+        "immunity_fast.deployment",
         "immunity_fast.evaluation",
         "immunity_fast.experts",
         "immunity_fast.kernels",

@@ -106,7 +106,7 @@ def stack_experts(name: str, value: Experts, dim: int, expected: str) -> Tensor:
     return at_least_float32(join_experts(name, value, dim, expected))
 
 
-def check_targets(targets: Tensor, samples: int, classes: int) -> Tensor:
+def check_targets(targets: Tensor, samples: int, classes: int, name: str = "targets") -> Tensor:
     """`targets` as int64, once its type, shape and (on a CPU, where looking is free) range are right.
 
     Raises:
@@ -114,13 +114,13 @@ def check_targets(targets: Tensor, samples: int, classes: int) -> Tensor:
         TypeError: no integers.
     """
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
-        raise TypeError(f"targets: expected an integer tensor, got {getattr(targets, 'dtype', type(targets).__name__)}")
+        raise TypeError(f"{name}: expected an integer tensor, got {getattr(targets, 'dtype', type(targets).__name__)}")
     if targets.shape != (samples,):
-        raise ValueError(f"targets: expected shape ({samples},), got {tuple(targets.shape)}")
+        raise ValueError(f"{name}: expected shape ({samples},), got {tuple(targets.shape)}")
     if targets.device.type == "cpu" and samples and not torch.compiler.is_compiling():
         smallest, largest = (int(bound) for bound in targets.aminmax())
         if smallest < 0 or largest >= classes:
-            raise ValueError(f"targets: expected labels in [0, {classes}), got {smallest} to {largest}")
+            raise ValueError(f"{name}: expected labels in [0, {classes}), got {smallest} to {largest}")
     return targets.long()
 
 

@@ -1,4 +1,4 @@
-"""With what a network begins: a stride of 1 for small images such as CIFAR's, of 4 for large ones such as ImageNet's."""
+"""With what a network begins: a stride of 1 for small images, as CIFAR has them, of 4 for large ones, as ImageNet."""
 
 from __future__ import annotations
 

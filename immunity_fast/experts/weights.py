@@ -104,6 +104,8 @@ def read(path: str | os.PathLike[str]) -> WeightsFile:
     except ModuleNotFoundError:
         raise
     except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise ValueError(f"{place}: expected a file of weights, got one that is broken") from error
         raise ValueError(
             f"{place}: expected a state dict, tensors by name, got a file that holds other objects, which would run "
             "code: save model.state_dict() instead"
@@ -175,11 +177,7 @@ def experts_of(file: WeightsFile) -> list[dict[str, Tensor]]:
     if all(re.match(r"\d+\.", name) for name in own) and {"0", "1"} <= {name.partition(".")[0] for name in own}:
         numbers = sorted({int(name.partition(".")[0]) for name in own})
         return [
-            {
-                name.partition(".")[2]: value
-                for name, value in own.items()
-                if name.partition(".")[0] == str(number)
-            }
+            {name.partition(".")[2]: value for name, value in own.items() if name.partition(".")[0] == str(number)}
             for number in numbers
         ]
     counts = {len(value) if value.dim() else 0 for value in own.values()}
@@ -192,7 +190,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool]:
     try:
         from safetensors import safe_open
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path}: needs safetensors, which is not installed: pip install safetensors") from error
+        raise ModuleNotFoundError(
+            f"{path}: needs safetensors, which is not installed: pip install safetensors"
+        ) from error
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
         return tensors, "immunity_fast" in (file.metadata() or {})

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from immunity_fast.experts import create, split_names
+from immunity_fast.experts import create
+from immunity_fast.experts.registry import repeated
 from immunity_fast.experts.staged import StagedNetwork, copied, default_stage
+from immunity_fast.experts.stems import StemChoice, chosen_stem
 from immunity_fast.models import probe
 from immunity_fast.models.chains import check_stage, is_chain
 from immunity_fast.models.expert_list import ExpertList, are_alike, check_together
@@ -49,20 +51,22 @@ def from_names(
     image_size: int | tuple[int, int],
     channels: int,
     batching: Batching,
+    stem: StemChoice,
 ) -> Assembly:
     """Fresh experts of architectures that take turns.
 
     Raises:
-        ValueError: no such architecture or stage, or networks that are no experts.
+        ValueError: no such architecture or stage, more architectures than experts, or networks that are no experts.
     """
-    names = split_names(arch) if isinstance(arch, str) else tuple(arch)
-    takes = [names[index % len(names)] for index in range(num_experts)]
-    experts = [create(name, num_classes) for name in takes]
+    takes = repeated(arch, num_experts)
+    begin = chosen_stem(stem, image_size)
+    experts = [create(name, num_classes, stem=begin, image_size=image_size) for name in takes]
     if not all(isinstance(expert, StagedNetwork) for expert in experts):
         return assembled(experts, stage=stage, image_size=image_size, channels=channels, batching=batching)
     if channels != 3:
         raise ValueError(
-            f"channels: expected 3 for {', '.join(names)}, got {channels}; from_experts takes any networks"
+            f"channels: expected 3 for {', '.join(dict.fromkeys(takes))}, got {channels}; from_experts takes any "
+            "networks"
         )
     stages = _of_each("stage", stage, num_experts)
     defaults: dict[str, str] = {}

@@ -4,20 +4,27 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from immunity_fast.arguments import Experts
+from immunity_fast.arguments import Experts, Score, WeightScale
+from immunity_fast.experts.registry import check_trusted
+from immunity_fast.experts.stems import Stem, StemChoice, chosen_stem
 from immunity_fast.functional import log_mixture
+from immunity_fast.models import pretrained
 from immunity_fast.models.assembly import Assembly, Layouts, Stages, assembled, check_classes, check_experts, from_names
 from immunity_fast.models.attention import MathAttention
 from immunity_fast.models.catching import Catcher, catch, check_kept, eagerly, version
 from immunity_fast.models.chains import halves, is_chain, prepended
 from immunity_fast.models.expert_list import ExpertList
 from immunity_fast.models.gate import RandomSwitchGate, Switch
+from immunity_fast.models.gradcam import expert_heatmaps
+from immunity_fast.models.inference import Gate as InferenceGate
+from immunity_fast.models.inference import InferenceMixture, folded
 from immunity_fast.models.layers import NoChoice, Normalize
 from immunity_fast.models.maps import MapLayout, Reshape
 from immunity_fast.models.stacking import (
@@ -50,6 +57,8 @@ class ImmunityMoE(nn.Module):
         stage: where Grad-CAM looks, a name of the architecture's stages, or one an expert; None is the last stage whose
             map exceeds 8×8.
         image_size: the images' side or (H, W); the default of `stage` depends on it.
+        stem: with what `resnet18`, `googlenet` and `densenet121` begin, "cifar" or "imagenet"; "auto" is that for
+            ImageNet where the images' smaller side exceeds 64 pixels. Others have one form.
         channels: of the images.
         switch: what the gate does in evaluation mode.
         generator: where the gate's permutations come from; None is PyTorch's default generator.
@@ -58,9 +67,11 @@ class ImmunityMoE(nn.Module):
         classes: the classes' names, as many as there are; None where nobody has named them.
 
     Attributes:
-        image_size: (H, W) of the images that it was made for.
+        image_size, channels: (H, W) and C of the images that it was made for.
         num_classes: K.
         classes: their names, or None.
+        card: the model card that `save_pretrained` writes, in Markdown; None is one that says what the model is.
+        stem: with what architectures of two forms begin; None of networks of the user's.
         stage, layout: where Grad-CAM looks, and the axes of what it sees there; of experts that differ in it a tuple.
 
     Raises:
@@ -78,6 +89,7 @@ class ImmunityMoE(nn.Module):
         *,
         stage: Stages = None,
         image_size: int | tuple[int, int] = 32,
+        stem: StemChoice = "auto",
         channels: int = 3,
         switch: Switch = "call",
         generator: torch.Generator | None = None,
@@ -88,6 +100,7 @@ class ImmunityMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.arch = arch if isinstance(arch, str) else ",".join(arch)
+        self.stem: Stem | None = chosen_stem(stem, image_size)
         check_whole("num_experts", num_experts, 2)
         parts = from_names(
             arch,
@@ -97,6 +110,7 @@ class ImmunityMoE(nn.Module):
             image_size=image_size,
             channels=channels,
             batching=batching,
+            stem=stem,
         )
         gate = RandomSwitchGate(num_experts, switch=switch, generator=generator, channels=channels)
         self._hold(parts, gate, batching, Normalize(mean, std), classes)
@@ -150,7 +164,7 @@ class ImmunityMoE(nn.Module):
         """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model.arch = ""
+        model.arch, model.stem = "", None
         modules = check_experts(experts, cls._fewest)
         if (mean is None) != (std is None):
             raise ValueError(f"mean, std: expected both or neither, got {mean} and {std}")
@@ -184,6 +198,8 @@ class ImmunityMoE(nn.Module):
     ) -> None:
         self.num_experts = len(parts.stages)
         self.num_classes, self.image_size = parts.num_classes, parts.image_size
+        self.channels = parts.channels
+        self.card: str | None = None
         self.classes = check_classes(classes, parts.num_classes)
         self.batching: Batching = batching
         self.normalize = normalize
@@ -294,6 +310,169 @@ class ImmunityMoE(nn.Module):
             for name, buffer in own.items():
                 buffer.copy_(buffers[name])
 
+    def heatmaps(
+        self,
+        images: Tensor,
+        classes: Tensor | Sequence[int] | int | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        score: Score = "logit",
+        weight_scale: WeightScale = "channels",
+        normalize: bool = False,
+    ) -> Tensor:
+        """Where each expert looks: Grad-CAM heatmaps (N, B, H, W) for a class of each image.
+
+        In evaluation mode, whatever mode the model is in; modes, gradients, statistics and random states stay as they
+        are.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            classes: (B,) whole numbers, or one for all images; None is what the mixture predicts, by the mean of the
+                gate's permutations.
+            size: (H, W) of the heatmaps; None is that of the images.
+            score: what Grad-CAM differentiates, each class' "logit" or "probability".
+            weight_scale: of Grad-CAM's channel weights: see `functional.gradcam_heatmaps`.
+            normalize: scale each heatmap to a maximum of 1; one that is zero everywhere stays so.
+
+        Returns:
+            At least float32, ≥ 0, without a graph.
+
+        Raises:
+            ValueError, TypeError: images or classes of another shape or type, a class that the model does not have.
+        """
+        return expert_heatmaps(
+            self, images, classes, size=size, score=score, weight_scale=weight_scale, normalize=normalize
+        )
+
+    def for_inference(self, gate: InferenceGate = "mean") -> InferenceMixture:
+        """A plain module that answers as this one in evaluation mode, for export, compiling and serving.
+
+        It has N ordinary networks, each BatchNorm folded into the convolution before it where that is sure to be right,
+        and nothing random; it shares no tensors with this model.
+
+        Args:
+            gate: what weighs the experts: "mean", 1/N each, the exact mean of the gate's permutations; or "off", the
+                trained weights as they are.
+
+        Raises:
+            ValueError: another gate: what is drawn anew at each call is nothing that a fixed graph could do.
+        """
+        if gate not in get_args(InferenceGate):
+            raise ValueError(
+                f"gate: expected 'mean' or 'off', got {gate!r}; no fixed graph draws a permutation anew at each call"
+            )
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(2, self.channels, *self.image_size, generator=generator).to(like)
+        normalize = copy.deepcopy(self.normalize)
+        networks = [folded(network, normalize(images)) for network in self._networks()]
+        weigher = None if gate == "mean" or self.num_experts == 1 else copy.deepcopy(self.gate.network)
+        return InferenceMixture(networks, normalize, weigher)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model into a folder, as Hugging Face's hub has it; `from_pretrained` reads it.
+
+        config.json, model.safetensors, and README.md, the model card, which is `model.card` or, where that is None,
+        says what the model is; a README.md that is there already stays. Needs safetensors.
+
+        Raises:
+            ModuleNotFoundError: safetensors is not installed.
+            OSError: the folder cannot be written.
+        """
+        pretrained.save(self, Path(folder).expanduser())
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "A mixture of immunity_fast",
+    ) -> str:
+        """Write what `save_pretrained` does into a repository of Hugging Face's hub, which is made where it is missing.
+
+        Args:
+            repository: "user/name".
+            private: whether others may not see a new one; None is the user's or organisation's default.
+            token: None is that of `hf auth login`.
+            commit_message: of the one commit that is made.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ModuleNotFoundError: huggingface_hub or safetensors is not installed.
+        """
+        return pretrained.push(self, repository, private=private, token=token, message=commit_message)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        place: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        trust_code: bool = False,
+        experts: Sequence[nn.Module] | None = None,
+        gate: RandomSwitchGate | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> "ImmunityMoE":
+        """A model that `save_pretrained` or `push_to_hub` has written, to the same bits, in evaluation mode.
+
+        Args:
+            place: a folder, or a repository of Hugging Face's hub, "user/name".
+            device: where the model is to be.
+            trust_code: import an architecture of the form module.path:callable, whose code runs then.
+            experts: networks of the saved ones' structure, whatever their weights; needed for a model of
+                `from_experts`, which has no name of an architecture.
+            gate: likewise, of a model whose gate has a network of the user's own.
+            revision: of the repository: a branch, a tag or a commit.
+            token: for the hub; None is that of `hf auth login`.
+
+        Returns:
+            A `SingleNetwork` where one network alone was saved.
+
+        Raises:
+            FileNotFoundError, OSError: there is no such folder, and the hub does not give such a repository.
+            ValueError: files that are not what was written, an architecture that is not trusted, experts that do not
+                fit or are missing.
+            ModuleNotFoundError: safetensors, for the hub huggingface_hub, or the architecture's library is missing.
+        """
+        saved = pretrained.read(place, revision=revision, token=token)
+        config = saved.config
+        own = config["arch"] == "" or experts is not None
+        if own and experts is None:
+            raise ValueError(
+                f"experts: expected networks for {place}, which was made by from_experts, got none; call "
+                "from_pretrained(…, experts=[…]) with networks of the same structure"
+            )
+        if not own:
+            check_trusted(place, config["arch"], trust_code)
+            pretrained.check_fits(saved)
+        kind = SingleNetwork if config["num_experts"] == 1 else ImmunityMoE
+        unit = [0.0] * config["channels"], [1.0] * config["channels"]  # what normalises is among the tensors
+        options: dict[str, Any] = {name: config[name] for name in ("stage", "classes")}
+        options["image_size"] = tuple(config["image_size"])
+        try:
+            if own:
+                assert experts is not None
+                mean, std = unit if config["normalized"] else (None, None)
+                model = kind.from_experts(experts, gate=gate, layout=config["layout"], mean=mean, std=std, **options)
+                model.arch, model.stem = config["arch"], config["stem"]
+            else:
+                options |= {"channels": config["channels"], "mean": unit[0], "std": unit[1]}
+                if config["stem"] is not None:
+                    options["stem"] = config["stem"]
+                if kind is ImmunityMoE:
+                    options["num_experts"] = config["num_experts"]
+                model = kind(config["arch"], num_classes=config["num_classes"], **options)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{place}: describes a model that cannot be made ({error})") from error
+        model.gate.switch = config["switch"]
+        pretrained.fill(model, saved)
+        model.card = saved.card
+        return model.to(device).eval()
+
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters and their names; never those of a pass that is under way in another thread."""
         with in_use():
@@ -326,14 +505,25 @@ class ImmunityMoE(nn.Module):
 
         Where the model normalises, so does each module, in a first child called `normalize`.
         """
-        with in_use():
-            if isinstance(self.experts, ExpertList):
-                modules = self.experts.copies()
-            else:
-                modules = unstack_modules(self.experts, self.num_experts)
+        modules = self._networks()
         if isinstance(self.normalize, nn.Identity):
             return modules
         return [prepended(copy.deepcopy(self.normalize), module) for module in modules]
+
+    def deterministic(self) -> "ExactMean":
+        """The mixture by the exact mean of its gate, as a module of its own, which shares all parameters.
+
+        It is what another library should attack: an attack that follows gradients through a gate that draws finds less
+        than there is, see `SwitchingGateWarning`.
+        """
+        return ExactMean(self)
+
+    def _networks(self) -> list[nn.Module]:
+        """N ordinary modules from normalised images to logits, with tensors of their own."""
+        with in_use():
+            if isinstance(self.experts, ExpertList):
+                return self.experts.copies()
+            return unstack_modules(self.experts, self.num_experts)
 
     def _logits(self, x: Tensor) -> Tensor:
         if isinstance(self.experts, ExpertList):
@@ -403,7 +593,7 @@ class SingleNetwork(ImmunityMoE):
     `SingleNetwork.from_experts([network])` takes any.
 
     Args:
-        arch, num_classes, stage, image_size, channels, batching, mean, std, classes: see `ImmunityMoE`.
+        arch, num_classes, stage, image_size, stem, channels, batching, mean, std, classes: see `ImmunityMoE`.
     """
 
     _fewest: ClassVar[int] = 1
@@ -415,6 +605,7 @@ class SingleNetwork(ImmunityMoE):
         *,
         stage: str | None = None,
         image_size: int | tuple[int, int] = 32,
+        stem: StemChoice = "auto",
         channels: int = 3,
         batching: Batching = "auto",
         mean: Sequence[float] = CIFAR10_MEAN,
@@ -423,8 +614,9 @@ class SingleNetwork(ImmunityMoE):
     ) -> None:
         nn.Module.__init__(self)
         self.arch = arch
+        self.stem = chosen_stem(stem, image_size)
         parts = from_names(
-            arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching
+            arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching, stem=stem
         )
         self._hold(parts, self._gate(1, "call", None, channels), batching, Normalize(mean, std), classes)
 
@@ -438,16 +630,22 @@ class SingleNetwork(ImmunityMoE):
 
 
 class ExactMean(nn.Module):
-    """A mixture by the exact mean of its gate; of one network, that network."""
+    """A mixture by the exact mean over all N! permutations of its gate, in either mode; of one network, that network.
+
+    Nothing is random in it, so attacks and judges of any library see what there is.
+
+    Args:
+        model: the mixture, whose parameters and buffers these are.
+    """
 
     def __init__(self, model: ImmunityMoE) -> None:
         super().__init__()
         self.model = model
+        self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
-        with self.model.gate.switched("mean"):
-            outputs: Tensor = self.model(images)
-        return outputs
+        """Log-probabilities (B, num_classes) of `images` (B, C, H, W) in [0, 1]; the gate is not asked."""
+        return log_mixture(self.model.expert_logits(images))
 
 
 def _unseen(buffers: dict[str, Tensor]) -> AbstractContextManager[object]:

@@ -78,7 +78,7 @@ class TrainConfig:
     )
     stem: StemChoice = _model(
         "auto",
-        "what resnet18, googlenet and densenet121 begin with; auto: the ImageNet form for images above 64 pixels a side",
+        "of resnet18, googlenet and densenet121; auto: the ImageNet form for images above 64 pixels a side",
     )
     weights: str | None = _model(
         None,
@@ -87,8 +87,8 @@ class TrainConfig:
     )
     perturbation: float = _model(
         PERTURBATION,
-        "where experts begin with equal weights: random noise on all but the first, in units of each tensor's root mean "
-        "square; 0: none, and they never part",
+        "where experts would begin with equal weights: random noise on all but the first, in units of each tensor's "
+        "root mean square; 0: none, and they never part",
     )
     alpha: float = _loss(ALPHA, "weight of each expert's own cross-entropy")
     beta: float = _loss(BETA, "weight of the mutual-information loss")

@@ -234,7 +234,7 @@ def test_vmap_over_stacked_experts(name: str) -> None:
 def test_create() -> None:
     assert set(experts.NAMES) > set(STAGES)
     assert experts.create("resnet8", num_classes=7)(_images(8, 8)).shape == (2, 7)
-    with pytest.raises(ValueError, match=r"resnet18, googlenet, densenet121, resnet8.*got 'resnet9'$"):
+    with pytest.raises(ValueError, match=r"resnet18, googlenet, .*resnet8.*got 'resnet9'; did you mean resnet8"):
         experts.create("resnet9")
     for num_classes in (1, 0, -3):
         with pytest.raises(ValueError, match=f"num_classes: expected at least 2, got {num_classes}"):

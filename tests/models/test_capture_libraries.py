@@ -39,9 +39,9 @@ def _torchvision(name: str) -> Case:
         "densenet": (
             lambda: models.DenseNet(4, (1, 1), num_init_features=8, bn_size=2, num_classes=4),
             40,
-            "features.transition1.conv",
+            "features.transition1.relu",
             _first,
-            (6, 10, 10),
+            (12, 10, 10),
         ),
         "vit": (
             lambda: models.VisionTransformer(36, 4, 3, 2, 8, 16, num_classes=4),
