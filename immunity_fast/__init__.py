@@ -9,10 +9,19 @@ from typing import Literal
 import torch
 
 from immunity_fast.losses import FusedImmunityLoss, ImmunityTerms
+from immunity_fast.models.capture import capture_activations
 from immunity_fast.models.gate import RandomSwitchGate, SwitchingGateWarning
 from immunity_fast.models.moe import ImmunityMoE
 
-__all__ = ["FusedImmunityLoss", "ImmunityMoE", "ImmunityTerms", "RandomSwitchGate", "SwitchingGateWarning", "load"]
+__all__ = [
+    "FusedImmunityLoss",
+    "ImmunityMoE",
+    "ImmunityTerms",
+    "RandomSwitchGate",
+    "SwitchingGateWarning",
+    "capture_activations",
+    "load",
+]
 __version__ = "0.1.0"
 
 
