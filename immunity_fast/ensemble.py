@@ -22,9 +22,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = cli.Parser(prog="python -m immunity_fast.ensemble", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", type=cli.path, nargs="+", metavar="RUN", help="a run of one network (--experts 1)")
     parser.add_argument("--out", type=cli.path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--trust-code", action="store_true", help=cli.TRUST_CODE)
     options = parser.parse_args(arguments)
     with cli.input_errors():
-        run = join(options.runs, options.out)
+        run = join(options.runs, options.out, trust_code=options.trust_code)
     cli.console.print(f"joined {len(options.runs)} networks; evaluate with: {run.evaluate_command}")
 
 

@@ -32,6 +32,7 @@ def parse(arguments: list[str] | None) -> tuple[EvaluationSettings, dict[str, An
     group.add_argument(
         "--transfer-from", type=cli.path, metavar="RUN", help="attack this run, too, and transfer its images"
     )
+    group.add_argument("--trust-code", action="store_true", help=cli.TRUST_CODE)
     add_options(parser)
     group = parser.add_argument_group("device and output")
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, …; auto: CUDA if there is any")

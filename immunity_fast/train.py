@@ -27,11 +27,12 @@ def parse(arguments: list[str] | None) -> Start:
         "--out", type=cli.path, metavar="DIR", help="folder of a new run; default: runs/DATASET-ARCH-TIME"
     )
     folder.add_argument("--resume", type=cli.path, metavar="DIR", help="go on with the run in this folder")
+    parser.add_argument("--trust-code", action="store_true", help=cli.TRUST_CODE)
     add_options(parser)
     options = vars(parser.parse_args(arguments))
-    out, resume = options.pop("out"), options.pop("resume")
+    out, resume, trust_code = options.pop("out"), options.pop("resume"), options.pop("trust_code")
     resolve_architecture(options)
-    return begin(from_preset(options), out) if resume is None else go_on(resume, options)
+    return begin(from_preset(options), out) if resume is None else go_on(resume, options, trust_code=trust_code)
 
 
 @cli.enough_memory(MEMORY_ADVICE)

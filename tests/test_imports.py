@@ -11,7 +11,7 @@ import pytest
 from tests.places import REPOSITORY
 
 PACKAGE = REPOSITORY / "immunity_fast"
-COMMANDS = ("train", "evaluate", "ensemble", "reproduce", "info")
+COMMANDS = ("train", "evaluate", "explain", "ensemble", "reproduce", "info")
 
 # From the ground up: a room imports what is on the floors below its own, and itself.
 FLOORS = (
@@ -22,7 +22,7 @@ FLOORS = (
     ("attacks", "models"),
     ("evaluation",),
     ("training",),
-    ("reproduction",),
+    ("reproduction", "deployment"),
     ("__init__",),
     COMMANDS,
 )

@@ -1,4 +1,4 @@
-"""DenseNet-BC for small images: "Densely Connected Convolutional Networks" (arXiv 1608.06993)."""
+"""DenseNet-BC: "Densely Connected Convolutional Networks" (arXiv 1608.06993)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast.experts.staged import StagedNetwork, classifier, initialise
+from immunity_fast.experts.stems import Stem, imagenet_stem
 
 GROWTH = 32
 
@@ -37,15 +38,20 @@ def _transition(channels: int) -> nn.Sequential:
     )
 
 
-def densenet121(num_classes: int) -> StagedNetwork:
-    """DenseNet-121 with a 3×3 stem and no pooling, as usual for CIFAR: images (B, 3, H, W) to logits (B, num_classes).
+def densenet121(num_classes: int, stem: Stem = "cifar") -> StagedNetwork:
+    """DenseNet-121: images (B, 3, H, W) to logits (B, num_classes).
 
-    Images have sides of at least 8 pixels: three transitions halve them. On 32×32 images `stem` and `block1` give
-    maps of 32×32, `block2` 16×16, `block3` 8×8, `block4` 4×4.
+    With the stem for CIFAR, 3×3 without pooling, images have sides of at least 8 pixels: three transitions halve them.
+    On 32×32 images `stem` and `block1` give maps of 32×32, `block2` 16×16, `block3` 8×8, `block4` 4×4. With that for
+    ImageNet, as the paper has it, sides are at least 29 pixels; on 224×224 images `stem` and `block1` give maps of
+    56×56, and the others halves of it likewise.
     """
     channels = 2 * GROWTH
     stages: OrderedDict[str, nn.Module] = OrderedDict()
-    stages["stem"] = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+    if stem == "imagenet":
+        stages["stem"] = imagenet_stem(channels)
+    else:
+        stages["stem"] = nn.Conv2d(3, channels, 3, padding=1, bias=False)
     for index, num_layers in enumerate((6, 12, 24, 16), start=1):
         layers: list[nn.Module] = []
         if index > 1:

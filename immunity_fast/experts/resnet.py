@@ -1,4 +1,4 @@
-"""Residual networks for small images: "Deep Residual Learning for Image Recognition" (arXiv 1512.03385)."""
+"""Residual networks: "Deep Residual Learning for Image Recognition" (arXiv 1512.03385)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from immunity_fast.experts.staged import StagedNetwork, classifier, initialise
+from immunity_fast.experts.stems import Stem, imagenet_stem
 
 
 class BasicBlock(nn.Module):
@@ -30,13 +31,16 @@ class BasicBlock(nn.Module):
         return F.relu(residual + self.shortcut(x))
 
 
-def _resnet(widths: tuple[int, ...], blocks: int, num_classes: int) -> StagedNetwork:
+def _resnet(widths: tuple[int, ...], blocks: int, num_classes: int, stem: Stem = "cifar") -> StagedNetwork:
     """Stages `stem`, `layer1`, …: a layer of `blocks` basic blocks for each width, all but the first halving."""
     channels = widths[0]
     stages: OrderedDict[str, nn.Module] = OrderedDict()
-    stages["stem"] = nn.Sequential(
-        nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
-    )
+    if stem == "imagenet":
+        stages["stem"] = imagenet_stem(channels)
+    else:
+        stages["stem"] = nn.Sequential(
+            nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+        )
     for index, width in enumerate(widths, start=1):
         first = BasicBlock(channels, width, stride=1 if index == 1 else 2)
         stages[f"layer{index}"] = nn.Sequential(first, *(BasicBlock(width, width, stride=1) for _ in range(blocks - 1)))
@@ -45,12 +49,14 @@ def _resnet(widths: tuple[int, ...], blocks: int, num_classes: int) -> StagedNet
     return initialise(StagedNetwork(stages))
 
 
-def resnet18(num_classes: int) -> StagedNetwork:
-    """ResNet-18 with a 3×3 stem and no pooling, as usual for CIFAR: images (B, 3, H, W) to logits (B, num_classes).
+def resnet18(num_classes: int, stem: Stem = "cifar") -> StagedNetwork:
+    """ResNet-18: images (B, 3, H, W) to logits (B, num_classes).
 
-    On 32×32 images `stem` and `layer1` give maps of 32×32, `layer2` 16×16, `layer3` 8×8, `layer4` 4×4.
+    With the stem for CIFAR, 3×3 without pooling, `stem` and `layer1` give maps of 32×32 on 32×32 images, `layer2`
+    16×16, `layer3` 8×8, `layer4` 4×4. With that for ImageNet, as the paper has it, `stem` and `layer1` give maps of
+    56×56 on 224×224 images, and the others halves of it likewise.
     """
-    return _resnet((64, 128, 256, 512), blocks=2, num_classes=num_classes)
+    return _resnet((64, 128, 256, 512), 2, num_classes, stem)
 
 
 def resnet8(num_classes: int) -> StagedNetwork:

@@ -4,19 +4,29 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from immunity_fast.arguments import Experts, Layout
+from immunity_fast.arguments import Experts, Score, WeightScale
+from immunity_fast.experts.registry import check_trusted
+from immunity_fast.experts.stems import Stem, StemChoice, chosen_stem
 from immunity_fast.functional import log_mixture
+from immunity_fast.models import pretrained
 from immunity_fast.models.assembly import Assembly, Layouts, Stages, assembled, check_classes, check_experts, from_names
+from immunity_fast.models.attention import MathAttention
+from immunity_fast.models.catching import Catcher, catch, check_kept, eagerly, version
 from immunity_fast.models.chains import halves, is_chain, prepended
 from immunity_fast.models.expert_list import ExpertList
 from immunity_fast.models.gate import RandomSwitchGate, Switch
-from immunity_fast.models.layers import FromRead, NoChoice, Normalize, ToRead
+from immunity_fast.models.gradcam import expert_heatmaps
+from immunity_fast.models.inference import Gate as InferenceGate
+from immunity_fast.models.inference import InferenceMixture, folded
+from immunity_fast.models.layers import NoChoice, Normalize
+from immunity_fast.models.maps import MapLayout, Reshape
 from immunity_fast.models.stacking import (
     call,
     call_stacked,
@@ -47,6 +57,8 @@ class ImmunityMoE(nn.Module):
         stage: where Grad-CAM looks, a name of the architecture's stages, or one an expert; None is the last stage whose
             map exceeds 8×8.
         image_size: the images' side or (H, W); the default of `stage` depends on it.
+        stem: with what `resnet18`, `googlenet` and `densenet121` begin, "cifar" or "imagenet"; "auto" is that for
+            ImageNet where the images' smaller side exceeds 64 pixels. Others have one form.
         channels: of the images.
         switch: what the gate does in evaluation mode.
         generator: where the gate's permutations come from; None is PyTorch's default generator.
@@ -55,9 +67,11 @@ class ImmunityMoE(nn.Module):
         classes: the classes' names, as many as there are; None where nobody has named them.
 
     Attributes:
-        image_size: (H, W) of the images that it was made for.
+        image_size, channels: (H, W) and C of the images that it was made for.
         num_classes: K.
         classes: their names, or None.
+        card: the model card that `save_pretrained` writes, in Markdown; None is one that says what the model is.
+        stem: with what architectures of two forms begin; None of networks of the user's.
         stage, layout: where Grad-CAM looks, and the axes of what it sees there; of experts that differ in it a tuple.
 
     Raises:
@@ -75,6 +89,7 @@ class ImmunityMoE(nn.Module):
         *,
         stage: Stages = None,
         image_size: int | tuple[int, int] = 32,
+        stem: StemChoice = "auto",
         channels: int = 3,
         switch: Switch = "call",
         generator: torch.Generator | None = None,
@@ -85,6 +100,7 @@ class ImmunityMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.arch = arch if isinstance(arch, str) else ",".join(arch)
+        self.stem: Stem | None = chosen_stem(stem, image_size)
         check_whole("num_experts", num_experts, 2)
         parts = from_names(
             arch,
@@ -94,6 +110,7 @@ class ImmunityMoE(nn.Module):
             image_size=image_size,
             channels=channels,
             batching=batching,
+            stem=stem,
         )
         gate = RandomSwitchGate(num_experts, switch=switch, generator=generator, channels=channels)
         self._hold(parts, gate, batching, Normalize(mean, std), classes)
@@ -129,13 +146,14 @@ class ImmunityMoE(nn.Module):
                 runs whole, and its activations are caught on the way, so that `expert_outputs` gives them as a list.
             gate: None is a new `RandomSwitchGate` with `switch` and `generator`, which a given gate has of its own.
             stage: the child, or (not for `nn.Sequential`) the dotted name of any submodule, whose output Grad-CAM
-                looks at, or one an expert; None is the last direct child whose map exceeds 8×8.
+                looks at, or one an expert; None is the last whose map exceeds 8×8 and changes the logits, of the
+                direct children before others.
             image_size: the images' side or (H, W), which the experts have to accept.
             batching: see the class; "vmap" is for experts of one structure.
             mean, std: normalisation before the experts and the gate; None is none: the experts do their own.
-            layout: the order of the axes of what `stage` returns, "NCHW" for (B, C, h, w), or "NHWC" for (B, h, w, C),
-                as in a Swin Transformer, or one an expert; None finds out. The model's activations are (B, C, h, w)
-                either way.
+            layout: what `stage` returns, "NCHW" for (B, C, h, w), "NHWC" for (B, h, w, C), as in a Swin Transformer,
+                "tokens" for (B, T, C), as in a ViT, or a function of it to (B, C, h, w), or one an expert; None finds
+                out. The model's activations are (B, C, h, w) either way.
             classes: see the class.
 
         Raises:
@@ -146,7 +164,7 @@ class ImmunityMoE(nn.Module):
         """
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model.arch = ""
+        model.arch, model.stem = "", None
         modules = check_experts(experts, cls._fewest)
         if (mean is None) != (std is None):
             raise ValueError(f"mean, std: expected both or neither, got {mean} and {std}")
@@ -180,16 +198,18 @@ class ImmunityMoE(nn.Module):
     ) -> None:
         self.num_experts = len(parts.stages)
         self.num_classes, self.image_size = parts.num_classes, parts.image_size
+        self.channels = parts.channels
+        self.card: str | None = None
         self.classes = check_classes(classes, parts.num_classes)
         self.batching: Batching = batching
         self.normalize = normalize
         self.gate = gate
         self.experts = parts.experts
-        self._stages, self._layouts, self._overwritten = parts.stages, parts.layouts, parts.overwritten
+        self._stages, self._readings = parts.stages, parts.readings
         # A tuple, so that the two halves, which share the experts' modules, are not registered a second time.
         self._halves: tuple[nn.Sequential, nn.Sequential] | None = None
         if is_chain(self.experts):
-            self._halves = halves(self.experts, parts.stages[0], parts.layouts[0], parts.overwritten[0])
+            self._halves = halves(self.experts, parts.stages[0], parts.readings[0])
 
     @property
     def stage(self) -> str | tuple[str, ...]:
@@ -197,9 +217,10 @@ class ImmunityMoE(nn.Module):
         return self._stages[0] if len(set(self._stages)) == 1 else self._stages
 
     @property
-    def layout(self) -> Layout | tuple[Layout, ...]:
-        """The order of the axes of what the stage returns; of experts that differ in it one each."""
-        return self._layouts[0] if len(set(self._layouts)) == 1 else self._layouts
+    def layout(self) -> MapLayout | Reshape | tuple[MapLayout | Reshape, ...]:
+        """What the stage returns, see `from_experts`; of experts that differ in it one each."""
+        layouts = tuple(reading.layout for reading in self._readings)
+        return layouts[0] if len(set(layouts)) == 1 else layouts
 
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, num_classes) of `images` (B, C, H, W) in [0, 1].
@@ -251,9 +272,12 @@ class ImmunityMoE(nn.Module):
             logits, activations = self._run_whole(x)
             return logits, activations, self.gate(x)
         maps, weights = self.trunk_outputs(images)
-        version = _version(maps)
-        logits = run_stacked(self._halves[1], maps, self.num_experts, shared=False, batching=self._batching(maps))
-        self._check_kept([maps], [version])
+        if torch.is_grad_enabled() and not maps.requires_grad:  # behind a frozen trunk; Grad-CAM needs the head alone
+            maps.requires_grad_()
+        before = version(maps)
+        with self._differentiable_attention():
+            logits = run_stacked(self._halves[1], maps, self.num_experts, shared=False, batching=self._batching(maps))
+        check_kept("stage", self._stages[0], maps, before)
         return logits, maps, weights
 
     @property
@@ -276,7 +300,8 @@ class ImmunityMoE(nn.Module):
         Returns:
             Logits (N, B, K), and the buffers that `update_head` takes.
         """
-        return call_stacked(self._cut()[1], activations, self.num_experts, batching=self._batching(activations))
+        with self._differentiable_attention():
+            return call_stacked(self._cut()[1], activations, self.num_experts, batching=self._batching(activations))
 
     def update_head(self, buffers: dict[str, Tensor]) -> None:
         """Take over what a pass through `head_outputs` made of the head's buffers, such as BatchNorm's statistics."""
@@ -284,6 +309,169 @@ class ImmunityMoE(nn.Module):
         with in_use(), _unseen(own):
             for name, buffer in own.items():
                 buffer.copy_(buffers[name])
+
+    def heatmaps(
+        self,
+        images: Tensor,
+        classes: Tensor | Sequence[int] | int | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        score: Score = "logit",
+        weight_scale: WeightScale = "channels",
+        normalize: bool = False,
+    ) -> Tensor:
+        """Where each expert looks: Grad-CAM heatmaps (N, B, H, W) for a class of each image.
+
+        In evaluation mode, whatever mode the model is in; modes, gradients, statistics and random states stay as they
+        are.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            classes: (B,) whole numbers, or one for all images; None is what the mixture predicts, by the mean of the
+                gate's permutations.
+            size: (H, W) of the heatmaps; None is that of the images.
+            score: what Grad-CAM differentiates, each class' "logit" or "probability".
+            weight_scale: of Grad-CAM's channel weights: see `functional.gradcam_heatmaps`.
+            normalize: scale each heatmap to a maximum of 1; one that is zero everywhere stays so.
+
+        Returns:
+            At least float32, ≥ 0, without a graph.
+
+        Raises:
+            ValueError, TypeError: images or classes of another shape or type, a class that the model does not have.
+        """
+        return expert_heatmaps(
+            self, images, classes, size=size, score=score, weight_scale=weight_scale, normalize=normalize
+        )
+
+    def for_inference(self, gate: InferenceGate = "mean") -> InferenceMixture:
+        """A plain module that answers as this one in evaluation mode, for export, compiling and serving.
+
+        It has N ordinary networks, each BatchNorm folded into the convolution before it where that is sure to be right,
+        and nothing random; it shares no tensors with this model.
+
+        Args:
+            gate: what weighs the experts: "mean", 1/N each, the exact mean of the gate's permutations; or "off", the
+                trained weights as they are.
+
+        Raises:
+            ValueError: another gate: what is drawn anew at each call is nothing that a fixed graph could do.
+        """
+        if gate not in get_args(InferenceGate):
+            raise ValueError(
+                f"gate: expected 'mean' or 'off', got {gate!r}; no fixed graph draws a permutation anew at each call"
+            )
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(2, self.channels, *self.image_size, generator=generator).to(like)
+        normalize = copy.deepcopy(self.normalize)
+        networks = [folded(network, normalize(images)) for network in self._networks()]
+        weigher = None if gate == "mean" or self.num_experts == 1 else copy.deepcopy(self.gate.network)
+        return InferenceMixture(networks, normalize, weigher)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model into a folder, as Hugging Face's hub has it; `from_pretrained` reads it.
+
+        config.json, model.safetensors, and README.md, the model card, which is `model.card` or, where that is None,
+        says what the model is; a README.md that is there already stays. Needs safetensors.
+
+        Raises:
+            ModuleNotFoundError: safetensors is not installed.
+            OSError: the folder cannot be written.
+        """
+        pretrained.save(self, Path(folder).expanduser())
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "A mixture of immunity_fast",
+    ) -> str:
+        """Write what `save_pretrained` does into a repository of Hugging Face's hub, which is made where it is missing.
+
+        Args:
+            repository: "user/name".
+            private: whether others may not see a new one; None is the user's or organisation's default.
+            token: None is that of `hf auth login`.
+            commit_message: of the one commit that is made.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ModuleNotFoundError: huggingface_hub or safetensors is not installed.
+        """
+        return pretrained.push(self, repository, private=private, token=token, message=commit_message)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        place: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        trust_code: bool = False,
+        experts: Sequence[nn.Module] | None = None,
+        gate: RandomSwitchGate | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> "ImmunityMoE":
+        """A model that `save_pretrained` or `push_to_hub` has written, to the same bits, in evaluation mode.
+
+        Args:
+            place: a folder, or a repository of Hugging Face's hub, "user/name".
+            device: where the model is to be.
+            trust_code: import an architecture of the form module.path:callable, whose code runs then.
+            experts: networks of the saved ones' structure, whatever their weights; needed for a model of
+                `from_experts`, which has no name of an architecture.
+            gate: likewise, of a model whose gate has a network of the user's own.
+            revision: of the repository: a branch, a tag or a commit.
+            token: for the hub; None is that of `hf auth login`.
+
+        Returns:
+            A `SingleNetwork` where one network alone was saved.
+
+        Raises:
+            FileNotFoundError, OSError: there is no such folder, and the hub does not give such a repository.
+            ValueError: files that are not what was written, an architecture that is not trusted, experts that do not
+                fit or are missing.
+            ModuleNotFoundError: safetensors, for the hub huggingface_hub, or the architecture's library is missing.
+        """
+        saved = pretrained.read(place, revision=revision, token=token)
+        config = saved.config
+        own = config["arch"] == "" or experts is not None
+        if own and experts is None:
+            raise ValueError(
+                f"experts: expected networks for {place}, which was made by from_experts, got none; call "
+                "from_pretrained(…, experts=[…]) with networks of the same structure"
+            )
+        if not own:
+            check_trusted(place, config["arch"], trust_code)
+            pretrained.check_fits(saved)
+        kind = SingleNetwork if config["num_experts"] == 1 else ImmunityMoE
+        unit = [0.0] * config["channels"], [1.0] * config["channels"]  # what normalises is among the tensors
+        options: dict[str, Any] = {name: config[name] for name in ("stage", "classes")}
+        options["image_size"] = tuple(config["image_size"])
+        try:
+            if own:
+                assert experts is not None
+                mean, std = unit if config["normalized"] else (None, None)
+                model = kind.from_experts(experts, gate=gate, layout=config["layout"], mean=mean, std=std, **options)
+                model.arch, model.stem = config["arch"], config["stem"]
+            else:
+                options |= {"channels": config["channels"], "mean": unit[0], "std": unit[1]}
+                if config["stem"] is not None:
+                    options["stem"] = config["stem"]
+                if kind is ImmunityMoE:
+                    options["num_experts"] = config["num_experts"]
+                model = kind(config["arch"], num_classes=config["num_classes"], **options)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise ValueError(f"{place}: describes a model that cannot be made ({error})") from error
+        model.gate.switch = config["switch"]
+        pretrained.fill(model, saved)
+        model.card = saved.card
+        return model.to(device).eval()
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters and their names; never those of a pass that is under way in another thread."""
@@ -317,11 +505,7 @@ class ImmunityMoE(nn.Module):
 
         Where the model normalises, so does each module, in a first child called `normalize`.
         """
-        with in_use():
-            if isinstance(self.experts, ExpertList):
-                modules = self.experts.copies()
-            else:
-                modules = unstack_modules(self.experts, self.num_experts)
+        modules = self._networks()
         if isinstance(self.normalize, nn.Identity):
             return modules
         return [prepended(copy.deepcopy(self.normalize), module) for module in modules]
@@ -334,10 +518,25 @@ class ImmunityMoE(nn.Module):
         """
         return ExactMean(self)
 
+    def _networks(self) -> list[nn.Module]:
+        """N ordinary modules from normalised images to logits, with tensors of their own."""
+        with in_use():
+            if isinstance(self.experts, ExpertList):
+                return self.experts.copies()
+            return unstack_modules(self.experts, self.num_experts)
+
     def _logits(self, x: Tensor) -> Tensor:
         if isinstance(self.experts, ExpertList):
             return self.experts.logits(x)
         return run_stacked(self.experts, x, self.num_experts, shared=True, batching=self._batching(x))
+
+    def _differentiable_attention(self) -> AbstractContextManager[object]:
+        """What the heads of experts that are cut run in."""
+        if not self._readings[0].attention or not torch.is_grad_enabled():
+            return nullcontext()
+        attention = MathAttention()
+        attention.begin()
+        return attention
 
     def _batching(self, x: Tensor) -> Batching:
         return choose(self.batching, x.device, self.arch)
@@ -359,46 +558,23 @@ class ImmunityMoE(nn.Module):
         normalized: Tensor = self.normalize(images)
         return normalized
 
+    @eagerly
     def _run_whole(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One expert after another: the activations inside a `vmap` are in no graph outside of it."""
         experts = self.experts
         runs: list[tuple[nn.Module, Callable[[], Tensor]]]
+        logits, activations = [], []
         with nullcontext() if isinstance(experts, ExpertList) else in_use():
             if isinstance(experts, ExpertList):
                 runs = [(expert, partial(experts.run, index, x)) for index, expert in enumerate(experts)]
             else:
                 runs = [(experts, partial(call, experts, own, x)) for own in slices(experts, self.num_experts)]
-            results = [self._run_one(index, network, run) for index, (network, run) in enumerate(runs)]
-        return torch.stack([logits for logits, _ in results]), [maps for _, maps in results]
-
-    def _run_one(self, index: int, network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (B, K) and maps (B, C, h, w) of one expert's pass."""
-        caught: list[tuple[Tensor, int]] = []
-        inward = ToRead(self._layouts[index])
-        back = FromRead(self._layouts[index], self._overwritten[index])
-
-        def catch(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            maps = inward(output)
-            caught.append((maps, _version(maps)))
-            onward: Tensor = back(maps)  # in the graph behind `maps`
-            return onward
-
-        hook = network.get_submodule(self._stages[index]).register_forward_hook(catch)
-        try:
-            logits = run()
-        finally:
-            hook.remove()
-        (maps, version), *_ = caught
-        self._check_kept([maps], [version])
-        return logits, maps
-
-    def _check_kept(self, maps: Sequence[Tensor], versions: Sequence[int]) -> None:
-        """What Grad-CAM looks at must be what the stage returned."""
-        if any(_version(part) != version for part, version in zip(maps, versions, strict=True)):
-            raise ValueError(
-                f"stage: expected the output of {self.stage!r} to stay as it is, got one that an in-place operation "
-                "behind it has changed; make it inplace=False, or the mixture anew, which then copies the output"
-            )
+            for index, (network, run) in enumerate(runs):
+                catcher = Catcher(self._stages[index], index)
+                sides = x.shape[2], x.shape[3]
+                logits.append(catch(network, catcher, run, self._readings[index], sides))
+                activations.append(catcher.caught("stage"))
+        return torch.stack(logits), activations
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ImmunityMoE":
         """`nn.Module`'s, which `to` and its like call: of stacked tensors each expert's own is converted."""
@@ -417,7 +593,7 @@ class SingleNetwork(ImmunityMoE):
     `SingleNetwork.from_experts([network])` takes any.
 
     Args:
-        arch, num_classes, stage, image_size, channels, batching, mean, std, classes: see `ImmunityMoE`.
+        arch, num_classes, stage, image_size, stem, channels, batching, mean, std, classes: see `ImmunityMoE`.
     """
 
     _fewest: ClassVar[int] = 1
@@ -429,6 +605,7 @@ class SingleNetwork(ImmunityMoE):
         *,
         stage: str | None = None,
         image_size: int | tuple[int, int] = 32,
+        stem: StemChoice = "auto",
         channels: int = 3,
         batching: Batching = "auto",
         mean: Sequence[float] = CIFAR10_MEAN,
@@ -437,8 +614,9 @@ class SingleNetwork(ImmunityMoE):
     ) -> None:
         nn.Module.__init__(self)
         self.arch = arch
+        self.stem = chosen_stem(stem, image_size)
         parts = from_names(
-            arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching
+            arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching, stem=stem
         )
         self._hold(parts, self._gate(1, "call", None, channels), batching, Normalize(mean, std), classes)
 
@@ -476,8 +654,3 @@ def _unseen(buffers: dict[str, Tensor]) -> AbstractContextManager[object]:
     A BatchNorm in both halves has kept its own for the trunk's backward pass, which in training mode never looks.
     """
     return nullcontext() if torch.compiler.is_compiling() else _unsafe_preserve_version_counter(tuple(buffers.values()))
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, where that is counted."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

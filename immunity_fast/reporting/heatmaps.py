@@ -18,10 +18,13 @@ from immunity_fast.reporting.style import DPI, FONT_SIZE, INK, drawable, save_pn
 CELL = 256  # pixels, about the longer side of one picture in the heatmap figure
 GAP = 10  # pixels between two pictures
 GROUP_GAP = 44  # pixels between two groups of rows
-TOP = 42  # pixels above the first row, for the columns' titles
+TOP = 42  # pixels above the first row, for the columns' titles of one line
+LINE = 30  # pixels for each line more
 
 
-def heatmap_figure(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], path: Path) -> None:
+def heatmap_figure(
+    images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], path: Path, titles: Sequence[str] | None = None
+) -> None:
     """Draws every image beside the heatmap of each expert (as Figure 2 of arXiv 2402.18787) into a PNG.
 
     Each heatmap is scaled by its own maximum, since Grad-CAM's magnitude differs between experts by orders of
@@ -33,14 +36,17 @@ def heatmap_figure(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], 
         heatmaps: (N, n, H, W), ≥ 0, one an expert and image, unnormalised.
         row_labels: n texts, such as "cat → dog"; long ones are wrapped.
         path: the PNG file to write.
+        titles: 1 + N texts above the columns, wrapped likewise; None is "input", "expert 1", "expert 2", ….
 
     Raises:
-        ValueError: if a shape or the number of labels does not fit.
+        ValueError: if a shape or the number of texts does not fit.
     """
     check_heatmaps(images, heatmaps)
     if len(row_labels) != len(images):
         raise ValueError(f"row_labels: expected {len(images)} texts, one an image, got {len(row_labels)}")
-    draw_heatmaps(images, heatmaps, row_labels, path)
+    if titles is not None and len(titles) != 1 + len(heatmaps):
+        raise ValueError(f"titles: expected {1 + len(heatmaps)} texts, one a column, got {len(titles)}")
+    draw_heatmaps(images, heatmaps, row_labels, path, titles=titles)
 
 
 def attacked_heatmap_figure(
@@ -97,16 +103,26 @@ def check_heatmaps(images: Tensor, heatmaps: Tensor, names: tuple[str, str] = ("
         raise ValueError(f"{names[1]}: expected shape {expected}, got {tuple(heatmaps.shape)}")
 
 
-def draw_heatmaps(images: Tensor, heatmaps: Tensor, row_labels: Sequence[str], path: Path, group: int = 1) -> None:
+def draw_heatmaps(
+    images: Tensor,
+    heatmaps: Tensor,
+    row_labels: Sequence[str],
+    path: Path,
+    group: int = 1,
+    titles: Sequence[str] | None = None,
+) -> None:
     """`heatmap_figure`, its arguments checked, with a wider gap after each `group` rows where group > 1."""
     count, _, height, width = images.shape
     pictures = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
     maps = heatmaps.detach().float().cpu().numpy()
     greys = grey_of(pictures)
-    labels, font = _wrapped(row_labels)
-    layout = _Layout(len(maps), (height, width), labels, font, count, group)
+    if titles is None:
+        titles = ["input", *(f"expert {i + 1}" for i in range(len(maps)))]
+    texts, font = _wrapped([*row_labels, *titles])
+    labels, titles = texts[:count], texts[count:]
+    layout = _Layout(len(maps), (height, width), labels, titles, font, count, group)
     canvas = Canvas(layout.width, layout.height, DPI)
-    for x, title in zip(layout.lefts, ["input", *(f"expert {i + 1}" for i in range(len(maps)))], strict=True):
+    for x, title in zip(layout.lefts, titles, strict=True):
         canvas.text(x + layout.cell.width / 2, layout.tops[0] - GAP, title, font)
     for row, y in enumerate(layout.tops):
         canvas.text(layout.lefts[0] - 2 * GAP, y + layout.cell.height / 2, labels[row], font, "right", "center")
@@ -126,13 +142,21 @@ class _Layout:
         experts: columns beside the input's.
         size: (H, W) of the images; a small one is enlarged by a whole factor.
         labels: of the rows, in lines.
+        titles: of the columns, in lines.
         font: theirs.
         count: rows.
         group: rows that stand close together.
     """
 
     def __init__(
-        self, experts: int, size: tuple[int, int], labels: Sequence[str], font: FontProperties, count: int, group: int
+        self,
+        experts: int,
+        size: tuple[int, int],
+        labels: Sequence[str],
+        titles: Sequence[str],
+        font: FontProperties,
+        count: int,
+        group: int,
     ) -> None:
         longer = max(size)
         scale = max(1, round(CELL / longer)) if longer <= CELL else CELL / longer
@@ -141,10 +165,11 @@ class _Layout:
         # Twice the gap after the input, to set it apart.
         self.lefts = [left] + [left + i * (self.cell.width + GAP) + GAP for i in range(1, experts + 1)]
         between = GROUP_GAP - GAP if group > 1 else 0
-        self.tops = [TOP + i * (self.cell.height + GAP) + i // group * between for i in range(count)]
-        self.bar = (self.lefts[-1] + self.cell.width + 2 * GAP, TOP)
+        top = TOP + LINE * max(title.count("\n") for title in titles)
+        self.tops = [top + i * (self.cell.height + GAP) + i // group * between for i in range(count)]
+        self.bar = (self.lefts[-1] + self.cell.width + 2 * GAP, top)
         bottom = self.tops[-1] + self.cell.height
-        self.bar_size = (16, min(bottom - TOP, CELL))
+        self.bar_size = (16, min(bottom - top, CELL))
         self.width, self.height = self.bar[0] + 100, bottom + 2 * GAP
 
 

@@ -24,12 +24,12 @@ import torch
 from immunity_fast.data.datasets import fingerprint, load
 from immunity_fast.evaluation.runner import VERSION
 from immunity_fast.evaluation.settings import EvaluationSettings
-from immunity_fast.experts import title
+from immunity_fast.experts.registry import file_title, imports_code
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.commands import shell_command
 from immunity_fast.runtime.files import locked, parse_json, write_atomically
 from immunity_fast.training import ensemble, run_evaluation, session
-from immunity_fast.training.config import REMOVED, TrainConfig
+from immunity_fast.training.config import ADDED, REMOVED, TrainConfig
 from immunity_fast.training.preparation import CHANGEABLE_ON_RESUME, begin, go_on
 from immunity_fast.training.run_folder import Run
 
@@ -56,12 +56,19 @@ class Job:
         """Of the run's folder: readable, and different for different settings."""
         settings = self.config.to_json() | REMOVED  # by which runs from before have their names
         settings = {k: v for k, v in settings.items() if k not in (*CHANGEABLE_ON_RESUME, "preset")}
+        default = TrainConfig()
+        settings = {k: v for k, v in settings.items() if k not in ADDED or v != getattr(default, k)}
         digest = hashlib.sha256(json.dumps([settings, self.members], sort_keys=True).encode()).hexdigest()[:8]
         config = self.config
         count = f"{self.members}-alone" if self.members > 1 else f"{config.experts}"
-        words = [config.dataset, count, title(config.arch)]
+        words = [config.dataset, count, file_title(config.arch)]
         words += [] if config.adversarial == "off" else [config.adversarial]
         return "-".join([*words, digest, f"seed{config.seed}"])
+
+    @property
+    def trust(self) -> list[str]:
+        """The option of commands that read the run's architecture where it is code of the user's, as given here."""
+        return ["--trust-code"] if imports_code(self.config.arch) else []
 
     def alone(self) -> list[Job]:
         """The jobs of the networks that are trained alone and then joined, each with a seed of its own."""
@@ -208,7 +215,9 @@ class Queue:
         config = dataclasses.replace(job.config, device=self.device, data=self.data)
         if not _ended(run, config):
             here = {"device": self.device} | ({} if self.data is None else {"data": self.data})
-            session.fit(go_on(run.folder, here) if run.folder.exists() else begin(config, run.folder))
+            trust = bool(job.trust)
+            known = run.folder.exists()
+            session.fit(go_on(run.folder, here, trust_code=trust) if known else begin(config, run.folder))
         return shell_command("train", [*config.options(), "--out", str(run.folder)])
 
     def _evaluate(self, job: Job) -> str:
@@ -216,9 +225,11 @@ class Queue:
         folder = self.folder / job.name
         with cli.input_errors():
             device = cli.pick_device(self.device)
-            run_evaluation.evaluate_folder(folder, job.evaluation, device, data=self.data)
+            run_evaluation.evaluate_folder(folder, job.evaluation, device, data=self.data, trust_code=bool(job.trust))
         data = [] if self.data is None else ["--data", self.data]
-        return shell_command("evaluate", [str(folder), *job.evaluation.options(), "--device", self.device, *data])
+        return shell_command(
+            "evaluate", [str(folder), *job.evaluation.options(), "--device", self.device, *data, *job.trust]
+        )
 
     def _join(self, job: Job) -> str:
         """Join a job's members, unless that is done; the command that does it."""
@@ -227,8 +238,8 @@ class Queue:
         if run.folder.exists() and not run.checkpoint.is_file():
             shutil.rmtree(run.folder)  # it was killed on the way
         if not run.folder.exists():
-            ensemble.join(members, run.folder)
-        return shell_command("ensemble", [*map(str, members), "--out", str(run.folder)])
+            ensemble.join(members, run.folder, trust_code=bool(job.trust))
+        return shell_command("ensemble", [*map(str, members), "--out", str(run.folder), *job.trust])
 
     def _lock(self, job: Job) -> Path:
         return self.folder / LOCKS / job.name

@@ -5,6 +5,7 @@ dtype before anything is made of it.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from immunity_fast.experts import create
+from immunity_fast.experts import NAMES, create, split_names
+from immunity_fast.experts.registry import check_trusted, repeated
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
-from immunity_fast.runtime.files import abbreviated, parse_json, write_atomically
+from immunity_fast.runtime.files import abbreviated, is_number, parse_json, write_atomically
 
 FORMAT = 2
 LAST = Path("checkpoints") / "last.safetensors"  # in a run folder
@@ -84,7 +86,7 @@ def _is_count(value: Any, least: int = 0) -> bool:
 def _is_model(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and value.keys() == {"arch", "num_experts", "num_classes", "stage", "image_size"}
+        and value.keys() - {"stem"} == {"arch", "num_experts", "num_classes", "stage", "image_size"}
         and isinstance(value["arch"], str)
         and (value["stage"] is None or isinstance(value["stage"], str))
         and _is_count(value["num_experts"], 1)
@@ -92,10 +94,23 @@ def _is_model(value: Any) -> bool:
         and isinstance(value["image_size"], list)
         and len(value["image_size"]) == 2
         and all(_is_count(side, 1) for side in value["image_size"])
+        and value.get("stem", "cifar") in ("cifar", "imagenet")
     )
 
 
-# What a checkpoint says of its run, and whether a value can be that. Earlier versions wrote no "classes" and "momenta".
+def _is_weights(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"files", "sha256", "replaced", "perturbed", "perturbation"}
+        and all(isinstance(value[name], list) for name in ("files", "sha256", "replaced", "perturbed"))
+        and all(isinstance(text, str) for name in ("files", "sha256", "replaced") for text in value[name])
+        and all(_is_count(index) for index in value["perturbed"])
+        and is_number(value["perturbation"])
+    )
+
+
+# What a checkpoint says of its run, and whether a value can be that. Earlier versions wrote no "classes", "momenta" and
+# "weights"; of a model they did not write "stem", which was "cifar".
 INFO: dict[str, Callable[[Any], bool]] = {
     "model": _is_model,
     "data": lambda value: isinstance(value, str),
@@ -103,6 +118,7 @@ INFO: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
     "momenta": _is_count,
     "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "weights": _is_weights,
     "val_pgd10_accuracy_mean": lambda value: type(value) is float and 0 <= value <= 1,
 }
 
@@ -226,32 +242,78 @@ def model_file(path: str | Path) -> Path:
     return path
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[ImmunityMoE, dict[str, Any]]:
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", *, trust_code: bool = False
+) -> tuple[ImmunityMoE, dict[str, Any]]:
     """The model of a checkpoint (a file, or a run folder) in evaluation mode, and the run's information.
 
     Of a run folder that is the best checkpoint, where there is one, or else the last. Where weights were averaged, it
     has the average.
 
+    Args:
+        path: a checkpoint, or a run's folder.
+        device: where the model is to be.
+        trust_code: import what an architecture `module.path:callable` names, which runs that module's code.
+
     Raises:
-        FileNotFoundError, ValueError: see `load_checkpoint`.
+        FileNotFoundError, ValueError: see `load_checkpoint`; or it would run code that is not trusted.
+        ModuleNotFoundError: its architecture's library is not installed.
     """
     path = model_file(path)
     tensors, info = load_checkpoint(path)
     description = checked_info(path, info, "model")["model"]
+    check_trusted(path, description["arch"], trust_code)
     group = "ema" if under("ema", tensors) else "model"
     stored = under(group, tensors)
     check_experts(path, description, stored, f"{group}/")
-    options = {"stage": description["stage"], "image_size": tuple(description["image_size"])}
-    place = description["arch"], description["num_experts"], description["num_classes"]
     try:
-        if description["num_experts"] == 1:
-            model: ImmunityMoE = SingleNetwork(place[0], place[2], **options)
-        else:
-            model = ImmunityMoE(*place, **options)
+        model = described_model(description)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: describes a model that cannot be made ({error})") from error
     load_module(path, model, stored, f"{group}/")
     return model.to(device).eval(), info
+
+
+def described_model(description: Mapping[str, Any], **options: Any) -> ImmunityMoE:
+    """A model with random weights of what `info["model"]` says, checked: a mixture, or one network alone.
+
+    Args:
+        description: `info["model"]`.
+        options: more of the model's.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    arch, experts, classes = (description[name] for name in ("arch", "num_experts", "num_classes"))
+    options |= {
+        "stage": stages_of(description["stage"], arch, experts),
+        "image_size": tuple(description["image_size"]),
+        "stem": description.get("stem", "cifar"),
+    }
+    if experts == 1:
+        return SingleNetwork(arch, classes, **options)
+    return ImmunityMoE(arch, experts, classes, **options)
+
+
+def stages_of(stage: str | None, arch: str, num_experts: int) -> str | tuple[str, ...] | None:
+    """The stage of each expert, where `stage` names several with commas between; else what it is.
+
+    Args:
+        stage: one for all experts, or one for each name of `arch`.
+        arch: names with commas between.
+        num_experts: N.
+
+    Raises:
+        ValueError: as many as there are names are neither one nor that.
+    """
+    if stage is None or "," not in stage:
+        return stage
+    stages, names = [part.strip() for part in stage.split(",")], split_names(arch)
+    if len(stages) != len(names):
+        raise ValueError(
+            f"stage: expected one for all or {len(names)}, one for each of {', '.join(names)}, got {len(stages)}"
+        )
+    return repeated(stages, num_experts)
 
 
 def check_experts(path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> None:
@@ -264,11 +326,37 @@ def check_experts(path: Path, description: Mapping[str, Any], tensors: Mapping[s
     Raises:
         ValueError: they are not; by file.
     """
+    count, stored = description["num_experts"], under("experts", tensors, ".")
     try:
-        with torch.device("meta"):
-            expert = create(description["arch"], description["num_classes"]).state_dict()
-        count = description["num_experts"]
-        expected = {name: tensor.new_empty(count, *tensor.shape) for name, tensor in expert.items()}
+        names = repeated(description["arch"], min(count, len(tensors) + 1))
+        made = {name: outline(name, description).state_dict() for name in dict.fromkeys(names)}
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: describes a model that cannot be made ({error})") from error
-    check_tensors(path, under("experts", tensors, "."), expected, f"{prefix}experts.")
+    if len(made) > 1 or any(re.match(r"\d+\.", name) for name in stored.keys() - made[names[0]].keys()):
+        if count > len(tensors):
+            raise ValueError(f"{path}: describes {count} experts, more than it has tensors")
+        alone = {f"{index}.{key}": value for index, name in enumerate(names) for key, value in made[name].items()}
+        check_tensors(path, stored, alone, f"{prefix}experts.")
+        return
+    stacked = {key: value.new_empty(count, *value.shape) for key, value in made[names[0]].items()}
+    check_tensors(path, stored, stacked, f"{prefix}experts.")
+
+
+def outline(name: str, description: Mapping[str, Any]) -> nn.Module:
+    """A network without memory for its weights, or with, where its code needs that.
+
+    Args:
+        name: of its architecture.
+        description: `info["model"]`, for the number of classes, the images' size and the stem.
+
+    Raises:
+        ValueError, RuntimeError: it cannot be made.
+    """
+    options = {"stem": description.get("stem", "cifar"), "image_size": tuple(description["image_size"])}
+    try:
+        with torch.device("meta"):
+            return create(name, description["num_classes"], **options)
+    except Exception:  # whatever it makes of a device that computes nothing
+        if name in NAMES or name.startswith("{"):
+            raise
+    return create(name, description["num_classes"], **options)

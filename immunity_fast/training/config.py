@@ -14,7 +14,10 @@ from typing import Any, Literal
 from immunity_fast.arguments import Score
 from immunity_fast.data.datasets import NAMES as DATASETS
 from immunity_fast.experts import NAMES as ARCHITECTURES
-from immunity_fast.experts import resolve
+from immunity_fast.experts import resolve, split_names
+from immunity_fast.experts.registry import FORMS, check_form
+from immunity_fast.experts.stems import StemChoice
+from immunity_fast.experts.symmetry import PERTURBATION
 from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
 from immunity_fast.models.gate import Switch
 from immunity_fast.runtime import cli
@@ -29,6 +32,8 @@ Flip = Literal["auto", "on", "off"]
 
 # Settings that are gone, and the value with which they change nothing: runs from before have them in config.json.
 REMOVED = {"weight_scale": "channels"}
+# Settings that runs from before do not have in config.json, and what these were trained with.
+ADDED = {"stem": "cifar", "weights": None, "perturbation": PERTURBATION}
 
 
 def _option(group: str, default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -59,9 +64,32 @@ class TrainConfig:
     data: str | None = _data(None, "file (npz), folder of images (folder), or download folder (cifar10, cifar100)")
     image_size: int | None = _data(None, "for --dataset folder: scale and crop images to this many pixels a side")
     limit_train: int | None = _data(None, "use so many training images")
-    arch: str = _model("resnet8", f"the experts' architecture: {', '.join(ARCHITECTURES)}, or a genotype file, ….json")
-    experts: int = _model(5, "number of experts; 1: a single network, by its cross-entropy alone")
-    stage: str | None = _model(None, "stage Grad-CAM looks at; default: the last whose map exceeds 8×8")
+    arch: str = _model(
+        "resnet8",
+        f"the experts' architecture: {', '.join(ARCHITECTURES)}, {FORMS}; several with commas between take turns",
+    )
+    experts: int = _model(
+        5, "number of experts; of several --arch, as many as these; 1: a single network, by its cross-entropy alone"
+    )
+    stage: str | None = _model(
+        None,
+        "stage Grad-CAM looks at, by its dotted name; of several --arch one for all, or one for each with commas "
+        "between; default: the last whose map exceeds 8×8",
+    )
+    stem: StemChoice = _model(
+        "auto",
+        "of resnet18, googlenet and densenet121; auto: the ImageNet form for images above 64 pixels a side",
+    )
+    weights: str | None = _model(
+        None,
+        "begin from the weights in this file (.safetensors, .pt, .pth): of one network for all experts, or of a "
+        "mixture; of several --arch one for each with commas between",
+    )
+    perturbation: float = _model(
+        PERTURBATION,
+        "where experts would begin with equal weights: random noise on all but the first, in units of each tensor's "
+        "root mean square; 0: none, and they never part",
+    )
     alpha: float = _loss(ALPHA, "weight of each expert's own cross-entropy")
     beta: float = _loss(BETA, "weight of the mutual-information loss")
     gamma: float = _loss(GAMMA, "weight of the position-stability loss (in pixels⁴, so it depends on the image size)")
@@ -100,10 +128,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "checkpoint_every", "attack_images"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        _check(
-            self, "arch", _is_architecture(self.arch), f"one of {', '.join(ARCHITECTURES)}, or a genotype file, ….json"
-        )
-        _check(self, "experts", self.experts >= 1, "at least 1")
+        try:
+            check_form(self.arch)
+        except ValueError as error:
+            raise ValueError(f"--arch: {str(error).removeprefix('name: ')}") from error
+        names = len(split_names(self.arch))
+        several = f", as many as --arch names, {', '.join(split_names(self.arch))}" if names > 1 else ""
+        _check(self, "experts", self.experts >= names, f"at least {names}{several}")
+        _check(self, "perturbation", 0 <= self.perturbation < math.inf, "a finite number of at least 0")
         _check(self, "limit_train", self.limit_train is None or self.limit_train >= 1, "at least 1")
         for name in ("alpha", "beta", "gamma", "smoothing", "weight_decay"):
             _check(self, name, 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
@@ -158,9 +190,11 @@ class TrainConfig:
         """The options of `immunity_fast.train` that mean these settings."""
         preset = PRESETS[self.preset]
         words = ["--preset", self.preset]
+        several = len(split_names(self.arch)) > 1  # which without --experts are as many as they are
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
-            if option.name == "preset" or value == getattr(preset, option.name):
+            needed = option.name == "experts" and several
+            if option.name == "preset" or (value == getattr(preset, option.name) and not needed):
                 continue
             flag = option.name.replace("_", "-")
             if isinstance(value, bool):
@@ -188,7 +222,7 @@ class TrainConfig:
         for name, only in REMOVED.items():
             if values.get(name, only) != only:
                 raise ValueError(f"setting {name}: expected {only}, the only one left, got {abbreviated(values[name])}")
-        values = {name: value for name, value in values.items() if name not in REMOVED}
+        values = ADDED | {name: value for name, value in values.items() if name not in REMOVED}
         if values.keys() != expected.keys():
             different = ", ".join(sorted(values.keys() ^ expected.keys()))
             raise ValueError(f"settings missing or unknown: {abbreviated(different)}")
@@ -228,9 +262,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def from_preset(changes: Mapping[str, Any]) -> TrainConfig:
     """The settings of the preset that is named among some settings, or of quickstart, and these in their place.
 
+    Of several architectures there are as many experts, unless their number is one of the settings.
+
     Raises:
         ValueError: a value out of its range.
     """
+    if "arch" in changes and "experts" not in changes and (names := len(split_names(changes["arch"]))) > 1:
+        changes = {**changes, "experts": names}
     return dataclasses.replace(PRESETS[changes.get("preset", "quickstart")], **changes)
 
 
@@ -246,9 +284,9 @@ def resolve_architecture(options: dict[str, Any]) -> None:
     if "arch" in options:
         name = options["arch"]
         try:
-            options["arch"] = resolve(os.path.expanduser(name) if name.endswith(".json") else name)
+            options["arch"] = resolve(name)
         except ValueError as error:  # which begins with a name of its own
-            said = str(error).removeprefix("name: ").removeprefix(f"{name}: ")
+            said = str(error).removeprefix("name: ").removeprefix(f"{os.path.expanduser(name)}: ")
             raise ValueError(f"--arch {name}: {said}") from error
 
 
@@ -279,13 +317,6 @@ def _plain_types(hint: Any) -> tuple[type, ...]:
     if isinstance(hint, types.UnionType):
         return tuple(kind for part in typing.get_args(hint) for kind in _plain_types(part))
     return (int, float) if hint is float else (hint,)
-
-
-def _is_architecture(arch: str) -> bool:
-    """A name, or a genotype's text: of its file a run would depend."""
-    if arch in ARCHITECTURES:
-        return True
-    return arch.startswith("{") and resolve(arch) == arch
 
 
 def _check(config: TrainConfig, name: str, fits: bool, expected: str) -> None:

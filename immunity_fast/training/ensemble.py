@@ -11,21 +11,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from immunity_fast.experts import title
+from immunity_fast.experts import WITH_STEMS
 from immunity_fast.models.moe import ImmunityMoE
-from immunity_fast.training.checkpoint import load_model, module_tensors, same_weights, save_checkpoint
+from immunity_fast.training.beginning import expert_tensors
+from immunity_fast.training.checkpoint import (
+    described_model,
+    load_model,
+    module_tensors,
+    same_weights,
+    save_checkpoint,
+)
 from immunity_fast.training.run_folder import Run
 
 
-def join(folders: Sequence[Path], out: Path) -> Run:
+def join(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> Run:
     """A run folder of the mixture of single networks, with equal weights.
 
     Args:
-        folders: at least 2 runs of one network each, of one architecture, trained to their end on the same data.
+        folders: at least 2 runs of one network each, of any architectures, trained to their end on the same data.
         out: a new folder.
+        trust_code: import what an architecture `module.path:callable` names, which runs that module's code.
 
     Raises:
-        ValueError, OSError: runs that do not go together or have not ended, a name that is taken.
+        ValueError, OSError: runs that do not go together or have not ended, a name that is taken, code that is not
+            trusted.
     """
     if len(folders) < 2:
         raise ValueError(f"runs: expected at least 2, got {len(folders)}")
@@ -36,7 +45,7 @@ def join(folders: Sequence[Path], out: Path) -> Run:
     for folder in folders:
         run = Run.open(folder)
         config = run.config()
-        model, info = load_model(folder)
+        model, info = load_model(folder, trust_code=trust_code)
         trained = run.epochs_trained()
         if config.experts != 1:
             raise ValueError(f"{folder}: expected a run of one network, got {config.experts} experts")
@@ -48,27 +57,59 @@ def join(folders: Sequence[Path], out: Path) -> Run:
                 raise ValueError(f"{folder}: the same network as {earlier}; a mixture of one network twice is no other")
         models.append(model)
         infos.append(info)
-    description = infos[0]["model"] | {"num_experts": len(models)}
-    mixture = ImmunityMoE(**description | {"image_size": tuple(description["image_size"])})
+    description = _description(folders, models, [info["model"] for info in infos])
+    mixture = described_model(description)
     with torch.no_grad():
-        for name, tensor in mixture.state_dict().items():
-            if name.startswith("experts."):
-                tensor.copy_(torch.cat([model.state_dict()[name] for model in models]))
-            elif name.startswith("normalize."):
-                tensor.copy_(models[0].state_dict()[name])
+        for own, model in zip(expert_tensors(mixture), models, strict=True):
+            for name, tensor in expert_tensors(model)[0].items():
+                own[name].copy_(tensor)
+        for name, tensor in mixture.normalize.state_dict().items():
+            tensor.copy_(models[0].normalize.state_dict()[name])
         last_layer = list(mixture.gate.network.children())[-1]
         assert isinstance(last_layer, nn.Linear)
         last_layer.weight.zero_()  # softmax of zeros: each expert counts 1/N
         last_layer.bias.zero_()
-    config = dataclasses.replace(first, experts=len(models))
+    config = dataclasses.replace(
+        first,
+        arch=description["arch"],
+        experts=len(models),
+        stage=description["stage"],
+        stem=description.get("stem", first.stem),
+        weights=None,
+    )
     run = Run.create(out, config)
     try:
-        info = infos[0] | {"model": description, "epoch": config.epochs}
+        info = {name: value for name, value in infos[0].items() if name != "weights"}
+        info |= {"model": description, "epoch": config.epochs}
         save_checkpoint(run.checkpoint, module_tensors("model", mixture), info)
     except BaseException:  # without its checkpoint it would only be in the way
         shutil.rmtree(run.folder, ignore_errors=True)
         raise
     return run
+
+
+def _description(
+    folders: Sequence[Path], models: Sequence[ImmunityMoE], alone: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """`info["model"]` of the mixture.
+
+    Raises:
+        ValueError: two networks that would need stems of two forms.
+    """
+    archs, stages = [each["arch"] for each in alone], [each["stage"] for each in alone]
+    stems = [each.get("stem", "cifar") if each["arch"] in WITH_STEMS else None for each in alone]
+    known = [stem for stem in stems if stem is not None]
+    for folder, stem in zip(folders, stems, strict=True):
+        if stem is not None and stem != known[0]:
+            raise ValueError(f"{folder}: --stem: expected that of the networks before, {known[0]}, got {stem}")
+    description = dict(alone[0]) | {"num_experts": len(models)}
+    description.pop("stem", None)
+    if "imagenet" in known:
+        description["stem"] = "imagenet"
+    if len(set(archs)) > 1 or len(set(stages)) > 1:
+        description["arch"] = ",".join(archs)
+        description["stage"] = ",".join(str(model.stage) for model in models) if len(set(stages)) > 1 else stages[0]
+    return description
 
 
 def _check_alike(folder: Path, info: dict[str, Any], first: Path, wanted: dict[str, Any]) -> None:
@@ -77,14 +118,9 @@ def _check_alike(folder: Path, info: dict[str, Any], first: Path, wanted: dict[s
     Raises:
         ValueError: they cannot; by what differs.
     """
-    for name, words in (
-        ("arch", "architecture"),
-        ("num_classes", "number of classes"),
-        ("image_size", "image size"),
-        ("stage", "--stage"),
-    ):
+    for name, words in (("num_classes", "number of classes"), ("image_size", "image size")):
         if info["model"][name] != wanted["model"][name]:
-            had, expected = (title(str(each["model"][name])) for each in (info, wanted))
+            had, expected = (str(each["model"][name]) for each in (info, wanted))
             raise ValueError(f"{folder}: {words}: expected that of {first}, {expected}, got {had}")
     if info.get("classes") != wanted.get("classes"):
         raise ValueError(f"{folder}: trained on other classes than {first}")

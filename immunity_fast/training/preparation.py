@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Any, NamedTuple
 import torch
 
 from immunity_fast.data.datasets import load
-from immunity_fast.experts import create, title
+from immunity_fast.experts import NAMES, create, title
+from immunity_fast.experts.registry import check_trusted, file_title, repeated
+from immunity_fast.experts.stems import chosen_stem
 from immunity_fast.runtime import cli, distributed
 from immunity_fast.runtime.compilation import keep_caches
+from immunity_fast.runtime.failures import out_of_memory
 from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.memory import check_fits
 from immunity_fast.runtime.precision import set_float32
-from immunity_fast.training.checkpoint import not_finite
+from immunity_fast.training.checkpoint import not_finite, outline
 from immunity_fast.training.config import TrainConfig, check_data
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
@@ -57,19 +61,21 @@ def begin(config: TrainConfig, out: Path | None = None) -> Start:
     return Start(out, False, config)
 
 
-def go_on(folder: Path, changes: Mapping[str, Any]) -> Start:
+def go_on(folder: Path, changes: Mapping[str, Any], *, trust_code: bool = False) -> Start:
     """Settle with what settings a run that was begun before goes on; nothing is written.
 
     Args:
         folder: the run's.
         changes: settings by name; of those that a run depends on only the values with which it was begun.
+        trust_code: import what its architecture `module.path:callable` names, which runs that module's code.
 
     Raises:
-        ValueError: a setting that would make another run of it.
+        ValueError: a setting that would make another run of it, or code that is not trusted.
         FileNotFoundError: there is no run in the folder.
     """
     run = Run.open(folder)
     config = run.config()
+    check_trusted(run.config_file, config.arch, trust_code)
     changeable = CHANGEABLE_ON_RESUME + (CHANGEABLE_AFTER_DIVERGENCE if run.diverged.is_file() else ())
     for name, value in changes.items():
         if name not in changeable and value != getattr(config, name):
@@ -100,7 +106,9 @@ def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, R
         dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
     check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
     set_float32(config.float32)
-    trainer = Trainer(config, dataset, device, cli.console.print, Run(folder).tracebacks)
+    # A run that was killed before its first checkpoint begins anew.
+    fresh = not (resume and Run(folder).checkpoint.is_file())
+    trainer = Trainer(config, dataset, device, cli.console.print, Run(folder).tracebacks, fresh=fresh)
     if not resume:
         if distributed.rank():
             return trainer, Run(folder)
@@ -150,29 +158,75 @@ def check_trainable(
             f"--crop-padding: expected less than {min(height, width)} for images of {height}×{width}, of which else "
             f"nothing may be left, got {config.crop_padding}"
         )
-    values = 0  # that one expert's layers put out for a batch
+    names = Counter(repeated(config.arch, config.experts))
+    if len(names) > 1 and config.batching == "vmap":
+        raise ValueError("--batching vmap: expected auto or loop for experts of different architectures")
+    weights = values = 0
+    for name, count in names.items():
+        of_one = sizes(name, config, image_size, num_classes, batch)
+        weights, values = weights + count * of_one[0], values + count * of_one[1]
+    # Weights, their gradients and momentum in float32; and half of what the layers put out, which is kept for the
+    # backward pass, in half precision at least.
+    size = 12 * weights + values / distributed.count()
+    what = f"{title(config.arch, config.experts)}, {batch} images of {height}×{width} a step,"
+    check_fits(size, device, what, MEMORY_ADVICE)
+
+
+def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_classes: int, batch: int) -> tuple[int, int]:
+    """How many weights one expert has, and how many values its layers put out for a batch in training.
+
+    Args:
+        name: of its architecture.
+        config: the run's settings.
+        image_size: (H, W).
+        num_classes: K.
+        batch: of so many images.
+
+    Raises:
+        ValueError: it cannot be trained on them.
+    """
+    height, width = image_size
+    values = 0
 
     def count(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         nonlocal values
         values += output.numel() if isinstance(output, torch.Tensor) else 0
 
+    stem = chosen_stem(config.stem, image_size)
     try:
-        with torch.device("meta"):
-            expert = create(config.arch, num_classes).train()
+        expert = outline(name, {"num_classes": num_classes, "image_size": image_size, "stem": stem}).train()
+        for module in expert.modules():
+            if not list(module.children()):
+                module.register_forward_hook(count)
+        try:
+            output = expert(torch.empty(batch, 3, height, width, device="meta"))
+        except Exception:  # whatever its code makes of tensors without values
+            if name in NAMES or name.startswith("{"):
+                raise
+            # Two images, for BatchNorm's sake, stand for the others.
+            values, expert = 0, create(name, num_classes, stem=stem, image_size=image_size).train()
             for module in expert.modules():
                 if not list(module.children()):
                     module.register_forward_hook(count)
-            expert(torch.empty(batch, 3, height, width))
-    except (RuntimeError, ValueError) as error:
+            with torch.no_grad():
+                output = expert(torch.zeros(min(batch, 2), 3, height, width))
+            values = values * batch // min(batch, 2)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # whatever a network may raise
+        if out_of_memory(error) is not None:
+            raise
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"--arch {title(config.arch)}: cannot be trained on images of {height}×{width}, {batch} at a time ({error})"
+            f"--arch {title(name)}: cannot be trained on images of {height}×{width}, {batch} at a time ({reason})"
         ) from error
-    # Weights, their gradients and momentum in float32; and half of what the layers put out, which is kept for the
-    # backward pass, in half precision at least.
-    weights = sum(parameter.numel() for parameter in expert.parameters())
-    size = config.experts * (12 * weights + values / distributed.count())
-    what = f"{config.experts} × {title(config.arch)}, {batch} images of {height}×{width} a step,"
-    check_fits(size, device, what, MEMORY_ADVICE)
+    if not isinstance(output, torch.Tensor) or output.dim() != 2 or output.shape[1] != num_classes:
+        found = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else type(output).__name__
+        hint = "" if isinstance(output, torch.Tensor) else "; wrap it in a module that returns its logits"
+        raise ValueError(
+            f"--arch {title(name)}: expected logits (B, {num_classes}), as many as there are classes, got {found}{hint}"
+        )
+    return sum(parameter.numel() for parameter in expert.parameters()), values
 
 
 def is_default(folder: Path, config: TrainConfig) -> bool:
@@ -184,4 +238,4 @@ def is_default(folder: Path, config: TrainConfig) -> bool:
 
 def default_name(config: TrainConfig) -> str:
     """What a run's name begins with where the user gave none; the time follows."""
-    return f"{config.dataset}-{title(config.arch)}-"
+    return f"{config.dataset}-{file_title(config.arch)}-"

@@ -56,6 +56,7 @@ def evaluate_named(
     out: Path | None = None,
     again: bool = False,
     compile: Compile = "auto",
+    trust_code: bool = False,
 ) -> None:
     """Evaluate what a command line names.
 
@@ -67,6 +68,7 @@ def evaluate_named(
         data: where the data set lies; None is where the run has it, or the data set's default.
         transfer_from, out, again: see `evaluate_folder`.
         checkpoint, compile: of a run; see `evaluate_folder`.
+        trust_code: of a run and of `transfer_from`; see `evaluate_folder`.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: what was given is wrong; one clear line.
@@ -81,7 +83,9 @@ def evaluate_named(
         assert out is not None
         check_data(dataset, data)
         images = load(dataset, data, image_size=image_size).to(device)
-        evaluate_callable(place, images, settings, device, out, transfer_from=transfer_from, again=again)
+        evaluate_callable(
+            place, images, settings, device, out, transfer_from=transfer_from, again=again, trust_code=trust_code
+        )
         return
     for name, given in (("dataset", dataset), ("image_size", image_size)):
         if given is not None:
@@ -96,6 +100,7 @@ def evaluate_named(
         out=out,
         again=again,
         compile=compile,
+        trust_code=trust_code,
     )
 
 
@@ -113,6 +118,7 @@ def evaluate_callable(
     *,
     transfer_from: Path | None = None,
     again: bool = False,
+    trust_code: bool = False,
 ) -> None:
     """Evaluate a network that Python can import.
 
@@ -122,7 +128,7 @@ def evaluate_callable(
         settings: what is to be found out.
         device: where.
         out: the folder that is written to.
-        transfer_from, again: see `evaluate_folder`.
+        transfer_from, again, trust_code: see `evaluate_folder`.
 
     Raises:
         ValueError, OSError: what was given is wrong; one clear line.
@@ -130,7 +136,7 @@ def evaluate_callable(
     model = load_callable(place)
     if isinstance(model, torch.nn.Module):
         model.to(device)
-    other = None if transfer_from is None else load_other(transfer_from, None, model, dataset, device)
+    other = None if transfer_from is None else load_other(transfer_from, None, model, dataset, device, trust_code)
     transfer = None if other is None else ExactMean(other)
     target: MixtureTarget | NetworkTarget
     if isinstance(model, ImmunityMoE) and model.num_experts > 1:
@@ -164,6 +170,7 @@ def evaluate_folder(
     out: Path | None = None,
     again: bool = False,
     compile: Compile = "auto",
+    trust_code: bool = False,
 ) -> None:
     """Evaluate the model of a run that was trained to its end.
 
@@ -177,6 +184,7 @@ def evaluate_folder(
         out: the folder that is written to; None is the run's.
         again: forget what is finished of an earlier evaluation there.
         compile: the experts.
+        trust_code: import what the architecture `module.path:callable` of a run names, which runs that module's code.
 
     Raises:
         ValueError, OSError: what was given is wrong; one clear line.
@@ -187,8 +195,8 @@ def evaluate_folder(
         config.dataset, data or config.data, limit_train=config.limit_train, image_size=config.image_size
     ).to(device)
     file = model_file({None: run.folder, "best": run.best_checkpoint, "last": run.checkpoint}[checkpoint])
-    model = load_trained(run, config, file, dataset, device)
-    transfer = None if transfer_from is None else load_other(transfer_from, folder, model, dataset, device)
+    model = load_trained(run, config, file, dataset, device, trust_code)
+    transfer = None if transfer_from is None else load_other(transfer_from, folder, model, dataset, device, trust_code)
     folder = out or run.folder
     keep_caches()
     target = target_of(
@@ -224,13 +232,15 @@ def broken_weights_named(model: ImmunityMoE, file: Path) -> Iterator[None]:
         ) from error
 
 
-def load_trained(run: Run, config: TrainConfig, file: Path, dataset: ImageDataset, device: torch.device) -> ImmunityMoE:
+def load_trained(
+    run: Run, config: TrainConfig, file: Path, dataset: ImageDataset, device: torch.device, trust_code: bool = False
+) -> ImmunityMoE:
     """A checkpoint's model.
 
     Raises:
         ValueError: it is not the run's, the data are others, or the run has not ended.
     """
-    model, info = load_model(file, device)
+    model, info = load_model(file, device, trust_code=trust_code)
     trained = run.epochs_trained()
     if (info["model"]["arch"], info["model"]["num_experts"]) != (config.arch, config.experts):
         raise ValueError(f"{file}: of another run: {info['model']}")
@@ -243,7 +253,14 @@ def load_trained(run: Run, config: TrainConfig, file: Path, dataset: ImageDatase
     return model
 
 
-def load_other(path: Path, own: Path | None, model: Model, dataset: ImageDataset, device: torch.device) -> ImmunityMoE:
+def load_other(
+    path: Path,
+    own: Path | None,
+    model: Model,
+    dataset: ImageDataset,
+    device: torch.device,
+    trust_code: bool = False,
+) -> ImmunityMoE:
     """The model of `--transfer-from`.
 
     Args:
@@ -252,12 +269,13 @@ def load_other(path: Path, own: Path | None, model: Model, dataset: ImageDataset
         model: what is evaluated.
         dataset: on which.
         device: where the model is to be.
+        trust_code: see `evaluate_folder`.
 
     Raises:
         ValueError: it is what is evaluated, was trained on other classes, or has not been trained to its end.
     """
     place = f"--transfer-from {path}"
-    other, info = load_model(path, device)
+    other, info = load_model(path, device, trust_code=trust_code)
     if path.is_dir():
         run = Run.open(path)
         config = run.config()
@@ -345,7 +363,7 @@ def evaluate_run(
 def about_run(run: Run, config: TrainConfig, dataset: ImageDataset) -> About:
     """What a report says of a run besides its results."""
     single = config.experts == 1
-    what = title(config.arch) if single else f"{config.experts} × {title(config.arch)}"
+    what = title(config.arch, config.experts)
     trained = "" if config.adversarial == "off" else f", adversarially ({config.adversarial})"
     weights = (
         ""
@@ -370,7 +388,8 @@ def about_run(run: Run, config: TrainConfig, dataset: ImageDataset) -> About:
 def evaluate_trained(trainer: Trainer, run: Run) -> None:
     """What a run ends with: attacks on test images, tables, figures and the report."""
     config = trainer.config
-    model, _ = load_model(run.folder, trainer.device)  # the best one, or the average of the weights, if there is
+    # Its code, if any, this process has trained. The best one, or the average of the weights, if there is.
+    model, _ = load_model(run.folder, trainer.device, trust_code=True)
     plan = dataclasses.replace(
         AFTER_TRAINING, images=config.attack_images, seed=config.seed, chunk=attack_batch(trainer.device)
     )

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from immunity_fast.experts.registry import imports_code
 from immunity_fast.runtime.commands import shell_command
 from immunity_fast.runtime.compilation import TRACEBACKS
 from immunity_fast.runtime.files import append_line, is_number, locked_folder, parse_json, write_atomically
@@ -41,7 +42,7 @@ class Run:
     @property
     def resume_command(self) -> str:
         """What goes on with this run, for a shell."""
-        return shell_command("train", ["--resume", str(self.folder), *self._smaller_lr()])
+        return shell_command("train", ["--resume", str(self.folder), *self._smaller_lr(), *self._trust()])
 
     def _smaller_lr(self) -> list[str]:
         """The option without which a run that has diverged would do so again."""
@@ -53,7 +54,13 @@ class Run:
     @property
     def evaluate_command(self) -> str:
         """What evaluates this run again, for a shell."""
-        return shell_command("evaluate", [str(self.folder)])
+        return shell_command("evaluate", [str(self.folder), *self._trust()])
+
+    def _trust(self) -> list[str]:
+        """The option without which an architecture of the user's own module would be refused."""
+        with suppress(OSError, ValueError):
+            return ["--trust-code"] if imports_code(self.config().arch) else []
+        return []
 
     @classmethod
     def create(cls, folder: Path, config: TrainConfig, *, numbered: bool = False) -> "Run":

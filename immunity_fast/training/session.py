@@ -2,9 +2,13 @@
 
 from contextlib import ExitStack
 
-from immunity_fast.experts import title
+import torch
+
+from immunity_fast.experts import WITH_STEMS, split_names, title
+from immunity_fast.experts.registry import repeated
 from immunity_fast.runtime import cli, distributed, interrupts
 from immunity_fast.runtime.failures import one_line, traceback_note
+from immunity_fast.runtime.modes import evaluating
 from immunity_fast.training.loop import train
 from immunity_fast.training.preparation import MEMORY_ADVICE, Start, prepare
 from immunity_fast.training.run_evaluation import evaluate_trained
@@ -54,15 +58,46 @@ def fit(start: Start) -> tuple[Trainer, Run] | None:
 
 
 def say_what_is_trained(trainer: Trainer, run: Run) -> None:
-    """A line on the experts, the data, the device and the folder; and one on where a run goes on."""
+    """A line on the experts, the data, the device and the folder; on their weights, stages, and where a run goes on."""
     config, dataset = trainer.config, trainer.dataset
     where = f"{trainer.device}" + (f" × {distributed.count()}" if distributed.count() > 1 else "")
+    what = title(config.arch, config.experts) if config.experts > 1 else f"1 × {title(config.arch)}"
     cli.console.print(
-        f"{config.experts} × {title(config.arch)} on {config.dataset}: {len(dataset.train):,} training, "
+        f"{what} on {config.dataset}: {len(dataset.train):,} training, "
         f"{len(dataset.validation):,} validation, {len(dataset.test):,} test images; {where}; {run.folder}"
     )
-    if trainer.epoch:
+    for line in (*stem_lines(trainer), *trainer.beginning.lines):
+        cli.console.print(line)
+    if config.experts > 1:
+        cli.console.print(stage_line(trainer))
+    if trainer.epoch or trainer.loader.position:
         cli.console.print(f"going on after epoch {trainer.epoch}, step {trainer.step}")
+
+
+def stage_line(trainer: Trainer) -> str:
+    """Where Grad-CAM looks in each architecture, and how large its maps are there."""
+    config, model = trainer.config, trainer.model
+    image = torch.zeros(1, 3, *trainer.dataset.image_size, device=trainer.device)
+    with evaluating(model), torch.no_grad(), model.gate.switched("off"):
+        maps = model.expert_outputs(image)[1]
+    stages = (model.stage,) * config.experts if isinstance(model.stage, str) else model.stage
+    names = repeated(config.arch, config.experts)
+    seen: dict[tuple[str, str], str] = {}
+    for name, stage, own in zip(names, stages, maps, strict=True):
+        channels, height, width = own.shape[-3:]
+        seen[name, stage] = f"{stage} ({height}×{width}, {channels} channels)"
+    several = len(set(names)) > 1
+    places = [f"{place} in {title(name)}" if several else place for (name, _), place in seen.items()]
+    return f"Grad-CAM looks at {', '.join(places)}"
+
+
+def stem_lines(trainer: Trainer) -> list[str]:
+    """That an architecture keeps its own stem, where another was asked for."""
+    config = trainer.config
+    kept = [title(name) for name in dict.fromkeys(split_names(config.arch)) if name not in WITH_STEMS]
+    if config.stem == "auto" or not kept:
+        return []
+    return [f"--stem {config.stem}: {', '.join(kept)} keep the stem of their own; {', '.join(WITH_STEMS)} have both"]
 
 
 def fit_and_evaluate(start: Start) -> None:

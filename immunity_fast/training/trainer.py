@@ -10,16 +10,20 @@ from torch import Tensor
 from immunity_fast.data.datasets import ImageDataset
 from immunity_fast.data.loader import Batch, TrainLoader
 from immunity_fast.data.sampling import EVALUATION_BATCH
-from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
+from immunity_fast.experts import WITH_STEMS, split_names
+from immunity_fast.experts.stems import chosen_stem
+from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime import distributed
 from immunity_fast.runtime.compilation import Compiled, Log, at_size, resolve
 from immunity_fast.runtime.files import abbreviated
 from immunity_fast.runtime.strategies import Strategy, fastest
 from immunity_fast.training.adversarial import InnerAttack
+from immunity_fast.training.beginning import Beginning, begin
 from immunity_fast.training.checkpoint import (
     check_classes,
     check_tensors,
     checked_info,
+    described_model,
     load_checkpoint,
     load_module,
     load_optimizer_tensors,
@@ -46,6 +50,11 @@ class Trainer:
         device: where everything is computed.
         log: what takes lines on code that could not be compiled; None is `warnings.warn`.
         traceback_file: where the tracebacks of such are appended to.
+        fresh: whether it is a new run, whose experts begin from `config.weights` and apart from each other; or one that
+            `load` takes up.
+
+    Attributes:
+        beginning: what was done to a new run's weights, for the checkpoint and for a person; see `beginning.begin`.
 
     Raises:
         ValueError: settings that do not go together.
@@ -58,6 +67,8 @@ class Trainer:
         device: torch.device,
         log: Log | None = None,
         traceback_file: Path | None = None,
+        *,
+        fresh: bool = True,
     ) -> None:
         self.config = config
         self.device = device
@@ -70,11 +81,15 @@ class Trainer:
             "stage": config.stage,
             "image_size": list(dataset.image_size),
         }
+        stem = chosen_stem(config.stem, dataset.image_size)
+        if stem != "cifar" and any(name in WITH_STEMS for name in split_names(config.arch)):
+            self.description["stem"] = stem
         self.loader = self._new_loader()
         self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
         compiled = resolve(config.compile, device) != "off"
         strategy = fastest(device.type, config.arch, self.steps if compiled else None)
         self.model = self._new_model(strategy, dataset)
+        self.beginning = begin(self.model, config) if fresh else Beginning(None, [])
         if distributed.rank():  # whatever is random in a network: not the same in every process
             torch.manual_seed(config.seed + 3 + distributed.rank())
         group = distributed.group()
@@ -109,16 +124,13 @@ class Trainer:
         config = self.config
         mean, std = channel_statistics(dataset.train.images)
         options: dict[str, Any] = {
-            "stage": config.stage,
-            "image_size": dataset.image_size,
             "batching": strategy.batching if config.batching == "auto" else config.batching,
             "mean": mean,
             "std": std,
         }
-        if config.experts == 1:
-            return SingleNetwork(config.arch, dataset.num_classes, **options).to(self.device)
-        options["generator"] = self.gate_generator
-        return ImmunityMoE(config.arch, config.experts, dataset.num_classes, **options).to(self.device)
+        if config.experts > 1:
+            options["generator"] = self.gate_generator
+        return described_model(self.description, **options).to(self.device)
 
     def _new_step(self, strategy: Strategy, log: Log | None, traceback_file: Path | None) -> TrainStep:
         """What makes one step of a batch, with the attack in it where training is adversarial."""
@@ -207,6 +219,7 @@ class Trainer:
             "step": self.step,
             # Parameters that have had a gradient, which need not be all.
             "momenta": len(optimizer_tensors("optimizer", self.optimizer)),
+            **({} if self.beginning.record is None else {"weights": self.beginning.record}),
         }
 
     def load(self, path: Path) -> None:
@@ -242,6 +255,7 @@ class Trainer:
                 torch.cuda.set_rng_state(random["cuda"], self.device)
         self.sums = tensors["sums"].to(self.device)
         self.epoch = info["epoch"]
+        self.beginning = Beginning(info.get("weights"), [])
 
     def _check(self, path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
         """Check that a checkpoint is as this run would write it at some step.

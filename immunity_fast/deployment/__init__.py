@@ -1,0 +1,1 @@
+"""What is done with a trained model: loaded, explained, exported, described."""
