@@ -32,9 +32,9 @@ from immunity_fast.data.sampling import batches, sample
 from immunity_fast.evaluation import gate_attackers
 from immunity_fast.evaluation.metrics import wilson_interval
 from immunity_fast.kernels import launch
-from immunity_fast.models.modes import frozen
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compiled, keep_caches
+from immunity_fast.runtime.modes import frozen
 from immunity_fast.runtime.precision import set_float32
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.loop import check_finite, synchronize, train

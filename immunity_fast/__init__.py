@@ -9,10 +9,18 @@ from typing import Literal
 import torch
 
 from immunity_fast.losses import FusedImmunityLoss, ImmunityTerms
-from immunity_fast.models.gate import RandomSwitchGate
+from immunity_fast.models.gate import RandomSwitchGate, SwitchingGateWarning
 from immunity_fast.models.moe import ImmunityMoE
 
-__all__ = ["FusedImmunityLoss", "ImmunityMoE", "ImmunityTerms", "RandomSwitchGate", "export", "load"]
+__all__ = [
+    "FusedImmunityLoss",
+    "ImmunityMoE",
+    "ImmunityTerms",
+    "RandomSwitchGate",
+    "SwitchingGateWarning",
+    "export",
+    "load",
+]
 __version__ = "0.1.0"
 
 

@@ -20,6 +20,7 @@ Backend = Literal["auto", "torch", "triton"]
 Layout = Literal["NCHW", "NHWC"]
 GATE_TOLERANCE = 0.01  # of a row's sum: half precision's rounding, and no more
 Experts = Tensor | Sequence[Tensor]  # one tensor with the experts first, or a sequence of one tensor an expert
+Maps = tuple[list[Tensor], list[Tensor]]  # activations and gradients, as many parts of each
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,14 @@ class HeatmapOptions:
         object.__setattr__(self, "size", (size[0], size[1]))
 
 
-def expert_parts(name: str, value: Experts, dim: int, expected: str) -> list[Tensor]:
+def expert_parts(name: str, value: Experts, dim: int, expected: str, *, alike: bool = True) -> list[Tensor]:
     """Tensors (n, ...) whose n add up to N, none of them copied: the one given, or one an expert.
+
+    Args:
+        name, expected: what it is and has to be, for messages.
+        value: one tensor, or one an expert.
+        dim: of the one tensor.
+        alike: whether all experts' have to be of one shape, or only of as many samples.
 
     Raises:
         ValueError: tensors of another shape than is expected, or of several.
@@ -76,8 +83,8 @@ def expert_parts(name: str, value: Experts, dim: int, expected: str) -> list[Ten
             kinds = [type(part).__name__ for part in value] if isinstance(value, Sequence) else type(value).__name__
             raise TypeError(f"{name}: expected a tensor {expected} or a list of tensors, got {kinds}")
         shapes = [tuple(part.shape) for part in value]
-        if not shapes or len(set(shapes)) != 1:
-            raise ValueError(f"{name}: expected tensors of one shape, got {shapes}")
+        if not shapes or len(set(shapes if alike else (shape[:1] for shape in shapes))) != 1:
+            raise ValueError(f"{name}: expected tensors of one {'shape' if alike else 'batch'}, got {shapes}")
         parts = [part[None] for part in value]
     for part in parts:
         if not part.is_floating_point():
@@ -160,27 +167,30 @@ def _check_weights(gate: Tensor, logits: Tensor) -> None:
         raise ValueError(f"gate: expected weights that sum to 1 over the experts, got a sum of {furthest:.4g}")
 
 
-def check_maps(activations: Experts, gradients: Experts, layout: Layout = "NCHW") -> tuple[list[Tensor], list[Tensor]]:
+def check_maps(activations: Experts, gradients: Experts, layout: Layout = "NCHW") -> Maps:
     """Parts (n, B, C, h, w) of the activations and (n, B, C, h, w) or (n, B, C) of the gradients, as many of each.
+
+    Of lists, each expert may have its own C, h and w.
 
     Raises:
         ValueError, TypeError: tensors of other shapes, types or devices, or one that stands for several experts.
     """
     check_choice("layout", layout, Layout)
     axes = "(N, B, h, w, C)" if layout == "NHWC" else "(N, B, C, h, w)"
-    maps = [channels_first(part, layout) for part in expert_parts("activations", activations, 5, axes)]
+    maps = [channels_first(part, layout) for part in expert_parts("activations", activations, 5, axes, alike=False)]
     if not isinstance(activations, Tensor):
         check_distinct(activations)
     summed = _dimensions(gradients) == 3
-    slopes = expert_parts("gradients", gradients, *((3, "(N, B, C)") if summed else (5, axes)))
+    slopes = expert_parts("gradients", gradients, *((3, "(N, B, C)") if summed else (5, axes)), alike=False)
     if not summed:
         slopes = [channels_first(part, layout) for part in slopes]
-    expected, found = _joined_shape(maps), _joined_shape(slopes)
-    if found != (expected[:3] if summed else expected):
-        raise ValueError(
-            f"gradients: expected the shape of activations, {expected}, or that summed over space, {expected[:3]}, "
-            f"got {found}"
-        )
+    if are_alike(maps) and are_alike(slopes):
+        _check_slopes(_joined_shape(maps), _joined_shape(slopes))
+    elif len(maps) != len(slopes):
+        raise ValueError(f"gradients: expected {len(maps)} tensors, as there are activations, got {len(slopes)}")
+    else:
+        for part, slope in zip(maps, slopes, strict=True):
+            _check_slopes(tuple(part.shape), tuple(slope.shape))
     if len(slopes) > len(maps):
         slopes = [torch.cat(slopes)]
     elif len(slopes) < len(maps):
@@ -188,6 +198,18 @@ def check_maps(activations: Experts, gradients: Experts, layout: Layout = "NCHW"
     check_device("activations", maps[0], maps)
     check_device("gradients", maps[0], slopes)
     return maps, slopes
+
+
+def are_alike(parts: Sequence[Tensor]) -> bool:
+    """Whether parts (n, …) differ in n alone, so that they can be one tensor."""
+    return all(part.shape[1:] == parts[0].shape[1:] for part in parts)
+
+
+def _check_slopes(maps: tuple[int, ...], slopes: tuple[int, ...]) -> None:
+    if slopes not in (maps, maps[:3]):
+        raise ValueError(
+            f"gradients: expected the shape of activations, {maps}, or that summed over space, {maps[:3]}, got {slopes}"
+        )
 
 
 def check_distinct(activations: Sequence[Tensor]) -> None:

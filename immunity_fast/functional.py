@@ -19,6 +19,7 @@ from immunity_fast.arguments import (
     Layout,
     Score,
     WeightScale,
+    are_alike,
     channels_back,
     channels_first,
     check_device,
@@ -72,14 +73,15 @@ def gradcam_heatmaps(
     """Grad-CAM heatmaps, eq. (3), not normalised.
 
     Args:
-        activations: (N, B, C, h, w) maps A, or N tensors (B, C, h, w); as `layout` says.
+        activations: (N, B, C, h, w) maps A, or N tensors (B, C, h, w), of which C, h and w may be each expert's own; as
+            `layout` says.
         gradients: derivatives of the label's score with respect to A, of the same shapes; or those already summed over
             space, (N, B, C) or N tensors (B, C), which is all that Grad-CAM looks at.
-        size: (H, W) of the heatmaps, by bilinear resampling; None keeps (h, w).
+        size: (H, W) of the heatmaps, by bilinear resampling; None keeps (h, w), if all maps have the same.
         weight_scale: the factor s of the channel weights, "channels" (1/C, the paper) or "spatial" (1/(h·w), Grad-CAM).
         backend: "torch" is plain PyTorch; "triton" the fused kernels, once differentiable, for CUDA tensors (or any, if
             TRITON_INTERPRET=1 was set before the import); "auto" is "triton" for CUDA tensors that are not float64, but
-            "torch" under `torch.func` and in forward mode.
+            "torch" under `torch.func`, in forward mode and for maps of different shapes.
         layout: "NCHW", or "NHWC" for channels last, (N, B, h, w, C) or N tensors (B, h, w, C), which are read in place.
             That is about the order of the axes alone: what `memory_format=torch.channels_last` makes is "NCHW".
 
@@ -91,13 +93,13 @@ def gradcam_heatmaps(
     """
     size = HeatmapOptions(size=size, weight_scale=weight_scale, backend=backend).size
     maps, slopes = check_maps(activations, gradients, layout)
-    scale = reference.weight_factor(maps[0], weight_scale)
-    if _use_triton(backend, "activations", [*maps, *slopes]):
+    if _use_kernels(backend, maps, slopes, size):
+        scale = reference.weight_factor(maps[0], weight_scale)
         heatmaps: Tensor = fused_heatmaps.gradcam_heatmaps(maps, slopes, list(size or maps[0].shape[3:]), scale)[0]
         return heatmaps
     with torch.autocast(maps[0].device.type, enabled=False):
-        joined, weights = _reference_inputs(maps, slopes, scale)
-        return reference.heatmaps(reference.score_maps(joined, weights), size)
+        inputs = _reference_inputs(maps, slopes, weight_scale)
+        return torch.cat([reference.heatmaps(reference.score_maps(*pair), size) for pair in inputs])
 
 
 def heatmap_losses(
@@ -115,10 +117,10 @@ def heatmap_losses(
     """Mutual-information loss, eq. (9), and position-stability loss, eqs. (10) and (11), of the experts' heatmaps.
 
     Args:
-        activations: (N, B, C, h, w) maps A, N ≥ 2, or N tensors (B, C, h, w), each another one; as `layout` says. Read
-            in place, whatever their strides.
+        activations: (N, B, C, h, w) maps A, N ≥ 2, or N tensors (B, C, h, w), each another one, of which C, h and w may
+            be each expert's own; as `layout` says. Read in place, whatever their strides.
         gradients: see `gradcam_heatmaps`.
-        size: (H, W) of the heatmaps; None keeps (h, w). Distances are in these pixels.
+        size: (H, W) of the heatmaps; None keeps (h, w), if all maps have the same. Distances are in these pixels.
         normalize: eq. (9) on each heatmap's distribution; False puts the heatmap itself into eq. (9), as the paper
             prints it. Centres are those of the distribution either way.
         smoothing: ε ≥ 0, what every pixel gets of the map's mean magnitude before normalising.
@@ -151,8 +153,8 @@ def losses_of_heatmaps(
     maps, slopes = check_maps(activations, gradients, layout)
     if sum(part.shape[0] for part in maps) < 2:
         raise ValueError(f"activations: expected at least 2 experts, got shape {tuple(maps[0].shape)}")
-    scale = reference.weight_factor(maps[0], options.weight_scale)
-    if _use_triton(options.backend, "activations", [*maps, *slopes]):
+    if _use_kernels(options.backend, maps, slopes, options.size):
+        scale = reference.weight_factor(maps[0], options.weight_scale)
         mutual_information, position_stability, *_ = fused_losses.heatmap_losses(
             maps,
             slopes,
@@ -164,11 +166,12 @@ def losses_of_heatmaps(
         )
         return mutual_information, position_stability
     with torch.autocast(maps[0].device.type, enabled=False):
-        joined, weights = _reference_inputs(maps, slopes, scale)
-        p = reference.distributions(joined, weights, options.size, options.smoothing)
+        inputs = _reference_inputs(maps, slopes, options.weight_scale)
+        p = torch.cat([reference.distributions(*pair, options.size, options.smoothing) for pair in inputs])
         in_information = p
         if not options.normalize:
-            in_information = reference.heatmaps(reference.score_maps(joined, weights), options.size)
+            scores = [reference.score_maps(*pair) for pair in inputs]
+            in_information = torch.cat([reference.heatmaps(score, options.size) for score in scores])
         return (
             reference.mutual_information_loss(in_information),
             reference.position_stability(reference.centres(p), options.group_name),
@@ -309,12 +312,44 @@ def label_scores(logits: Experts, targets: Tensor, score: Score) -> Tensor:
     return scores.gather(-1, targets.expand(logits.shape[0], -1)[..., None]).sum()
 
 
-def _reference_inputs(maps: Sequence[Tensor], slopes: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    """Activations (N, B, C, h, w) and channel weights (N, B, C), in one dtype of at least float32."""
-    joined, gradients = (at_least_float32(torch.cat(list(x)) if len(x) > 1 else x[0]) for x in (maps, slopes))
-    dtype = torch.promote_types(joined.dtype, gradients.dtype)
-    sums = gradients.to(dtype)
-    return joined.to(dtype), scale * (sums.sum((-2, -1)) if sums.dim() == 5 else sums)
+def _reference_inputs(
+    maps: Sequence[Tensor], slopes: Sequence[Tensor], weight_scale: WeightScale
+) -> list[tuple[Tensor, Tensor]]:
+    """Activations (n, B, C, h, w) and channel weights (n, B, C), in a dtype of at least float32.
+
+    All experts at once, or, where their maps differ in shape, one after another.
+    """
+    if len(maps) > 1 and are_alike(maps) and are_alike(slopes):
+        maps, slopes = [torch.cat(list(maps))], [torch.cat(list(slopes))]
+    return [_in_one_dtype(*pair, weight_scale) for pair in zip(maps, slopes, strict=True)]
+
+
+def _in_one_dtype(maps: Tensor, slopes: Tensor, weight_scale: WeightScale) -> tuple[Tensor, Tensor]:
+    maps, slopes = at_least_float32(maps), at_least_float32(slopes)
+    dtype = torch.promote_types(maps.dtype, slopes.dtype)
+    sums = slopes.to(dtype)
+    scale = reference.weight_factor(maps, weight_scale)
+    return maps.to(dtype), scale * (sums.sum((-2, -1)) if sums.dim() == 5 else sums)
+
+
+def _use_kernels(
+    backend: Backend, maps: Sequence[Tensor], slopes: Sequence[Tensor], size: tuple[int, int] | None
+) -> bool:
+    """Whether the fused kernels are to run; they take maps of one shape.
+
+    Raises:
+        ValueError: maps of several sizes, and no size that they are brought to; or an order that cannot be met.
+    """
+    if size is None and len({part.shape[3:] for part in maps}) > 1:
+        raise ValueError("size: expected (H, W) for maps of different sizes, got None")
+    if not are_alike(maps):
+        if backend == "triton":
+            shapes = ", ".join(dict.fromkeys(str(tuple(part.shape[2:])) for part in maps))
+            raise ValueError(
+                f"backend: expected 'torch' or 'auto' for maps of different shapes, {shapes}, got 'triton'"
+            )
+        return False
+    return _use_triton(backend, "activations", [*maps, *slopes])
 
 
 def _use_triton(backend: str, name: str, tensors: Sequence[Tensor]) -> bool:

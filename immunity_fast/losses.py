@@ -1,5 +1,6 @@
 """`FusedImmunityLoss`: the whole training loss of arXiv 2402.18787, eq. (12), as one module."""
 
+import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -108,6 +109,7 @@ class FusedImmunityLoss(nn.Module):
         self.group_name = group_name
         self.score, self.detach_weights = score, detach_weights
         self.layout: Layout = layout
+        self._has_looked = False  # at what the gradients of the activations are made of: once will do
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}, size={self.size}"
@@ -150,7 +152,8 @@ class FusedImmunityLoss(nn.Module):
         Args:
             logits: (N, B, K), or N tensors (B, K).
             activations: (N, B, C, h, w), or N tensors (B, C, h, w), each another one, in the graph that leads to
-                `logits`; with layout "NHWC" (N, B, h, w, C), or N tensors (B, h, w, C).
+                `logits`; with layout "NHWC" (N, B, h, w, C), or N tensors (B, h, w, C). Of N tensors C, h and w may be
+                each expert's own, if there is a `size` that all are brought to.
             targets: (B,) integer labels.
             gate: (B, N) or (N,) weights ≥ 0 that sum to 1; None is 1/N each. `mixture_log_probabilities` says what is
                 looked at.
@@ -326,7 +329,7 @@ class FusedImmunityLoss(nn.Module):
             check_distinct(activations)
         else:
             raise TypeError(f"activations: expected a tensor or a list of tensors, got {type(activations).__name__}")
-        if len(shapes) != experts or len(set(shapes)) != 1 or len(shapes[0]) != 4 or shapes[0][0] != samples:
+        if len(shapes) != experts or any(len(shape) != 4 or shape[0] != samples for shape in shapes):
             axes = "h, w, C" if self.layout == "NHWC" else "C, h, w"
             raise ValueError(
                 f"activations: expected shape ({experts}, {samples}, {axes}) or a list of {experts} tensors "
@@ -337,22 +340,23 @@ class FusedImmunityLoss(nn.Module):
     def _gradients(self, score: Tensor, activations: Sequence[Tensor]) -> list[Tensor]:
         hint = "in the graph that leads to logits, with gradients enabled"
         if not score.requires_grad:
-            raise ValueError(
-                f"logits: expected activations {hint}, got logits that require no gradient, of which Grad-CAM is made"
-            )
+            raise ValueError(f"logits: expected activations {hint}, got logits {_without_gradient(score)}")
         if not all(part.requires_grad for part in activations):
-            raise ValueError(f"activations: expected tensors {hint}, got some that require no gradient")
+            raise ValueError(
+                f"activations: expected tensors {hint}, got some that require no gradient; behind frozen layers "
+                "images.requires_grad_() gives them one, and so does capture_activations"
+            )
+        twice = not self.detach_weights and (self.beta > 0 or self.gamma > 0)
         # Autocast would cast the backward pass of operations whose forward pass it has not seen.
         with torch.autocast(score.device.type, enabled=False):
             gradients = torch.autograd.grad(
-                score,
-                activations,
-                create_graph=not self.detach_weights and (self.beta > 0 or self.gamma > 0),
-                retain_graph=True,
-                allow_unused=True,
+                score, activations, create_graph=twice, retain_graph=True, allow_unused=True
             )
         if any(gradient is None for gradient in gradients):
             raise ValueError(f"activations: expected tensors {hint}, got some that logits do not depend on")
+        if twice and not self._has_looked and not torch.compiler.is_compiling():
+            _check_differentiable(gradients)
+            self._has_looked = True
         return list(gradients)
 
     def _total(
@@ -393,28 +397,86 @@ def _alone() -> AbstractContextManager[object]:
     return nullcontext() if torch.compiler.is_compiling() else _TANGENT
 
 
+def _without_gradient(logits: Tensor) -> str:
+    """Why logits have no graph, which ends the message."""
+    if logits.is_inference() or torch.is_inference_mode_enabled():
+        return "of torch.inference_mode, which have no graph: leave it, Grad-CAM takes a gradient"
+    if not torch.is_grad_enabled():
+        return "of torch.no_grad, which have no graph: leave it, or torch.enable_grad(), Grad-CAM takes a gradient"
+    return (
+        "that require no gradient, of which Grad-CAM is made; of frozen networks images.requires_grad_() gives them one"
+    )
+
+
+def _check_differentiable(gradients: Sequence[Tensor]) -> None:
+    """Check that the gradients of activations can be differentiated: PyTorch cannot do that to all it can do itself.
+
+    Raises:
+        ValueError: they come of such an operation, as of attention's fast kernels, or cuDNN's recurrent layers.
+    """
+    nodes, seen = [gradient.grad_fn for gradient in gradients], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for before, _ in node.next_functions:
+            if before is not None and before.name().endswith("NotImplemented"):
+                inputs = {other.name() for other, _ in before.next_functions if other is not None}
+                known = [name.removesuffix("Backward0") for name in sorted(inputs) if re.search("Attention|Rnn", name)]
+                raise ValueError(
+                    "activations: expected a head that can be differentiated twice, got an operation that PyTorch "
+                    f"differentiates once alone{f' ({known[0]})' if known else ''}; detach_weights=True does without, "
+                    "and capture_activations and ImmunityMoE run attention's math kernel, which can"
+                )
+            nodes.append(before)
+
+
 def _check_graph(logits: Experts, activations: Sequence[Tensor]) -> None:
-    """Each expert's logits depend on some of the activations: with one an expert, else one has two and another none."""
-    own = {part.grad_fn for part in activations if part.grad_fn is not None}
-    if len(own) < len(activations):  # leaves, or without a graph at all
+    """Each expert's logits depend on its activations, not only on others', as in a list that is in disorder.
+
+    They may depend on all, where one head computes all at once.
+    """
+    own = {_edge(part): index for index, part in enumerate(activations) if part.requires_grad}
+    if len(own) < len(activations):  # without a graph, or several of one
         return
     if not isinstance(logits, Tensor):
-        ends = [scores.grad_fn for scores in logits]
+        ends = [(scores.grad_fn, scores.output_nr) for scores in logits]
     elif getattr(logits.grad_fn, "_saved_dim", None) == 0 and "Stack" in logits.grad_fn.name():  # type: ignore[union-attr]
-        ends = [before for before, _ in logits.grad_fn.next_functions]  # type: ignore[union-attr]
+        ends = list(logits.grad_fn.next_functions)  # type: ignore[union-attr]
     else:  # not to be taken apart
         return
     for index, end in enumerate(ends):
-        nodes, seen = [end], set()
-        while nodes:
-            node = nodes.pop()
-            if node in own:
-                break
-            if node is not None and node not in seen:
-                seen.add(node)
-                nodes += [before for before, _ in node.next_functions]
-        else:
+        found = _reached(end, own)
+        if len(activations) == 1 and found:  # all experts' in one tensor
+            continue
+        if not found:
             raise ValueError(
                 "activations: expected one of each expert, of the pass that gave its logits, got none that the logits "
                 f"of number {index} depend on"
             )
+        if index not in found:
+            others = " and ".join(f"number {other}" for other in sorted(found))
+            raise ValueError(
+                f"activations: expected those of each expert at its place, got logits of number {index} that depend on "
+                f"those of {others}"
+            )
+
+
+def _edge(tensor: Tensor) -> tuple[Any, int]:
+    """A tensor's place in the graph, a leaf's too."""
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+def _reached(end: tuple[Any, int], own: dict[tuple[Any, int], int]) -> set[int]:
+    """Which of some places in the graph an end depends on, others of them not between."""
+    edges, seen, found = [end], set(), set()
+    while edges:
+        edge = edges.pop()
+        if edge in own:
+            found.add(own[edge])
+        elif edge[0] is not None and edge[0] not in seen:
+            seen.add(edge[0])
+            edges += edge[0].next_functions
+    return found

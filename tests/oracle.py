@@ -1,7 +1,8 @@
 """The losses a second time, in float64, one expert and one sample after the other, with none of the package's code.
 
 Numbers in brackets are the equations of arXiv 2402.18787. Autograd through these functions is the oracle of gradients.
-Every function takes maps (N, B, C, h, w), logits (N, B, K), a gate (B, N) and labels (B,).
+Every function takes maps (N, B, C, h, w), logits (N, B, K), a gate (B, N) and labels (B,). Where a parameter is called
+`Maps`, it may be a list of N maps (B, C, h, w), whose C, h and w differ.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Size = tuple[int, int] | None
+Maps = Tensor | list[Tensor]
 
 
 def mixture_log_probabilities(logits: Tensor, gate: Tensor) -> Tensor:
@@ -62,13 +64,14 @@ def heatmap(activations: Tensor, gradients: Tensor, size: Size, weight_scale: st
     return resample(torch.relu(scores(activations, gradients, weight_scale)), size)
 
 
-def heatmaps(activations: Tensor, gradients: Tensor, size: Size, weight_scale: str) -> Tensor:
+def heatmaps(activations: Maps, gradients: Maps, size: Size, weight_scale: str) -> Tensor:
     """(3), (N, B, H, W)."""
-    experts, samples, _, height, width = activations.shape
+    experts, samples = len(activations), len(activations[0])
     if samples == 0:
-        return activations.sum((2, 3, 4))[..., None, None].expand(-1, -1, *(size or (height, width)))
+        empty = torch.stack([maps.sum((1, 2, 3)) for maps in activations])
+        return empty[..., None, None].expand(-1, -1, *(size or activations[0].shape[2:]))
     rows = [
-        [heatmap(activations[i, q], gradients[i, q], size, weight_scale) for q in range(samples)]
+        [heatmap(activations[i][q], gradients[i][q], size, weight_scale) for q in range(samples)]
         for i in range(experts)
     ]
     return torch.stack([torch.stack(row) for row in rows])
@@ -120,25 +123,25 @@ def position_stability_of(centres: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
 
 
 def heatmap_losses(
-    activations: Tensor,
-    gradients: Tensor,
+    activations: Maps,
+    gradients: Maps,
     size: Size = None,
     normalize: bool = True,
     smoothing: float = 0.01,
     weight_scale: str = "channels",
 ) -> tuple[Tensor, Tensor]:
     """(9) for each sample, (B,), and (11), ()."""
-    experts, samples = activations.shape[:2]
+    experts, samples = len(activations), len(activations[0])
     information = []
     centres: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(experts)]
     for q in range(samples):
-        pairs = [(activations[i, q], gradients[i, q]) for i in range(experts)]
+        pairs = [(activations[i][q], gradients[i][q]) for i in range(experts)]
         distributions = [distribution(*pair, size, weight_scale, smoothing) for pair in pairs]
         for i, p in enumerate(distributions):
             centres[i].append(centre_of(p))
         maps = distributions if normalize else [heatmap(*pair, size, weight_scale) for pair in pairs]
         information.append(mutual_information_of(maps))
-    empty = (activations * gradients).sum((0, 2, 3, 4))
+    empty = sum(((a * g).sum((1, 2, 3)) for a, g in zip(activations, gradients, strict=True)), torch.zeros(samples))
     return (torch.stack(information) if information else empty), position_stability_of(centres)
 
 

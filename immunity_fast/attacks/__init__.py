@@ -1,33 +1,44 @@
 """Attacks on any callable from images to logits or log-probabilities, with torchattacks' conventions and defaults.
 
 `gradient` has those that follow gradients, as functions, `descent` what is behind them, `autoattack` AutoAttack and
-Square Attack. Nothing here knows a model of this package: what `mixtures` asks for is what a mixture can do.
+Square Attack; `saving` keeps what they made. Nothing here knows a model of this package: what `mixtures` asks for is
+what a mixture can do.
 """
 
 from immunity_fast.attacks.autoattack import autoattack, square
 from immunity_fast.attacks.checks import NotFiniteError
 from immunity_fast.attacks.descent import ALPHA, EPS, Attack, BoundAttack, UnmovedWarning, radius_of
 from immunity_fast.attacks.gradient import bim, fgsm, mim, pgd
-from immunity_fast.attacks.losses import Loss
+from immunity_fast.attacks.losses import Loss, OwnLoss
 from immunity_fast.attacks.mixtures import LabelledModel, Model
-from immunity_fast.attacks.projections import Norm
+from immunity_fast.attacks.modes import MovedStatisticsWarning
+from immunity_fast.attacks.preprocessing import Preprocessing
+from immunity_fast.attacks.projections import Bounds, Norm
+from immunity_fast.attacks.saving import AdversarialImages, load_adversarial, save_adversarial
 
 __all__ = [
     "ALPHA",
     "EPS",
+    "AdversarialImages",
     "Attack",
     "BoundAttack",
+    "Bounds",
     "LabelledModel",
     "Loss",
     "Model",
+    "MovedStatisticsWarning",
     "Norm",
     "NotFiniteError",
+    "OwnLoss",
+    "Preprocessing",
     "UnmovedWarning",
     "autoattack",
     "bim",
     "fgsm",
+    "load_adversarial",
     "mim",
     "pgd",
     "radius_of",
+    "save_adversarial",
     "square",
 ]

@@ -4,7 +4,7 @@ torchattacks' own AutoAttack is not the published one: it takes 10 steps of APGD
 classes where that takes nine, and squares that shrink on another schedule. Its parts are run here with the settings of
 the authors' code, https://github.com/fra31/auto-attack.
 
-What they return has been judged as it is: inside the ball and inside [0, 1], exactly, in the images' dtype. The attacks
+What they return has been judged as it is: inside the ball and the bounds, exactly, in the images' dtype. The attacks
 compute in float32 and round to that dtype what they show the model.
 """
 
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,18 @@ from immunity_fast.attacks.dependence import image_gradient
 from immunity_fast.attacks.descent import Attack
 from immunity_fast.attacks.losses import dlr
 from immunity_fast.attacks.mixtures import Model, asked_modules, drawn
-from immunity_fast.attacks.projections import Norm, largest_magnitude, linf_bounds, project_l2
+from immunity_fast.attacks.modes import attacked
+from immunity_fast.attacks.preprocessing import Preprocessing, preprocessed
+from immunity_fast.attacks.projections import (
+    UNIT,
+    Bounds,
+    Norm,
+    largest_magnitude,
+    linf_bounds,
+    project_l2,
+    rounded_bounds,
+)
+from immunity_fast.attacks.radii import Given, for_each_image, one_or_each
 from immunity_fast.runtime.checks import check_choice
 
 Version = Literal["standard", "rand"]
@@ -37,19 +48,57 @@ DRAWS = 20  # forward passes that a step averages over, if the model is random
 _Part = Callable[[Tensor, Tensor], Tensor]  # float32 images and their labels to images that may fool the model
 
 
+@overload
 def autoattack(
     model: Model,
     images: Tensor,
     labels: Tensor,
     *,
     num_classes: int,
-    eps: float = 8 / 255,
+    eps: Given | None = None,
     norm: Norm = "Linf",
     version: Version = "standard",
     seed: int = 0,
     steps: int = 100,
     queries: int = 5000,
-) -> Tensor:
+    bounds: Bounds = UNIT,
+    preprocessing: Preprocessing | None = None,
+) -> Tensor: ...
+
+
+@overload
+def autoattack(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    eps: Sequence[Given],
+    norm: Norm = "Linf",
+    version: Version = "standard",
+    seed: int = 0,
+    steps: int = 100,
+    queries: int = 5000,
+    bounds: Bounds = UNIT,
+    preprocessing: Preprocessing | None = None,
+) -> list[Tensor]: ...
+
+
+def autoattack(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    eps: Given | Sequence[Given] | None = None,
+    norm: Norm = "Linf",
+    version: Version = "standard",
+    seed: int = 0,
+    steps: int = 100,
+    queries: int = 5000,
+    bounds: Bounds = UNIT,
+    preprocessing: Preprocessing | None = None,
+) -> Tensor | list[Tensor]:
     """AutoAttack (Croce & Hein, arXiv 2003.01690): several attacks, each on the images that survived those before.
 
     Each image that an attack hands back is judged by one forward pass of the model, as in the authors' code. For a
@@ -57,13 +106,15 @@ def autoattack(
     when it is asked again. FAB looks beyond the ball, too; what it finds there is moved into the ball and judged.
 
     Args:
-        model: images (B, C, H, W) in [0, 1], of the images' dtype, to logits or log-probabilities (B, K); for "rand" it
-            may give (20, B, K), the draws of a step by one pass over what is not random. Its mode, its parameters'
-            gradients and its outputs stay as they are; whether it evaluates or trains is the caller's choice.
-        images: (B, C, H, W) floating-point, in [0, 1].
+        model: images (B, C, H, W), of the images' dtype, to logits or log-probabilities (B, K); for "rand" it may give
+            (20, B, K), the draws of a step by one pass over what is not random. A module is in evaluation mode for as
+            long as the attack takes; its parameters' gradients and its outputs stay as they are.
+        images: (B, C, H, W) floating-point, within the bounds.
         labels: (B,) integers in 0..K−1.
         num_classes: K.
-        eps: radius of the ball, in units of the images' range.
+        eps: radius of the ball, in the images' units; None is 8/255 for Linf, 1 for L2, times the range of `bounds`. A
+            tensor (B,) has a radius of each image's own: images of different radii are attacked one after the other. A
+            list or tuple has several, for each of which there is a result: what a call with it alone gives.
         norm: "Linf" or "L2".
         version: "standard": APGD on the cross-entropy, APGD on the targeted DLR loss and FAB, targeted, each for the
             min(9, K − 1) likeliest wrong classes, and Square Attack. The targeted DLR loss needs four classes: with
@@ -75,24 +126,46 @@ def autoattack(
             are afterwards as they were before. A generator of the model's own is left alone.
         steps: of each run of APGD and of FAB; 100 as published.
         queries: of Square Attack; 5000 as published.
+        bounds: the lowest and the highest value of a pixel, rounded to the images' dtype.
+        preprocessing: what is done to images on their way to the model, `dict(mean=…, std=…)`: (images − mean) / std.
 
     Returns:
-        (B, C, H, W) of the images' dtype, detached, inside the ball and inside [0, 1], exactly: an image that fools the
+        (B, C, H, W) of the images' dtype, detached, inside the ball and the bounds, exactly: an image that fools the
         model where one was found, and the image itself where the model is wrong without an attack or withstood it. So
-        the accuracy on them is the robust accuracy.
+        the accuracy on them is the robust accuracy. Of several radii a list.
 
     Raises:
         ModuleNotFoundError: torchattacks is missing.
-        ValueError: images outside [0, 1] or not 4-D; labels of another shape, not integers or out of range; an unknown
+        ValueError: images out of bounds or not 4-D; labels of another shape, not integers or out of range; an unknown
             norm or version; eps < 0, num_classes < 2, steps or queries < 1; outputs that are not (B, num_classes), that
             have no gradient with respect to the images, which `square` does not need, or that are NaN or infinite, as
             `NotFiniteError` where they are so for an image itself.
+        TypeError: images or labels that are no tensors.
+
+    Warns:
+        MovedStatisticsWarning: the model is a function that asks a module in training mode, whose statistics moved.
     """
     check_choice("version", version, Version)
-    _check_settings(images, labels, eps, norm, steps=steps, queries=queries)
+    _check_settings(images, labels, norm, bounds, steps=steps, queries=queries)
     if num_classes < 2:
         raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-    parts = _Parts(_torchattacks("autoattack"), _Network(model, images, version == "rand"), eps, norm)
+    torchattacks = _torchattacks("autoattack")
+
+    def order(parts: _Parts) -> list[_Part]:
+        return _published(parts, version, num_classes, steps, queries)
+
+    def one(radius: float, images: Tensor, labels: Tensor) -> Tensor:
+        network = _Network(prepared, images, bounds, several=version == "rand")
+        parts = _Parts(torchattacks, network, radius, norm)
+        return _attack(parts, order(parts), images, labels, seed, num_classes)
+
+    prepared = preprocessed(model, preprocessing)
+    with attacked(model):
+        return _at_radii(one, eps, norm, bounds, images, labels)
+
+
+def _published(parts: _Parts, version: Version, num_classes: int, steps: int, queries: int) -> list[_Part]:
+    """The attacks of a version in their order."""
     ranks = range(2, min(TARGETS, num_classes - 1) + 2)
     order: list[_Part] = [partial(parts.apgd, steps=steps, draws=DRAWS if version == "rand" else 1)]
     if version == "rand":
@@ -103,7 +176,37 @@ def autoattack(
             order.extend(partial(parts.apgd, steps=steps, rank=rank) for rank in ranks)
         order.extend(partial(parts.fab, steps=steps, rank=rank) for rank in ranks)
         order.append(partial(parts.square, queries=queries, rescale=False))
-    return _attack(parts, order, images, labels, seed, num_classes)
+    return order
+
+
+@overload
+def square(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: Given | None = None,
+    norm: Norm = "Linf",
+    queries: int = 5000,
+    seed: int = 0,
+    bounds: Bounds = UNIT,
+    preprocessing: Preprocessing | None = None,
+) -> Tensor: ...
+
+
+@overload
+def square(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: Sequence[Given],
+    norm: Norm = "Linf",
+    queries: int = 5000,
+    seed: int = 0,
+    bounds: Bounds = UNIT,
+    preprocessing: Preprocessing | None = None,
+) -> list[Tensor]: ...
 
 
 def square(
@@ -111,11 +214,13 @@ def square(
     images: Tensor,
     labels: Tensor,
     *,
-    eps: float = 8 / 255,
+    eps: Given | Sequence[Given] | None = None,
     norm: Norm = "Linf",
     queries: int = 5000,
     seed: int = 0,
-) -> Tensor:
+    bounds: Bounds = UNIT,
+    preprocessing: Preprocessing | None = None,
+) -> Tensor | list[Tensor]:
     """Square Attack (Andriushchenko et al., arXiv 1912.00049): random search by forward passes alone.
 
     It needs no gradient: a model's output may be detached. The first squares cover 0.8 of the image, as in AutoAttack,
@@ -124,39 +229,81 @@ def square(
     not see, which takes a part of the perturbation.
 
     Args:
-        model: images (B, C, H, W) in [0, 1], of the images' dtype, to logits or log-probabilities (B, K). Its mode and
-            its outputs stay as they are; whether it evaluates or trains is the caller's choice.
-        images: (B, C, H, W) floating-point, in [0, 1].
+        model: images (B, C, H, W), of the images' dtype, to logits or log-probabilities (B, K). A module is in
+            evaluation mode for as long as the attack takes; its outputs stay as they are.
+        images: (B, C, H, W) floating-point, within the bounds.
         labels: (B,) integers in 0..K−1.
-        eps: radius of the ball, in units of the images' range.
+        eps: radius of the ball, in the images' units; None is 8/255 for Linf, 1 for L2, times the range of `bounds`. A
+            tensor (B,) has a radius of each image's own: images of different radii are attacked one after the other. A
+            list or tuple has several, for each of which there is a result: what a call with it alone gives.
         norm: "Linf" or "L2".
         queries: forward passes for each image, at most; one more is the start.
         seed: of all chance, see `autoattack`.
+        bounds: the lowest and the highest value of a pixel, rounded to the images' dtype.
+        preprocessing: what is done to images on their way to the model, `dict(mean=…, std=…)`: (images − mean) / std.
 
     Returns:
-        (B, C, H, W) of the images' dtype, detached, inside the ball and inside [0, 1], exactly: an image that fools the
+        (B, C, H, W) of the images' dtype, detached, inside the ball and the bounds, exactly: an image that fools the
         model where one was found, and the image itself where the model is wrong without an attack or withstood it. So
-        the accuracy on them is the robust accuracy.
+        the accuracy on them is the robust accuracy. Of several radii a list.
 
     Raises:
         ModuleNotFoundError: torchattacks is missing.
-        ValueError: images outside [0, 1] or not 4-D; labels of another shape, not integers or out of range; an unknown
+        ValueError: images out of bounds or not 4-D; labels of another shape, not integers or out of range; an unknown
             norm; eps < 0, queries < 1; outputs that are not (B, K), or that are NaN or infinite, as
             `NotFiniteError` where they are so for an image itself.
+        TypeError: images or labels that are no tensors.
+
+    Warns:
+        MovedStatisticsWarning: the model is a function that asks a module in training mode, whose statistics moved.
     """
-    _check_settings(images, labels, eps, norm, queries=queries)
-    parts = _Parts(_torchattacks("square"), _Network(model, images), eps, norm)
-    return _attack(parts, [partial(parts.square, queries=queries, rescale=True)], images, labels, seed, None)
+    _check_settings(images, labels, norm, bounds, queries=queries)
+    torchattacks = _torchattacks("square")
+
+    def one(radius: float, images: Tensor, labels: Tensor) -> Tensor:
+        parts = _Parts(torchattacks, _Network(prepared, images, bounds), radius, norm)
+        return _attack(parts, [partial(parts.square, queries=queries, rescale=True)], images, labels, seed, None)
+
+    prepared = preprocessed(model, preprocessing)
+    with attacked(model):
+        return _at_radii(one, eps, norm, bounds, images, labels)
+
+
+def _at_radii(
+    attack: Callable[[float, Tensor, Tensor], Tensor],
+    eps: Given | Sequence[Given] | None,
+    norm: Norm,
+    bounds: Bounds,
+    images: Tensor,
+    labels: Tensor,
+) -> Tensor | list[Tensor]:
+    """What an attack of one radius makes of the images, for all that `eps` may be."""
+
+    def one(given: Given | None) -> Tensor:
+        radius, each = one_or_each(given)
+        if each is None:
+            return attack(Attack(eps=radius, norm=norm, bounds=bounds).radius, images, labels)
+        radii = for_each_image("eps", each, images)
+        assert radii is not None
+        found = images.detach().clone()
+        for value in sorted(set(radii.flatten().tolist())):
+            rows = (radii.flatten() == value).nonzero()[:, 0]
+            found[rows] = attack(value, images[rows], labels[rows])
+        return found
+
+    return [one(given) for given in eps] if isinstance(eps, Sequence) else one(eps)
 
 
 class _Network(nn.Module):
-    """The model as torchattacks wants it: a module, whose device a parameter tells, in and out in float32.
+    """The model as torchattacks wants it: a module of images in [0, 1], whose device a parameter tells, in and out in
+    float32.
 
     The model is no submodule: `train`, `eval` and `parameters` do not reach it.
     """
 
-    def __init__(self, model: Model, images: Tensor, several: bool = False) -> None:
+    def __init__(self, model: Model, images: Tensor, bounds: Bounds = UNIT, several: bool = False) -> None:
         super().__init__()
+        self.bounds = rounded_bounds(bounds, images.dtype)
         self.several = several  # outputs may be (20, B, K)
         self.at_once = False  # and are
         self.call: Model = lambda images: model(images)  # assigned itself, a module would become a child
@@ -175,12 +322,27 @@ class _Network(nn.Module):
         whose gradient is smaller.
         """
         height, width = self.size
-        inside = images[..., :height, :width].contiguous().to(self.dtype)
+        inside = self.shown(images[..., :height, :width].contiguous())
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
             if inside.requires_grad:
                 inside = inside.view_as(inside)
                 inside.register_hook(self.rescaled)  # type: ignore[no-untyped-call]
             return self.outputs(inside).float().clone()
+
+    def shown(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] as the model is shown them: within its bounds, in its dtype."""
+        if self.bounds == UNIT:
+            return images.to(self.dtype)
+        low, high = self.bounds
+        shown = (low + (high - low) * images).to(self.dtype)
+        return shown + (shown.clamp(low, high) - shown).detach()  # what rounding has carried outside has its gradient
+
+    def hidden(self, images: Tensor) -> Tensor:
+        """Images that are within the model's bounds, in [0, 1] and float32."""
+        if self.bounds == UNIT:
+            return images.float()
+        low, high = self.bounds
+        return ((images.double() - low) / (high - low)).clamp(0, 1).float()
 
     def rescaled(self, gradient: Tensor) -> Tensor:
         """The gradient (B, C, H, W) of a pass; the first of those that a step averages sets the scale."""
@@ -229,7 +391,9 @@ class _Parts:
     """
 
     def __init__(self, torchattacks: Any, network: _Network, eps: float, norm: Norm) -> None:
-        self.torchattacks, self.network, self.eps, self.norm = torchattacks, network, eps, norm
+        self.torchattacks, self.network, self.radius, self.norm = torchattacks, network, eps, norm
+        low, high = network.bounds
+        self.eps = eps / (high - low)  # where images are in [0, 1]
 
     def apgd(
         self, images: Tensor, labels: Tensor, *, steps: int, draws: int = 1, loss: str = "ce", rank: int | None = None
@@ -301,7 +465,7 @@ class _Parts:
         """
         with torch.enable_grad():
             images = images.detach().requires_grad_()
-            outputs = self.network.outputs(images.to(self.network.dtype)).float()
+            outputs = self.network.outputs(self.network.shown(images)).float()
             differences = outputs.gather(1, targets[:, None]) - outputs.gather(1, labels[:, None])
             gradient = torch.autograd.grad(differences.sum(), images)[0]
         largest = largest_magnitude(gradient)
@@ -317,15 +481,16 @@ def _attack(
     adversarial = images.clone()
     if not len(images):
         return adversarial
-    with seeded(seed):
-        outputs = _first_outputs(parts.network, images, num_classes)
+    with seeded(seed), ExitStack() as stack:
+        outputs = _first_outputs(parts.network, images, num_classes, stack)
         check_range(labels, None, outputs.shape[1])
         survivors = (outputs.argmax(1) == labels).nonzero()[:, 0]
         for part in order:
             if not len(survivors):
                 break
             clean, classes = images[survivors].contiguous(), labels[survivors]
-            found = _project(part(clean.float(), classes), clean, parts.eps, parts.norm)
+            found = parts.network.shown(part(parts.network.hidden(clean), classes))
+            found = _project(found, clean, parts)
             with torch.no_grad():
                 fooled = parts.network.outputs(found).argmax(1) != classes
             adversarial[survivors[fooled]] = found[fooled]
@@ -333,12 +498,16 @@ def _attack(
     return adversarial
 
 
-def _first_outputs(network: _Network, images: Tensor, num_classes: int | None) -> Tensor:
-    """The outputs for the images themselves, detached, and all that can be said against a model by them."""
+def _first_outputs(network: _Network, images: Tensor, num_classes: int | None, stack: ExitStack) -> Tensor:
+    """The outputs for the images themselves, detached, and all that can be said against a model by them.
+
+    Where draws are averaged, gates that draw are told, until the stack is left, that this is meant.
+    """
     gradients = num_classes is not None
     with torch.set_grad_enabled(gradients):
         inputs = images.detach().clone().requires_grad_(gradients)
-        with asked_modules() if network.several else nullcontext() as asked:
+        known = asked_modules(lambda gate: stack.enter_context(gate.switched(gate.switch)))
+        with known if network.several else nullcontext() as asked:
             outputs = network.last_draw(inputs)
         if asked is not None and asked.random_gates and (mixture := asked.only(inputs, outputs)) is not None:
             network.call, network.at_once = drawn(mixture, DRAWS), True
@@ -352,10 +521,11 @@ def _first_outputs(network: _Network, images: Tensor, num_classes: int | None) -
     return outputs.detach()
 
 
-def _project(found: Tensor, images: Tensor, eps: float, norm: Norm) -> Tensor:
-    if norm == "Linf":
-        return found.detach().to(images.dtype).clamp(*linf_bounds(images, eps))
-    return project_l2(found, images, eps)
+def _project(found: Tensor, images: Tensor, parts: _Parts) -> Tensor:
+    bounds = parts.network.bounds
+    if parts.norm == "Linf":
+        return found.detach().clamp(*linf_bounds(images, parts.radius, bounds))
+    return project_l2(found, images, parts.radius, bounds)
 
 
 def _tileable(side: int) -> int:
@@ -408,9 +578,9 @@ def _torchattacks(name: str) -> Any:
     return torchattacks
 
 
-def _check_settings(images: Tensor, labels: Tensor, eps: float, norm: Norm, **counts: int) -> None:
-    Attack(eps=eps, norm=norm)
+def _check_settings(images: Tensor, labels: Tensor, norm: Norm, bounds: Bounds, **counts: int) -> None:
+    bounds = Attack(norm=norm, bounds=bounds).bounds
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name}: expected at least 1, got {count}")
-    check_images(images, labels, None)
+    check_images(images, labels, None, bounds)

@@ -23,6 +23,8 @@ class State(NamedTuple):
     low: Tensor | None  # (B, C, H, W), of the Linf ball
     high: Tensor | None
     momentum: Tensor | None  # (B, C, H, W), of MIM
+    eps: Tensor | None = None  # (B, 1, 1, 1), float64, where each image has a radius of its own
+    alpha: Tensor | None = None  # likewise, of a step
 
     def select(self, rows: Tensor) -> State:
         """Some of the images, by their indices (B′,)."""

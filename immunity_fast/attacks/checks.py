@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from immunity_fast.attacks.projections import UNIT, Bounds, rounded_bounds
+
 
 class NotFiniteError(ValueError):
     """A model's output or gradient is NaN or infinite.
@@ -16,17 +18,23 @@ class NotFiniteError(ValueError):
         self.sample = sample
 
 
-def check_images(images: Tensor, labels: Tensor, targets: Tensor | None) -> None:
+def check_images(images: Tensor, labels: Tensor, targets: Tensor | None, bounds: Bounds = UNIT) -> None:
     """Check what an attack is given; it waits for the device.
 
     Args:
-        images: (B, C, H, W), expected to be floating-point and in [0, 1].
+        images: (B, C, H, W), expected to be floating-point and within the bounds.
         labels: (B,), expected to be integers.
         targets: the same, or None.
+        bounds: the lowest and the highest value of a pixel.
 
     Raises:
         ValueError: they are not.
+        TypeError: they are no tensors.
     """
+    for name, given in (("images", images), ("labels", labels), ("targets", targets)):
+        if not isinstance(given, Tensor) and (given is not None or name != "targets"):
+            made = "; torch.as_tensor makes one of it" if hasattr(given, "__array__") else ""
+            raise TypeError(f"{name}: expected a tensor, got {type(given).__module__}.{type(given).__name__}{made}")
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(f"images: expected floating-point (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
     for name, classes in (("labels", labels), ("targets", targets)):
@@ -34,8 +42,12 @@ def check_images(images: Tensor, labels: Tensor, targets: Tensor | None) -> None
             raise ValueError(
                 f"{name}: expected integers ({images.shape[0]},), got {classes.dtype} {tuple(classes.shape)}"
             )
-    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError(f"images: expected values in [0, 1], got {images.min():.4g} to {images.max():.4g}")
+    low, high = rounded_bounds(bounds, images.dtype)
+    if images.numel() and not (images.min() >= low and images.max() <= high):
+        raise ValueError(
+            f"images: expected values in [{low:g}, {high:g}], got {images.min():.4g} to {images.max():.4g}; for "
+            "others there is `bounds`"
+        )
 
 
 def check_range(labels: Tensor, targets: Tensor | None, classes: int) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from immunity_fast.attacks.mixtures import LabelledModel, exact_means
+from immunity_fast.attacks.projections import UNIT, Bounds
 
 
 def image_gradient(total: Tensor, images: Tensor) -> Tensor:
@@ -31,7 +32,9 @@ def image_gradient(total: Tensor, images: Tensor) -> Tensor:
     return gradient
 
 
-def check_dependence(model: LabelledModel, images: Tensor, labels: Tensor, elsewhere: Tensor | None) -> None:
+def check_dependence(
+    model: LabelledModel, images: Tensor, labels: Tensor, elsewhere: Tensor | None, bounds: Bounds = UNIT
+) -> None:
     """Check a model that has no gradient for any image of a batch: that alone is no proof that it ignores them.
 
     Args:
@@ -39,6 +42,7 @@ def check_dependence(model: LabelledModel, images: Tensor, labels: Tensor, elsew
         images: (B, C, H, W) of the batch.
         labels: (B,).
         elsewhere: (M, C, H, W) images on which outputs are compared, too, or None.
+        bounds: the lowest and the highest value of a pixel.
 
     Raises:
         ValueError: outputs agree on all these images and on made-up ones, or are detached.
@@ -46,7 +50,7 @@ def check_dependence(model: LabelledModel, images: Tensor, labels: Tensor, elsew
     with torch.enable_grad():  # compiled code takes what is detached for constant
         inputs = images.detach().requires_grad_()
         image_gradient(model(inputs, labels).sum(), inputs)
-    others = [_made_up(images[0])]
+    others = [_made_up(images[0], bounds)]
     if elsewhere is not None:
         others += torch.split(elsewhere.to(images), len(images))
     first = None
@@ -61,7 +65,7 @@ def check_dependence(model: LabelledModel, images: Tensor, labels: Tensor, elsew
     )
 
 
-def _made_up(like: Tensor) -> Tensor:
+def _made_up(like: Tensor, bounds: Bounds) -> Tensor:
     """Images (16, C, H, W) as unlike each other, and `like` (C, H, W), as can be: any network knows some apart."""
     generator = torch.Generator().manual_seed(0)
     channels, *size = like.shape
@@ -72,4 +76,5 @@ def _made_up(like: Tensor) -> Tensor:
     plain = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, *like.shape)
     noise = torch.rand(4, *like.shape, generator=generator)
     made = torch.cat([plain, noise, noise[:2].round(), patches(4, 1), patches(3, 4)])
-    return torch.cat([1 - like[None], made.to(like)])
+    low, high = bounds
+    return torch.cat([low + high - like[None], (low + (high - low) * made).to(like)])

@@ -23,9 +23,22 @@ from torch import Tensor
 from immunity_fast.attacks.batch import FOR_GOOD, Batch, State, Step, Worst
 from immunity_fast.attacks.checks import check_finite, check_images, check_range, not_finite
 from immunity_fast.attacks.dependence import check_dependence, image_gradient
-from immunity_fast.attacks.losses import Loss, loss_of
+from immunity_fast.attacks.losses import Loss, OwnLoss, loss_of
 from immunity_fast.attacks.mixtures import Judge, LabelledModel, Model, asked_modules, judge_of
-from immunity_fast.attacks.projections import Norm, linf_bounds, project_l2, random_start, scaled, unit
+from immunity_fast.attacks.modes import attacked
+from immunity_fast.attacks.preprocessing import Preprocessing, preprocessed
+from immunity_fast.attacks.projections import (
+    UNIT,
+    Bounds,
+    Norm,
+    linf_bounds,
+    project_l2,
+    random_start,
+    rounded_bounds,
+    scaled,
+    unit,
+)
+from immunity_fast.attacks.radii import for_each_image
 from immunity_fast.runtime.checks import check_choice
 from immunity_fast.runtime.compilation import Compile, Compiled, Log
 from immunity_fast.runtime.precision import accumulation_dtype
@@ -39,9 +52,9 @@ class UnmovedWarning(UserWarning):
     """An attack could not move some images, because the gradient of what it maximises is exactly zero for them."""
 
 
-def radius_of(eps: float | None, norm: Norm) -> float:
-    """The radius of a ball, in units of the images' range: `eps`, or 8/255 for Linf and 1 for L2 where it is None."""
-    return EPS[norm] if eps is None else eps
+def radius_of(eps: float | None, norm: Norm, bounds: Bounds = UNIT) -> float:
+    """The radius of a ball, in the images' units: `eps`, or 8/255 for Linf and 1 for L2, of the bounds' range."""
+    return EPS[norm] * (bounds[1] - bounds[0]) if eps is None else eps
 
 
 @dataclass(frozen=True)
@@ -49,16 +62,17 @@ class Attack:
     """The settings of an attack, to be kept, listed or compiled; called, it attacks.
 
     Args:
-        eps: radius of the ball, in units of the images' range; None is 8/255 for Linf, 1 for L2.
-        alpha: size of a step, in the same units; None is 2/255 for Linf, 0.2 for L2.
+        eps: radius of the ball, in the images' units; None is 8/255 for Linf, 1 for L2, times the range of `bounds`.
+        alpha: size of a step, in the same units; None is 2/255 for Linf, 0.2 for L2, times that range.
         steps: number of steps.
         norm: "Linf", steps along the gradient's sign; or "L2", along the gradient.
-        loss: what is maximised: "ce", cross-entropy, "dlr" or "cw", two margins.
+        loss: what is maximised: "ce", cross-entropy, "dlr" or "cw", two margins; or a function, see `pgd`.
         decay: of MIM's momentum; None is without momentum.
         random_start: begin at a random point of the ball, not at the image.
         restarts: how often, the worst of them counting.
         keep_best: the worst of all images on the way counts, not the last.
         drop_fooled: an image that fools the model leaves the batch as it then is, and costs nothing more.
+        bounds: the lowest and the highest value of a pixel, rounded to the images' dtype.
 
     Raises:
         ValueError: a setting out of its range.
@@ -68,18 +82,22 @@ class Attack:
     alpha: float | None = None
     steps: int = 10
     norm: Norm = "Linf"
-    loss: Loss = "ce"
+    loss: Loss | OwnLoss = "ce"
     decay: float | None = None
     random_start: bool = False
     restarts: int = 1
     keep_best: bool = False
     drop_fooled: bool = False
+    bounds: Bounds = UNIT
 
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, Norm)
-        check_choice("loss", self.loss, Loss)
-        object.__setattr__(self, "eps", radius_of(self.eps, self.norm))
-        object.__setattr__(self, "alpha", ALPHA[self.norm] if self.alpha is None else self.alpha)
+        if not callable(self.loss):
+            check_choice("loss", self.loss, Loss)
+        object.__setattr__(self, "bounds", checked_bounds(self.bounds))
+        object.__setattr__(self, "eps", radius_of(self.eps, self.norm, self.bounds))
+        span = self.bounds[1] - self.bounds[0]
+        object.__setattr__(self, "alpha", ALPHA[self.norm] * span if self.alpha is None else self.alpha)
         for name, least in (("eps", 0), ("alpha", 0), ("decay", 0), ("steps", 0), ("restarts", 1)):
             value = getattr(self, name)
             if name in ("steps", "restarts") and not isinstance(value, int):
@@ -99,20 +117,29 @@ class Attack:
         labels: Tensor,
         targets: Tensor | None = None,
         generator: torch.Generator | None = None,
+        *,
+        eps: Tensor | None = None,
+        alpha: Tensor | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> Tensor:
         """Attack some images; arguments, results and errors are those of `pgd`.
 
         Args:
             model: images (B, C, H, W) to logits or log-probabilities (B, K), or (draws, B, K).
-            images: (B, C, H, W) floating-point, in [0, 1].
+            images: (B, C, H, W) floating-point, within the bounds.
             labels: (B,) integers in 0..K−1.
             targets: (B,) classes that the attack is to reach; None is any but the label.
             generator: of random starts; None is PyTorch's default generator.
+            eps: (B,) radii of each image's own; None is the settings' one of all.
+            alpha: (B,) sizes of each image's step, likewise.
+            preprocessing: of images on their way to the model.
 
         Returns:
             Adversarial images (B, C, H, W).
         """
-        return BoundAttack(self, lambda x, _: model(x))(images, labels, targets, generator)
+        prepared = preprocessed(model, preprocessing)
+        with attacked(model):
+            return BoundAttack(self, lambda x, _: prepared(x))(images, labels, targets, generator, eps=eps, alpha=alpha)
 
 
 class BoundAttack:
@@ -150,6 +177,7 @@ class BoundAttack:
         self.attack, self.model, self.elsewhere = attack, model, elsewhere
         self.judge = getattr(model, "exact_judge", None) if judge is None else judge
         self.unmoved = torch.zeros(0, dtype=torch.bool)
+        self._box = attack.bounds
         self._step_function = Compiled(self._step, compile, device or torch.device("cpu"), log, traceback_file)
 
     @property
@@ -164,37 +192,42 @@ class BoundAttack:
         targets: Tensor | None = None,
         generator: torch.Generator | None = None,
         *,
+        eps: Tensor | None = None,
+        alpha: Tensor | None = None,
         start: Tensor | None = None,
         reference: Tensor | None = None,
         trusted: bool = False,
     ) -> Tensor:
-        """Adversarial images for a batch of images.
+        """Adversarial images for a batch of images. The model is asked in the mode that it is in.
 
         Args:
-            images: (B, C, H, W) floating-point, in [0, 1].
+            images: (B, C, H, W) floating-point, within the attack's bounds.
             labels: (B,) integers in 0..K−1.
             targets: (B,) classes that the attack is to reach; None is any but the label.
             generator: of random starts; None is PyTorch's default generator.
+            eps, alpha: (B,) radii and sizes of steps of each image's own; None is the attack's one of all.
             start: (B, C, H, W) where to begin, once projected; None is as the settings say.
             reference: (B, K) probabilities: instead of `loss`, the KL divergence of the model's from them is maximised.
             trusted: skip all checks, each of which waits for the device.
 
         Returns:
-            Adversarial images (B, C, H, W) of the images' dtype, detached, inside the ball and inside [0, 1], exactly.
+            Adversarial images (B, C, H, W) of the images' dtype, detached, inside the ball and the bounds, exactly.
 
         Raises:
-            ValueError: see `pgd`; never where `trusted`.
+            ValueError, TypeError: see `pgd`; never where `trusted`.
         """
         if not trusted:
-            check_images(images, labels, targets)
+            check_images(images, labels, targets, self.attack.bounds)
+        self._box = rounded_bounds(self.attack.bounds, images.dtype)
+        own = [for_each_image("eps", eps, images), for_each_image("alpha", alpha, images)]
         images, labels = images.detach(), labels.long()
         targets = None if targets is None else targets.long()
         attack = self.attack
         self.unmoved = torch.full((len(images),), attack.steps > 0, device=images.device)
         worst = Worst(images, needed=attack.keep_best or attack.drop_fooled or attack.restarts > 1)
         for restart in range(attack.restarts if len(images) else 0):
-            begin = self._begin(images, generator, start)
-            batch = self._whole_batch(begin, images, labels, targets, reference)
+            begin = self._begin(images, generator, start, own[0])
+            batch = self._whole_batch(begin, images, labels, targets, reference, own)
             if attack.drop_fooled and restart:
                 batch = batch.select(worst.survivors())
             self._descend(batch, worst, trusted)
@@ -202,27 +235,35 @@ class BoundAttack:
             self._warn_of_the_unmoved()
         return worst.images.clone()
 
-    def _begin(self, images: Tensor, generator: torch.Generator | None, start: Tensor | None) -> Tensor:
+    def _begin(
+        self, images: Tensor, generator: torch.Generator | None, start: Tensor | None, own: Tensor | None
+    ) -> Tensor:
         """Where a descent begins, (B, C, H, W)."""
-        attack = self.attack
+        attack, radius = self.attack, self.attack.radius if own is None else own
         if start is None and not attack.random_start:
             return images
         if start is None:
-            start = random_start(images, attack.radius, attack.norm, generator)
+            start = random_start(images, radius, attack.norm, generator)
         if attack.norm == "Linf":
-            return start.detach().clamp(*linf_bounds(images, attack.radius))
-        return project_l2(start.detach(), images, attack.radius)
+            return start.detach().clamp(*linf_bounds(images, radius, self._box))
+        return project_l2(start.detach(), images, radius, self._box)
 
     def _whole_batch(
-        self, begin: Tensor, images: Tensor, labels: Tensor, targets: Tensor | None, reference: Tensor | None
+        self,
+        begin: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor | None,
+        reference: Tensor | None,
+        own: list[Tensor | None],
     ) -> Batch:
-        """All images, with what a step of these settings needs."""
+        """All images, with what a step of these settings needs; `own`: radii and steps of their own."""
         attack, low, high, momentum = self.attack, None, None, None
         if attack.norm == "Linf":
-            low, high = linf_bounds(images, attack.radius)
+            low, high = linf_bounds(images, attack.radius if own[0] is None else own[0], self._box)
         if attack.decay is not None:
             momentum = torch.zeros_like(images, dtype=accumulation_dtype(images))
-        state = State(begin, images, labels, targets, reference, low, high, momentum)
+        state = State(begin, images, labels, targets, reference, low, high, momentum, *own)
         return Batch(torch.arange(len(images), device=images.device), state, len(images))
 
     def _descend(self, batch: Batch, worst: Worst, trusted: bool) -> None:
@@ -246,7 +287,7 @@ class BoundAttack:
                 check_range(state.labels, state.targets, result.classes)
                 check_finite(broken)
                 if bool(result.still.all()):
-                    check_dependence(self.model, state.adversarial, state.labels, self.elsewhere)
+                    check_dependence(self.model, state.adversarial, state.labels, self.elsewhere, self._box)
             loss, success = result.loss, FOR_GOOD * result.fooled
             if attack.keep_best or attack.drop_fooled:
                 if judge != "outputs":
@@ -293,9 +334,18 @@ class BoundAttack:
             momentum = attack.decay * momentum + gradient / torch.where(magnitude > 0, magnitude, 1)
             gradient = momentum
         if attack.norm == "Linf" and state.low is not None and state.high is not None:
-            moved = (adversarial + attack.alpha * gradient.sign().to(adversarial.dtype)).clamp(state.low, state.high)
+            signs = gradient.sign()
+            if state.alpha is None:
+                move = attack.alpha * signs.to(adversarial.dtype)
+            else:  # rounded as a number is: in float32 at least, then to the images' dtype
+                dtype = accumulation_dtype(adversarial)
+                move = (state.alpha.to(dtype) * signs.to(dtype)).to(adversarial.dtype)
+            moved = (adversarial + move).clamp(state.low, state.high)
         else:
-            moved = project_l2(adversarial + attack.alpha * unit(gradient), state.images, attack.radius)
+            along = unit(gradient)
+            move = attack.alpha * along if state.alpha is None else state.alpha.to(along.dtype) * along
+            radius = attack.radius if state.eps is None else state.eps
+            moved = project_l2(adversarial + move, state.images, radius, self._box)
         return Step(moved, momentum, loss, fooled, broken, still, classes)
 
     def _differentiate(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
@@ -333,27 +383,45 @@ class BoundAttack:
         labels = state.labels.clamp(0, last)
         targets = None if state.targets is None else state.targets.clamp(0, last)
         draws = outputs if outputs.dim() == 3 else outputs[None]
-        size = (len(draws), *labels.shape)
+        size, broken = (len(draws), *labels.shape), not_finite(draws)
         if state.reference is not None:
             reference = state.reference.expand(draws.shape)
             loss = F.kl_div(draws.log_softmax(-1), reference, reduction="none").sum(-1).mean(0)
         else:
             wanted = None if targets is None else targets.expand(size)
             loss = loss_of(self.attack.loss, draws, labels.expand(size), wanted).mean(0)
+            if callable(self.attack.loss):  # of outputs that are numbers its value need not be one
+                broken = broken | loss.isnan()
         predicted = (draws[0] if len(draws) == 1 else draws.detach().softmax(-1).mean(0)).argmax(-1)
         fooled = predicted != labels if targets is None else predicted == targets
-        return loss, fooled, not_finite(draws)
+        return loss, fooled, broken
 
     def _warn_of_the_unmoved(self) -> None:
         stuck, whole = int(self.unmoved.sum()), len(self.unmoved)
         which = f"for all {whole} images" if stuck == whole else f"for {stuck} of {whole} images"
+        loss = self.attack.loss if isinstance(self.attack.loss, str) else "of your own"
         warnings.warn(
-            f"the attack cannot move: the gradient of loss {self.attack.loss!r} is exactly zero {which} although the "
+            f"the attack cannot move: the gradient of loss {loss!r} is exactly zero {which} although the "
             "model's output depends on them; it may be saturated: try loss='cw' or 'dlr', or an attack without "
             "gradients",
             UnmovedWarning,
             stacklevel=3,
         )
+
+
+def checked_bounds(bounds: Bounds) -> Bounds:
+    """Bounds as two floats.
+
+    Raises:
+        ValueError: not two finite numbers, the first of which is the smaller.
+    """
+    try:
+        low, high = (float(end) for end in bounds)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not (low < high and math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"bounds: expected (low, high), two finite numbers, low < high, got {bounds}")
+    return low, high
 
 
 def _compiled_size(size: int, whole: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from immunity_fast.runtime.precision import at_least_float32
 
 Loss = Literal["ce", "dlr", "cw"]
+OwnLoss = Callable[[Tensor, Tensor], Tensor]  # outputs (B, K) and labels (B,) to (B,)
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
@@ -50,19 +51,36 @@ def dlr(outputs: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
     return (_at(outputs, targets) - _at(outputs, labels)) / (spread + 1e-12)
 
 
-def loss_of(name: Loss, outputs: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-    """The loss of that name, computed in float32 at least: in float16, 1e-12 is 0.
+def loss_of(loss: Loss | OwnLoss, outputs: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """A loss, by its name or one's own, computed in float32 at least: in float16, 1e-12 is 0.
 
     Args:
-        name: of `LOSSES`.
-        outputs: (…, K) logits or log-probabilities.
-        labels: (…,) integers in 0..K−1.
-        targets: (…,) classes to reach; None is any but the label.
+        loss: of `LOSSES`; or a function of outputs (B, K) and labels (B,) to (B,), which is given each draw. With
+            targets it is given these in the labels' place, and its negative is the loss.
+        outputs: (draws, B, K) logits or log-probabilities.
+        labels: (draws, B) integers in 0..K−1.
+        targets: (draws, B) classes to reach; None is any but the label.
 
     Returns:
-        (…,).
+        (draws, B).
+
+    Raises:
+        ValueError: one's own gives another shape.
     """
-    return LOSSES[name](at_least_float32(outputs), labels, targets)
+    outputs = at_least_float32(outputs)
+    if not callable(loss):
+        return LOSSES[loss](outputs, labels, targets)
+    classes = labels if targets is None else targets
+    found = torch.stack([_own(loss, *draw) for draw in zip(outputs, classes, strict=True)])
+    return found if targets is None else -found
+
+
+def _own(loss: OwnLoss, outputs: Tensor, classes: Tensor) -> Tensor:
+    found = loss(outputs, classes)
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != tuple(classes.shape):
+        raise ValueError(f"loss: expected one of each image, ({len(classes)},), got {shape}; take reduction='none'")
+    return found
 
 
 LOSSES: dict[Loss, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {

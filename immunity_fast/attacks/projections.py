@@ -1,4 +1,4 @@
-"""The balls that attacks stay in, exactly: in float32, float16 and bfloat16, rounding never carries an image outside.
+"""The balls that attacks stay in, exactly: in no floating-point format does rounding carry an image outside.
 
 A distance is meant as the difference of two stored numbers, taken exactly. Rounded naively, images + 8/255 lies outside
 the ball for about half of all float32 pixels, and in bfloat16 by up to 2/255.
@@ -14,33 +14,48 @@ from torch import Tensor
 from immunity_fast.runtime.precision import at_least_float32
 
 Norm = Literal["Linf", "L2"]
+Bounds = tuple[float, float]
+Radius = float | Tensor  # of all balls, or of each: (B, 1, …), float64
+
+UNIT: Bounds = (0.0, 1.0)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INSIDE = 1 - 1e-12  # a factor that float64's own rounding does not cross
 
 
-def linf_bounds(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The lowest and the highest image of the Linf balls, cut to [0, 1]: clamping to them is the exact projection.
+def rounded_bounds(bounds: Bounds, dtype: torch.dtype) -> Bounds:
+    """The lowest and the highest value of a pixel, as numbers of that dtype."""
+    if bounds == UNIT:
+        return UNIT
+    low, high = torch.tensor(bounds, dtype=torch.float64).to(dtype).tolist()
+    return low, high
+
+
+def linf_bounds(images: Tensor, eps: Radius, bounds: Bounds = UNIT) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest image of the Linf balls, cut to a box: clamping to them is the exact projection.
 
     Args:
-        images: (B, …) in [0, 1], the balls' centres.
-        eps: the balls' radius.
+        images: (B, …) in the box, the balls' centres.
+        eps: the balls' radius, or that of each.
+        bounds: the box, of numbers that the images' dtype has; see `rounded_bounds`.
 
     Returns:
         (lowest, highest), both of the shape and dtype of `images`.
     """
     exact = images.detach().double()
-    low, high = ((exact + move).clamp(0, 1) for move in (-eps, eps))
-    limit = exact.new_full((), eps)  # filled on the device: a number that is copied there is waited for
+    low, high = ((exact + move).clamp(*bounds) for move in (-eps, eps))
+    # A number is filled in on the device: one that is copied there is waited for.
+    limit = eps if isinstance(eps, Tensor) else exact.new_full((), eps)
     return _towards(exact, low, images.dtype, limit), _towards(exact, high, images.dtype, limit)
 
 
-def project_l2(adversarial: Tensor, images: Tensor, eps: float) -> Tensor:
-    """The nearest image of the L2 ball of each image, cut to [0, 1].
+def project_l2(adversarial: Tensor, images: Tensor, eps: Radius, bounds: Bounds = UNIT) -> Tensor:
+    """The nearest image of the L2 ball of each image, cut to a box.
 
     Args:
         adversarial: (B, …), of any floating-point dtype.
-        images: (B, …) in [0, 1], the balls' centres.
-        eps: the balls' radius.
+        images: (B, …) in the box, the balls' centres.
+        eps: the balls' radius, or that of each.
+        bounds: the box, see `linf_bounds`.
 
     Returns:
         (B, …) in the dtype of `images`.
@@ -50,7 +65,7 @@ def project_l2(adversarial: Tensor, images: Tensor, eps: float) -> Tensor:
     length = torch.linalg.vector_norm(move.flatten(1), dim=1).view(-1, *[1] * (images.dim() - 1))
     move = move * (_INSIDE * eps / length.clamp_min(torch.finfo(torch.float64).tiny)).clamp_max(1)
     # Cutting to the box that the image is in only shortens a move.
-    return _towards(exact, (exact + move).clamp(0, 1), images.dtype, move.abs())
+    return _towards(exact, (exact + move).clamp(*bounds), images.dtype, move.abs())
 
 
 def scaled(gradient: Tensor) -> Tensor:
@@ -77,12 +92,12 @@ def unit(gradient: Tensor) -> Tensor:
     return gradient / torch.where(length > 0, length, 1)
 
 
-def random_start(images: Tensor, eps: float, norm: Norm, generator: torch.Generator | None) -> Tensor:
+def random_start(images: Tensor, eps: Radius, norm: Norm, generator: torch.Generator | None) -> Tensor:
     """A random image of each ball, drawn as torchattacks does; it is still to be projected.
 
     Args:
-        images: (B, …) in [0, 1], the balls' centres.
-        eps: the balls' radius.
+        images: (B, …), the balls' centres.
+        eps: the balls' radius, or that of each.
         norm: "Linf", uniform in the ball; or "L2", a uniform direction and a uniform radius.
         generator: on any device; None is PyTorch's default generator of the images' device.
 
@@ -90,25 +105,56 @@ def random_start(images: Tensor, eps: float, norm: Norm, generator: torch.Genera
         (B, …) of the dtype of `images`.
     """
     device = images.device if generator is None else generator.device
+    if isinstance(eps, Tensor):
+        eps = eps.to(device, torch.float32)
     if norm == "Linf":
         uniform = torch.rand(images.shape, generator=generator, device=device, dtype=torch.float32)
-        return images + ((2 * uniform - 1) * eps).to(images)
+        in_cube: Tensor = images + ((2 * uniform - 1) * eps).to(images)
+        return in_cube
     move = torch.randn(images.shape, generator=generator, device=device, dtype=torch.float32)
     length = torch.linalg.vector_norm(move.flatten(1), dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    radius = torch.rand(len(images), generator=generator, device=device, dtype=torch.float32) * eps
+    part = torch.rand(len(images), generator=generator, device=device, dtype=torch.float32)
+    radius = part * (eps.flatten() if isinstance(eps, Tensor) else eps)
     scale = (radius / length).view(-1, *[1] * (images.dim() - 1))
     start: Tensor = images + (move * scale).to(images)
     return start
 
 
+def outside(adversarial: Tensor, images: Tensor, eps: Radius, norm: Norm) -> Tensor:
+    """Which images of (B, …) are further from their balls' centres than the radius, exactly in Linf: (B,) bool.
+
+    In L2 a length is a rounded sum, and a distance counts as larger from 1 + 10⁻¹² times the radius on.
+    """
+    found, exact = adversarial.double().flatten(1), images.double().flatten(1)
+    radius = eps.to(exact).flatten() if isinstance(eps, Tensor) else exact.new_full((len(exact),), eps)
+    if norm == "Linf":
+        return _further(found, exact, radius[:, None]).any(1)
+    further: Tensor = torch.linalg.vector_norm(found - exact, dim=1) > radius * (1 + 1e-12)
+    return further
+
+
 def _towards(start: Tensor, end: Tensor, dtype: torch.dtype, limit: Tensor) -> Tensor:
     """`end` in `dtype`, rounded so that it is no further from `start` than `limit`.
 
-    Both are float64 in [0, 1], and `start` has an exact value in `dtype`.
+    Both are float64, and `start` has an exact value in `dtype`.
     """
     rounded = end.to(dtype)
-    outside = (rounded.double() - start).abs() > limit
-    # The bits of floating-point numbers ≥ 0, read as integers, are in the numbers' order.
+    beyond = _further(rounded.double(), start, limit)
+    # Read as integers, the bits of floating-point numbers are in the numbers' order: those below 0 backwards.
     bits = rounded.view(_INTEGERS[dtype.itemsize])
-    step = torch.where(rounded.double() > start, -1, 1).to(bits.dtype)
-    return torch.where(outside, bits + step, bits).view(dtype)
+    least = torch.iinfo(bits.dtype).min
+    order = torch.where(bits < 0, least - bits, bits)
+    order = order + torch.where(rounded.double() > start, -1, 1).to(bits.dtype)
+    return torch.where(beyond, torch.where(order < 0, least - order, order), bits).view(dtype)
+
+
+def _further(end: Tensor, start: Tensor, limit: Tensor) -> Tensor:
+    """Whether two float64 numbers are further apart than `limit`, where their difference itself may be rounded.
+
+    What rounding takes from the difference is a float64 number, too (Knuth, The Art of Computer Programming, 4.2.2).
+    """
+    distance = end - start
+    of_start = end - distance
+    lost = (end - (distance + of_start)) + (of_start - start)
+    size = distance.abs()
+    return (size > limit) | ((size == limit) & (lost * distance.sign() > 0))

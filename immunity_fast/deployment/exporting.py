@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from immunity_fast.deployment.loading import load_trained
 from immunity_fast.models.inference import Gate
-from immunity_fast.models.modes import evaluating
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.models.pretrained import LIBRARY
 from immunity_fast.runtime.checks import check_choice
 from immunity_fast.runtime.failures import one_line
+from immunity_fast.runtime.modes import evaluating
 
 Format = Literal["onnx", "torch.export", "torchscript"]
 Run = Callable[[Tensor], Tensor]
@@ -141,7 +141,7 @@ def _to_program(plain: nn.Module, images: Tensor, about: dict[str, str], file: P
 
 def _to_script(plain: nn.Module, images: Tensor, about: dict[str, str], file: Path) -> Run:
     script = torch.jit.trace(plain, images, check_trace=False)  # type: ignore[no-untyped-call]
-    torch.jit.save(script, file, _extra_files={METADATA: json.dumps(about)})  # type: ignore[no-untyped-call]
+    torch.jit.save(script, file, _extra_files={METADATA: json.dumps(about)})
     found: Run = torch.jit.load(file)  # type: ignore[no-untyped-call]
     return found
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunity_fast.arguments import stack_experts
 from immunity_fast.attacks.mixtures import trained_gate
 from immunity_fast.data.datasets import Split
 from immunity_fast.data.sampling import batches
@@ -19,6 +18,7 @@ from immunity_fast.functional import label_scores
 from immunity_fast.kernels import reference
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.runtime.precision import at_least_float32
 
 
 def correct(
@@ -71,13 +71,15 @@ def expert_maps(model: ImmunityMoE, loss: FusedImmunityLoss, images: Tensor, lab
             logits, activations, _ = model.expert_outputs(images.detach().requires_grad_())
         parts = [activations] if isinstance(activations, Tensor) else list(activations)
         gradients = torch.autograd.grad(label_scores(logits, labels, loss.score), parts)
-    maps = stack_experts("activations", activations, 5, "(N, B, C, h, w)").detach()
-    slopes = stack_experts(
-        "gradients", gradients[0] if isinstance(activations, Tensor) else gradients, 5, "(N, B, C, h, w)"
-    )
-    weights = reference.channel_weights(slopes, loss.weight_scale)
-    heatmaps = reference.heatmaps(reference.score_maps(maps, weights), loss.size)
-    return heatmaps, reference.distributions(maps, weights, loss.size, loss.smoothing)
+    stacked = isinstance(activations, Tensor)
+    heatmaps, distributions = [], []
+    # One part of all experts, or one an expert, whose C, h and w are its own.
+    for part, slopes in zip(parts, gradients, strict=True):
+        maps, slopes = (at_least_float32(each if stacked else each[None]) for each in (part.detach(), slopes))
+        weights = reference.channel_weights(slopes, loss.weight_scale)
+        heatmaps.append(reference.heatmaps(reference.score_maps(maps, weights), loss.size))
+        distributions.append(reference.distributions(maps, weights, loss.size, loss.smoothing))
+    return torch.cat(heatmaps), torch.cat(distributions)
 
 
 @dataclass

@@ -17,12 +17,12 @@ from immunity_fast.evaluation.results import find, percent, results, tables, to_
 from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.evaluation.targets import MixtureTarget
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.models.modes import frozen
 from immunity_fast.reporting.curves import robustness_figure, training_curves
 from immunity_fast.reporting.heatmaps import attacked_heatmap_figure, heatmap_figure
 from immunity_fast.reporting.html import Table, write_report
 from immunity_fast.runtime.compilation import TRACEBACKS
 from immunity_fast.runtime.files import write_atomically
+from immunity_fast.runtime.modes import frozen
 
 FIGURE_ROWS = 6
 

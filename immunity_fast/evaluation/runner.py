@@ -37,6 +37,7 @@ from immunity_fast.evaluation.ledger import Ledger, key_of
 from immunity_fast.evaluation.metrics import heatmap_sums
 from immunity_fast.evaluation.targets import MixtureTarget, TargetModel
 from immunity_fast.losses import FusedImmunityLoss
+from immunity_fast.models.gate import draws_expected
 from immunity_fast.runtime.files import is_number
 
 VERSION = 3  # of what a piece is: a change makes earlier ones unknown
@@ -339,7 +340,7 @@ class Evaluation:
 
     def _piece(self, row: Row, chosen: Tensor, seed: int) -> dict[str, Any]:
         images, labels = self._images(chosen), self.test.labels[chosen.to(self.test.labels.device)]
-        with torch.random.fork_rng():  # for what is random in a user's model
+        with torch.random.fork_rng(), draws_expected():  # for what is random in a user's model
             torch.manual_seed(seed)
             if row.kind in ("eps", "steps"):
                 return {"points": list(self._points(row, images, labels, seed))}
@@ -427,7 +428,10 @@ class Evaluation:
         if row.kind in ("eps", "steps"):
             return description | ball | {"points": [self.plan.curve_eps, self.plan.curve_steps]}
         if row.settings is not None:
-            return description | {"settings": asdict(row.settings)}
+            settings = {
+                name: value for name, value in asdict(row.settings).items() if name != "bounds"
+            }  # always [0, 1]
+            return description | {"settings": settings}
         others = {"attack": row.attack, "queries": self.plan.queries, "steps": self.plan.autoattack_steps}
         return description | ball | (others if row.kind == "attack" else {})
 

@@ -16,6 +16,7 @@ from immunity_fast.attacks import LabelledModel, Model
 from immunity_fast.attacks.autoattack import seeded
 from immunity_fast.attacks.checks import check_finite, not_finite
 from immunity_fast.attacks.mixtures import Judge, exact_judge, exact_means, trained_gate
+from immunity_fast.attacks.saving import hash_of_weights
 from immunity_fast.evaluation import gate_attackers
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
@@ -150,8 +151,8 @@ class MixtureTarget(TargetModel):
         )
 
     def weights_hash(self) -> str:
-        other = _hash_of_weights(self.transfer) if isinstance(self.transfer, nn.Module) else ""
-        return f"{_hash_of_weights(self.model)}-{self.draws}-{other}"
+        other = hash_of_weights(self.transfer) if isinstance(self.transfer, nn.Module) else ""
+        return f"{hash_of_weights(self.model)}-{self.draws}-{other}"
 
     def answers_hash(self, images: Tensor) -> str:
         own = (self.model.expert_logits, partial(trained_gate, self.model))
@@ -213,8 +214,8 @@ class NetworkTarget(TargetModel):
         return _hash_of_answers([("model", self.model), ("transfer", self.transfer)], images)
 
     def weights_hash(self) -> str:
-        weights = _hash_of_weights(self.model) if isinstance(self.model, nn.Module) else ""
-        other = _hash_of_weights(self.transfer) if isinstance(self.transfer, nn.Module) else ""
+        weights = hash_of_weights(self.model) if isinstance(self.model, nn.Module) else ""
+        other = hash_of_weights(self.transfer) if isinstance(self.transfer, nn.Module) else ""
         return f"{self.name}-{weights}-{self.draws}-{other}"
 
 
@@ -286,12 +287,4 @@ def _hash_of_answers(models: Sequence[tuple[str, Model | None]], images: Tensor)
         if isinstance(outputs, Tensor):  # `judge` says what is wrong with anything else
             digest.update(repr(outputs.shape).encode())
             digest.update(outputs.to(torch.bfloat16).cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _hash_of_weights(module: nn.Module) -> str:
-    digest = hashlib.sha256(repr(module).encode())
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

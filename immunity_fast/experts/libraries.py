@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Library(NamedTuple):
@@ -37,13 +37,13 @@ def create(library: str, name: str, num_classes: int, image_size: tuple[int, int
         ModuleNotFoundError: it is not installed.
     """
     try:
-        return LIBRARIES[library].create(name, num_classes, image_size)
+        return _twice_differentiable(LIBRARIES[library].create(name, num_classes, image_size))
     except ModuleNotFoundError:
         raise
     except Exception as error:  # whatever a library may raise
-        reason = " ".join(str(error).split())
+        place, reason = f"{library}:{name}", " ".join(str(error).split())
         raise ValueError(
-            f"{library}:{name}: expected a network for {num_classes} classes, got {type(error).__name__}: {reason}"
+            f"{place}: expected a network for {num_classes} classes, got {type(error).__name__}: {reason}"
         ) from error
 
 
@@ -115,6 +115,22 @@ def _create_timm(name: str, num_classes: int, image_size: tuple[int, int] | None
         else:
             return network
     network = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    return network
+
+
+class Hardsigmoid(nn.Module):
+    """ReLU6(x + 3)/6, as `nn.Hardsigmoid`, whose gradient PyTorch cannot differentiate; losses on heatmaps do that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape, in [0, 1]."""
+        return nn.functional.relu6(x + 3) / 6
+
+
+def _twice_differentiable(network: nn.Module) -> nn.Module:
+    """The network with `Hardsigmoid` in the place of PyTorch's, which MobileNetV3 has."""
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if type(module) is nn.Hardsigmoid:
+            network.set_submodule(name, Hardsigmoid())
     return network
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
-
-from immunity_fast.arguments import Layout
 
 
 class StagedNetwork(nn.Sequential):
@@ -57,51 +54,31 @@ def split(network: nn.Sequential, stage: str) -> tuple[nn.Sequential, nn.Sequent
     return trunk, head
 
 
-def default_stage(
-    network: nn.Module,
-    image_size: int | tuple[int, int],
-    *,
-    layout: Layout | None = "NCHW",
-    like: Tensor | None = None,
-) -> str:
+def default_stage(network: nn.Module, image_size: int | tuple[int, int]) -> str:
     """The last stage whose map exceeds 8×8 on both sides: the Grad-CAM layer of arXiv 2402.18787.
 
-    Any module on images (B, C, H, W) will do: its stages are the children that run once in a forward pass and return a
-    map, in the order in which they run. Of a list of modules these are its members; and, unless the network itself is
-    an `nn.Sequential`, of a plain `nn.Sequential` that most of its modules are in, such as torchvision's `features` and
-    timm's `blocks`, likewise its own.
-
     Args:
-        network: is left as it is: a copy is run, in eval mode.
+        network: a chain of stages, which is left as it is: a copy is run, in eval mode, on images (B, 3, H, W).
         image_size: the side of square images in pixels, or (H, W).
-        layout: of the maps, "NCHW" for (B, C, h, w) or "NHWC"; None finds out of each.
-        like: a tensor (B, C, …) of the images' channels, dtype and device; without it they are three, and the
-            network's.
 
     Raises:
         ValueError: no stage's map is that large.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if like is None:
-        like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0)).new_empty(1, 3)
-    probe = copied(network).eval()
-    stages = _stages(probe)
-    ran = _shapes_of(probe, stages, like.new_zeros(1, like.shape[1], height, width), whole=True)
-    wider, taller = {}, {}
-    if layout is None:
-        wider = _shapes_of(probe, stages, like.new_zeros(1, like.shape[1], height, 2 * width))
-        taller = _shapes_of(probe, stages, like.new_zeros(1, like.shape[1], 2 * height, width))
-    sizes = {}
-    for name, shape in ran.items():
-        found = layout or map_layout(shape, wider.get(name), taller.get(name), square=height == width)
-        if shape is not None and len(shape) == 4:
-            sizes[name] = shape[1:3] if found == "NHWC" else shape[2:]
+    chain = copied(network).eval()
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+    maps, sizes = like.new_zeros(1, 3, height, width), {}
+    with torch.no_grad():
+        for name, stage in chain.named_children():
+            maps = stage(maps)
+            if maps.dim() == 4:
+                sizes[name] = (maps.shape[2], maps.shape[3])
     for name, size in reversed(sizes.items()):
         if min(size) > 8:
             return name
-    found_text = ", ".join(f"{name} {h}×{w}" for name, (h, w) in sizes.items()) or "no child returns one"
+    found = ", ".join(f"{name} {h}×{w}" for name, (h, w) in sizes.items())
     raise ValueError(
-        f"stage: expected a map above 8×8 for images of {height}×{width}, got none ({found_text}); name a stage"
+        f"stage: expected a map above 8×8 for images of {height}×{width}, got none ({found}); name a stage"
     )
 
 
@@ -138,88 +115,6 @@ def _without_graph(value: Tensor) -> Tensor:
     while is_functorch_wrapped_tensor(value):
         value = get_unwrapped(value)
     return value.detach().clone()
-
-
-def map_layout(
-    shape: tuple[int, ...] | None,
-    wider: tuple[int, ...] | None,
-    taller: tuple[int, ...] | None,
-    *,
-    square: bool,
-) -> Layout | None:
-    """Which axes of a map are space, from its shapes for some images, wider ones and taller ones.
-
-    Args:
-        shape: for some images; None: it is no tensor.
-        wider: for wider ones; None: it is unknown.
-        taller: for taller ones; None: it is unknown.
-        square: whether the first images are as high as wide. Where the others are unknown, or change nothing, two
-            sides of the map that are equal while the third axis is not are space.
-
-    Returns:
-        None if it is open.
-    """
-    if shape is None or len(shape) != 4:
-        return None
-    grown = [
-        {axis for axis, (before, after) in enumerate(zip(shape, other, strict=False)) if before != after}
-        for other in (taller or shape, wider or shape)
-    ]
-    if grown == [{2}, {3}]:
-        return "NCHW"
-    if grown == [{1}, {2}]:
-        return "NHWC"
-    _, a, b, c = shape
-    if grown == [set(), set()] and square and a != c and b in (a, c):
-        return "NHWC" if a == b else "NCHW"
-    return None
-
-
-def _stages(network: nn.Module) -> dict[str, nn.Module]:
-    """What may be a network's stages, by dotted names."""
-    half = len(list(network.modules())) / 2
-
-    def parts(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        for key, child in module.named_children():
-            name, is_list = f"{prefix}{key}", type(child) in (nn.ModuleList, nn.ModuleDict)
-            is_chain = type(child) is nn.Sequential and not isinstance(network, nn.Sequential)
-            if is_list or (is_chain and len(list(child.modules())) > half):
-                yield from parts(f"{name}.", child)
-            if not is_list:
-                yield name, child
-
-    return dict(parts("", network))
-
-
-def _shapes_of(
-    network: nn.Module, stages: dict[str, nn.Module], images: Tensor, *, whole: bool = False
-) -> dict[str, tuple[int, ...] | None]:
-    """Of the stages that run once in a forward pass, in the order of their ends; None for what is no tensor.
-
-    A child that runs twice, such as a shared ReLU, has no one map to take. Unless it is to run as a `whole`, the
-    network may fail of the images on the way.
-    """
-    outputs: list[tuple[str, object]] = []
-
-    def note(name: str) -> Callable[[nn.Module, object, object], None]:
-        return lambda _module, _inputs, output: outputs.append((name, output))
-
-    hooks = [stage.register_forward_hook(note(name)) for name, stage in stages.items()]
-    try:
-        with torch.no_grad():
-            network(images)
-    except Exception:
-        if whole:
-            raise
-    finally:
-        for hook in hooks:
-            hook.remove()
-    ran = [name for name, _ in outputs]
-    return {
-        name: tuple(output.shape) if isinstance(output, Tensor) else None
-        for name, output in outputs
-        if ran.count(name) == 1
-    }
 
 
 class GlobalAveragePool(nn.Module):

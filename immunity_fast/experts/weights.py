@@ -104,6 +104,8 @@ def read(path: str | os.PathLike[str]) -> WeightsFile:
     except ModuleNotFoundError:
         raise
     except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise ValueError(f"{place}: expected a file of weights, got one that is broken") from error
         raise ValueError(
             f"{place}: expected a state dict, tensors by name, got a file that holds other objects, which would run "
             "code: save model.state_dict() instead"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from immunity_fast.arguments import Layout
 from immunity_fast.experts import create
 from immunity_fast.experts.registry import repeated
 from immunity_fast.experts.staged import StagedNetwork, copied, default_stage
@@ -15,13 +15,15 @@ from immunity_fast.experts.stems import StemChoice, chosen_stem
 from immunity_fast.models import probe
 from immunity_fast.models.chains import check_stage, is_chain
 from immunity_fast.models.expert_list import ExpertList, are_alike, check_together
+from immunity_fast.models.looking import check_layout, look
+from immunity_fast.models.maps import MapLayout, Reading, Reshape
 from immunity_fast.models.stacking import own_tensors, stack_modules
+from immunity_fast.models.stages import find_stage
 from immunity_fast.runtime.checks import check_choice
 from immunity_fast.runtime.strategies import Batching
 
-Name = TypeVar("Name", bound=str)
 Stages = str | Sequence[str] | None
-Layouts = Layout | Sequence[Layout] | None
+Layouts = MapLayout | Reshape | Sequence[MapLayout | Reshape | None] | None
 
 
 class Assembly(NamedTuple):
@@ -29,8 +31,7 @@ class Assembly(NamedTuple):
 
     experts: nn.Module  # all in one stack, or an `ExpertList`
     stages: tuple[str, ...]  # of each expert
-    layouts: tuple[Layout, ...]
-    overwritten: tuple[bool, ...]  # whether something behind the stage changes its output in place
+    readings: tuple[Reading, ...]  # of the stage's output
     image_size: tuple[int, int]
     channels: int
     num_classes: int
@@ -76,13 +77,11 @@ def from_names(
         chosen.append(asked or defaults[name])
         check_stage(expert, chosen[-1])
     one_stack = _are_one_stack(experts, chosen, batching)
-    layouts: list[Layout] = ["NCHW"] * num_experts
     # Nothing to look at: stages of ours return maps (B, C, h, w), and nothing behind them is in place.
     return Assembly(
         stack_modules(experts) if one_stack else ExpertList(experts),
         tuple(chosen),
-        tuple(layouts),
-        (False,) * num_experts,
+        (Reading(),) * num_experts,
         sides_of(image_size),
         channels,
         num_classes,
@@ -108,9 +107,8 @@ def assembled(
     """
     asked = _of_each("stage", stage, len(experts))
     layouts = _of_each("layout", layout, len(experts))
-    for name in layouts:
-        if name is not None:
-            check_choice("layout", name, Layout)
+    for axes in layouts:
+        check_layout(axes)
     one_stack = _are_one_stack(experts, list(zip(asked, layouts, strict=True)), batching)
     if not one_stack:
         check_together(experts)
@@ -129,11 +127,15 @@ def assembled(
         whole = ExpertList(copied(expert) for expert in experts)
         twins = [probe.Twin(copy, own_tensors(copy), False) for copy in whole]
     overwritten, num_classes = probe.check_alike(experts, twins, stages, images)
+    if one_stack:  # which has one head
+        overwritten = [any(overwritten)] * len(experts)
     return Assembly(
         whole,
         tuple(stages),
-        tuple(axes for _, axes in found) * (len(experts) if one_stack else 1),
-        (any(overwritten),) * len(experts) if one_stack else tuple(overwritten),
+        tuple(
+            replace(reading, overwritten=overwritten[index])
+            for index, (_, reading) in enumerate(found * (len(experts) if one_stack else 1))
+        ),
         (images.shape[2], images.shape[3]),
         images.shape[1],
         num_classes,
@@ -191,22 +193,24 @@ def _are_one_stack(experts: Sequence[nn.Module], stages: Sequence[object], batch
     return one_stack
 
 
-def _look(network: nn.Module, stage: str | None, layout: Layout | None, images: Tensor) -> tuple[str, Layout]:
-    """Where to look in a network, and the axes of what is seen there."""
+def _look(
+    network: nn.Module, stage: str | None, layout: MapLayout | Reshape | None, images: Tensor
+) -> tuple[str, Reading]:
+    """Where to look in a network, and how what is there is read."""
     if stage is None:
-        stage = default_stage(network, (images.shape[2], images.shape[3]), layout=layout, like=images)
+        stage = find_stage(network, images, layout)
     check_stage(network, stage)
-    probe.check_stage(network, stage, images, several=is_chain(network))
-    return stage, layout or probe.find_layout(network, stage, images)
+    # A module that stands in a chain several times has a place of its own each time.
+    return stage, look(network, stage, images, layout, calls=None if is_chain(network) else 1)
 
 
-def _of_each(name: str, value: Name | Sequence[Name] | None, count: int) -> list[Name | None]:
+def _of_each(name: str, value: Any, count: int) -> list[Any]:
     """One value an expert, where one may stand for all.
 
     Raises:
         ValueError: as many as there are experts are neither one nor N.
     """
-    if value is None or isinstance(value, str):
+    if value is None or isinstance(value, str) or callable(value):
         return [value] * count
     if len(value) != count:
         raise ValueError(f"{name}: expected one for all or {count}, one an expert, got {len(value)}")

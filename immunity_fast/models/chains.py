@@ -11,6 +11,7 @@ from torch import nn
 from immunity_fast.arguments import Layout
 from immunity_fast.experts.staged import StagedNetwork, split
 from immunity_fast.models.layers import FromRead, ToRead
+from immunity_fast.models.maps import Reading
 
 
 def is_chain(network: nn.Module) -> TypeGuard[nn.Sequential]:
@@ -32,19 +33,19 @@ def check_stage(network: nn.Module, stage: str) -> None:
         raise ValueError(f"stage: expected a submodule of the experts, got {stage!r}")
 
 
-def halves(
-    network: nn.Sequential, stage: str, layout: Layout, overwritten: bool
-) -> tuple[nn.Sequential, nn.Sequential]:
+def halves(network: nn.Sequential, stage: str, reading: Reading) -> tuple[nn.Sequential, nn.Sequential] | None:
     """A trunk to maps (B, C, h, w), and a head from them, which share the network's modules.
 
-    Args:
-        overwritten: whether the head would change the maps in place: it gets a copy then.
+    None where the maps are not all that the head needs: of tokens there are others besides.
     """
     trunk, head = split(network, stage)
-    if layout == "NHWC" or overwritten:
-        trunk = _chain([*trunk._modules.items(), ("channels first", ToRead(layout))])
-        head = _chain([("channels back", FromRead(layout, overwritten)), *head._modules.items()])
-    return trunk, head
+    if reading.layout == "NCHW" and not reading.overwritten:
+        return trunk, head
+    if reading.layout not in ("NCHW", "NHWC"):
+        return None
+    axes: Layout = "NHWC" if reading.layout == "NHWC" else "NCHW"
+    trunk = _chain([*trunk._modules.items(), ("channels first", ToRead(axes))])
+    return trunk, _chain([("channels back", FromRead(axes, reading.overwritten)), *head._modules.items()])
 
 
 def prepended(normalize: nn.Module, network: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast.experts.staged import copied
+from immunity_fast.models.outputs import logits_of
 from immunity_fast.models.stacking import call, explained, in_use, own_tensors
 
 
@@ -20,13 +21,13 @@ class ExpertList(nn.ModuleList):
         return torch.stack([self.run(index, x) for index in range(len(self))])
 
     def run(self, index: int, x: Tensor) -> Any:
-        """What one expert returns.
+        """The logits (B, K) of one expert.
 
         Raises:
             TypeError: images of another dtype than its weights.
         """
         expert = self[index]
-        return explained(lambda: expert(x), own_tensors(expert), x)
+        return logits_of(explained(lambda: expert(x), own_tensors(expert), x))
 
     def logits_with_copied_buffers(self, x: Tensor) -> Tensor:
         """`logits`, on copies of the buffers, which are written back."""

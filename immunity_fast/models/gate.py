@@ -1,6 +1,7 @@
 """The Random Switch Gate of arXiv 2402.18787: a small network that weighs the experts, shuffled at evaluation."""
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,6 +16,23 @@ from immunity_fast.runtime.precision import accumulation_dtype
 
 Switch = Literal["call", "sample", "off", "mean"]
 
+_expected = threading.local()  # `here`, in a `draws_expected` block
+
+
+class SwitchingGateWarning(UserWarning):
+    """Gradients by the images are taken through a gate that draws: attacks that follow them find less than there is."""
+
+
+@contextmanager
+def draws_expected() -> Iterator[None]:
+    """No `SwitchingGateWarning` in a `with` block, in this thread: who is in it knows that gates may draw."""
+    before = getattr(_expected, "here", False)
+    _expected.here = True
+    try:
+        yield
+    finally:
+        _expected.here = before
+
 
 class RandomSwitchGate(nn.Module):
     """Images (B, channels, H, W) to the experts' weights (B, N), at least float32, ≥ 0, each row summing to 1.
@@ -25,6 +43,11 @@ class RandomSwitchGate(nn.Module):
     * "sample": one for each image;
     * "off": the trained weights as they are;
     * "mean": 1/N each, the exact expectation over all N! permutations, because a row sums to 1.
+
+    Gradients by the images through a permutation that was drawn are one draw's; what follows them, such as an attack of
+    another library, moves images against a mixture that answers otherwise the next time. Of that there is a
+    `SwitchingGateWarning`, once a gate: not in training mode, not without gradients, not in compiled code, and not
+    where `switched` says that the draw is meant.
 
     Args:
         num_experts: N ≥ 1.
@@ -37,6 +60,8 @@ class RandomSwitchGate(nn.Module):
         ValueError: an unknown switch, fewer than one expert or channel; when it runs, a network with another number of
             outputs.
     """
+
+    _warned = False
 
     def __init__(
         self,
@@ -80,7 +105,7 @@ class RandomSwitchGate(nn.Module):
 
     @contextmanager
     def switched(self, switch: Switch) -> Iterator[None]:
-        """Another `switch` for the length of a `with` block, in this thread; other threads have theirs."""
+        """Another `switch`, or the same on purpose, for the length of a `with` block, in this thread alone."""
         check_choice("switch", switch, Switch)
         before = getattr(self._here, "switch", None)
         self._here.switch = switch
@@ -91,7 +116,8 @@ class RandomSwitchGate(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which have no thread's part: their `switch` is this thread's."""
-        return {name: value for name, value in vars(self).items() if name != "_here"} | {"_switch": self.switch}
+        kept = {name: value for name, value in vars(self).items() if name not in ("_here", "_warned")}
+        return kept | {"_switch": self.switch}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -113,7 +139,24 @@ class RandomSwitchGate(nn.Module):
         weights = scores.softmax(-1, dtype=accumulation_dtype(scores))
         if self.training or self.switch == "off":
             return weights
+        if images.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_of_draws()
         samples = images.shape[0]
         rows = samples if self.switch == "sample" else 1  # "call": the same in all rows
         orders = random_orders(rows, self.num_experts, self.generator, weights.device)
         return weights.gather(-1, orders.expand(samples, -1))
+
+    def _warn_of_draws(self) -> None:
+        meant = getattr(self._here, "switch", None) is not None or getattr(_expected, "here", False)
+        if self._warned or meant or self.num_experts == 1:
+            return
+        self._warned = True
+        warnings.warn(
+            f"gradients by the images are taken through a gate that switches at random (switch={self.switch!r}): an "
+            "attack that follows them finds less than there is, and a robust accuracy comes out too high; attack "
+            "model.deterministic(), which answers by the exact mean, or average over draws, as "
+            "evaluation.gate_attackers.attacker(model, 'eot') does; `with model.gate.switched(...)` says that it is "
+            "meant",
+            SwitchingGateWarning,
+            stacklevel=2,
+        )

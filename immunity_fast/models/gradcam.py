@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from immunity_fast.arguments import Experts, Score, WeightScale, check_targets
 from immunity_fast.functional import gradcam_heatmaps, label_scores, log_mixture
 from immunity_fast.models.gate import RandomSwitchGate
-from immunity_fast.models.modes import evaluating
 from immunity_fast.runtime.checks import check_choice, is_whole
+from immunity_fast.runtime.modes import evaluating
 
 
 class Mixture(Protocol):

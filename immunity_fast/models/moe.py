@@ -11,19 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from immunity_fast.arguments import Experts, Layout, Score, WeightScale
+from immunity_fast.arguments import Experts, Score, WeightScale
 from immunity_fast.experts.registry import check_trusted
 from immunity_fast.experts.stems import Stem, StemChoice, chosen_stem
 from immunity_fast.functional import log_mixture
 from immunity_fast.models import pretrained
 from immunity_fast.models.assembly import Assembly, Layouts, Stages, assembled, check_classes, check_experts, from_names
+from immunity_fast.models.attention import MathAttention
+from immunity_fast.models.catching import Catcher, catch, check_kept, eagerly, version
 from immunity_fast.models.chains import halves, is_chain, prepended
 from immunity_fast.models.expert_list import ExpertList
 from immunity_fast.models.gate import RandomSwitchGate, Switch
 from immunity_fast.models.gradcam import expert_heatmaps
 from immunity_fast.models.inference import Gate as InferenceGate
 from immunity_fast.models.inference import InferenceMixture, folded
-from immunity_fast.models.layers import FromRead, NoChoice, Normalize, ToRead
+from immunity_fast.models.layers import NoChoice, Normalize
+from immunity_fast.models.maps import MapLayout, Reshape
 from immunity_fast.models.stacking import (
     call,
     call_stacked,
@@ -143,13 +146,14 @@ class ImmunityMoE(nn.Module):
                 runs whole, and its activations are caught on the way, so that `expert_outputs` gives them as a list.
             gate: None is a new `RandomSwitchGate` with `switch` and `generator`, which a given gate has of its own.
             stage: the child, or (not for `nn.Sequential`) the dotted name of any submodule, whose output Grad-CAM
-                looks at, or one an expert; None is the last direct child whose map exceeds 8×8.
+                looks at, or one an expert; None is the last whose map exceeds 8×8 and changes the logits, of the
+                direct children before others.
             image_size: the images' side or (H, W), which the experts have to accept.
             batching: see the class; "vmap" is for experts of one structure.
             mean, std: normalisation before the experts and the gate; None is none: the experts do their own.
-            layout: the order of the axes of what `stage` returns, "NCHW" for (B, C, h, w), or "NHWC" for (B, h, w, C),
-                as in a Swin Transformer, or one an expert; None finds out. The model's activations are (B, C, h, w)
-                either way.
+            layout: what `stage` returns, "NCHW" for (B, C, h, w), "NHWC" for (B, h, w, C), as in a Swin Transformer,
+                "tokens" for (B, T, C), as in a ViT, or a function of it to (B, C, h, w), or one an expert; None finds
+                out. The model's activations are (B, C, h, w) either way.
             classes: see the class.
 
         Raises:
@@ -201,11 +205,11 @@ class ImmunityMoE(nn.Module):
         self.normalize = normalize
         self.gate = gate
         self.experts = parts.experts
-        self._stages, self._layouts, self._overwritten = parts.stages, parts.layouts, parts.overwritten
+        self._stages, self._readings = parts.stages, parts.readings
         # A tuple, so that the two halves, which share the experts' modules, are not registered a second time.
         self._halves: tuple[nn.Sequential, nn.Sequential] | None = None
         if is_chain(self.experts):
-            self._halves = halves(self.experts, parts.stages[0], parts.layouts[0], parts.overwritten[0])
+            self._halves = halves(self.experts, parts.stages[0], parts.readings[0])
 
     @property
     def stage(self) -> str | tuple[str, ...]:
@@ -213,9 +217,10 @@ class ImmunityMoE(nn.Module):
         return self._stages[0] if len(set(self._stages)) == 1 else self._stages
 
     @property
-    def layout(self) -> Layout | tuple[Layout, ...]:
-        """The order of the axes of what the stage returns; of experts that differ in it one each."""
-        return self._layouts[0] if len(set(self._layouts)) == 1 else self._layouts
+    def layout(self) -> MapLayout | Reshape | tuple[MapLayout | Reshape, ...]:
+        """What the stage returns, see `from_experts`; of experts that differ in it one each."""
+        layouts = tuple(reading.layout for reading in self._readings)
+        return layouts[0] if len(set(layouts)) == 1 else layouts
 
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, num_classes) of `images` (B, C, H, W) in [0, 1].
@@ -267,9 +272,12 @@ class ImmunityMoE(nn.Module):
             logits, activations = self._run_whole(x)
             return logits, activations, self.gate(x)
         maps, weights = self.trunk_outputs(images)
-        version = _version(maps)
-        logits = run_stacked(self._halves[1], maps, self.num_experts, shared=False, batching=self._batching(maps))
-        self._check_kept([maps], [version])
+        if torch.is_grad_enabled() and not maps.requires_grad:  # behind a frozen trunk; Grad-CAM needs the head alone
+            maps.requires_grad_()
+        before = version(maps)
+        with self._differentiable_attention():
+            logits = run_stacked(self._halves[1], maps, self.num_experts, shared=False, batching=self._batching(maps))
+        check_kept("stage", self._stages[0], maps, before)
         return logits, maps, weights
 
     @property
@@ -292,7 +300,8 @@ class ImmunityMoE(nn.Module):
         Returns:
             Logits (N, B, K), and the buffers that `update_head` takes.
         """
-        return call_stacked(self._cut()[1], activations, self.num_experts, batching=self._batching(activations))
+        with self._differentiable_attention():
+            return call_stacked(self._cut()[1], activations, self.num_experts, batching=self._batching(activations))
 
     def update_head(self, buffers: dict[str, Tensor]) -> None:
         """Take over what a pass through `head_outputs` made of the head's buffers, such as BatchNorm's statistics."""
@@ -405,6 +414,7 @@ class ImmunityMoE(nn.Module):
         trust_code: bool = False,
         experts: Sequence[nn.Module] | None = None,
         gate: RandomSwitchGate | None = None,
+        layout: Layouts = None,
         revision: str | None = None,
         token: str | None = None,
     ) -> "ImmunityMoE":
@@ -417,6 +427,7 @@ class ImmunityMoE(nn.Module):
             experts: networks of the saved ones' structure, whatever their weights; needed for a model of
                 `from_experts`, which has no name of an architecture.
             gate: likewise, of a model whose gate has a network of the user's own.
+            layout: likewise, of a model whose layout is a function.
             revision: of the repository: a branch, a tag or a commit.
             token: for the hub; None is that of `hf auth login`.
 
@@ -448,7 +459,9 @@ class ImmunityMoE(nn.Module):
             if own:
                 assert experts is not None
                 mean, std = unit if config["normalized"] else (None, None)
-                model = kind.from_experts(experts, gate=gate, layout=config["layout"], mean=mean, std=std, **options)
+                model = kind.from_experts(
+                    experts, gate=gate, layout=layout or config["layout"], mean=mean, std=std, **options
+                )
                 model.arch, model.stem = config["arch"], config["stem"]
             else:
                 options |= {"channels": config["channels"], "mean": unit[0], "std": unit[1]}
@@ -501,6 +514,14 @@ class ImmunityMoE(nn.Module):
             return modules
         return [prepended(copy.deepcopy(self.normalize), module) for module in modules]
 
+    def deterministic(self) -> "ExactMean":
+        """The mixture by the exact mean of its gate, as a module of its own, which shares all parameters.
+
+        It is what another library should attack: an attack that follows gradients through a gate that draws finds less
+        than there is, see `SwitchingGateWarning`.
+        """
+        return ExactMean(self)
+
     def _networks(self) -> list[nn.Module]:
         """N ordinary modules from normalised images to logits, with tensors of their own."""
         with in_use():
@@ -512,6 +533,14 @@ class ImmunityMoE(nn.Module):
         if isinstance(self.experts, ExpertList):
             return self.experts.logits(x)
         return run_stacked(self.experts, x, self.num_experts, shared=True, batching=self._batching(x))
+
+    def _differentiable_attention(self) -> AbstractContextManager[object]:
+        """What the heads of experts that are cut run in."""
+        if not self._readings[0].attention or not torch.is_grad_enabled():
+            return nullcontext()
+        attention = MathAttention()
+        attention.begin()
+        return attention
 
     def _batching(self, x: Tensor) -> Batching:
         return choose(self.batching, x.device, self.arch)
@@ -533,46 +562,23 @@ class ImmunityMoE(nn.Module):
         normalized: Tensor = self.normalize(images)
         return normalized
 
+    @eagerly
     def _run_whole(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """One expert after another: the activations inside a `vmap` are in no graph outside of it."""
         experts = self.experts
         runs: list[tuple[nn.Module, Callable[[], Tensor]]]
+        logits, activations = [], []
         with nullcontext() if isinstance(experts, ExpertList) else in_use():
             if isinstance(experts, ExpertList):
                 runs = [(expert, partial(experts.run, index, x)) for index, expert in enumerate(experts)]
             else:
                 runs = [(experts, partial(call, experts, own, x)) for own in slices(experts, self.num_experts)]
-            results = [self._run_one(index, network, run) for index, (network, run) in enumerate(runs)]
-        return torch.stack([logits for logits, _ in results]), [maps for _, maps in results]
-
-    def _run_one(self, index: int, network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (B, K) and maps (B, C, h, w) of one expert's pass."""
-        caught: list[tuple[Tensor, int]] = []
-        inward = ToRead(self._layouts[index])
-        back = FromRead(self._layouts[index], self._overwritten[index])
-
-        def catch(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            maps = inward(output)
-            caught.append((maps, _version(maps)))
-            onward: Tensor = back(maps)  # in the graph behind `maps`
-            return onward
-
-        hook = network.get_submodule(self._stages[index]).register_forward_hook(catch)
-        try:
-            logits = run()
-        finally:
-            hook.remove()
-        (maps, version), *_ = caught
-        self._check_kept([maps], [version])
-        return logits, maps
-
-    def _check_kept(self, maps: Sequence[Tensor], versions: Sequence[int]) -> None:
-        """What Grad-CAM looks at must be what the stage returned."""
-        if any(_version(part) != version for part, version in zip(maps, versions, strict=True)):
-            raise ValueError(
-                f"stage: expected the output of {self.stage!r} to stay as it is, got one that an in-place operation "
-                "behind it has changed; make it inplace=False, or the mixture anew, which then copies the output"
-            )
+            for index, (network, run) in enumerate(runs):
+                catcher = Catcher(self._stages[index], index)
+                sides = x.shape[2], x.shape[3]
+                logits.append(catch(network, catcher, run, self._readings[index], sides))
+                activations.append(catcher.caught("stage"))
+        return torch.stack(logits), activations
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ImmunityMoE":
         """`nn.Module`'s, which `to` and its like call: of stacked tensors each expert's own is converted."""
@@ -628,16 +634,22 @@ class SingleNetwork(ImmunityMoE):
 
 
 class ExactMean(nn.Module):
-    """A mixture by the exact mean of its gate; of one network, that network."""
+    """A mixture by the exact mean over all N! permutations of its gate, in either mode; of one network, that network.
+
+    Nothing is random in it, so attacks and judges of any library see what there is.
+
+    Args:
+        model: the mixture, whose parameters and buffers these are.
+    """
 
     def __init__(self, model: ImmunityMoE) -> None:
         super().__init__()
         self.model = model
+        self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
-        with self.model.gate.switched("mean"):
-            outputs: Tensor = self.model(images)
-        return outputs
+        """Log-probabilities (B, num_classes) of `images` (B, C, H, W) in [0, 1]; the gate is not asked."""
+        return log_mixture(self.model.expert_logits(images))
 
 
 def _unseen(buffers: dict[str, Tensor]) -> AbstractContextManager[object]:
@@ -646,8 +658,3 @@ def _unseen(buffers: dict[str, Tensor]) -> AbstractContextManager[object]:
     A BatchNorm in both halves has kept its own for the trunk's backward pass, which in training mode never looks.
     """
     return nullcontext() if torch.compiler.is_compiling() else _unsafe_preserve_version_counter(tuple(buffers.values()))
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place, where that is counted."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version

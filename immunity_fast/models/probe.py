@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from immunity_fast.arguments import Layout
-from immunity_fast.experts.staged import map_layout
+from immunity_fast.models.maps import pick
+from immunity_fast.models.outputs import check_logits
 from immunity_fast.models.stacking import call, in_use, own_tensors
 
 # Of images that networks are built for, the usual ones first; those who take one size alone seldom say which.
@@ -85,20 +85,21 @@ def find_images(networks: Sequence[nn.Module], image_size: tuple[int, int], chan
     convolution = next((part for part in network.modules() if isinstance(part, nn.Conv2d)), None)
     depths = [channels] if channels else [3] if convolution is None else [3, convolution.in_channels]
     sides = [(side, side) for side in dict.fromkeys(SIDES)] if image_size == (32, 32) else [image_size]
-    failed: tuple[int, Exception] | None = None
+    failed: tuple[int, Exception, tuple[int, ...]] | None = None
     for height, width in sides:
         for depth in dict.fromkeys(depths):
             for kind in dict.fromkeys((dtype, torch.float32)):
-                images = _noise(depth, height, width).to(first.device, kind)
+                images = noise(depth, height, width).to(first.device, kind)
                 error = _first_error(networks, images)
                 if error is None:
                     return images
-                failed = failed or error
-    height, width = image_size
-    index, reason = failed or (0, None)
+                if failed is None or error[0] > failed[0]:  # where most of the experts run
+                    failed = (*error, (2, depth, height, width))
+    assert failed is not None
+    index, reason, shape = failed
     raise ValueError(
-        f"experts: expected number {index} to run on images of (2, {depths[0]}, {height}, {width}), got "
-        f"{_line(reason)}; image_size says which it takes"
+        f"experts: expected number {index} to run on images of {shape}, got {_line(reason)}; image_size says which it "
+        "takes"
     ) from reason
 
 
@@ -106,42 +107,10 @@ def _first_error(networks: Sequence[nn.Module], images: Tensor) -> tuple[int, Ex
     """The first network that does not accept images, and what it raises."""
     for index, network in enumerate(networks):
         try:
-            _run(network, own_tensors(network), images)
+            run_pass(network, own_tensors(network), images)
         except Exception as error:  # whatever a network may raise
             return index, error
     return None
-
-
-def find_layout(network: nn.Module, stage: str, images: Tensor) -> Layout:
-    """Which axes of a stage's maps are space: those that grow with the images' sides.
-
-    Raises:
-        ValueError: no map, or it cannot be told.
-    """
-    height, width = images.shape[2:]
-    sides = ((height, width), (height, 2 * width), (2 * height, width))
-    shapes = [_shape_at(network, stage, images, *pair) for pair in sides]
-    layout = map_layout(*shapes, square=height == width)
-    if layout is None:
-        raise ValueError(
-            f'layout: expected "NCHW" or "NHWC", got None, and {stage!r} returns {shapes[0]} for images of '
-            f"{height}×{width}, which does not tell where its channels are"
-        )
-    return layout
-
-
-def check_stage(network: nn.Module, stage: str, images: Tensor, *, several: bool = False) -> None:
-    """A stage has to return one map, of four axes; `several`: it may run more than once.
-
-    Raises:
-        ValueError: it does not.
-    """
-    maps = _run(network, own_tensors(network), images, stage).maps
-    if not maps or (len(maps) > 1 and not several):
-        raise ValueError(f"stage: expected {stage!r} to run once in a forward pass, got {len(maps)} times")
-    if not isinstance(maps[0], Tensor) or maps[0].dim() != 4 or len(maps[0]) != len(images):
-        found = tuple(maps[0].shape) if isinstance(maps[0], Tensor) else type(maps[0]).__name__
-        raise ValueError(f"stage: expected a map (B, C, h, w) or (B, h, w, C) of {stage!r}, got {found}")
 
 
 def check_alike(
@@ -199,7 +168,7 @@ def _check_parameters(index: int, expert: nn.Module) -> None:
 def _alone(index: int, expert: nn.Module, stage: str, images: Tensor, way: _Way) -> Pass | None:
     """An expert's own pass; None where it has none to compare with."""
     try:
-        found = _run(
+        found = run_pass(
             expert, _weights(expert, own_tensors(expert), way), _as_loud(images, way), stage, way.mode, way.backward
         )
     except Exception as error:  # whatever a network may raise
@@ -210,9 +179,8 @@ def _alone(index: int, expert: nn.Module, stage: str, images: Tensor, way: _Way)
         raise ValueError(
             f"experts: expected number {index} to leave its images, which the others are to see, got others in place"
         )
-    if way is _WAYS[0] and not (isinstance(found.output, Tensor) and found.output.dim() == 2):
-        shape = tuple(found.output.shape) if isinstance(found.output, Tensor) else type(found.output).__name__
-        raise ValueError(f"experts: expected logits (B, K) of number {index}, got {shape}")
+    if way is _WAYS[0]:
+        check_logits("experts", index, found.output, len(images))
     return found
 
 
@@ -230,7 +198,7 @@ def _compare(
     model_for = experts[0] if twin.shares else expert  # which all that is no tensor was taken of
     tensors = _weights(expert, twin.tensors, way)
     try:
-        together = _run(twin.module, tensors, images, stage, way.mode, way.backward, restore=False)
+        together = run_pass(twin.module, tensors, images, stage, way.mode, way.backward, restore=False)
     except Exception as error:
         if way.backward:  # as with a checkpoint's second pass; in training it is an error, and not everyone trains
             return
@@ -242,7 +210,7 @@ def _compare(
         gap = _gap(getattr(alone, name), getattr(together, name))
         if gap is None:
             continue
-        again = _run(expert, _weights(expert, own_tensors(expert), way), images, stage, way.mode, way.backward)
+        again = run_pass(expert, _weights(expert, own_tensors(expert), way), images, stage, way.mode, way.backward)
         if gap <= 10 * (_gap(getattr(alone, name), getattr(again, name), exactly=True) or 0.0):
             continue  # by chance: it differs from itself
         what = {"output": "outputs", "maps": f"maps at {stage!r}", "buffers": "buffers", "gradients": "gradients"}[name]
@@ -255,14 +223,14 @@ def _compare(
 def _weights(expert: nn.Module, tensors: Mapping[str, Tensor], way: _Way) -> dict[str, Tensor]:
     if not way.moved:
         return dict(tensors)
-    return _moved(tensors, set(_weighed(expert)))
+    return moved(tensors, set(_weighed(expert)))
 
 
 def _as_loud(images: Tensor, way: _Way) -> Tensor:
     return 20 * (images - 0.5) if way.loud else images
 
 
-def _run(
+def run_pass(
     network: nn.Module,
     tensors: Mapping[str, Tensor],
     images: Tensor,
@@ -273,26 +241,31 @@ def _run(
     restore: bool = True,
     stop: bool = False,
 ) -> Pass:
-    """A pass with `tensors`, drawing from a seed; the network, buffers and PyTorch's random state stay as they are."""
+    """A pass with `tensors`, drawing from a seed; the network, buffers and PyTorch's random state stay as they are.
+
+    Args:
+        network: to run.
+        tensors: its parameters and buffers, or others in their place.
+        images: (B, C, H, W).
+        stage: whose outputs are looked at.
+        mode: "evaluation" or "training".
+        backward: whether gradients are taken.
+        restore: plain attributes are afterwards as they were.
+        stop: when the stage has returned.
+    """
     changing = {name for name, _ in network.named_buffers()}
     caught: list[tuple[Any, Any, int]] = []
 
     def catch(_module: nn.Module, _inputs: object, output: Any) -> None:
+        found, _ = pick(output)
         if stop:
-            caught.append((output, output, 0))
+            caught.append((found, output if found is None else found, 0))
             raise _Reached
-        is_tensor = isinstance(output, Tensor)
-        kept = output.detach().clone() if is_tensor else output
-        caught.append((output, kept, _version(output) if is_tensor else 0))
+        kept = output if found is None else found.detach().clone()
+        caught.append((found, kept, 0 if found is None else _version(found)))
 
     output, gradients = None, []
-    with (
-        in_use(),
-        _undisturbed(network, restore),
-        _seeded(images.device),
-        torch.inference_mode(False),
-        torch.set_grad_enabled(backward),
-    ):
+    with apart(network, images, mode, backward, restore):
         own = {name: t.detach().clone() if name in changing else t.detach() for name, t in tensors.items()}
         leaves = []
         if backward:
@@ -300,22 +273,37 @@ def _run(
             leaves = [images := images.clone().requires_grad_(), *(own[name] for name in _weighed(network))]
         images = images.clone()
         version = images._version
-        for part in network.modules():
-            part.training = mode == "training"
         hook = None if stage is None else network.get_submodule(stage).register_forward_hook(catch)
         try:
-            with nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False):
-                output = call(network, own, images)
-                if backward and isinstance(output, Tensor):
-                    gradients, output = _gradients(output, leaves), output.detach()
+            output = call(network, own, images)
+            if backward and isinstance(output, Tensor):
+                gradients, output = _gradients(output, leaves), output.detach()
         except _Reached:
             pass
         finally:
             if hook is not None:
                 hook.remove()
-    changed = any(isinstance(seen, Tensor) and _version(seen) != version for seen, _, version in caught)
+    changed = any(seen is not None and _version(seen) != version for seen, _, version in caught)
     maps, buffers = [kept for _, kept, _ in caught], {name: own[name] for name in sorted(changing)}
     return Pass(output, maps, buffers, changed and not stop, images._version != version, gradients)
+
+
+@contextmanager
+def apart(
+    network: nn.Module, images: Tensor, mode: str = "evaluation", backward: bool = False, restore: bool = True
+) -> Iterator[None]:
+    """Passes that are nobody's: modes, attributes and random numbers are afterwards what they were; no autocast."""
+    with (
+        in_use(),
+        _undisturbed(network, restore),
+        _seeded(images.device),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(backward),
+        nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False),
+    ):
+        for part in network.modules():
+            part.training = mode == "training"
+        yield
 
 
 def _version(tensor: Tensor) -> int:
@@ -338,16 +326,6 @@ def _gradients(output: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     weights = torch.linspace(1, 2, output.numel(), device=output.device, dtype=output.dtype).view_as(output)
     found = torch.autograd.grad((weights * output).sum(), leaves, allow_unused=True, materialize_grads=True)
     return [found[0], torch.cat([part.flatten().to(found[0].dtype) for part in found[1:]] or [found[0].new_zeros(0)])]
-
-
-def _shape_at(network: nn.Module, stage: str, like: Tensor, height: int, width: int) -> tuple[int, ...] | None:
-    """The shape of a stage's output for images of these sides; None where it cannot be had."""
-    images = _noise(like.shape[1], height, width).to(like.device, like.dtype)
-    try:
-        maps = _run(network, own_tensors(network), images, stage, stop=True).maps
-    except Exception:  # a network may be made for images of one size
-        return None
-    return tuple(maps[0].shape) if maps and isinstance(maps[0], Tensor) else None
 
 
 @contextmanager
@@ -385,12 +363,13 @@ def _seeded(device: torch.device) -> Iterator[None]:
             random.setstate(state)
 
 
-def _noise(channels: int, height: int, width: int) -> Tensor:
+def noise(channels: int, height: int, width: int) -> Tensor:
+    """Two images in [0, 1], the same ones at every call."""
     source = torch.Generator("cpu").manual_seed(0)
     return torch.rand(2, channels, height, width, generator=source, device="cpu")
 
 
-def _moved(tensors: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+def moved(tensors: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     """The tensors, those of `names` moved by a tenth of their size; the same for equal ones."""
     source = torch.Generator("cpu").manual_seed(1)
     noise = torch.randn(2**16 + 1, generator=source, device="cpu")  # a prime, as no tensor's sides are

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from immunity_fast.channelwise import ExpertsAsChannels
 from immunity_fast.experts.staged import copied
 from immunity_fast.models.normalization import count_on_device, count_on_host
+from immunity_fast.models.outputs import logits_of
 from immunity_fast.runtime.strategies import Batching, choose
 
 # A call with other tensors puts them into the module for its length, which other threads must not see.
@@ -107,13 +108,15 @@ def call_stacked(
 def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
     """`module(x)` with other tensors in the place of its own, named as by `own_tensors`. To be called `in_use`.
 
+    Of an object that holds logits, these.
+
     Raises:
         TypeError: an input of another dtype than the tensors, where that is what the module fails of.
     """
     # `functional_call` given one place under two names takes it twice, and puts the wrong tensor back.
     by_own = {value: tensors[name] for name, value in own_tensors(module).items()}
     by_place = {name: by_own[value] for name, value in _places(module)}
-    return explained(lambda: functional_call(module, by_place, (x,), tie_weights=False), tensors, x)
+    return logits_of(explained(lambda: functional_call(module, by_place, (x,), tie_weights=False), tensors, x))
 
 
 def explained(run: Callable[[], Any], tensors: Mapping[str, Tensor], x: Tensor) -> Any:

@@ -14,8 +14,8 @@ from immunity_fast.data.datasets import Split
 from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample_order
 from immunity_fast.evaluation.metrics import expert_maps
 from immunity_fast.losses import FusedImmunityLoss
-from immunity_fast.models.modes import evaluating
 from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.runtime.modes import evaluating
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,7 +49,7 @@ except ModuleNotFoundError as missing:
     ) from None
 
 TRUST_CODE = "import and run the module.path:callable that a run's --arch names: only of runs that you trust"
-STATUS_SECONDS = 60.0  # seconds between two lines in a log that is no terminal
+STATUS_SECONDS = 30.0  # seconds between two lines in a log that is no terminal
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a folder's name may look like markup
 
 

@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from immunity_fast.attacks import Attack, BoundAttack
 from immunity_fast.functional import mixture_cross_entropy, mixture_log_probabilities
 from immunity_fast.models.gate import Switch
-from immunity_fast.models.modes import evaluating, frozen
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime.compilation import Compile, Log
+from immunity_fast.runtime.modes import evaluating, frozen
 from immunity_fast.runtime.precision import Amp, accumulation_dtype, autocast
 
 Adversarial = Literal["off", "pgd", "trades", "fgsm-rs"]

@@ -110,14 +110,14 @@ def read_all(config: TrainConfig) -> list[WeightsFile]:
     try:
         return [read(path) for path in paths]
     except ValueError as error:
-        raise ValueError(f"--weights {error}") from error
+        raise ValueError(f"--weights: {error}") from error
 
 
 def _load_mixture(model: ImmunityMoE, file: WeightsFile, config: TrainConfig) -> tuple[list[str], list[str]]:
     """All experts' and, where it fits, the gate's."""
     given, own = experts_of(file), expert_tensors(model)
     if len(given) != len(own):
-        raise ValueError(f"--weights {file.path}: expected a mixture of {len(own)} experts, got {len(given)}")
+        raise ValueError(f"--weights: {file.path}: expected a mixture of {len(own)} experts, got {len(given)}")
     names, replaced = repeated(config.arch, len(own)), []
     head = None
     for name, tensors, expert in zip(names, given, own, strict=True):
@@ -146,7 +146,7 @@ def _load_networks(
             alone = experts_of(file)
             if len(alone) != 1:
                 raise ValueError(
-                    f"--weights {file.path}: expected the weights of one network, got a mixture of {len(alone)}"
+                    f"--weights: {file.path}: expected the weights of one network, got a mixture of {len(alone)}"
                 )
             file = file._replace(tensors=alone[0], mixture=False)
         group = list(range(index, len(own), len(names)))
@@ -164,7 +164,7 @@ def _fitted(file: WeightsFile, name: str, own: Mapping[str, Tensor], num_classes
     try:
         return fitted(file, title(name), own, num_classes)
     except ValueError as error:
-        raise ValueError(f"--weights {error}") from error
+        raise ValueError(f"--weights: {error}") from error
 
 
 @torch.no_grad()

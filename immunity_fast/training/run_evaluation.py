@@ -18,10 +18,10 @@ from immunity_fast.evaluation.runner import SETS, Plan
 from immunity_fast.evaluation.settings import EvaluationSettings, check_whole
 from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget, load_callable
 from immunity_fast.experts import title
-from immunity_fast.models.modes import frozen
 from immunity_fast.models.moe import ExactMean, ImmunityMoE
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compile, Compiled, at_size, keep_caches
+from immunity_fast.runtime.modes import frozen
 from immunity_fast.training.checkpoint import check_classes, load_info, load_model, model_file, not_finite, same_weights
 from immunity_fast.training.config import TrainConfig, check_data
 from immunity_fast.training.run_folder import Run

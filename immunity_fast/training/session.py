@@ -6,9 +6,9 @@ import torch
 
 from immunity_fast.experts import WITH_STEMS, split_names, title
 from immunity_fast.experts.registry import repeated
-from immunity_fast.models.modes import evaluating
 from immunity_fast.runtime import cli, distributed, interrupts
 from immunity_fast.runtime.failures import one_line, traceback_note
+from immunity_fast.runtime.modes import evaluating
 from immunity_fast.training.loop import train
 from immunity_fast.training.preparation import MEMORY_ADVICE, Start, prepare
 from immunity_fast.training.run_evaluation import evaluate_trained

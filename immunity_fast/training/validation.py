@@ -16,8 +16,8 @@ from immunity_fast.data.datasets import Split
 from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample
 from immunity_fast.evaluation.metrics import correct, heatmap_metrics
 from immunity_fast.functional import log_mixture
-from immunity_fast.models.modes import frozen
 from immunity_fast.runtime.failures import one_line
+from immunity_fast.runtime.modes import frozen
 from immunity_fast.training.step import MEASURED
 from immunity_fast.training.trainer import Trainer
 

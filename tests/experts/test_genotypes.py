@@ -105,7 +105,7 @@ def test_create(tmp_path: Path) -> None:
     assert model(torch.rand(2, 3, 20, 20)).shape == (2, 4)
     with pytest.raises(ValueError, match="num_classes: expected at least 2, got 1"):
         create(path, 1)
-    with pytest.raises(ValueError, match=r"robnet_large_v2, or a genotype file, ….json, got '.*my_cell'$"):
+    with pytest.raises(ValueError, match=r"robnet_large_v2, .*, or a genotype file, ….json, got '.*my_cell'$"):
         create(path.removesuffix(".json"))
 
 

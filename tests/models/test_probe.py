@@ -292,7 +292,7 @@ def test_experts_that_cannot_run_say_so() -> None:
     for stage in ("conv", None):
         with pytest.raises(ValueError, match="experts: expected networks that can be copied, got RuntimeError"):
             ImmunityMoE.from_experts([whole, whole], stage=stage, image_size=12)
-    with pytest.raises(ValueError, match="experts: expected number 1 to be like number 0"):
+    with pytest.raises(ValueError, match=r"experts: expected number 1 to run on images of \(2, 3, 12, 12\)"):
         ImmunityMoE.from_experts([Fixed(12), Fixed(16)], stage="0")
 
 

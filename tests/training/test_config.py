@@ -13,7 +13,7 @@ import pytest
 
 from immunity_fast import train
 from immunity_fast.losses import ALPHA, BETA, GAMMA
-from immunity_fast.training.config import PRESETS, TrainConfig, add_options
+from immunity_fast.training.config import PRESETS, TrainConfig, add_options, from_preset
 from tests.small_runs import error_line
 from tests.typed_settings import FIELDS, GIVEN, option_of
 
@@ -123,12 +123,14 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("arch", "resnet9"),
     ("dataset", "mnist"),
     ("image_size", 0),
+    ("perturbation", -0.1),
+    ("perturbation", math.inf),
     *((name, "other") for name, kind in KINDS.items() if typing.get_origin(kind) is typing.Literal),
 ]
 
 
 def test_every_setting_that_has_a_range_is_tried_out_of_it() -> None:
-    free = {"preset", "data", "stage", "device"} | {name for name, kind in KINDS.items() if kind is bool}
+    free = {"preset", "data", "stage", "weights", "device"} | {name for name, kind in KINDS.items() if kind is bool}
     assert {name for name, _ in OUT_OF_RANGE} == FIELDS.keys() - free
 
 
@@ -199,6 +201,42 @@ def test_a_run_from_before_has_a_setting_that_is_gone() -> None:
     assert TrainConfig.from_json(values | {"weight_scale": "channels"}) == TrainConfig(lr=0.5)
     with pytest.raises(ValueError, match=r"^setting weight_scale: expected channels, .*, got spatial$"):
         TrainConfig.from_json(values | {"weight_scale": "spatial"})
+
+
+def test_a_run_from_before_lacks_settings_that_are_new() -> None:
+    values = TrainConfig(lr=0.5).to_json()
+    del values["stem"], values["weights"], values["perturbation"]
+    assert TrainConfig.from_json(values) == TrainConfig(lr=0.5, stem="cifar")
+
+
+@pytest.mark.parametrize(
+    ("given", "experts"),
+    [
+        ({}, 5),
+        ({"arch": "resnet18"}, 5),
+        ({"arch": "resnet8,resnet18,resnet8"}, 3),
+        ({"arch": "resnet8, timm:resnet18", "experts": 5}, 5),
+        ({"arch": "resnet8,torchvision:resnet18", "preset": "paper"}, 2),
+    ],
+)
+def test_there_are_as_many_experts_as_architectures(given: dict[str, Any], experts: int) -> None:
+    config = from_preset(given)
+    assert config.experts == experts
+    again = _parse(*config.options())
+    assert from_preset(again) == config
+
+
+def test_fewer_experts_than_architectures_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^--experts: expected at least 2, as many as --arch names, .*, got 1$"):
+        TrainConfig(arch="resnet8,resnet18", experts=1)
+
+
+@pytest.mark.parametrize(
+    "arch", ["resnet8,", ",resnet8", "", "resnet9", "resnet8,x y", "a:b,no:where:", "timm:../x", "os.system", "x.json"]
+)
+def test_what_can_be_no_architecture_is_refused(arch: str) -> None:
+    with pytest.raises(ValueError, match=r"^--arch: .*expected "):
+        TrainConfig(arch=arch)
 
 
 def test_an_option_that_is_gone_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:

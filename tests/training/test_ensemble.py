@@ -109,8 +109,6 @@ def test_a_network_is_not_joined_with_itself(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"arch": "resnet18"}, "architecture: expected that of {first}, resnet8, got resnet18"),
-        ({"stage": "layer2"}, "--stage: expected that of {first}, None, got layer2"),
         ({"size": 14}, "image size: expected that of {first}, [12, 12], got [14, 14]"),
         ({"classes": 4}, "number of classes: expected that of {first}, 3, got 4"),
     ],
