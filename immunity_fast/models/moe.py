@@ -424,6 +424,7 @@ class ImmunityMoE(nn.Module):
         trust_code: bool = False,
         experts: Sequence[nn.Module] | None = None,
         gate: RandomSwitchGate | None = None,
+        layout: Layouts = None,
         revision: str | None = None,
         token: str | None = None,
     ) -> "ImmunityMoE":
@@ -436,6 +437,7 @@ class ImmunityMoE(nn.Module):
             experts: networks of the saved ones' structure, whatever their weights; needed for a model of
                 `from_experts`, which has no name of an architecture.
             gate: likewise, of a model whose gate has a network of the user's own.
+            layout: likewise, of a model whose layout is a function.
             revision: of the repository: a branch, a tag or a commit.
             token: for the hub; None is that of `hf auth login`.
 
@@ -467,7 +469,9 @@ class ImmunityMoE(nn.Module):
             if own:
                 assert experts is not None
                 mean, std = unit if config["normalized"] else (None, None)
-                model = kind.from_experts(experts, gate=gate, layout=config["layout"], mean=mean, std=std, **options)
+                model = kind.from_experts(
+                    experts, gate=gate, layout=layout or config["layout"], mean=mean, std=std, **options
+                )
                 model.arch, model.stem = config["arch"], config["stem"]
             else:
                 options |= {"channels": config["channels"], "mean": unit[0], "std": unit[1]}
