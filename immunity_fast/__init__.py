@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from immunity_fast.losses import FusedImmunityLoss, ImmunityTerms
+from immunity_fast.models.capture import capture_activations
 from immunity_fast.models.gate import RandomSwitchGate, SwitchingGateWarning
 from immunity_fast.models.moe import ImmunityMoE
 
@@ -18,6 +19,7 @@ __all__ = [
     "ImmunityTerms",
     "RandomSwitchGate",
     "SwitchingGateWarning",
+    "capture_activations",
     "export",
     "load",
 ]
