@@ -19,7 +19,7 @@ from immunity_fast.experts import NAMES
 from immunity_fast.runtime.strategies import choose
 from tests.places import REPOSITORY
 
-SECTIONS = ["versions", "system", "devices", "backends", "auto", "caches"]
+SECTIONS = ["versions", "system", "devices", "backends", "auto", "architectures", "caches"]
 
 
 @pytest.fixture

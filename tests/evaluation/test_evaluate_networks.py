@@ -210,7 +210,7 @@ def test_a_folder_of_images_of_any_size_is_brought_to_one_size(
         image.new("RGB", (8 + number, 9), (10 * number, 5, 5)).save(folder / f"{number}.png")
     arguments = network_options(networks, "instance", tmp_path / "data", tmp_path / "out")
     arguments[arguments.index("npz")] = "folder"
-    assert "image_size brings all images to one size" in error_line(capsys, evaluate.main, arguments)
+    assert "--image-size) brings all images to one size" in error_line(capsys, evaluate.main, arguments)
     evaluate.main([*arguments, "--image-size", "8"])
     assert len(asked) == 1
     assert "--image-size: expected at least 1" in error_line(capsys, evaluate.main, [*arguments, "--image-size", "0"])

@@ -268,7 +268,7 @@ def test_an_older_checkpoint_has_the_stem_of_cifar(data: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arch", "message"),
     [
-        ("tests.own_networks:Tuple", "expected logits (B, 3), as many as there are classes, got tuple; wrap it"),
+        ("tests.own_networks:Pooled", "expected logits (B, 3), as many as there are classes, got dict of features"),
         ("torchvision:inception_v3", "cannot be trained on images of 12×12, 4 at a time"),
     ],
 )
