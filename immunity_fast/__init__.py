@@ -10,9 +10,17 @@ import torch
 
 from immunity_fast.losses import FusedImmunityLoss, ImmunityTerms
 from immunity_fast.models.gate import RandomSwitchGate, SwitchingGateWarning
-from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.models.moe import ImmunityMoE, UnsynchronisedWarning
 
-__all__ = ["FusedImmunityLoss", "ImmunityMoE", "ImmunityTerms", "RandomSwitchGate", "SwitchingGateWarning", "load"]
+__all__ = [
+    "FusedImmunityLoss",
+    "ImmunityMoE",
+    "ImmunityTerms",
+    "RandomSwitchGate",
+    "SwitchingGateWarning",
+    "UnsynchronisedWarning",
+    "load",
+]
 __version__ = "0.1.0"
 
 
