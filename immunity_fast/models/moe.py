@@ -115,7 +115,7 @@ class ImmunityMoE(nn.Module):
             stem=stem,
         )
         gate = RandomSwitchGate(num_experts, switch=switch, generator=generator, channels=channels)
-        self._hold(parts, gate, batching, Normalize(mean, std), classes)
+        self._hold(parts, gate, Normalize(mean, std), classes)
 
     @classmethod
     def from_experts(
@@ -152,7 +152,7 @@ class ImmunityMoE(nn.Module):
                 looks at, or one an expert; None is the last whose map exceeds 8×8 and changes the logits, of the
                 direct children before others.
             image_size: the images' side or (H, W), which the experts have to accept.
-            batching: see the class; "vmap" is for experts of one structure.
+            batching: see the class; "vmap" is for experts of one structure that it can run; of others "auto" is a loop.
             mean, std: normalisation before the experts and the gate; None is none: the experts do their own.
             layout: what `stage` returns, "NCHW" for (B, C, h, w), "NHWC" for (B, h, w, C), as in a Swin Transformer,
                 "tokens" for (B, T, C), as in a ViT, or a function of it to (B, C, h, w), or one an expert; None finds
@@ -188,7 +188,7 @@ class ImmunityMoE(nn.Module):
         )
         if gate is None:
             gate = cls._gate(len(modules), switch, generator, parts.channels)
-        model._hold(parts, gate, batching, normalize, classes)
+        model._hold(parts, gate, normalize, classes)
         return model
 
     @classmethod
@@ -201,7 +201,6 @@ class ImmunityMoE(nn.Module):
         self,
         parts: Assembly,
         gate: RandomSwitchGate,
-        batching: Batching,
         normalize: nn.Module,
         classes: Sequence[str] | None,
     ) -> None:
@@ -210,7 +209,7 @@ class ImmunityMoE(nn.Module):
         self.channels = parts.channels
         self.card: str | None = None
         self.classes = check_classes(classes, parts.num_classes)
-        self.batching: Batching = batching
+        self.batching: Batching = parts.batching
         self.normalize = normalize
         self.gate = gate
         self.experts = parts.experts
@@ -631,7 +630,7 @@ class SingleNetwork(ImmunityMoE):
         parts = from_names(
             arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching, stem=stem
         )
-        self._hold(parts, self._gate(1, "call", None, channels), batching, Normalize(mean, std), classes)
+        self._hold(parts, self._gate(1, "call", None, channels), Normalize(mean, std), classes)
 
     @classmethod
     def _gate(
