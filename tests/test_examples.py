@@ -165,13 +165,14 @@ def test_its_gradient_is_the_slope_with_batch_norm_in_training(drop_in: ModuleTy
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", [4, pytest.param(44, marks=pytest.mark.exhaustive)])
 def test_the_command_prints_what_the_loss_does(
-    drop_in: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    drop_in: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], steps: int
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["drop_in.py", "--steps", "44"])
+    monkeypatch.setattr(sys, "argv", ["drop_in.py", "--steps", str(steps)])
     drop_in.main()
     title, header, *rows = capsys.readouterr().out.splitlines()
-    assert title.startswith("44 steps of 32 images on ")
+    assert title.startswith(f"{steps} steps of 32 images on ")
     assert title.endswith("360 held-out images")
     assert header.split() == ["plain", "with_immunity"]
     table = {row[:42].strip(): [float(cell.replace(",", "")) for cell in row[42:].split()] for row in rows}
@@ -179,9 +180,10 @@ def test_the_command_prints_what_the_loss_does(
     information = table["mutual information of the heatmaps, nats"]
     losses = table["loss: mutual information, nats"]
     assert information == pytest.approx([math.log(3) - loss / 3 for loss in losses], abs=0.01)
-    assert information[1] > information[0]
-    assert all(cell > 50 for cell in table["accuracy of the experts' mean, %"])
     assert all(cell > 0 for cell in table["milliseconds a step, median"])
+    if steps >= 44:
+        assert information[1] > information[0]
+        assert all(cell > 50 for cell in table["accuracy of the experts' mean, %"])
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--batch-size", "1"]])
