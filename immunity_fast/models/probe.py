@@ -10,6 +10,7 @@ import functools
 import random
 import threading
 import types
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -151,7 +152,8 @@ def check_alike(
 
 def why_not_batched(stacked: nn.Module, images: Tensor, num_experts: int) -> str:
     """Why `vmap` over a stack does not run, in evaluation mode; "" where it does."""
-    with apart(stacked, images):
+    with apart(stacked, images), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it does slowly; nobody has asked for it yet
         try:
             run_stacked(stacked, images.clone(), num_experts, shared=True, batching="vmap")
         except Exception as error:  # whatever PyTorch and the network may raise
