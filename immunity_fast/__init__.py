@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from immunity_fast.losses import FusedImmunityLoss, ImmunityTerms
+from immunity_fast.models.capture import capture_activations
 from immunity_fast.models.gate import RandomSwitchGate, SwitchingGateWarning
 from immunity_fast.models.moe import ImmunityMoE, UnsynchronisedWarning
 
@@ -19,6 +20,8 @@ __all__ = [
     "RandomSwitchGate",
     "SwitchingGateWarning",
     "UnsynchronisedWarning",
+    "capture_activations",
+    "export",
     "load",
 ]
 __version__ = "0.1.0"
@@ -56,3 +59,42 @@ def load(
     from immunity_fast.deployment.loading import load_trained  # not at the top: it needs more than torch
 
     return load_trained(run, device=device, checkpoint=checkpoint, trust_code=trust_code)
+
+
+def export(
+    model: str | Path | ImmunityMoE,
+    path: str | Path,
+    *,
+    format: Literal["onnx", "torch.export", "torchscript"] = "onnx",
+    gate: Literal["mean", "off"] = "mean",
+    dtype: torch.dtype | None = None,
+    trust_code: bool = False,
+) -> Path:
+    """Write a model into a file that runs without this package, on any number of images at once.
+
+    It holds `model.for_inference(gate)`, from images (B, C, H, W) in [0, 1] to log-probabilities (B, K), and, as
+    metadata, the classes' names, the images' size, the normalisation, which is inside of the graph, and the stage.
+    Before the file gets its name it runs on several numbers of images, and has to answer as the model does, to within
+    1e-4 in float32; one of ONNX where ONNX Runtime is installed.
+
+    Args:
+        model: a mixture, or what `load` takes.
+        path: the file to write; one that is there is replaced.
+        format: "onnx" needs the extra `export`, onnx and onnxscript; "torch.export" and "torchscript" are PyTorch's,
+            of which the first is the newer.
+        gate: what weighs the experts: "mean", 1/N each, the exact mean of the gate's permutations; or "off", the
+            trained weights as they are. A file draws nothing.
+        dtype: of the weights and images; None is the model's.
+        trust_code: see `load`.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: a gate that draws, a network that the format cannot hold, a file that does not answer as the model.
+        ModuleNotFoundError: what the format needs is not installed.
+    """
+    from immunity_fast.deployment.exporting import export_trained  # not at the top, as above
+
+    return export_trained(model, path, format=format, gate=gate, dtype=dtype, trust_code=trust_code)

@@ -19,6 +19,7 @@ Score = Literal["logit", "probability"]
 Backend = Literal["auto", "torch", "triton"]
 Layout = Literal["NCHW", "NHWC"]
 GATE_TOLERANCE = 0.01  # of a row's sum: half precision's rounding, and no more
+Size = int | tuple[int, int] | None  # (H, W) of heatmaps, or the side of a square
 Experts = Tensor | Sequence[Tensor]  # one tensor with the experts first, or a sequence of one tensor an expert
 Maps = tuple[list[Tensor], list[Tensor]]  # activations and gradients, as many parts of each
 
@@ -28,7 +29,8 @@ class HeatmapOptions:
     """How heatmaps are made and what is measured on them; what all functions of heatmaps share.
 
     Args:
-        size: (H, W) of the heatmaps, by bilinear resampling; None keeps the activations' (h, w).
+        size: (H, W) of the heatmaps, by bilinear resampling; None keeps the activations' (h, w). `checked_size` makes
+            it of an integer.
         normalize: eq. (9) on each heatmap's distribution; False puts the heatmap itself into eq. (9), as the paper
             prints it.
         smoothing: ε ≥ 0, what every pixel gets of the map's mean magnitude before normalising.
@@ -51,16 +53,25 @@ class HeatmapOptions:
         check_choice("weight_scale", self.weight_scale, WeightScale)
         check_choice("backend", self.backend, Backend)
         check_weight("smoothing", self.smoothing)
-        size = self.size
-        if size is None:
-            return
-        if (
-            not isinstance(size, (tuple, list))
-            or len(size) != 2
-            or not all(isinstance(side, int) and side > 0 for side in size)
-        ):
-            raise ValueError(f"size: expected two positive integers (H, W) or None, got {size!r}")
-        object.__setattr__(self, "size", (size[0], size[1]))
+        object.__setattr__(self, "size", checked_size(self.size))
+
+
+def checked_size(size: Size) -> tuple[int, int] | None:
+    """(H, W) of heatmaps, from these two or the side of a square; None is None.
+
+    Raises:
+        ValueError: no positive integers.
+    """
+    if size is None:
+        return None
+    sides = (size, size) if isinstance(size, int) and not isinstance(size, bool) else size
+    if (
+        not isinstance(sides, (tuple, list))
+        or len(sides) != 2
+        or not all(isinstance(side, int) and side > 0 for side in sides)
+    ):
+        raise ValueError(f"size: expected two positive integers (H, W), one for a square, or None, got {size!r}")
+    return sides[0], sides[1]
 
 
 def expert_parts(name: str, value: Experts, dim: int, expected: str, *, alike: bool = True) -> list[Tensor]:

@@ -18,6 +18,7 @@ from immunity_fast.arguments import (
     HeatmapOptions,
     Layout,
     Score,
+    Size,
     WeightScale,
     are_alike,
     channels_back,
@@ -26,6 +27,7 @@ from immunity_fast.arguments import (
     check_gate,
     check_maps,
     check_targets,
+    checked_size,
     join_experts,
     stack_experts,
 )
@@ -65,7 +67,7 @@ def gradcam_heatmaps(
     activations: Experts,
     gradients: Experts,
     *,
-    size: tuple[int, int] | None = None,
+    size: Size = None,
     weight_scale: WeightScale = "channels",
     backend: Backend = "auto",
     layout: Layout = "NCHW",
@@ -77,7 +79,8 @@ def gradcam_heatmaps(
             `layout` says.
         gradients: derivatives of the label's score with respect to A, of the same shapes; or those already summed over
             space, (N, B, C) or N tensors (B, C), which is all that Grad-CAM looks at.
-        size: (H, W) of the heatmaps, by bilinear resampling; None keeps (h, w), if all maps have the same.
+        size: (H, W) of the heatmaps, or the side of a square, by bilinear resampling; None keeps (h, w), if all maps
+            have the same.
         weight_scale: the factor s of the channel weights, "channels" (1/C, the paper) or "spatial" (1/(h·w), Grad-CAM).
         backend: "torch" is plain PyTorch; "triton" the fused kernels, once differentiable, for CUDA tensors (or any, if
             TRITON_INTERPRET=1 was set before the import); "auto" is "triton" for CUDA tensors that are not float64, but
@@ -91,7 +94,7 @@ def gradcam_heatmaps(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, value or type.
     """
-    size = HeatmapOptions(size=size, weight_scale=weight_scale, backend=backend).size
+    size = HeatmapOptions(size=checked_size(size), weight_scale=weight_scale, backend=backend).size
     maps, slopes = check_maps(activations, gradients, layout)
     if _use_kernels(backend, maps, slopes, size):
         scale = reference.weight_factor(maps[0], weight_scale)
@@ -106,7 +109,7 @@ def heatmap_losses(
     activations: Experts,
     gradients: Experts,
     *,
-    size: tuple[int, int] | None = None,
+    size: Size = None,
     normalize: bool = True,
     smoothing: float = 0.01,
     weight_scale: WeightScale = "channels",
@@ -120,7 +123,8 @@ def heatmap_losses(
         activations: (N, B, C, h, w) maps A, N ≥ 2, or N tensors (B, C, h, w), each another one, of which C, h and w may
             be each expert's own; as `layout` says. Read in place, whatever their strides.
         gradients: see `gradcam_heatmaps`.
-        size: (H, W) of the heatmaps; None keeps (h, w), if all maps have the same. Distances are in these pixels.
+        size: (H, W) of the heatmaps, or the side of a square; None keeps (h, w), if all maps have the same. Distances
+            are in these pixels.
         normalize: eq. (9) on each heatmap's distribution; False puts the heatmap itself into eq. (9), as the paper
             prints it. Centres are those of the distribution either way.
         smoothing: ε ≥ 0, what every pixel gets of the map's mean magnitude before normalising.
@@ -138,7 +142,7 @@ def heatmap_losses(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, value or type.
     """
-    options = HeatmapOptions(size, normalize, smoothing, weight_scale, backend, group_name)
+    options = HeatmapOptions(checked_size(size), normalize, smoothing, weight_scale, backend, group_name)
     return losses_of_heatmaps(activations, gradients, options, layout)
 
 
@@ -184,7 +188,7 @@ def heatmap_loss_gradients(
     of_information: Tensor,
     of_stability: Tensor,
     *,
-    size: tuple[int, int] | None = None,
+    size: Size = None,
     normalize: bool = True,
     smoothing: float = 0.01,
     weight_scale: WeightScale = "channels",
@@ -207,7 +211,7 @@ def heatmap_loss_gradients(
     Raises:
         ValueError, TypeError: see `heatmap_losses`.
     """
-    options = HeatmapOptions(size, normalize, smoothing, weight_scale, backend, group_name)
+    options = HeatmapOptions(checked_size(size), normalize, smoothing, weight_scale, backend, group_name)
     return gradients_of_heatmap_losses(activations, gradients, of_information, of_stability, options, layout)
 
 
@@ -332,9 +336,7 @@ def _in_one_dtype(maps: Tensor, slopes: Tensor, weight_scale: WeightScale) -> tu
     return maps.to(dtype), scale * (sums.sum((-2, -1)) if sums.dim() == 5 else sums)
 
 
-def _use_kernels(
-    backend: Backend, maps: Sequence[Tensor], slopes: Sequence[Tensor], size: tuple[int, int] | None
-) -> bool:
+def _use_kernels(backend: Backend, maps: Sequence[Tensor], slopes: Sequence[Tensor], size: Size) -> bool:
     """Whether the fused kernels are to run; they take maps of one shape.
 
     Raises:

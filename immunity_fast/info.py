@@ -11,6 +11,8 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 
 import immunity_fast
 from immunity_fast.experts import NAMES
+from immunity_fast.experts.libraries import LIBRARIES, names
 from immunity_fast.functional import HAS_TRITON
 from immunity_fast.runtime.compilation import keep_caches, resolve
 from immunity_fast.runtime.strategies import fastest
@@ -63,8 +66,21 @@ def collect() -> dict[str, Any]:
             "compile": resolve("auto", device),
             "batching, double backprop": _attempt(lambda: _strategies(device)),
         },
+        "architectures": {
+            "of ours": ", ".join(NAMES),
+            **{library: _attempt(partial(_number, library)) for library in LIBRARIES},
+        },
         "caches": _attempt(_caches),
     }
+
+
+def architectures(text: str = "") -> list[str]:
+    """The names that `experts.create` takes, of ours and of the libraries that are installed, with a text in them."""
+    found = list(NAMES)
+    for library in LIBRARIES:
+        with suppress(ModuleNotFoundError):
+            found += [f"{library}:{name}" for name in names(library)]
+    return [name for name in found if text in name]
 
 
 def to_text(found: dict[str, Any], indentation: str = "") -> str:
@@ -89,7 +105,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m immunity_fast.info", description="Versions, devices, backends, and what `auto` means here."
     )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument(
+        "--archs",
+        nargs="?",
+        const="",
+        metavar="TEXT",
+        help="instead: the names that --arch of immunity_fast.train takes, all or those with this text, a line each",
+    )
     options = parser.parse_args(arguments)
+    if options.archs is not None:
+        listed = architectures(options.archs)
+        print(json.dumps(listed) if options.json else "\n".join(listed))
+        return
     found = collect()
     print(json.dumps(found, indent=2) if options.json else to_text(found))
 
@@ -108,6 +135,13 @@ def _version(package: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         extra = PACKAGES[package]
         return f"not installed (extra {extra})" if extra else "not installed"
+
+
+def _number(library: str) -> str:
+    try:
+        return f"{len(names(library)):,} networks, as {library}:NAME; --archs lists them"
+    except ModuleNotFoundError:
+        return f"not installed; pip install {library} for --arch {library}:NAME"
 
 
 def _strategies(device: torch.device) -> dict[str, str]:

@@ -15,11 +15,13 @@ from immunity_fast.arguments import (
     HeatmapOptions,
     Layout,
     Score,
+    Size,
     WeightScale,
     channels_back,
     channels_first,
     check_distinct,
     check_targets,
+    checked_size,
     join_experts,
 )
 from immunity_fast.forward_mode import ExactTangents
@@ -59,7 +61,7 @@ class FusedImmunityLoss(nn.Module):
         beta: weight β of the mutual-information loss, eq. (9).
         gamma: weight γ of the position-stability loss, eq. (11). That loss is in pixels⁴: halve `size` and the same
             effect takes 16 times the γ.
-        size: (H, W) of the heatmaps, usually the images' size; None keeps the activations' own.
+        size: (H, W) of the heatmaps, or the side of a square, usually the images'; None keeps the activations' own.
         normalize: eq. (9) on the heatmaps' distributions; False is the paper's literal eq. (9), for study.
         smoothing: ε of the distributions.
         weight_scale: factor of Grad-CAM's channel weights, "channels" (1/C) or "spatial" (1/(h·w)).
@@ -86,7 +88,7 @@ class FusedImmunityLoss(nn.Module):
         alpha: float = ALPHA,
         beta: float = BETA,
         gamma: float = GAMMA,
-        size: tuple[int, int] | None = (32, 32),
+        size: Size = (32, 32),
         normalize: bool = True,
         smoothing: float = 0.01,
         weight_scale: WeightScale = "channels",
@@ -101,7 +103,7 @@ class FusedImmunityLoss(nn.Module):
             check_weight(name, value)
         check_choice("score", score, Score)
         check_choice("layout", layout, Layout)
-        options = HeatmapOptions(size, normalize, smoothing, weight_scale, backend, group_name)
+        options = HeatmapOptions(checked_size(size), normalize, smoothing, weight_scale, backend, group_name)
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.size, self.normalize, self.smoothing = options.size, normalize, smoothing
         self.weight_scale: WeightScale = weight_scale

@@ -34,6 +34,13 @@ def seeded(num_classes: int) -> nn.Module:
         return Plain(num_classes)
 
 
+class Pooled(Plain):
+    """Without its logits, as a network of features alone."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"features": super().forward(images)}
+
+
 class Tuple(Plain):
     """Its logits and something else, as of an auxiliary classifier."""
 

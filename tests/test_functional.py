@@ -391,7 +391,8 @@ L = torch.zeros(2, 3, 4)
 T = torch.tensor([0, 1, 2])
 
 WRONG_MAPS: list[tuple[str, tuple[Any, Any], dict[str, Any], type[Exception], str]] = [
-    ("size is a number", (A, A), {"size": 7}, ValueError, r"size: .*got 7"),
+    ("size is zero", (A, A), {"size": 0}, ValueError, r"size: .*got 0"),
+    ("size is a truth", (A, A), {"size": True}, ValueError, r"size: .*got True"),
     ("size is a fraction", (A, A), {"size": 3.5}, ValueError, r"size: .*got 3\.5"),
     ("size has a zero", (A, A), {"size": (0, 3)}, ValueError, r"size: .*got \(0, 3\)"),
     ("size is negative", (A, A), {"size": (4, -3)}, ValueError, r"size: .*got \(4, -3\)"),
@@ -425,6 +426,13 @@ def test_wrong_maps_are_named(
 ) -> None:
     with pytest.raises(error, match=text):
         function(*inputs, **options)
+
+
+def test_one_side_is_a_square() -> None:
+    assert torch.equal(gradcam_heatmaps(A, A, size=7), gradcam_heatmaps(A, A, size=(7, 7)))
+    for one, other in zip(heatmap_losses(A, A, size=9), heatmap_losses(A, A, size=(9, 9)), strict=True):
+        assert torch.equal(one, other)
+    assert FusedImmunityLoss(size=12).size == (12, 12)
 
 
 @pytest.mark.parametrize("smoothing", [-0.01, math.nan, math.inf])

@@ -302,7 +302,7 @@ def _read_images(files: dict[str, list[Path]], image_size: int | None, first: Pa
             if image.shape != expected:
                 raise ValueError(
                     f"{file}: expected {expected[1]}×{expected[0]} pixels as {first} has, got "
-                    f"{image.shape[1]}×{image.shape[0]}; image_size brings all images to one size"
+                    f"{image.shape[1]}×{image.shape[0]}; image_size (--image-size) brings all images to one size"
                 )
             images.append(image)
             labels.append(label)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -18,8 +17,10 @@ from immunity_fast.attacks.checks import check_finite, not_finite
 from immunity_fast.attacks.mixtures import Judge, exact_judge, exact_means, trained_gate
 from immunity_fast.attacks.saving import hash_of_weights
 from immunity_fast.evaluation import gate_attackers
+from immunity_fast.experts.imported import imported
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.models.outputs import kind_of, logits_of
 
 
 class TargetModel(Protocol):
@@ -163,7 +164,8 @@ class NetworkTarget(TargetModel):
     """Any network; the baseline of an ensemble, or a user's own.
 
     Args:
-        model: images (B, 3, H, W) in [0, 1] to logits or log-probabilities (B, K).
+        model: images (B, 3, H, W) in [0, 1] to logits or log-probabilities (B, K); of an output object or a dictionary
+            its `logits` are taken, of a tuple its first.
         num_classes: K.
         name: part of the fingerprint, for what has no weights that could be compared.
         draws: how many outputs an attacker averages, whose model is random; None: it is not.
@@ -182,7 +184,8 @@ class NetworkTarget(TargetModel):
         draws: int | None = None,
         transfer: Model | None = None,
     ) -> None:
-        self.model, self.num_classes, self.name, self.draws, self.transfer = model, num_classes, name, draws, transfer
+        self.model, self.outputs = model, _logits(model)
+        self.num_classes, self.name, self.draws, self.transfer = num_classes, name, draws, transfer
         self.random: tuple[str, ...] = () if draws is None else ("output", "eot")
         self.attackers = self.attacker_names(random=draws is not None, transfer=transfer is not None)
 
@@ -193,13 +196,13 @@ class NetworkTarget(TargetModel):
 
     def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
         if name == "eot" and self.draws is not None:
-            return gate_attackers.averaged(self.model, self.draws)
-        model = self.transfer if name == "transfer" and self.transfer is not None else self.model
+            return gate_attackers.averaged(self.outputs, self.draws)
+        model = self.transfer if name == "transfer" and self.transfer is not None else self.outputs
         return lambda images, labels: model(images)
 
     def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         with torch.no_grad():
-            outputs = self.model(images)
+            outputs = self.outputs(images)
             _check_outputs(outputs[None] if isinstance(outputs, Tensor) else outputs, self.num_classes)
             loss = F.cross_entropy(outputs, labels, reduction="none")
             return {"output": outputs.argmax(-1) == labels}, loss
@@ -211,7 +214,7 @@ class NetworkTarget(TargetModel):
         return self.attacker(name, generator)
 
     def answers_hash(self, images: Tensor) -> str:
-        return _hash_of_answers([("model", self.model), ("transfer", self.transfer)], images)
+        return _hash_of_answers([("model", self.outputs), ("transfer", self.transfer)], images)
 
     def weights_hash(self) -> str:
         weights = hash_of_weights(self.model) if isinstance(self.model, nn.Module) else ""
@@ -221,6 +224,14 @@ class NetworkTarget(TargetModel):
 
 def _expert_names(num_experts: int) -> tuple[str, ...]:
     return tuple(f"expert {i + 1}" for i in range(num_experts))
+
+
+def _logits(model: Model) -> Model:
+    def outputs(images: Tensor) -> Tensor:
+        found: Tensor = logits_of(model(images))
+        return found
+
+    return outputs
 
 
 def load_callable(place: str) -> Model:
@@ -235,13 +246,7 @@ def load_callable(place: str) -> Model:
     Raises:
         ValueError: it cannot be found, or is no such thing.
     """
-    path, _, name = place.partition(":")
-    try:
-        found: Any = importlib.import_module(path)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ValueError(f"{place}: expected what can be imported, got {type(error).__name__}: {error}") from error
+    found = imported(place)
     if not callable(found):
         raise ValueError(f"{place}: expected a network or a function that makes one, got {type(found).__name__}")
     try:
@@ -262,8 +267,8 @@ def _check_outputs(outputs: Any, num_classes: int) -> None:
         ValueError: they are not.
     """
     if not isinstance(outputs, Tensor) or outputs.dim() != 3 or outputs.shape[-1] != num_classes:
-        shape = tuple(outputs.shape[1:]) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ValueError(f"model: expected outputs (B, {num_classes}), as many as there are classes, got {shape}")
+        found = tuple(outputs.shape[1:]) if isinstance(outputs, Tensor) else kind_of(outputs)
+        raise ValueError(f"model: expected outputs (B, {num_classes}), as many as there are classes, got {found}")
     check_finite(not_finite(outputs))
 
 

@@ -16,7 +16,7 @@ from immunity_fast.models.expert_list import are_alike
 from immunity_fast.models.looking import check_layout, look
 from immunity_fast.models.maps import MapLayout, Reading, Reshape
 from immunity_fast.models.outputs import check_logits, kind_of, logits_of
-from immunity_fast.models.probe import noise
+from immunity_fast.models.probe import is_apart, noise
 from immunity_fast.models.stacking import in_use
 from immunity_fast.models.stages import find_stage
 
@@ -194,24 +194,19 @@ class _Passes:
         self.open: list[Any] = []  # the context of the pass that is under way
         self.layer_hook: Any = None
         self.thread = threading.get_ident()
-        self.busy = False
         self.hooks = [
             self.network.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.network.register_forward_hook(self._finish, always_call=True),
         ]
 
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.busy or self.thread != threading.get_ident():
+        if is_apart() or self.thread != threading.get_ident():
             return
         self._leave()
         images = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         check_images(images)
         assert images is not None
-        self.busy = True  # a look at the network runs it
-        try:
-            layer, reading = self.captured._reading(self.index, images)
-        finally:
-            self.busy = False
+        layer, reading = self.captured._reading(self.index, images)
         self.catcher = Catcher(layer, self.index, self.captured.call)
         self.layer_hook = self.network.get_submodule(layer).register_forward_hook(self.catcher)
         context = self.catcher.begin(reading, (images.shape[2], images.shape[3]))
@@ -219,7 +214,7 @@ class _Passes:
         self.open.append(context)
 
     def _finish(self, _module: nn.Module, _inputs: object, output: Any) -> None:
-        if self.busy or self.thread != threading.get_ident() or not self.open:
+        if is_apart() or self.thread != threading.get_ident() or not self.open:
             return
         self._leave()
         if isinstance(logits_of(output), Tensor) and self.catcher is not None:

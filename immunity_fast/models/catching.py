@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from immunity_fast.models.attention import MathAttention
 from immunity_fast.models.maps import Reading, read
+from immunity_fast.models.probe import is_apart
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -42,16 +43,22 @@ class Catcher:
         self.reading, self.sides = reading, sides
         self.maps: Tensor | None = None
         self.version = self.ran = 0
+        self.has_graph = torch.is_grad_enabled()
         self.attention.begun = False
         return self.attention if reading.attention and torch.is_grad_enabled() else nullcontext()
 
     def __call__(self, _module: nn.Module, _inputs: object, output: Any) -> Any:
         """The hook."""
-        if self.thread != threading.get_ident():
+        if self.thread != threading.get_ident() or is_apart():
             return None
         self.ran += 1
         if self.ran - 1 != (self.call or 0):
             return None
+        if self.has_graph and not torch.is_grad_enabled():
+            raise ValueError(
+                f"layer: expected {self.layer!r} to run where gradients are enabled, as the network does, got "
+                "torch.no_grad; of torch.utils.checkpoint use_reentrant=False is what can be captured"
+            )
         self.maps, onward = read(output, self.reading, self.sides)
         self.version = version(self.maps)
         self.attention.begin()

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from immunity_fast.kernels import reference
+from immunity_fast.models.outputs import logits_of
 from immunity_fast.runtime.precision import accumulation_dtype
 
 Gate = Literal["mean", "off"]
@@ -29,7 +30,8 @@ class InferenceMixture(nn.Module):
     It is always in evaluation mode, and its parameters need no gradients; those of the images are there, as ever.
 
     Args:
-        experts: N ordinary modules from normalised images (B, C, H, W) to logits (B, K); they are used, not copied.
+        experts: N ordinary modules from normalised images (B, C, H, W) to logits (B, K), or what holds them; they are
+            used, not copied.
         normalize: what the images go through first.
         gate: from normalised images to logits (B, N) of the experts' weights; None weighs each 1/N.
     """
@@ -45,7 +47,7 @@ class InferenceMixture(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, K) of `images` (B, C, H, W) in [0, 1]."""
         x = self.normalize(images)
-        logits = [expert(x) for expert in self.experts]
+        logits = [logits_of(expert(x)) for expert in self.experts]
         dtype = accumulation_dtype(logits[0])
         scores = torch.stack([each.log_softmax(-1, dtype=dtype) for each in logits])
         if self.gate is None:

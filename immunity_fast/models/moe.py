@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from immunity_fast.arguments import Experts, Score, WeightScale
+from immunity_fast.experts import identical
 from immunity_fast.experts.registry import check_trusted
 from immunity_fast.experts.stems import Stem, StemChoice, chosen_stem
 from immunity_fast.functional import log_mixture
@@ -151,7 +152,8 @@ class ImmunityMoE(nn.Module):
         and no buffer (plain attributes, functions, hooks) the mixture has number 0's. Networks of different structures
         stay modules of their own, which run one after another. Weights, statistics, modes and PyTorch's random state
         stay as they are; hooks are called.
-        Where an in-place operation follows on `stage`, it gets a copy of the activations.
+        Where an in-place operation follows on `stage`, it gets a copy of the activations. Of experts with equal
+        weights, which training never parts, a warning says so: `immunity_fast.experts.perturb_` parts them.
 
         Args:
             experts: at least 2 modules from images (B, C, H, W) to logits (B, K). Where all are an `nn.Sequential` of
@@ -179,6 +181,13 @@ class ImmunityMoE(nn.Module):
         nn.Module.__init__(model)
         model.arch, model.stem = "", None
         modules = check_experts(experts, cls._fewest)
+        if pairs := identical(modules):
+            alike = " and ".join(f"{later} as {earlier}" for earlier, later in pairs)
+            warnings.warn(
+                f"experts: expected weights of their own, got number {alike}, which training never parts: give each a "
+                "fresh head, or a little noise, immunity_fast.experts.perturb_(experts)",
+                stacklevel=2,
+            )
         if (mean is None) != (std is None):
             raise ValueError(f"mean, std: expected both or neither, got {mean} and {std}")
         normalize = nn.Identity() if mean is None or std is None else Normalize(mean, std)
@@ -499,6 +508,7 @@ class ImmunityMoE(nn.Module):
         trust_code: bool = False,
         experts: Sequence[nn.Module] | None = None,
         gate: RandomSwitchGate | None = None,
+        layout: Layouts = None,
         revision: str | None = None,
         token: str | None = None,
     ) -> "ImmunityMoE":
@@ -511,6 +521,7 @@ class ImmunityMoE(nn.Module):
             experts: networks of the saved ones' structure, whatever their weights; needed for a model of
                 `from_experts`, which has no name of an architecture.
             gate: likewise, of a model whose gate has a network of the user's own.
+            layout: likewise, of a model whose layout is a function.
             revision: of the repository: a branch, a tag or a commit.
             token: for the hub; None is that of `hf auth login`.
 
@@ -542,7 +553,9 @@ class ImmunityMoE(nn.Module):
             if own:
                 assert experts is not None
                 mean, std = unit if config["normalized"] else (None, None)
-                model = kind.from_experts(experts, gate=gate, layout=config["layout"], mean=mean, std=std, **options)
+                model = kind.from_experts(
+                    experts, gate=gate, layout=layout or config["layout"], mean=mean, std=std, **options
+                )
                 model.arch, model.stem = config["arch"], config["stem"]
             else:
                 options |= {"channels": config["channels"], "mean": unit[0], "std": unit[1]}

@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from immunity_fast.experts import create, resolve
 from immunity_fast.experts.registry import repeated
 from immunity_fast.models.card import PLACE, model_card
+from immunity_fast.models.maps import MapLayout
 from immunity_fast.runtime.files import abbreviated, parse_json, write_atomically
 
 CONFIG = "config.json"
@@ -105,7 +106,9 @@ def read(place: str | Path, *, revision: str | None = None, token: str | None = 
 
 def config_of(model: Any) -> dict[str, Any]:
     """What of a mixture is no tensor, as a JSON object; mostly arguments of its class."""
-    stage, layout = model.stage, model.layout
+    stage = model.stage
+    layouts = model.layout if isinstance(model.layout, tuple) else (model.layout,)
+    named = [layout if isinstance(layout, str) else None for layout in layouts]  # a function has no name
     return {
         "library": LIBRARY,
         "format": FORMAT,
@@ -113,7 +116,7 @@ def config_of(model: Any) -> dict[str, Any]:
         "num_experts": model.num_experts,
         "num_classes": model.num_classes,
         "stage": stage if isinstance(stage, str) else list(stage),
-        "layout": layout if isinstance(layout, str) else list(layout),
+        "layout": named if len(named) > 1 else named[0],
         "image_size": list(model.image_size),
         "channels": model.channels,
         "stem": model.stem,
@@ -127,6 +130,10 @@ def _is_count(value: Any, least: int = 1) -> bool:
     return type(value) is int and least <= value < 2**63
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
@@ -138,7 +145,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "num_experts": _is_count,
     "num_classes": lambda value: _is_count(value, 2),
     "stage": lambda value: isinstance(value, str) or _are_texts(value),
-    "layout": lambda value: isinstance(value, str) or _are_texts(value),
+    "layout": lambda value: all(each in (None, *get_args(MapLayout)) for each in _listed(value)),
     "image_size": lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)),
     "channels": _is_count,
     "stem": lambda value: value in (None, "cifar", "imagenet"),

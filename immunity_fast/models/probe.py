@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
+import threading
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -27,6 +28,8 @@ SIDES = (32, 224, 28, 64, 96, 128, 256, 299, 384, *range(4, 64))
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 _TOLERANCE_CUDA = {torch.float64: 1e-8, torch.float32: 3e-3}  # products in TF32
 _TOLERANCE_HALF = 3e-2
+
+_HERE = threading.local()  # how many passes that are nobody's this thread is in
 
 
 class Pass(NamedTuple):
@@ -303,7 +306,16 @@ def apart(
     ):
         for part in network.modules():
             part.training = mode == "training"
-        yield
+        _HERE.apart = getattr(_HERE, "apart", 0) + 1
+        try:
+            yield
+        finally:
+            _HERE.apart -= 1
+
+
+def is_apart() -> bool:
+    """Whether the pass that this thread is in is nobody's; hooks that count passes have to leave it alone."""
+    return getattr(_HERE, "apart", 0) > 0
 
 
 def _version(tensor: Tensor) -> int:

@@ -15,6 +15,7 @@ from immunity_fast.data.datasets import load
 from immunity_fast.experts import NAMES, create, title
 from immunity_fast.experts.registry import check_trusted, file_title, repeated
 from immunity_fast.experts.stems import chosen_stem
+from immunity_fast.models.outputs import kind_of, logits_of
 from immunity_fast.runtime import cli, distributed
 from immunity_fast.runtime.compilation import keep_caches
 from immunity_fast.runtime.failures import out_of_memory
@@ -220,11 +221,11 @@ def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_class
         raise ValueError(
             f"--arch {title(name)}: cannot be trained on images of {height}×{width}, {batch} at a time ({reason})"
         ) from error
-    if not isinstance(output, torch.Tensor) or output.dim() != 2 or output.shape[1] != num_classes:
-        found = tuple(output.shape[1:]) if isinstance(output, torch.Tensor) else type(output).__name__
-        hint = "" if isinstance(output, torch.Tensor) else "; wrap it in a module that returns its logits"
+    logits = logits_of(output)
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != num_classes:
         raise ValueError(
-            f"--arch {title(name)}: expected logits (B, {num_classes}), as many as there are classes, got {found}{hint}"
+            f"--arch {title(name)}: expected logits (B, {num_classes}), as many as there are classes, got "
+            f"{kind_of(output)}"
         )
     return sum(parameter.numel() for parameter in expert.parameters()), values
 

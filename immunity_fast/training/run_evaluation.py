@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,11 +151,20 @@ def evaluate_callable(
         commands={},
     )
     outputs = outputs_in(out, again)
-    if isinstance(model, torch.nn.Module):
-        with frozen(model):
-            evaluate(target, dataset, plan, outputs, about)
-    else:
+    with other_size_named(dataset), frozen(model) if isinstance(model, torch.nn.Module) else nullcontext():
         evaluate(target, dataset, plan, outputs, about)
+
+
+@contextmanager
+def other_size_named(dataset: ImageDataset) -> Iterator[None]:
+    """Where a network does not take a folder's images in a `with` block, its ValueError says what makes others."""
+    try:
+        yield
+    except ValueError as error:
+        if dataset.name != "folder" or "expected a network that takes images" not in str(error):
+            raise
+        said = str(error).removeprefix("model: ")
+        raise ValueError(f"model: {said}; or --image-size N brings the images of a folder to N×N pixels") from error
 
 
 @cli.enough_memory(MEMORY_ADVICE)
