@@ -7,13 +7,17 @@ OLDEST := .venv-oldest
 INSTALL := -m pip install --quiet --disable-pip-version-check
 TESTS ?=
 
-.PHONY: quickstart test test-oldest docs docs-serve docs-links bench lint clean
+.PHONY: quickstart test test-exhaustive test-oldest docs docs-serve docs-links bench lint clean
 
 quickstart: $(VENV)/.train
 	$(BIN)/python -m immunity_fast.train
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
+# All of what the suite has a sample of: every size a kernel is compiled for, more kills, more spoilt files.
+test-exhaustive: $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder -m exhaustive
 
 # On the oldest versions that setup.py allows; TESTS="tests/kernels tests/training/test_step.py" runs these alone.
 test-oldest: $(OLDEST)/.test

@@ -1,6 +1,6 @@
 """Compiles every kernel, as the launchers launch it, for GPUs that need not be there, and lists what the code needs.
 
-    python -m benchmarks.kernel_resources [--targets 80 90 100] [--out benchmarks/results/kernel_resources.json]
+    python -m benchmarks.kernel_resources [--targets 80 90 100] [--few] [--out benchmarks/results/kernel_resources.json]
 
 The public ops are called on tensors of the benchmarks' sizes; a stand-in for Triton's driver names the target, and each
 launch stops once the kernel is compiled. So specialisation, tiles and warps are those of a real launch. Listed are
@@ -40,6 +40,14 @@ LARGE_MAPS = (64, 56, 56)  # larger than a tile
 ODD_MAPS = ((70, 7, 7), (64, 14, 14), (1, 1, 1))  # rows of cells are no multiple of 16 bytes
 SAMPLES = (32, 2048)
 CLASSES = (10, 1000)
+# Calls that lead to every kernel: maps of one tile and of many, slopes summed already, weights.
+FEW = (
+    "(128, 16, 16) bf16 contiguous B=32",
+    "(128, 16, 16) bf16 summed",
+    "(64, 56, 56) bf16 channels-last",
+    "K=10 fp32 B=32",
+    "aligned tensors, scaled",
+)
 
 
 class Driver:
@@ -132,8 +140,8 @@ def update(aligned: bool, scaled: bool) -> None:
     multi_tensor.lerp(table, 0.1)
 
 
-def compile_all(capability: int) -> list[dict[str, Any]]:
-    """A record for each kernel and specialisation that the calls lead to, in the order in which they come."""
+def compile_all(capability: int, few: bool = False) -> list[dict[str, Any]]:
+    """A record for each kernel and specialisation that the calls, or `FEW` of them, lead to, in their order."""
     triton.runtime.driver.set_active(Driver(capability))
     found: dict[str, dict[str, Any]] = {}
     run = JITFunction.run
@@ -154,8 +162,9 @@ def compile_all(capability: int) -> list[dict[str, Any]]:
 
     JITFunction.run = compile_only
     try:
-        for name, call in calls():  # noqa: B007 -- `compile_only` sees the name
-            call()
+        for name, call in calls():
+            if not few or name in FEW:
+                call()
     finally:
         JITFunction.run = run
         triton.runtime.driver.set_active(None)
@@ -199,12 +208,13 @@ def fused_into_sums(ptx: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS, help="compute capabilities")
+    parser.add_argument("--few", action="store_true", help="every kernel once or twice, not every size and layout")
     parser.add_argument("--out", type=Path, help="write the records to this JSON file")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         raise SystemExit("error: TRITON_INTERPRET is set, and what is interpreted is not compiled: unset it")
     with ProcessPoolExecutor(min(len(arguments.targets), os.cpu_count() or 1)) as pool:
-        records = list(itertools.chain(*pool.map(compile_all, arguments.targets)))
+        records = list(itertools.chain(*pool.map(functools.partial(compile_all, few=arguments.few), arguments.targets)))
     print(
         f"{'kernel':32} {'sm':>4} {'warps':>5} {'regs':>5} {'stack':>5} {'shared':>6}  loads; stores  (first used by)"
     )

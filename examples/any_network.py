@@ -8,6 +8,7 @@ It makes a tiny data set in MedMNIST's layout and a state dict, as a pretrained 
 temporary folder, and nothing is downloaded.
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -22,14 +23,14 @@ from immunity_fast.training.preparation import prepare
 from immunity_fast.training.session import say_what_is_trained
 
 CLASSES, SIDE = 3, 32
-ARCHS = "torchvision:shufflenet_v2_x0_5,timm:test_resnet"
+ARCHS = "torchvision:squeezenet1_1,timm:test_resnet"
 
 
 def make_data(file: Path) -> None:
     """Noise, in which one colour, the class, is brighter."""
     random = np.random.default_rng(0)
     made = {}
-    for part, count in (("train", 48), ("val", 16), ("test", 16)):
+    for part, count in (("train", 32), ("val", 8), ("test", 8)):
         labels = random.integers(0, CLASSES, count)
         images = random.integers(0, 200, (count, SIDE, SIDE, 3), dtype=np.uint8)
         images[np.arange(count), :, :, labels] += 50
@@ -38,7 +39,7 @@ def make_data(file: Path) -> None:
 
 
 def main() -> None:
-    """Train four experts of two architectures, two of each from one file."""
+    """Train three experts of two architectures, each architecture from a file."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         make_data(place / "colours.npz")
@@ -54,7 +55,7 @@ def main() -> None:
             "dataset": "npz",
             "data": place / "colours.npz",
             "arch": ARCHS,
-            "experts": 4,
+            "experts": 3,
             "weights": ",".join(str(place / f"{name[:4]}.pth") for name in names),
             "epochs": 1,
             "batch-size": 16,
@@ -77,4 +78,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="A mixture of torchvision's and timm's networks, from weights.").parse_args()
     main()

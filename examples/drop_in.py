@@ -4,15 +4,15 @@
     python examples/drop_in.py
 
 `plain` is an ordinary loop. `with_immunity` is the same loop with three lines added, each marked `# added`; of this
-package it imports `FusedImmunityLoss` and nothing else. Below them are the networks, the forward hooks, the data, and
-what fills a table that shows what the lines do and what they cost.
+package it imports `FusedImmunityLoss` and `capture_activations` and nothing else. Below them are the networks, the
+data, and what fills a table that shows what the lines do and what they cost.
 """
 
 import argparse
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from sklearn.datasets import load_digits
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from immunity_fast import FusedImmunityLoss
+from immunity_fast import FusedImmunityLoss, capture_activations
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images (B, 3, 32, 32) and labels (B,)
 
@@ -44,11 +44,10 @@ def with_immunity(batches: Batches, device: str) -> nn.ModuleList:
     torch.manual_seed(0)
     experts = nn.ModuleList(resnet10() for _ in range(3)).to(device)
     optimizer = torch.optim.SGD(experts.parameters(), lr=0.005, momentum=0.9)
-    activations = hook_outputs([expert.layer1 for expert in experts])  # added: the maps Grad-CAM looks at
+    captured = capture_activations(experts, "layer1")  # added: the maps Grad-CAM looks at
     immunity_loss = FusedImmunityLoss(size=(32, 32))  # added: the loss, with heatmaps of the images' size
     for images, labels in batches:
-        logits = [expert(images) for expert in experts]
-        loss = immunity_loss(logits, activations, labels)  # added: in place of the sum of cross-entropies
+        loss = immunity_loss(*captured(images), labels)  # added: of logits and activations, in place of cross-entropy
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -58,21 +57,6 @@ def with_immunity(batches: Batches, device: str) -> nn.ModuleList:
 def resnet10() -> ResNet:
     """torchvision's ResNet with one block a stage: resnet18 has two, and takes twice as long here."""
     return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10)
-
-
-def hook_outputs(stages: Sequence[nn.Module]) -> list[Tensor]:
-    """A list with each stage's output, (B, C, h, w), of the latest forward pass: ordinary forward hooks.
-
-    They keep the tensors themselves, undetached and uncopied: the loss looks for them in the graph of the logits.
-    """
-    outputs = [torch.empty(0)] * len(stages)
-
-    def keep(stage: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs[stages.index(stage)] = output
-
-    for stage in stages:
-        stage.register_forward_hook(keep)
-    return outputs
 
 
 def digits(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,9 +89,8 @@ def timed(batches: Batches, seconds: list[float]) -> Iterator[tuple[Tensor, Tens
 
 def evaluate(experts: nn.ModuleList, images: Tensor, labels: Tensor) -> dict[str, float]:
     """What the table shows. Not under `torch.no_grad`: Grad-CAM takes gradients."""
-    activations = hook_outputs([expert.layer1 for expert in experts])
     experts.eval()
-    logits = [expert(images) for expert in experts]
+    logits, activations = capture_activations(experts, "layer1")(images)
     _, terms = FusedImmunityLoss(size=(32, 32))(logits, activations, labels, return_terms=True)
     mixture = torch.stack(logits).softmax(-1).mean(0)
     information = math.log(len(experts)) - float(terms.mutual_information.detach()) / len(experts)

@@ -11,11 +11,11 @@ import argparse
 from typing import Any
 
 import torch
-from drop_in import digits, hook_outputs, resnet10
-from torch import Tensor, nn
+from drop_in import digits, resnet10
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from immunity_fast import FusedImmunityLoss
+from immunity_fast import FusedImmunityLoss, capture_activations
 
 try:
     import lightning as L
@@ -28,17 +28,17 @@ class Mixture(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(resnet10() for _ in range(3))
-        self.activations = hook_outputs([expert.layer1 for expert in self.experts])  # added
+        self.experts = capture_activations([resnet10() for _ in range(3)], "layer1")  # added: with their activations
         self.immunity_loss = FusedImmunityLoss(size=(32, 32))  # added
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.stack([expert(images) for expert in self.experts]).softmax(-1).mean(0)
+        logits, _ = self.experts(images)
+        return torch.stack(logits).softmax(-1).mean(0)
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         images, labels = batch
-        logits = [expert(images) for expert in self.experts]
-        loss, terms = self.immunity_loss(logits, self.activations, labels, return_terms=True)  # added
+        logits, activations = self.experts(images)
+        loss, terms = self.immunity_loss(logits, activations, labels, return_terms=True)  # added
         self.log_dict({"loss": loss, **terms._asdict()}, prog_bar=True)
         return loss
 

@@ -109,6 +109,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Plan, Outputs]]:
 NETWORKS = '''
 """What a user may have."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
@@ -165,6 +167,18 @@ WEIGHTS = torch.eye(3)
 
 def of_weights():
     return lambda images: 30 * images.mean((2, 3)) @ WEIGHTS
+
+
+def in_an_object():
+    return lambda images: SimpleNamespace(logits=30 * images.mean((2, 3)))
+
+
+def in_a_tuple():
+    return lambda images: (30 * images.mean((2, 3)), images)
+
+
+def features_alone():
+    return lambda images: {"features": images.mean((2, 3))}
 
 
 def no_gradient_in_the_dark():

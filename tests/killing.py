@@ -1,8 +1,8 @@
-"""`python -m tests.killing FOLDER DATA SEED`: trains FOLDER/whole, and FOLDER/killed with ten SIGKILLs on the way.
+"""`python -m tests.killing FOLDER DATA SEED KILLS`: trains FOLDER/whole, and FOLDER/killed with SIGKILLs on the way.
 
 Each attempt is a process forked from this one, which has imported everything and computed nothing, so that an attempt
 costs no imports. Through a pipe it tells of each step it begins and of each file it is about to flush to the disk. It
-is killed a random time after a random step, or in the middle of writing what follows it; too early, in sum, for ten
+is killed a random time after a random step, or in the middle of writing what follows it; too early, in sum, for the
 attempts to reach the end. Prints a JSON object: what each attempt began and left behind.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 from torch.utils import tensorboard  # noqa: F401  for the processes to come
 
 from immunity_fast import train
+from immunity_fast.evaluation import report
 from immunity_fast.experts import create
 from immunity_fast.experts.staged import default_stage
 from immunity_fast.runtime import cli
@@ -29,11 +30,10 @@ from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
 from tests.small_runs import go_on, options
 
-EPOCHS = 16
-KILLS = 10
 MOST_STEPS = 8  # of an attempt
+STEPS = 5  # an epoch
 STARTING = (0, 4)  # attempts killed before their first step
-WRITING = (2, 5, 7, 9)  # attempts killed while they write
+WRITING = (2, 3, 7, 9)  # attempts killed while they write
 STEP, WRITE = b".", b"w"
 
 
@@ -101,15 +101,17 @@ def kill(process: int, pipe: int, steps: int, delay: float, *, writing: bool) ->
     return {"killed": os.WIFSIGNALED(status), "begun": heard.count(STEP)}
 
 
-def main(folder: Path, data: Path, seed: int) -> None:
+def main(folder: Path, data: Path, seed: int, number_of_kills: int) -> None:
     """See the top."""
     chance = random.Random(seed)
     default_stage(create("resnet8"), 12)  # imports what the attempts need
-    arguments = options(data, epochs=EPOCHS, checkpoint_every=1, check_images=0, attack_images=2)
+    report._figures = lambda *_: []  # type: ignore[assignment]  # what is drawn of a run is not compared
+    epochs = number_of_kills * MOST_STEPS // STEPS
+    arguments = options(data, epochs=epochs, checkpoint_every=1, check_images=0, attack_images=2)
     _, seconds = finish([*arguments, "--out", str(folder / "whole")], folder)
     run = Run(folder / "killed")
     kills = []
-    for number in range(KILLS):
+    for number in range(number_of_kills):
         process, pipe = start(go_on(run.folder, arguments), folder)
         if number in STARTING:
             kills.append(kill(process, pipe, 0, chance.uniform(0, 0.25), writing=False))
@@ -124,4 +126,4 @@ def main(folder: Path, data: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

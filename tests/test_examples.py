@@ -60,19 +60,20 @@ def test_the_loops_differ_by_the_three_lines_that_are_marked(drop_in: ModuleType
     assert len(added) == 3
     assert all("# added" in line for line in added)
     assert [line[1:].strip() for line in removed] == [
-        "loss = sum(F.cross_entropy(scores, labels) for scores in logits)"
+        "logits = [expert(images) for expert in experts]",
+        "loss = sum(F.cross_entropy(scores, labels) for scores in logits)",
     ]
     assert inspect.getsource(drop_in).count("  # added") == 3
 
 
-def test_of_the_package_the_example_imports_only_the_loss(drop_in: ModuleType) -> None:
+def test_of_the_package_the_example_imports_two_names(drop_in: ModuleType) -> None:
     imported = [
         name.name
         for node in ast.walk(ast.parse(inspect.getsource(drop_in)))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("immunity_fast")
         for name in node.names
     ]
-    assert imported == ["FusedImmunityLoss"]
+    assert imported == ["FusedImmunityLoss", "capture_activations"]
     assert "import immunity_fast" not in inspect.getsource(drop_in)
 
 
@@ -83,7 +84,7 @@ def test_the_plain_loop_runs_without_the_loss_and_without_hooks(
         raise AssertionError("not in the plain loop")
 
     monkeypatch.setattr(drop_in, "FusedImmunityLoss", forbidden)
-    monkeypatch.setattr(drop_in, "hook_outputs", forbidden)
+    monkeypatch.setattr(drop_in, "capture_activations", forbidden)
     experts = drop_in.plain(_batches(drop_in, 2, 4), "cpu")
     assert not any(module._forward_hooks for module in experts.modules())
     _assert_every_weight_moved(experts, _untrained(drop_in))
@@ -114,12 +115,10 @@ def _double_experts(drop_in: ModuleType, *, training: bool) -> tuple[nn.ModuleLi
     return experts.train(training), images[32:36].double(), labels[32:36]
 
 
-def test_the_hooked_loss_matches_the_oracle_of_cut_networks(drop_in: ModuleType) -> None:
+def test_the_captured_loss_matches_the_oracle_of_cut_networks(drop_in: ModuleType) -> None:
     experts, images, labels = _double_experts(drop_in, training=False)
     parameters = tuple(experts.parameters())
-    activations = drop_in.hook_outputs([expert.layer1 for expert in experts])
-    logits = [expert(images) for expert in experts]
-    loss = FusedImmunityLoss(size=(32, 32))(logits, activations, labels)
+    loss = FusedImmunityLoss(size=(32, 32))(*drop_in.capture_activations(experts, "layer1")(images), labels)
 
     maps = [e.layer1(e.maxpool(e.relu(e.bn1(e.conv1(images))))) for e in experts]
     heads = [
@@ -141,12 +140,11 @@ def test_its_gradient_is_the_slope_with_batch_norm_in_training(drop_in: ModuleTy
     """With respect to all weights at once, along a random direction, and through torchvision's in-place ReLUs."""
     experts, images, labels = _double_experts(drop_in, training=True)
     parameters = list(experts.parameters())
-    activations = drop_in.hook_outputs([expert.layer1 for expert in experts])
+    captured = drop_in.capture_activations(experts, "layer1")
     immunity_loss = FusedImmunityLoss(size=(32, 32))
 
     def loss() -> Tensor:
-        logits = [expert(images) for expert in experts]
-        found: Tensor = immunity_loss(logits, activations, labels)
+        found: Tensor = immunity_loss(*captured(images), labels)
         return found
 
     generator = torch.Generator().manual_seed(1)
@@ -167,13 +165,14 @@ def test_its_gradient_is_the_slope_with_batch_norm_in_training(drop_in: ModuleTy
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", [4, pytest.param(44, marks=pytest.mark.exhaustive)])
 def test_the_command_prints_what_the_loss_does(
-    drop_in: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    drop_in: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], steps: int
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["drop_in.py", "--steps", "44"])
+    monkeypatch.setattr(sys, "argv", ["drop_in.py", "--steps", str(steps)])
     drop_in.main()
     title, header, *rows = capsys.readouterr().out.splitlines()
-    assert title.startswith("44 steps of 32 images on ")
+    assert title.startswith(f"{steps} steps of 32 images on ")
     assert title.endswith("360 held-out images")
     assert header.split() == ["plain", "with_immunity"]
     table = {row[:42].strip(): [float(cell.replace(",", "")) for cell in row[42:].split()] for row in rows}
@@ -181,9 +180,10 @@ def test_the_command_prints_what_the_loss_does(
     information = table["mutual information of the heatmaps, nats"]
     losses = table["loss: mutual information, nats"]
     assert information == pytest.approx([math.log(3) - loss / 3 for loss in losses], abs=0.01)
-    assert information[1] > information[0]
-    assert all(cell > 50 for cell in table["accuracy of the experts' mean, %"])
     assert all(cell > 0 for cell in table["milliseconds a step, median"])
+    if steps >= 44:
+        assert information[1] > information[0]
+        assert all(cell > 50 for cell in table["accuracy of the experts' mean, %"])
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--batch-size", "1"]])
@@ -219,7 +219,7 @@ def test_the_lightning_module_trains_validates_and_logs_terms(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     mixture, metrics = lightning_module.fit(3, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
-    _assert_every_weight_moved(mixture.experts, _untrained(drop_in))
+    _assert_every_weight_moved(mixture.experts.networks, _untrained(drop_in))
     assert metrics["loss"] == pytest.approx(
         metrics["cross_entropy"] + BETA / 3 * metrics["mutual_information"] + GAMMA / 6 * metrics["position_stability"],
         rel=1e-5,

@@ -108,3 +108,22 @@ def test_what_is_not_installed_is_named_with_its_extra(home: Path, monkeypatch: 
     versions = info.collect()["versions"]
     assert versions["rich"] == "not installed (extra train)"
     assert versions["triton"] == "not installed"
+
+
+def test_architectures_are_listed_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    info.main(["--archs"])
+    assert set(capsys.readouterr().out.splitlines()) >= set(NAMES)
+    info.main(["--archs", "robnet_large", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found[:2] == ["robnet_large", "robnet_large_v2"]
+    assert all("robnet_large" in name for name in found)
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_networks_of_a_library_are_listed_where_it_is(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm" if library == "timm" else "torchvision.models", reason="whose networks are listed")
+    assert f"{library}:resnet18" in info.architectures("resnet18")
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setitem(sys.modules, f"{library}.models", None)
+    assert f"{library}:resnet18" not in info.architectures("resnet18")
+    assert info.collect()["architectures"][library].startswith("not installed; pip install")

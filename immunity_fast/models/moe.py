@@ -169,10 +169,11 @@ class ImmunityMoE(nn.Module):
         nn.Module.__init__(model)
         model.arch, model.stem = "", None
         modules = check_experts(experts, cls._fewest)
-        for earlier, later in identical(modules):
+        if pairs := identical(modules):
+            alike = " and ".join(f"{later} as {earlier}" for earlier, later in pairs)
             warnings.warn(
-                f"experts: numbers {earlier} and {later} have equal weights, and training never parts them: give each "
-                "weights of its own, a fresh head, or a little noise, immunity_fast.experts.perturb_(experts)",
+                f"experts: expected weights of their own, got number {alike}, which training never parts: give each a "
+                "fresh head, or a little noise, immunity_fast.experts.perturb_(experts)",
                 stacklevel=2,
             )
         if (mean is None) != (std is None):

@@ -203,10 +203,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def interactive() -> bool:
+    """Whether somebody may see a bar move: not where what rich is told to take for a terminal is a pipe or a file."""
+    return console.is_terminal and console.file.isatty()
+
+
 @contextmanager
 def status_lines(status: Callable[[], str], enabled: bool = True) -> Iterator[None]:
     """Where there is no terminal for a progress bar, a line now and then: an epoch or an attack may take an hour."""
-    if console.is_terminal or not enabled:
+    if interactive() or not enabled:
         yield
         return
     over = threading.Event()
@@ -235,5 +240,5 @@ def progress_bar(enabled: bool = True) -> Progress:
         TextColumn("{task.fields[status]}"),
         console=console,
         transient=True,
-        disable=not (enabled and console.is_terminal),
+        disable=not (enabled and interactive()),
     )

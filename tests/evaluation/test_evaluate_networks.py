@@ -30,7 +30,9 @@ plain = evaluated.plain
 # Any network
 
 
-@pytest.mark.parametrize("name", ["instance", "make", "Brightness", "Holder.network", "plain"])
+@pytest.mark.parametrize(
+    "name", ["instance", "make", "Brightness", "Holder.network", "plain", "in_an_object", "in_a_tuple"]
+)
 def test_any_network_is_evaluated(networks: ModuleType, name: str, data: Path, tmp_path: Path) -> None:
     shared, test = torch.get_rng_state(), load("npz", data).test
     evaluate.main([*network_options(networks, name, data, tmp_path / "out"), "--eps", "26/255"])
@@ -213,4 +215,9 @@ def test_a_folder_of_images_of_any_size_is_brought_to_one_size(
     assert "--image-size) brings all images to one size" in error_line(capsys, evaluate.main, arguments)
     evaluate.main([*arguments, "--image-size", "8"])
     assert len(asked) == 1
+    fitting = [*arguments, "--image-size", "8"]
+    fitting[0] = f"{networks.__name__}:one_channel"
+    line = error_line(capsys, evaluate.main, fitting)
+    assert "expected a network that takes images (B, 3, 8, 8)" in line
+    assert line.endswith("or --image-size N brings the images of a folder to N×N pixels\n")
     assert "--image-size: expected at least 1" in error_line(capsys, evaluate.main, [*arguments, "--image-size", "0"])

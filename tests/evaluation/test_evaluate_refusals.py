@@ -42,6 +42,7 @@ run = evaluated.run
         ("number", "expected a network or a function that makes one, got int"),
         ("makes_a_number", "expected it to make a network, got int"),
         ("takes_images", "expected a network or a function that makes one"),
+        ("features_alone", "expected outputs (B, 3), as many as there are classes, got dict of features"),
         ("four_classes", "expected outputs (B, 3), as many as there are classes, got (6, 4)"),
         ("mixture_of_four_classes", "expected outputs (B, 3), as many as there are classes, got (6, 4)"),
         ("constant", "expected outputs that depend on the images"),

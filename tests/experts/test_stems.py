@@ -94,10 +94,10 @@ def test_what_auto_is(size: int | tuple[int, int], stem: str) -> None:
 
 
 def test_others_have_one_form() -> None:
-    for name in set(NAMES) - set(WITH_STEMS):
-        with torch.device("meta"):
-            one, other = create(name, 3), create(name, 3, stem="imagenet")
-        assert repr(one) == repr(other)
+    assert set(NAMES) > set(WITH_STEMS)
+    with torch.device("meta"):
+        one, other = create("resnet8", 3), create("resnet8", 3, stem="imagenet")
+    assert repr(one) == repr(other)
     with pytest.raises(ValueError, match=r"^stem: expected one of cifar, imagenet, got 'auto'$"):
         create("resnet18", stem="auto")  # type: ignore[arg-type]
 

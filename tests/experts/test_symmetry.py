@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -74,8 +75,18 @@ def test_a_scale_out_of_range_is_refused(scale: float) -> None:
         perturb_([_network(), _network()], scale)
 
 
+def test_equal_experts_in_python_are_warned_of() -> None:
+    networks = [_network(), _network(1), _network()]
+    with pytest.warns(UserWarning, match=r"number 2 as 0, which training never parts: .*perturb_\(experts\)"):
+        ImmunityMoE.from_experts(networks, stage="2", image_size=12)
+    perturb_(networks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ImmunityMoE.from_experts(networks, stage="2", image_size=12)
+
+
 @pytest.mark.parametrize("parted", [False, True])
-@pytest.mark.filterwarnings("ignore:.*equal weights")
+@pytest.mark.filterwarnings("ignore:experts. expected weights of their own")
 def test_equal_experts_never_part_by_themselves(parted: bool) -> None:
     networks = [_network().double(), _network().double()]
     if parted:

@@ -92,15 +92,29 @@ def _check_heatmaps(case: Maps) -> None:
 INFORMATION, STABILITY, BOTH = slice(0, 1), slice(1, 2), slice(0, 2)
 
 
-@seeded(16)
+@seeded(5)
 @given(maps, st.sampled_from([INFORMATION, STABILITY, BOTH]))
 def test_losses_and_gradients_are_as_exact_as_float32_can_be(case: Maps, chosen: slice) -> None:
     _check_losses(case, chosen)
 
 
-@seeded(8)
+@pytest.mark.exhaustive
+@seeded(24)
+@given(maps, st.sampled_from([INFORMATION, STABILITY, BOTH]))
+def test_losses_and_gradients_of_many_cases(case: Maps, chosen: slice) -> None:
+    _check_losses(case, chosen)
+
+
+@seeded(3)
 @given(maps)
 def test_heatmaps_and_gradients_are_as_exact_as_float32_can_be(case: Maps) -> None:
+    _check_heatmaps(case)
+
+
+@pytest.mark.exhaustive
+@seeded(12)
+@given(maps)
+def test_heatmaps_and_gradients_of_many_cases(case: Maps) -> None:
     _check_heatmaps(case)
 
 

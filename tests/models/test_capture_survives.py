@@ -62,7 +62,7 @@ def test_a_copy_captures_its_own(again: Any, used: bool) -> None:
     assert captured(images())[1][0].any()
 
 
-def test_a_copy_made_inside_of_a_pass_does_not_talk_to_the_original() -> None:
+def test_a_copy_made_inside_of_a_pass_hears_nothing() -> None:
     networks = _networks(1)
     captured = capture_activations(networks, "layer")
     captured(images())
@@ -127,7 +127,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["step", "module"])
-def test_compiling_leaves_passes_and_second_derivatives_as_they_are(whole: bool) -> None:
+def test_compiling_leaves_second_derivatives_as_they_are(whole: bool) -> None:
     torch.compiler.reset()
     networks = _networks()
     captured = capture_activations(networks, "layer")

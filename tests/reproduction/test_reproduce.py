@@ -1,16 +1,23 @@
-"""The command that reproduces the paper, at the scale that takes minutes: what it writes, and what it does once."""
+"""The command that reproduces the paper: what it writes, and what it does once.
+
+With networks and attacks smaller still than those of its smallest scale, which is what `-m exhaustive` makes.
+"""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from immunity_fast import reproduce
+from immunity_fast.attacks.descent import Attack
+from immunity_fast.evaluation import runner
 from immunity_fast.reproduction.experiments import BASELINES, SCALES, Experiments, jobs_of
 from immunity_fast.train import parse
 from immunity_fast.training import session
@@ -24,8 +31,38 @@ QUICK = ["--scale", "smoke", "--device", "cpu"]
 TABLES = ("table1", "table2", "table3")
 
 
+@pytest.fixture(scope="module", params=["tiny", pytest.param("smoke", marks=pytest.mark.exhaustive)])
+def cells(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Of the baselines; what the scale "smoke" is meanwhile."""
+    smoke = SCALES["smoke"]
+    assert smoke.cells is not None
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "tiny":
+            made = runner.gradient_attack
+
+            def shorter(name: str, plan: runner.Plan) -> Attack:
+                attack = made(name, plan)
+                return dataclasses.replace(attack, steps=min(attack.steps, 2))
+
+            patch.setattr(runner, "gradient_attack", shorter)
+            smoke = dataclasses.replace(
+                smoke,
+                base=dataclasses.replace(smoke.base, limit_train=20, batch_size=10, check_images=2, attack_steps=2),
+                cells=(5, 2),
+                limit=2,
+                betas=(0.0,),
+                gammas=(0.0,),
+                autoattack={"autoattack_steps": 1, "queries": 2},
+            )
+            patch.setitem(SCALES, "smoke", smoke)
+            for name in ("RobNet", "AdvRush"):
+                patch.delitem(BASELINES, name)
+        assert smoke.cells is not None
+        yield smoke.cells[0]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(cells: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All of it, once."""
     out = tmp_path_factory.mktemp("reproduction") / "out"
     reproduce.main(["all", *QUICK, "--out", str(out)])
@@ -57,10 +94,10 @@ def test_a_table_is_written_in_every_form(folder: Path, table: str) -> None:
     assert "training: " in markdown
 
 
-def test_the_rows_are_those_of_the_paper(folder: Path) -> None:
+def test_the_rows_are_those_of_the_paper(folder: Path, cells: int) -> None:
     rows = {table: _rows(folder, table) for table in TABLES}
     assert [row[:2] for row in rows["table1"]] == [["ResNet8", "trained independently"], ["ResNet8", "Immunity"]]
-    networks = [f"{name}, 5 cells" for name in BASELINES] + ["Immunity, gate sample", "Immunity, gate mean"]
+    networks = [f"{name}, {cells} cells" for name in BASELINES] + ["Immunity, gate sample", "Immunity, gate mean"]
     assert [row[1:3] for row in rows["table2"]] == [[t, n] for t in ("standard", "PGD") for n in networks]
     expected = ["MoE", "MoE + MI", "MoE + PS", "full", "full, detached weights"]
     assert [row[0] for row in rows["table3"]] == expected
@@ -109,6 +146,7 @@ def test_the_table_of_what_is_done_so_far(
     assert "table1: 0 of 2 runs are done" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("cells")
 def test_a_failed_run_is_reported_and_the_table_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +158,7 @@ def test_a_failed_run_is_reported_and_the_table_written(
         return fit(start)
 
     monkeypatch.setattr(session, "fit", sometimes)
-    arguments = ["table3", *QUICK, "--out", str(tmp_path / "out"), "--limit-train", "20", "--batch-size", "10"]
+    arguments = ["table3", *QUICK, "--out", str(tmp_path / "out")]
     line = error_line(capsys, reproduce.main, arguments)
     assert "1 failed, the same command" in line
     rows = {row[0]: row[1:] for row in _rows(tmp_path / "out", "table3")}

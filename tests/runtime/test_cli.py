@@ -203,3 +203,16 @@ def test_names_that_are_no_text_are_trained_on_and_reported(encoding: str, tmp_p
     assert "da\\xffta" in report
     assert json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["data"] == root
     assert (tmp_path / "run" / "figures" / "heatmaps.png").is_file()
+
+
+def test_a_pipe_is_no_terminal_whatever_rich_is_told() -> None:
+    """In a log of FORCE_COLOR a bar that nobody sees must not take the place of a line now and then."""
+    code = "from immunity_fast.runtime import cli; print(cli.console.is_terminal, cli.interactive())"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "FORCE_COLOR": "1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout == "True False\n"

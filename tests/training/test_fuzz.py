@@ -1,7 +1,7 @@
 """Spoilt checkpoints and run files: each gives one line of error or the right result, never a traceback, a hang or a
 signal.
 
-IMMUNITY_FUZZ="FIRST LAST" tries other cases, such as "0 2000", than those of the suite.
+IMMUNITY_FUZZ="FIRST LAST" tries other cases, such as "0 2000", than those of `-m exhaustive`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 from tests.places import REPOSITORY
 
-CASES = os.environ.get("IMMUNITY_FUZZ", "0 100").split()
+CASES = os.environ.get("IMMUNITY_FUZZ", "30 200").split()
 
 
 def wrong(case: dict[str, Any], right: dict[str, Any]) -> str | None:
@@ -40,16 +40,17 @@ def wrong(case: dict[str, Any], right: dict[str, Any]) -> str | None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("first", "last"), [("0", "30"), pytest.param(*CASES, marks=pytest.mark.exhaustive)])
 @pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded PyTorch")
-def test_what_is_spoilt_is_one_line_or_the_right_result(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.fuzzing", str(tmp_path / "runs"), *CASES]
+def test_what_is_spoilt_is_one_line_or_the_right_result(tmp_path: Path, first: str, last: str) -> None:
+    command = [sys.executable, "-m", "tests.fuzzing", str(tmp_path / "runs"), first, last]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, cwd=REPOSITORY, env=alone, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     right, *cases = map(json.loads, ended.stdout.splitlines())
     failed = [(text, case) for case in cases if (text := wrong(case, right)) is not None]
     assert not failed, failed[:5]
-    count = int(CASES[1]) - int(CASES[0])
+    count = int(last) - int(first)
     assert len(cases) == count
     if count >= 100:  # both ends are there, of every file
         outcomes = Counter((case["target"], case["status"]) for case in cases)

@@ -288,8 +288,7 @@ OPTIMISERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("clip_grad_norm", [None, 0.5])
+@pytest.mark.parametrize(("clip_grad_norm", "nesterov"), [(None, False), (0.5, True)])
 @pytest.mark.parametrize("kind", ["SGD, fused", "FusedSGD", "FusedSGD, kernels"])
 def test_momentum_is_nothing_after_a_first_step_that_is_skipped(
     kind: str, clip_grad_norm: float | None, nesterov: bool

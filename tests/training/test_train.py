@@ -296,7 +296,7 @@ def test_a_genotype_of_the_users_own_is_kept_in_the_run(
 ) -> None:
     genotype = tmp_path / "cell.json"
     genotype.write_text(reduced("pdarts", 5, 2), encoding="utf-8")
-    arguments = options(data, arch=genotype, epochs=1, limit_train=16)
+    arguments = options(data, arch=genotype, epochs=1, limit_train=8, attack_images=2, beta=0, gamma=0)
     train.main([*arguments, "--out", str(tmp_path / "run")])
     genotype.unlink()
     run = Run(tmp_path / "run")
@@ -304,7 +304,9 @@ def test_a_genotype_of_the_users_own_is_kept_in_the_run(
     assert "2 × darts-5x2-" in capsys.readouterr().out
     model, _ = load_model(run.folder)
     assert model.stage == "cells1", "12×12, the last that exceeds 8×8"
-    evaluate.main([str(run.folder), "--attacks", "fgsm", "--limit", "2", "--masking-images", "0"])
+    evaluate.main(
+        [str(run.folder), "--attacks", "fgsm", "--attackers", "mean", "--limit", "2", "--masking-images", "0"]
+    )
     line = error_line(capsys, train.main, [*options(data, arch=genotype), "--out", str(tmp_path / "other")])
     assert f"--arch {genotype}: " in line
     genotype.write_text("{}", encoding="utf-8")
