@@ -11,7 +11,7 @@ import torch
 from immunity_fast.losses import FusedImmunityLoss, ImmunityTerms
 from immunity_fast.models.capture import capture_activations
 from immunity_fast.models.gate import RandomSwitchGate, SwitchingGateWarning
-from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.models.moe import ImmunityMoE, UnsynchronisedWarning
 
 __all__ = [
     "FusedImmunityLoss",
@@ -19,6 +19,7 @@ __all__ = [
     "ImmunityTerms",
     "RandomSwitchGate",
     "SwitchingGateWarning",
+    "UnsynchronisedWarning",
     "capture_activations",
     "export",
     "load",

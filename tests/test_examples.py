@@ -200,6 +200,26 @@ def test_the_command_refuses_what_cannot_be_trained(
     assert "expected at least 1 step and 2 images a step" in capsys.readouterr().err
 
 
+def test_the_capture_example_prints_where_each_looks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    capture = importlib.import_module("capture")
+    monkeypatch.setattr(sys, "argv", ["capture.py", "--steps", "2"])
+    capture.main()
+    title, *networks, first, last = capsys.readouterr().out.splitlines()
+    assert title == "images (8, 3, 48, 48), heatmaps 48×48"
+    assert [line.split()[0] for line in networks] == ["resnet", "vit", "swin"]
+    assert all(line.endswith("12, 12)") for line in networks)
+    for number, line in enumerate((first, last), 1):
+        assert line.startswith(f"step {number}: loss ")
+        values = [
+            float(part.split()[-1].replace(",", "")) for part in line.split("loss ")[1].replace(";", ",").split(", ")
+        ]
+        assert len(values) == 4
+        assert all(math.isfinite(value) for value in values)
+
+
 def test_the_command_starts_from_any_folder(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "drop_in.py"), "--help"]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout

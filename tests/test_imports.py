@@ -35,7 +35,7 @@ APART = {
     "evaluation": {"training"},
     "experts": {"data", "reporting"},
     "losses": {"attacks", "data", "models", "reporting"},
-    "models": {"data", "losses", "reporting"},
+    "models": {"data", "reporting"},  # not without the losses: `model(images, labels)` is the loss, for wrappers
     "reporting": {"data", "functional", "kernels"},
 }
 

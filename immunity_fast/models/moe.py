@@ -4,9 +4,10 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from immunity_fast.experts import identical
 from immunity_fast.experts.registry import check_trusted
 from immunity_fast.experts.stems import Stem, StemChoice, chosen_stem
 from immunity_fast.functional import log_mixture
+from immunity_fast.losses import FusedImmunityLoss, ImmunityTerms
 from immunity_fast.models import pretrained
 from immunity_fast.models.assembly import Assembly, Layouts, Stages, assembled, check_classes, check_experts, from_names
 from immunity_fast.models.attention import MathAttention
@@ -29,6 +31,7 @@ from immunity_fast.models.inference import Gate as InferenceGate
 from immunity_fast.models.inference import InferenceMixture, folded
 from immunity_fast.models.layers import NoChoice, Normalize
 from immunity_fast.models.maps import MapLayout, Reshape
+from immunity_fast.models.objective import loss_and_terms
 from immunity_fast.models.stacking import (
     call,
     call_stacked,
@@ -39,10 +42,15 @@ from immunity_fast.models.stacking import (
     unstack_modules,
 )
 from immunity_fast.runtime.checks import check_whole
+from immunity_fast.runtime.distributed import training_group
 from immunity_fast.runtime.strategies import Batching, choose
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+class UnsynchronisedWarning(UserWarning):
+    """A mixture is trained in several processes by a forward pass whose gradients nobody averages."""
 
 
 class ImmunityMoE(nn.Module):
@@ -67,6 +75,8 @@ class ImmunityMoE(nn.Module):
         batching: "loop" or "vmap" over the experts; "auto" is what was measured to be faster, see `strategies`.
         mean, std: per channel, of images in [0, 1]; the model normalises with them itself. Default: CIFAR-10's.
         classes: the classes' names, as many as there are; None where nobody has named them.
+        loss_fn: what `model(images, labels)` gives, an attribute; None is `FusedImmunityLoss` with heatmaps of
+            `image_size`.
 
     Attributes:
         image_size, channels: (H, W) and C of the images that it was made for.
@@ -82,6 +92,7 @@ class ImmunityMoE(nn.Module):
     """
 
     _fewest: ClassVar[int] = 2  # experts
+    _warned = False  # of gradients that are not averaged
 
     def __init__(
         self,
@@ -99,6 +110,7 @@ class ImmunityMoE(nn.Module):
         mean: Sequence[float] = CIFAR10_MEAN,
         std: Sequence[float] = CIFAR10_STD,
         classes: Sequence[str] | None = None,
+        loss_fn: FusedImmunityLoss | None = None,
     ) -> None:
         super().__init__()
         self.arch = arch if isinstance(arch, str) else ",".join(arch)
@@ -115,7 +127,7 @@ class ImmunityMoE(nn.Module):
             stem=stem,
         )
         gate = RandomSwitchGate(num_experts, switch=switch, generator=generator, channels=channels)
-        self._hold(parts, gate, batching, Normalize(mean, std), classes)
+        self._hold(parts, gate, Normalize(mean, std), classes, loss_fn)
 
     @classmethod
     def from_experts(
@@ -132,6 +144,7 @@ class ImmunityMoE(nn.Module):
         std: Sequence[float] | None = None,
         layout: Layouts = None,
         classes: Sequence[str] | None = None,
+        loss_fn: FusedImmunityLoss | None = None,
     ) -> "ImmunityMoE":
         """A mixture of the user's own networks, which are copied.
 
@@ -152,12 +165,12 @@ class ImmunityMoE(nn.Module):
                 looks at, or one an expert; None is the last whose map exceeds 8×8 and changes the logits, of the
                 direct children before others.
             image_size: the images' side or (H, W), which the experts have to accept.
-            batching: see the class; "vmap" is for experts of one structure.
+            batching: see the class; "vmap" is for experts of one structure that it can run; of others "auto" is a loop.
             mean, std: normalisation before the experts and the gate; None is none: the experts do their own.
             layout: what `stage` returns, "NCHW" for (B, C, h, w), "NHWC" for (B, h, w, C), as in a Swin Transformer,
                 "tokens" for (B, T, C), as in a ViT, or a function of it to (B, C, h, w), or one an expert; None finds
                 out. The model's activations are (B, C, h, w) either way.
-            classes: see the class.
+            classes, loss_fn: see the class.
 
         Raises:
             ValueError: fewer than 2 experts, experts that do not run, or in the mixture otherwise than alone, or have
@@ -189,7 +202,7 @@ class ImmunityMoE(nn.Module):
         )
         if gate is None:
             gate = cls._gate(len(modules), switch, generator, parts.channels)
-        model._hold(parts, gate, batching, normalize, classes)
+        model._hold(parts, gate, normalize, classes, loss_fn)
         return model
 
     @classmethod
@@ -202,16 +215,17 @@ class ImmunityMoE(nn.Module):
         self,
         parts: Assembly,
         gate: RandomSwitchGate,
-        batching: Batching,
         normalize: nn.Module,
         classes: Sequence[str] | None,
+        loss_fn: FusedImmunityLoss | None,
     ) -> None:
         self.num_experts = len(parts.stages)
         self.num_classes, self.image_size = parts.num_classes, parts.image_size
+        self.loss_fn = FusedImmunityLoss(size=self.image_size) if loss_fn is None else loss_fn
         self.channels = parts.channels
         self.card: str | None = None
         self.classes = check_classes(classes, parts.num_classes)
-        self.batching: Batching = batching
+        self.batching: Batching = parts.batching
         self.normalize = normalize
         self.gate = gate
         self.experts = parts.experts
@@ -232,15 +246,82 @@ class ImmunityMoE(nn.Module):
         layouts = tuple(reading.layout for reading in self._readings)
         return layouts[0] if len(set(layouts)) == 1 else layouts
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Log-probabilities (B, num_classes) of `images` (B, C, H, W) in [0, 1].
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`nn.Module`'s; but `loss_fn` is no part of the model, which is the same however it is trained."""
+        if name == "loss_fn":
+            if not isinstance(value, FusedImmunityLoss):
+                raise TypeError(f"loss_fn: expected a FusedImmunityLoss, got {type(value).__name__}")
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @overload
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, *, return_terms: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, images: Tensor, labels: Tensor, *, return_terms: Literal[True]
+    ) -> tuple[Tensor, ImmunityTerms]: ...
+
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, *, return_terms: bool = False
+    ) -> Tensor | tuple[Tensor, ImmunityTerms]:
+        """Log-probabilities of images; with labels the loss, by `loss_fn`, in the module's own forward pass.
+
+        So that wrappers see all of it: `DistributedDataParallel`, accelerate, FSDP2, `torch.compile(fullgraph=True)`.
+        Under the first three, position stability is that of the samples of all processes, unless `loss_fn` has a
+        `group_name` of its own; each process needs as many samples as the others.
+
+        Args:
+            images: (B, C, H, W) floating-point in [0, 1].
+            labels: (B,) integers; None asks for log-probabilities.
+            return_terms: return `(loss, ImmunityTerms)`.
+
+        Returns:
+            Log-probabilities (B, num_classes); with labels the loss, 0-d, eq. (12), of one network its cross-entropy.
 
         Raises:
-            ValueError: images of another shape.
-            TypeError: images that are not floating-point.
+            ValueError: images of another shape; terms without labels; as `FusedImmunityLoss.forward`.
+            TypeError: images that are not floating-point; as `FusedImmunityLoss.forward`.
         """
-        x = self._normalized(images)
-        return log_mixture(self._logits(x), self.gate(x))
+        if labels is None:
+            if return_terms:
+                raise ValueError("labels: expected labels (B,), of which the loss has terms, got None")
+            x = self._normalized(images)
+            return log_mixture(self._logits(x), self.gate(x))
+        loss, terms = self._loss_of_all_processes(images, labels)
+        return (loss, terms) if return_terms else loss
+
+    def _check_synchronised(self, name: str) -> None:
+        """Warn, once, of a pass to train with that no wrapper sees, while there are several processes."""
+        if self._warned or torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+            return
+        if training_group(self) is None and any(parameter.requires_grad for parameter in self.parameters()):
+            self._warned = True
+            warnings.warn(
+                f"several processes run, and {name} is called on the model itself: DistributedDataParallel and FSDP "
+                "see the forward pass of what they wrap alone, so gradients are each process' own; call "
+                "wrapped(images, labels), which gives the loss (or average the gradients yourself)",
+                UnsynchronisedWarning,
+                stacklevel=3,
+            )
+
+    def _loss_of_all_processes(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ImmunityTerms]:
+        """The loss by `loss_fn`, for the processes whose gradients will be averaged."""
+        group = "" if self.loss_fn.group_name else training_group(self)
+        if not group:
+            return loss_and_terms(self, self.loss_fn, images, labels)
+        if not torch.compiler.is_compiling():
+            loss_fn = copy.copy(self.loss_fn)
+            loss_fn.group_name = group
+            return loss_and_terms(self, loss_fn, images, labels)
+        self.loss_fn.group_name = group  # a compiler makes no copies of modules, and sees one thread
+        try:
+            return loss_and_terms(self, self.loss_fn, images, labels)
+        finally:
+            self.loss_fn.group_name = ""
 
     def expert_logits(self, images: Tensor) -> Tensor:
         """Logits (N, B, K) of `images` (B, C, H, W) in [0, 1]: all of the model that is not the gate.
@@ -248,6 +329,7 @@ class ImmunityMoE(nn.Module):
         Raises:
             ValueError, TypeError: as for `forward`.
         """
+        self._check_synchronised("expert_logits")
         return self._logits(self._normalized(images))
 
     def expert_logits_with_copied_buffers(self, images: Tensor) -> Tensor:
@@ -271,21 +353,26 @@ class ImmunityMoE(nn.Module):
         weights: Tensor = self.gate(self._normalized(images))
         return weights
 
-    def expert_outputs(self, images: Tensor) -> tuple[Tensor, Experts, Tensor]:
+    def expert_outputs(self, images: Tensor, *, detach_weights: bool = False) -> tuple[Tensor, Experts, Tensor]:
         """What `FusedImmunityLoss` takes: logits (N, B, K), activations (N, B, C, h, w) in their graph, gate (B, N).
 
         The activations are a list of N tensors (B, C, h, w) if the experts are not an `nn.Sequential` of one structure;
         C, h and w are then each expert's own.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            detach_weights: as the loss's: nothing is differentiated twice, and attention may run its fast kernels.
         """
+        self._check_synchronised("expert_outputs")
         if self._halves is None:
             x = self._normalized(images)
-            logits, activations = self._run_whole(x)
+            logits, activations = self._run_whole(x, detach_weights)
             return logits, activations, self.gate(x)
         maps, weights = self.trunk_outputs(images)
         if torch.is_grad_enabled() and not maps.requires_grad:  # behind a frozen trunk; Grad-CAM needs the head alone
             maps.requires_grad_()
         before = version(maps)
-        with self._differentiable_attention():
+        with nullcontext() if detach_weights else self._differentiable_attention():
             logits = run_stacked(self._halves[1], maps, self.num_experts, shared=False, batching=self._batching(maps))
         check_kept("stage", self._stages[0], maps, before)
         return logits, maps, weights
@@ -297,6 +384,7 @@ class ImmunityMoE(nn.Module):
 
     def trunk_outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Activations (N, B, C, h, w) and the gate's weights (B, N); the first half of `expert_outputs`."""
+        self._check_synchronised("trunk_outputs")
         x = self._normalized(images)
         maps = run_stacked(self._cut()[0], x, self.num_experts, shared=True, batching=self._batching(x))
         return maps, self.gate(x)
@@ -573,7 +661,7 @@ class ImmunityMoE(nn.Module):
         return normalized
 
     @eagerly
-    def _run_whole(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _run_whole(self, x: Tensor, detach_weights: bool) -> tuple[Tensor, list[Tensor]]:
         """One expert after another: the activations inside a `vmap` are in no graph outside of it."""
         experts = self.experts
         runs: list[tuple[nn.Module, Callable[[], Tensor]]]
@@ -585,8 +673,9 @@ class ImmunityMoE(nn.Module):
                 runs = [(experts, partial(call, experts, own, x)) for own in slices(experts, self.num_experts)]
             for index, (network, run) in enumerate(runs):
                 catcher = Catcher(self._stages[index], index)
-                sides = x.shape[2], x.shape[3]
-                logits.append(catch(network, catcher, run, self._readings[index], sides))
+                reading = self._readings[index]
+                reading = replace(reading, attention=reading.attention and not detach_weights)
+                logits.append(catch(network, catcher, run, reading, (x.shape[2], x.shape[3])))
                 activations.append(catcher.caught("stage"))
         return torch.stack(logits), activations
 
@@ -607,7 +696,7 @@ class SingleNetwork(ImmunityMoE):
     `SingleNetwork.from_experts([network])` takes any.
 
     Args:
-        arch, num_classes, stage, image_size, stem, channels, batching, mean, std, classes: see `ImmunityMoE`.
+        arch, num_classes, stage, image_size, stem, channels, batching, mean, std, classes, loss_fn: see `ImmunityMoE`.
     """
 
     _fewest: ClassVar[int] = 1
@@ -625,6 +714,7 @@ class SingleNetwork(ImmunityMoE):
         mean: Sequence[float] = CIFAR10_MEAN,
         std: Sequence[float] = CIFAR10_STD,
         classes: Sequence[str] | None = None,
+        loss_fn: FusedImmunityLoss | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.arch = arch
@@ -632,7 +722,7 @@ class SingleNetwork(ImmunityMoE):
         parts = from_names(
             arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching, stem=stem
         )
-        self._hold(parts, self._gate(1, "call", None, channels), batching, Normalize(mean, std), classes)
+        self._hold(parts, self._gate(1, "call", None, channels), Normalize(mean, std), classes, loss_fn)
 
     @classmethod
     def _gate(

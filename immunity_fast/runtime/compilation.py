@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -30,6 +31,10 @@ _MODES = {
 RECOMPILE_LIMIT = 256
 TRACEBACKS = "compilation.log"  # in a run's folder: of all that could not be compiled
 CAUSE_LENGTH = 300  # of an innermost cause in a line, in characters
+CODE_LENGTH = 100  # of a line of code in one
+
+_FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in (\S+)\n\s+(\S[^\n]*)')
+_OPERATION = re.compile(r"(?m)^\s*target: (\S+)$")
 
 
 def resolve(choice: Compile, device: torch.device) -> Literal["off", "on", "max"]:
@@ -164,7 +169,7 @@ class Compiled:
             self._compiled = compiled
             raise
         kept = "" if self._traceback_file is None else append_traceback(error, self._traceback_file)
-        self._log(f"compiling failed, going on in eager mode: {innermost_cause(error)}{kept}")
+        self._log(f"compiling failed, going on in eager mode: {innermost_cause(error)}{place_of(error)}{kept}")
         return result
 
 
@@ -188,6 +193,23 @@ def innermost_cause(error: BaseException) -> str:
     # Where the first line only announces what follows, such as code, what is wrong with it comes last.
     told = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]
     return shortened(f"{type(error).__name__}: {told}")
+
+
+def place_of(error: BaseException) -> str:
+    """Where in the code that is compiled a compiler has failed, as the end of a line; nothing where it does not say.
+
+    Dynamo quotes the code that it was tracing, Inductor names the operation that it was lowering.
+    """
+    texts = [str(each) for each in reversed(causes(error))]
+    for text in texts:
+        frames = _FRAME.findall(text.partition("from user code:")[2])
+        if frames:
+            file, line, function, code = frames[-1]
+            return f"; in {function}, {Path(file).name}:{line}: {shortened(code.strip(), CODE_LENGTH)}"
+    for text in texts:
+        if operation := _OPERATION.search(text):
+            return f"; in the operation {operation[1]}"
+    return ""
 
 
 def causes(error: BaseException) -> list[BaseException]:

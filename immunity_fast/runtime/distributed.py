@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 # What Gloo and NCCL say in a process that is left behind.
 _LOST = re.compile(r"Connection (reset|closed|refused)|Broken pipe|remote (process|worker)|ncclRemoteError", re.I)
@@ -114,6 +115,31 @@ def mean(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total / count()
+
+
+def training_group(module: nn.Module) -> str | None:
+    """The process group over which the gradients of a forward pass that is under way will be averaged.
+
+    Args:
+        module: whose forward pass it is, or a part of it.
+
+    Returns:
+        The group's name; "" where there is one process; None where there are several and no wrapper is at work, so that
+        gradients stay each process' own.
+    """
+    if not _several():
+        return ""
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)  # PyTorch's own, for its compiler
+    # A compiler's code does not look at modules as at objects; what it compiles in there is a part of what is wrapped.
+    if wrapper is not None and (
+        torch.compiler.is_compiling() or any(part is module for part in wrapper.module.modules())
+    ):
+        name: str = wrapper.process_group.group_name
+        return name
+    if getattr(module, "_is_fsdp_managed_module", False):  # which both kinds of FSDP leave for the compiler, too
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD.group_name
+    return None
 
 
 def average_buffers(module: nn.Module) -> None:

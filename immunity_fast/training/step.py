@@ -16,9 +16,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from immunity_fast.data.augmentation import apply_affine
-from immunity_fast.functional import mixture_cross_entropy
-from immunity_fast.losses import Classification, FusedImmunityLoss, ImmunityTerms
+from immunity_fast.losses import Classification, FusedImmunityLoss
 from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.models.objective import loss_and_terms
 from immunity_fast.models.stacking import channels_last_
 from immunity_fast.runtime import strategies
 from immunity_fast.runtime.compilation import Compile, Compiled, Log
@@ -188,7 +188,14 @@ class _Objective(nn.Module):
         if self.device.type == "cuda":
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast(self.amp, self.device):
-            loss, terms = self._terms(images, labels, None if clean is None else self._trades(clean, labels))
+            loss, terms = loss_and_terms(
+                self.model,
+                self.loss_fn,
+                images,
+                labels,
+                double_backprop=self.double_backprop,
+                classification=None if clean is None else self._trades(clean, labels),
+            )
         return loss, torch.stack([loss.detach(), *(term.detach() for term in terms)]).double()
 
     def _trades(self, clean: Tensor, labels: Tensor) -> Classification:
@@ -205,40 +212,6 @@ class _Objective(nn.Module):
             return trades_losses(outputs, (logits, gate), labels, alpha, weight)
 
         return losses
-
-    def _terms(
-        self, images: Tensor, labels: Tensor, classification: Classification | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if self.model.num_experts == 1:
-            return self._single(images, labels, classification)
-        if not self.model.has_head:
-            logits, activations, gate = self.model.expert_outputs(images)
-            result: tuple[Tensor, tuple[Tensor, ...]] = self.loss_fn(
-                logits, activations, labels, gate, return_terms=True, classification=classification
-            )
-            return result
-        maps, gate = self.model.trunk_outputs(images)
-        result, buffers = self.loss_fn.from_head(
-            self.model.head_outputs,
-            maps,
-            labels,
-            gate,
-            return_terms=True,
-            has_aux=True,
-            double_backprop=self.double_backprop,
-            classification=classification,
-        )
-        self.model.update_head(buffers)
-        return result
-
-    def _single(
-        self, images: Tensor, labels: Tensor, classification: Classification | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Of one network, the baseline: it has no other to be apart from, and its cross-entropy counts once."""
-        logits = self.model.expert_logits(images)
-        losses = partial(mixture_cross_entropy, targets=labels, alpha=0.0) if classification is None else classification
-        loss = losses(logits, None).mean()
-        return loss, ImmunityTerms(loss, torch.zeros_like(loss), torch.zeros_like(loss))
 
 
 def _distributed(objective: _Objective, group: torch.distributed.ProcessGroup) -> DistributedDataParallel:

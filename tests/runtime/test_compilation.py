@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
 from immunity_fast.data.augmentation import draw_affine
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.runtime import strategies
-from immunity_fast.runtime.compilation import Compiled, innermost_cause, keep_caches, resolve
+from immunity_fast.runtime.compilation import Compiled, innermost_cause, keep_caches, place_of, resolve
 from immunity_fast.runtime.profiling import RECORDED
 from immunity_fast.training.step import TrainStep
 from immunity_fast.training.trainer import Trainer
@@ -235,7 +236,10 @@ def test_the_line_has_the_cause_and_the_file_of_the_traceback(tmp_path: Path) ->
         compiled = Compiled(lambda x: unknown(x) * 2, "on", CPU, said.append, file)
         assert compiled(torch.ones(2)).tolist() == [4, 4]
         assert not compiled.active
-    line = f"compiling failed, going on in eager mode: ZeroDivisionError: because of this; whole traceback: {file}"
+    line = (
+        "compiling failed, going on in eager mode: ZeroDivisionError: because of this; in the operation "
+        f"immunity_fast_tests.unknown.default; whole traceback: {file}"
+    )
     assert said == [line, line]
     kept = file.read_text(encoding="utf-8")
     assert kept.count("Traceback (most recent call last)") >= 6
@@ -489,3 +493,27 @@ def test_a_run_in_half_precision_is_taken_up_bit_for_bit(amp: str, tmp_path: Pat
     trained(["--resume", str(tmp_path / "run")])
     assert saved(tmp_path / "run") == saved(tmp_path / "whole")
     assert ("scaler/scale" in saved(tmp_path / "run")["tensors"]) == (amp == "fp16")
+
+
+def _prints(x: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.graph_break()  # what a user's network may do in many ways
+    return x + 1
+
+
+def test_a_failure_names_the_function_and_its_code() -> None:
+    """Of Dynamo, whatever it is that it cannot trace; in one line."""
+    said: list[str] = []
+    torch.compiler.reset()
+    compiled = Compiled(lambda x: _prints(2 * x), "on", torch.device("cpu"), said.append)
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 3.0))
+    (line,) = said
+    assert re.search(r"; in _prints, test_compilation\.py:\d+: torch\._dynamo\.graph_break\(\)", line)
+    assert "\n" not in line
+    torch.compiler.reset()
+
+
+def test_a_failure_names_the_operation() -> None:
+    """Of Inductor, whose text this is; and nothing where no place is told."""
+    text = "LoweringException: NotImplementedError: no\n  target: aten._fft_c2r.default\n  args[0]: TensorBox("
+    assert place_of(RuntimeError(text)) == "; in the operation aten._fft_c2r.default"
+    assert place_of(RuntimeError("no compiler")) == ""

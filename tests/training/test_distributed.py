@@ -107,6 +107,7 @@ def test_a_run_of_two_processes_goes_on_in_one_and_in_two_again(tmp_path: Path) 
     run = Run(folder)
     assert load_checkpoint(run.checkpoint)[1]["step"] == 10
     printed = launch("-m", "immunity_fast.train", "--resume", str(folder))
+    assert "UnsynchronisedWarning" not in printed
     assert "cpu × 2" in printed
     assert printed.count("Test accuracy") == 1
     assert [record["epoch"] for record in run.metrics()] == [1, 2, 3]

@@ -1,0 +1,37 @@
+"""The examples on wrappers and attack libraries, as their first lines say they are run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.places import REPOSITORY
+
+
+def _run(name: str, *options: str) -> str:
+    pytest.importorskip("sklearn", reason="the extra train")
+    command = [sys.executable, str(REPOSITORY / "examples" / name), *options]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+@pytest.mark.parametrize("by", ["ddp", "accelerate"])
+def test_two_processes_end_where_one_does(by: str) -> None:
+    if by == "accelerate":
+        pytest.importorskip("accelerate", reason="an outside library that the project does not need")
+    shown = _run("wrappers.py", "--by", by)
+    moved, apart = (float(number) for number in re.findall(r"\d\.\de[+-]\d\d", shown))
+    assert moved > 1e-3
+    assert apart < 1e-12
+    assert f"2 processes by {by} end within" in shown
+
+
+def test_attack_libraries_are_listed_with_what_they_report() -> None:
+    shown = _run("attack_libraries.py", "--epochs", "4", "--steps", "2")
+    assert "clean accuracy, exact mean:" in shown
+    for name in ("immunity_fast", "torchattacks", "foolbox", "art"):
+        assert re.search(rf"^{name} +(is not installed|(\d+\.\d % *){{3}})$", shown, re.MULTILINE), shown
