@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from immunity_fast.models.maps import pick
 from immunity_fast.models.outputs import check_logits
-from immunity_fast.models.stacking import call, in_use, own_tensors
+from immunity_fast.models.stacking import call, in_use, own_tensors, run_stacked
 
 # Of images that networks are built for, the usual ones first; those who take one size alone seldom say which.
 SIDES = (32, 224, 28, 64, 96, 128, 256, 299, 384, *range(4, 64))
@@ -147,6 +147,16 @@ def check_alike(
                 _compare(alone, experts, index, twins[index], stages[index], images, way)
                 overwritten[index] = overwritten[index] or alone.overwritten
     return overwritten, classes[0]
+
+
+def why_not_batched(stacked: nn.Module, images: Tensor, num_experts: int) -> str:
+    """Why `vmap` over a stack does not run, in evaluation mode; "" where it does."""
+    with apart(stacked, images):
+        try:
+            run_stacked(stacked, images.clone(), num_experts, shared=True, batching="vmap")
+        except Exception as error:  # whatever PyTorch and the network may raise
+            return _line(error)
+    return ""
 
 
 def _check_classes(index: int, logits: Tensor, classes: list[int]) -> None:
