@@ -75,9 +75,10 @@ class FusedImmunityLoss(nn.Module):
         layout: the order of the activations' axes, "NCHW" for (B, C, h, w), or "NHWC" for (B, h, w, C), the maps of a
             Swin Transformer. (`memory_format=torch.channels_last` changes no axes: its tensors are "NCHW".)
 
-    An in-place operation right behind a hooked module (the ReLU after `bn1` of a torchvision ResNet, after `features.9`
-    of a VGG, after `features` of a DenseNet) changes the tensor that the hook has kept, and the loss cannot see that. A
-    hook that returns `output.clone()` is safe: what follows changes the copy. `ImmunityMoE.from_experts` does that.
+    What it takes comes from `capture_activations` or `ImmunityMoE`. With hooks of your own, mind an in-place operation
+    right behind the module (the ReLU after `bn1` of a torchvision ResNet, after `features.9` of a VGG, after `features`
+    of a DenseNet): it changes the tensor that the hook has kept, and the loss cannot see that. A hook that returns
+    `output.clone()` is safe: what follows changes the copy.
 
     Raises:
         ValueError: an option out of its range.

@@ -200,6 +200,26 @@ def test_the_command_refuses_what_cannot_be_trained(
     assert "expected at least 1 step and 2 images a step" in capsys.readouterr().err
 
 
+def test_the_capture_example_prints_where_each_looks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    capture = importlib.import_module("capture")
+    monkeypatch.setattr(sys, "argv", ["capture.py", "--steps", "2"])
+    capture.main()
+    title, *networks, first, last = capsys.readouterr().out.splitlines()
+    assert title == "images (8, 3, 48, 48), heatmaps 48×48"
+    assert [line.split()[0] for line in networks] == ["resnet", "vit", "swin"]
+    assert all(line.endswith("12, 12)") for line in networks)
+    for number, line in enumerate((first, last), 1):
+        assert line.startswith(f"step {number}: loss ")
+        values = [
+            float(part.split()[-1].replace(",", "")) for part in line.split("loss ")[1].replace(";", ",").split(", ")
+        ]
+        assert len(values) == 4
+        assert all(math.isfinite(value) for value in values)
+
+
 def test_the_command_starts_from_any_folder(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "drop_in.py"), "--help"]
     shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
@@ -219,7 +239,7 @@ def test_the_lightning_module_trains_validates_and_logs_terms(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     mixture, metrics = lightning_module.fit(3, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
-    _assert_every_weight_moved(mixture.experts.networks, _untrained(drop_in))
+    _assert_every_weight_moved(nn.ModuleList(mixture.model.unstack()), _untrained(drop_in))
     assert metrics["loss"] == pytest.approx(
         metrics["cross_entropy"] + BETA / 3 * metrics["mutual_information"] + GAMMA / 6 * metrics["position_stability"],
         rel=1e-5,
@@ -230,3 +250,22 @@ def test_the_lightning_module_trains_validates_and_logs_terms(
         correct = mixture.eval()(images).argmax(-1) == labels
     assert metrics["validation_accuracy"] == pytest.approx(float(correct.float().mean()), abs=1e-3)
     assert not list(tmp_path.iterdir())
+
+
+def test_networks_of_libraries_train_from_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm", reason="the example's second network")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    importlib.import_module("any_network").main()
+    found = capsys.readouterr().out
+    for part in (
+        "2 × torchvision:squeezenet1_1 + 1 × timm:test_resnet on npz",
+        "its classifier head of 10 classes is replaced by a fresh one of 3 (fc.weight, fc.bias)",
+        "expert 3 would begin as another does, and never part from it: noise of 0.01",
+        "Grad-CAM looks at features.1 (15×15, 64 channels) in torchvision:squeezenet1_1, act1 (16×16, 32 channels)",
+        "from the run: torchvision:squeezenet1_1,timm:test_resnet, logits (3, 2, 3), gate (2, 3)",
+    ):
+        assert part in found
+    assert list(tmp_path.iterdir()) == [], "all files are temporary"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -134,8 +135,10 @@ def _program(plain: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
 
 def _to_program(plain: nn.Module, images: Tensor, about: dict[str, str], file: Path) -> Run:
     extra = {METADATA: json.dumps(about, ensure_ascii=False)}
-    torch.export.save(_program(plain, images), file, extra_files=extra)
-    found: Run = torch.export.load(file).module()
+    content = io.BytesIO()  # of a path it wants the ending .pt2
+    torch.export.save(_program(plain, images), content, extra_files=extra)
+    file.write_bytes(content.getvalue())
+    found: Run = torch.export.load(content).module()
     return found
 
 

@@ -68,7 +68,7 @@ def expert_maps(model: ImmunityMoE, loss: FusedImmunityLoss, images: Tensor, lab
     with torch.enable_grad():
         # Of the images, too: the model's own tensors may be frozen. A switching gate would draw.
         with model.gate.switched("mean"):
-            logits, activations, _ = model.expert_outputs(images.detach().requires_grad_())
+            logits, activations, _ = model.expert_outputs(images.detach().requires_grad_(), detach_weights=True)
         parts = [activations] if isinstance(activations, Tensor) else list(activations)
         gradients = torch.autograd.grad(label_scores(logits, labels, loss.score), parts)
     stacked = isinstance(activations, Tensor)

@@ -35,6 +35,7 @@ class Assembly(NamedTuple):
     image_size: tuple[int, int]
     channels: int
     num_classes: int
+    batching: Batching
 
 
 def sides_of(image_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -85,6 +86,7 @@ def from_names(
         sides_of(image_size),
         channels,
         num_classes,
+        batching,
     )
 
 
@@ -129,6 +131,7 @@ def assembled(
     overwritten, num_classes = probe.check_alike(experts, twins, stages, images)
     if one_stack:  # which has one head
         overwritten = [any(overwritten)] * len(experts)
+        batching = _possible(batching, whole, images, len(experts))
     return Assembly(
         whole,
         tuple(stages),
@@ -139,6 +142,7 @@ def assembled(
         (images.shape[2], images.shape[3]),
         images.shape[1],
         num_classes,
+        batching,
     )
 
 
@@ -191,6 +195,22 @@ def _are_one_stack(experts: Sequence[nn.Module], stages: Sequence[object], batch
         what = "stages" if alike else "structures"
         raise ValueError(f"batching: expected 'auto' or 'loop' for experts of different {what}, got 'vmap'")
     return one_stack
+
+
+def _possible(batching: Batching, stacked: nn.Module, images: Tensor, num_experts: int) -> Batching:
+    """The batching that was asked for; of "auto" a loop where `vmap` cannot run the networks.
+
+    Raises:
+        ValueError: it cannot, and was asked for.
+    """
+    if batching == "loop":
+        return batching
+    reason = probe.why_not_batched(stacked, images, num_experts)
+    if reason and batching == "vmap":
+        raise ValueError(
+            f"batching: expected 'auto' or 'loop' for networks that torch.vmap does not run, got 'vmap' ({reason})"
+        )
+    return "loop" if reason else batching
 
 
 def _look(

@@ -147,6 +147,6 @@ def _deaf(layer: str, number: int) -> Catcher:
 def _warn_of_attention(layer: str) -> None:
     warnings.warn(
         f"attention behind {layer!r} runs PyTorch's math kernel, which can be differentiated twice, as its fast "
-        "kernels cannot; with detach_weights=True, in the loss and in capture_activations, it keeps these",
+        "kernels cannot; with detach_weights=True, in the loss and where the maps are captured, it keeps these",
         stacklevel=4,
     )

@@ -20,7 +20,7 @@ class Mixture(Protocol):
 
     gate: RandomSwitchGate
 
-    def expert_outputs(self, images: Tensor) -> tuple[Tensor, Experts, Tensor]:
+    def expert_outputs(self, images: Tensor, *, detach_weights: bool = False) -> tuple[Tensor, Experts, Tensor]:
         """Logits (N, B, K), activations of each expert in their graph, the gate's weights (B, N)."""
 
 
@@ -48,7 +48,7 @@ def expert_heatmaps(
             # Of the images, too: the model's own tensors may be frozen.
             images = (images.clone() if images.is_inference() else images.detach()).requires_grad_()
         with model.gate.switched("mean"):
-            logits, activations, _ = model.expert_outputs(images)
+            logits, activations, _ = model.expert_outputs(images, detach_weights=True)
         targets = _targets(classes, log_mixture(logits.detach()))
         parts = [activations] if isinstance(activations, Tensor) else list(activations)
         # Autocast would cast the backward pass of operations whose forward pass it has not seen.

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, overload
@@ -126,7 +127,7 @@ class ImmunityMoE(nn.Module):
             stem=stem,
         )
         gate = RandomSwitchGate(num_experts, switch=switch, generator=generator, channels=channels)
-        self._hold(parts, gate, batching, Normalize(mean, std), classes, loss_fn)
+        self._hold(parts, gate, Normalize(mean, std), classes, loss_fn)
 
     @classmethod
     def from_experts(
@@ -164,7 +165,7 @@ class ImmunityMoE(nn.Module):
                 looks at, or one an expert; None is the last whose map exceeds 8×8 and changes the logits, of the
                 direct children before others.
             image_size: the images' side or (H, W), which the experts have to accept.
-            batching: see the class; "vmap" is for experts of one structure.
+            batching: see the class; "vmap" is for experts of one structure that it can run; of others "auto" is a loop.
             mean, std: normalisation before the experts and the gate; None is none: the experts do their own.
             layout: what `stage` returns, "NCHW" for (B, C, h, w), "NHWC" for (B, h, w, C), as in a Swin Transformer,
                 "tokens" for (B, T, C), as in a ViT, or a function of it to (B, C, h, w), or one an expert; None finds
@@ -201,7 +202,7 @@ class ImmunityMoE(nn.Module):
         )
         if gate is None:
             gate = cls._gate(len(modules), switch, generator, parts.channels)
-        model._hold(parts, gate, batching, normalize, classes, loss_fn)
+        model._hold(parts, gate, normalize, classes, loss_fn)
         return model
 
     @classmethod
@@ -214,7 +215,6 @@ class ImmunityMoE(nn.Module):
         self,
         parts: Assembly,
         gate: RandomSwitchGate,
-        batching: Batching,
         normalize: nn.Module,
         classes: Sequence[str] | None,
         loss_fn: FusedImmunityLoss | None,
@@ -225,7 +225,7 @@ class ImmunityMoE(nn.Module):
         self.channels = parts.channels
         self.card: str | None = None
         self.classes = check_classes(classes, parts.num_classes)
-        self.batching: Batching = batching
+        self.batching: Batching = parts.batching
         self.normalize = normalize
         self.gate = gate
         self.experts = parts.experts
@@ -353,22 +353,26 @@ class ImmunityMoE(nn.Module):
         weights: Tensor = self.gate(self._normalized(images))
         return weights
 
-    def expert_outputs(self, images: Tensor) -> tuple[Tensor, Experts, Tensor]:
+    def expert_outputs(self, images: Tensor, *, detach_weights: bool = False) -> tuple[Tensor, Experts, Tensor]:
         """What `FusedImmunityLoss` takes: logits (N, B, K), activations (N, B, C, h, w) in their graph, gate (B, N).
 
         The activations are a list of N tensors (B, C, h, w) if the experts are not an `nn.Sequential` of one structure;
         C, h and w are then each expert's own.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            detach_weights: as the loss's: nothing is differentiated twice, and attention may run its fast kernels.
         """
         self._check_synchronised("expert_outputs")
         if self._halves is None:
             x = self._normalized(images)
-            logits, activations = self._run_whole(x)
+            logits, activations = self._run_whole(x, detach_weights)
             return logits, activations, self.gate(x)
         maps, weights = self.trunk_outputs(images)
         if torch.is_grad_enabled() and not maps.requires_grad:  # behind a frozen trunk; Grad-CAM needs the head alone
             maps.requires_grad_()
         before = version(maps)
-        with self._differentiable_attention():
+        with nullcontext() if detach_weights else self._differentiable_attention():
             logits = run_stacked(self._halves[1], maps, self.num_experts, shared=False, batching=self._batching(maps))
         check_kept("stage", self._stages[0], maps, before)
         return logits, maps, weights
@@ -657,7 +661,7 @@ class ImmunityMoE(nn.Module):
         return normalized
 
     @eagerly
-    def _run_whole(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _run_whole(self, x: Tensor, detach_weights: bool) -> tuple[Tensor, list[Tensor]]:
         """One expert after another: the activations inside a `vmap` are in no graph outside of it."""
         experts = self.experts
         runs: list[tuple[nn.Module, Callable[[], Tensor]]]
@@ -669,8 +673,9 @@ class ImmunityMoE(nn.Module):
                 runs = [(experts, partial(call, experts, own, x)) for own in slices(experts, self.num_experts)]
             for index, (network, run) in enumerate(runs):
                 catcher = Catcher(self._stages[index], index)
-                sides = x.shape[2], x.shape[3]
-                logits.append(catch(network, catcher, run, self._readings[index], sides))
+                reading = self._readings[index]
+                reading = replace(reading, attention=reading.attention and not detach_weights)
+                logits.append(catch(network, catcher, run, reading, (x.shape[2], x.shape[3])))
                 activations.append(catcher.caught("stage"))
         return torch.stack(logits), activations
 
@@ -717,7 +722,7 @@ class SingleNetwork(ImmunityMoE):
         parts = from_names(
             arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching, stem=stem
         )
-        self._hold(parts, self._gate(1, "call", None, channels), batching, Normalize(mean, std), classes, loss_fn)
+        self._hold(parts, self._gate(1, "call", None, channels), Normalize(mean, std), classes, loss_fn)
 
     @classmethod
     def _gate(

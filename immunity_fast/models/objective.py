@@ -27,7 +27,7 @@ class Differentiated(Protocol):
     def expert_logits(self, images: Tensor) -> Tensor:
         """Logits (N, B, K)."""
 
-    def expert_outputs(self, images: Tensor) -> tuple[Tensor, Experts, Tensor]:
+    def expert_outputs(self, images: Tensor, *, detach_weights: bool = False) -> tuple[Tensor, Experts, Tensor]:
         """Logits, activations, gate."""
 
     def trunk_outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,6 +100,6 @@ def _by_autograd(
     labels: Tensor,
     classification: Classification | None,
 ) -> tuple[Tensor, ImmunityTerms]:
-    logits, activations, gate = model.expert_outputs(images)
+    logits, activations, gate = model.expert_outputs(images, detach_weights=loss_fn.detach_weights)
     loss, terms = loss_fn(logits, activations, labels, gate, return_terms=True, classification=classification)
     return loss, terms

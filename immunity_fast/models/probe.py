@@ -10,6 +10,7 @@ import functools
 import random
 import threading
 import types
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from immunity_fast.models.maps import pick
 from immunity_fast.models.outputs import check_logits
-from immunity_fast.models.stacking import call, in_use, own_tensors
+from immunity_fast.models.stacking import call, in_use, own_tensors, run_stacked
 
 # Of images that networks are built for, the usual ones first; those who take one size alone seldom say which.
 SIDES = (32, 224, 28, 64, 96, 128, 256, 299, 384, *range(4, 64))
@@ -147,6 +148,17 @@ def check_alike(
                 _compare(alone, experts, index, twins[index], stages[index], images, way)
                 overwritten[index] = overwritten[index] or alone.overwritten
     return overwritten, classes[0]
+
+
+def why_not_batched(stacked: nn.Module, images: Tensor, num_experts: int) -> str:
+    """Why `vmap` over a stack does not run, in evaluation mode; "" where it does."""
+    with apart(stacked, images), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it does slowly; nobody has asked for it yet
+        try:
+            run_stacked(stacked, images.clone(), num_experts, shared=True, batching="vmap")
+        except Exception as error:  # whatever PyTorch and the network may raise
+            return _line(error)
+    return ""
 
 
 def _check_classes(index: int, logits: Tensor, classes: list[int]) -> None:

@@ -111,7 +111,15 @@ def test_contributing_says_where_each_module_is() -> None:
 # What has no section of its own: public names, which are documented where people import them from; and commands, which
 # have --help.
 COMMANDS = {"train", "evaluate", "explain", "ensemble", "reproduce", "info"}
-ELSEWHERE = {"losses", "models.gate", "models.moe", "attacks.gradient", "attacks.descent", "attacks.autoattack"}
+ELSEWHERE = {
+    "losses",
+    "models.capture",
+    "models.gate",
+    "models.moe",
+    "attacks.gradient",
+    "attacks.descent",
+    "attacks.autoattack",
+}
 ARCHITECTURES = {"cells", "darts", "densenet", "googlenet", "resnet", "robnet", "staged"}
 
 

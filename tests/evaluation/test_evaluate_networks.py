@@ -215,9 +215,19 @@ def test_a_folder_of_images_of_any_size_is_brought_to_one_size(
     assert "--image-size) brings all images to one size" in error_line(capsys, evaluate.main, arguments)
     evaluate.main([*arguments, "--image-size", "8"])
     assert len(asked) == 1
-    fitting = [*arguments, "--image-size", "8"]
-    fitting[0] = f"{networks.__name__}:one_channel"
-    line = error_line(capsys, evaluate.main, fitting)
-    assert "expected a network that takes images (B, 3, 8, 8)" in line
-    assert line.endswith("or --image-size N brings the images of a folder to N×N pixels\n")
     assert "--image-size: expected at least 1" in error_line(capsys, evaluate.main, [*arguments, "--image-size", "0"])
+
+
+def test_what_makes_a_folder_s_images_fit_is_said(
+    networks: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for number in range(12):
+        folder = tmp_path / "data" / ("train" if number < 9 else "test") / "abc"[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.new("RGB", (9, 9), (10 * number, 5, 5)).save(folder / f"{number}.png")
+    arguments = network_options(networks, "one_channel", tmp_path / "data", tmp_path / "out")
+    arguments[arguments.index("npz")] = "folder"
+    line = error_line(capsys, evaluate.main, arguments)
+    assert "expected a network that takes images (B, 3, 9, 9)" in line
+    assert line.endswith("or --image-size N brings the images of a folder to N×N pixels\n")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from immunity_fast import FusedImmunityLoss, capture_activations
+from immunity_fast import FusedImmunityLoss, ImmunityMoE, capture_activations
 from tests.captured import (
     LABELS,
     ChannelsLast,
@@ -419,6 +419,20 @@ def test_constant_weights_keep_attentions_fast_kernels(recwarn: Any) -> None:
         loss_fn()(logits, activations, LABELS)
     loss = FusedImmunityLoss(0.5, 1.3, 0.02, size=(11, 9), detach_weights=True)(logits, activations, LABELS)
     assert any(gradient.any() for gradient in gradients_of(loss, networks))
+
+
+def test_heatmaps_of_a_mixture_need_one_derivative_alone(recwarn: Any) -> None:
+    networks = _networks(lambda: ViT(1, side=12, width=6, depth=2))
+    model = ImmunityMoE.from_experts(networks, stage="blocks.0", image_size=12).double()
+    x = noise(4, 12)
+    assert model.heatmaps(x).shape == (2, 4, 12, 12)
+    logits, activations, gate = model.expert_outputs(x, detach_weights=True)
+    with pytest.raises(ValueError, match="differentiated twice"):
+        loss_fn()(logits, activations, LABELS, gate)
+    assert not [warning for warning in recwarn if "attention" in str(warning.message)]
+    with pytest.warns(UserWarning, match=r"attention behind 'blocks\.0' runs PyTorch's math kernel"):
+        logits, activations, gate = model.expert_outputs(x)
+    loss_fn()(logits, activations, LABELS, gate).backward()
 
 
 # What networks return

@@ -39,7 +39,7 @@ def _torchvision(name: str) -> Case:
         "densenet": (
             lambda: models.DenseNet(4, (1, 1), num_init_features=8, bn_size=2, num_classes=4),
             40,
-            "features.transition1.relu",
+            "features.denseblock1",
             _first,
             (12, 10, 10),
         ),
@@ -240,6 +240,21 @@ def test_stacked_transformers_are_one_mixture() -> None:
     half = len(expected) // 2
     assert_gradients([gradient[0] for gradient in found], expected[:half])
     assert_gradients([gradient[1] for gradient in found], expected[half:])
+
+
+def test_a_mixture_of_hugging_faces_networks() -> None:
+    """Their objects' logits, in a loop where vmap does not run them."""
+    make, side, _, _, shape = _transformers("resnet")
+    torch.manual_seed(0)
+    networks = [make().double().eval() for _ in range(2)]
+    model = ImmunityMoE.from_experts(networks, image_size=side, switch="off").double()
+    x = noise(4, side)
+    logits, activations, _ = model.expert_outputs(x)
+    assert [tuple(maps.shape) for maps in activations] == [(4, *shape)] * 2
+    plain: Any = [network(x).logits for network in networks]
+    torch.testing.assert_close(logits, torch.stack(plain), rtol=1e-10, atol=1e-10)
+    assert model(x).shape == (4, 4)
+    assert [tuple(getattr(expert(x), "logits", None).shape) for expert in model.unstack()] == [(4, 4)] * 2  # type: ignore[union-attr]
 
 
 def test_inception_in_training_mode_has_its_logits_taken() -> None:

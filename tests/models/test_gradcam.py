@@ -127,6 +127,38 @@ def test_a_network_that_runs_whole_is_asked_as_one_that_is_cut() -> None:
     assert_matches(model.heatmaps(images(), 3), cut.heatmaps(images(), 3))
 
 
+def test_tokens_are_maps_too() -> None:
+    """Patches of 4×4 pixels as (B, T, C), in raster order, behind a token of their own."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.mix, self.fc = nn.Conv2d(3, 6, 4, stride=4), nn.Linear(6, 6), nn.Linear(6, 5)
+            self.first = nn.Parameter(torch.randn(1, 1, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.patches(x).flatten(2).transpose(1, 2)
+            tokens = self.mix(torch.cat([self.first.expand(len(x), -1, -1), tokens], 1).tanh())
+            logits: Tensor = self.fc(tokens.tanh().mean(1))
+            return logits
+
+    torch.manual_seed(0)
+    model = ImmunityMoE.from_experts([Tokens(), Tokens()], stage="mix", image_size=16, layout="tokens").double()
+    x = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    largest = []
+    for expert, number in zip(model.unstack(), range(2), strict=True):
+        caught: list[Tensor] = []
+        expert.get_submodule("mix").register_forward_hook(lambda *call: caught.append(call[2]))  # noqa: B023
+        logits = expert(x)
+        for target in range(5):
+            (slopes,) = torch.autograd.grad(logits[:, target].sum(), caught, retain_graph=True)
+            weights = slopes[:, 1:].sum(1, keepdim=True) / 6
+            expected = F.relu((weights * caught[0][:, 1:]).sum(-1)).reshape(3, 4, 4).detach()
+            assert_matches(model.heatmaps(x, target, size=(4, 4))[number], expected)
+            largest.append(float(expected.amax()))
+    assert sum(value > 0 for value in largest) > 2
+
+
 def test_without_a_class_it_is_what_the_exact_mean_predicts() -> None:
     model, x = mixture().eval(), images(6) * torch.linspace(-6, 6, 6, dtype=torch.float64)[:, None, None, None]
     model.gate.switch = "call"

@@ -266,6 +266,25 @@ def test_one_dimension_and_no_bias_are_folded_too() -> None:
         assert_matches(found(x), network(x).detach())
 
 
+def test_of_an_output_object_the_logits_are_taken() -> None:
+    class Answering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            maps = self.bn(self.conv(x)).relu()
+            return {"maps": maps, "logits": self.fc(maps.mean((-2, -1)))}
+
+    model = ImmunityMoE.from_experts([Answering(), Answering()], stage="bn", image_size=16)
+    stirred(model).double().eval()
+    model.gate.switch = "mean"
+    x = images(size=(16, 16))
+    plain = model.for_inference()
+    assert norms(plain) == 0
+    assert_matches(plain(x), model(x).detach())
+
+
 def test_it_can_be_copied() -> None:
     plain = ImmunityMoE("resnet8", 2).double().for_inference()
     twin = copy.deepcopy(plain)

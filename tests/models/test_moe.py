@@ -585,6 +585,27 @@ def test_experts_of_a_wrong_type_are_named(experts: Any, got: str) -> None:
         ImmunityMoE.from_experts(experts)
 
 
+def test_networks_that_vmap_does_not_run_are_looped_over() -> None:
+    class Asking(Branching):
+        def forward(self, images: Tensor) -> Tensor:
+            if bool((images < 2).all()):  # of a value, which a batched tensor does not have
+                images = images + 0 * self.first.weight.sum()
+            shifted = images if float(self.fc.bias.sum()) < 1e9 else -images
+            return super().forward(shifted)
+
+    torch.manual_seed(0)
+    networks = [Asking() for _ in range(2)]
+    model = ImmunityMoE.from_experts(networks, image_size=12)
+    assert model.batching == "loop"
+    expected = torch.stack([network(noise().float()) for network in networks])
+    torch.testing.assert_close(model.expert_logits(noise().float()), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"batching: expected 'auto' or 'loop' for networks that torch\.vmap does not run"
+    ):
+        ImmunityMoE.from_experts(networks, image_size=12, batching="vmap")
+    assert ImmunityMoE.from_experts([Branching() for _ in range(2)], image_size=12).batching == "auto"
+
+
 @pytest.mark.parametrize("number", [2.0, "2", None])
 def test_a_number_of_experts_is_whole(number: Any) -> None:
     with pytest.raises(TypeError, match=r"^num_experts: expected a whole number, got "):
