@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from immunity_fast.arguments import kind_of_images
 from immunity_fast.models.catching import Catcher, catch, eagerly
 from immunity_fast.models.expert_list import are_alike
 from immunity_fast.models.looking import check_layout, look
@@ -251,8 +252,7 @@ def check_images(images: Any) -> None:
         TypeError: they are something else.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = getattr(images, "dtype", type(images).__name__)
-        raise TypeError(f"images: expected a floating-point tensor (B, C, H, W), got {kind}")
+        raise TypeError(f"images: expected a floating-point tensor (B, C, H, W), got {kind_of_images(images)}")
     if images.dim() != 4:
         raise ValueError(f"images: expected shape (B, C, H, W), got {tuple(images.shape)}")
 
