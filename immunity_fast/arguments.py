@@ -56,14 +56,6 @@ class HeatmapOptions:
         object.__setattr__(self, "size", checked_size(self.size))
 
 
-def kind_of_images(images: object) -> str:
-    """What images are that are no floating-point tensor, for a message; and what makes a tensor of an array."""
-    if isinstance(images, Tensor):
-        return str(images.dtype)
-    made = "; torch.as_tensor makes a tensor of it" if hasattr(images, "__array__") else ""
-    return f"{type(images).__module__}.{type(images).__name__}".removeprefix("builtins.") + made
-
-
 def checked_size(size: Size) -> tuple[int, int] | None:
     """(H, W) of heatmaps, from these two or the side of a square; None is None.
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from immunity_fast.arguments import kind_of_images
 from immunity_fast.models.catching import Catcher, catch, eagerly
 from immunity_fast.models.expert_list import are_alike
 from immunity_fast.models.looking import check_layout, look
@@ -252,7 +251,8 @@ def check_images(images: Any) -> None:
         TypeError: they are something else.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        raise TypeError(f"images: expected a floating-point tensor (B, C, H, W), got {kind_of_images(images)}")
+        kind = getattr(images, "dtype", type(images).__name__)
+        raise TypeError(f"images: expected a floating-point tensor (B, C, H, W), got {kind}")
     if images.dim() != 4:
         raise ValueError(f"images: expected shape (B, C, H, W), got {tuple(images.shape)}")
 

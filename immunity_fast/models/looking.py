@@ -52,8 +52,7 @@ def look(
         watched.remove()
     ran = len(found.maps)
     if ran == 0 or (calls is not None and ran != calls):
-        which = "; call=0 takes the first, call=1 the second, …" if name == "layer" and ran > 1 else ""
-        raise ValueError(f"{name}: expected {layer!r} to run once in a forward pass, got {ran} times{which}")
+        raise ValueError(f"{name}: expected {layer!r} to run once in a forward pass, got {ran} times")
     maps = found.maps[0]
     reading = Reading("NCHW" if layout is None else layout, 0, found.overwritten, mode.seen)
     reading = _with_layout(network, layer, images, maps, reading, layout, grids, name)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from immunity_fast.arguments import Experts, Score, WeightScale, kind_of_images
+from immunity_fast.arguments import Experts, Score, WeightScale
 from immunity_fast.experts import identical
 from immunity_fast.experts.registry import check_trusted
 from immunity_fast.experts.stems import Stem, StemChoice, chosen_stem
@@ -653,7 +653,8 @@ class ImmunityMoE(nn.Module):
 
     def _normalized(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or not images.is_floating_point():
-            raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {kind_of_images(images)}")
+            kind = getattr(images, "dtype", type(images).__name__)
+            raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {kind}")
         if images.dim() != 4:
             raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
         normalized: Tensor = self.normalize(images)
