@@ -93,6 +93,7 @@ def export(
     Raises:
         FileNotFoundError: there is no run.
         ValueError: a gate that draws, a network that the format cannot hold, a file that does not answer as the model.
+        TypeError: neither a run nor a mixture.
         ModuleNotFoundError: what the format needs is not installed.
     """
     from immunity_fast.deployment.exporting import export_trained  # not at the top, as above

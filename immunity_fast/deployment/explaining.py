@@ -53,6 +53,7 @@ def explain_named(
     names = class_names(model)
     asked = None if class_name is None else _class_index(class_name, names)
     folder = FOLDER if out is None else out
+    _check_apart(folder, files)
     folder.mkdir(parents=True, exist_ok=True)
     figures: list[Path] = []
     for file in files:
@@ -148,6 +149,17 @@ def _draw(image: Tensor, heatmaps: Tensor, found: dict[str, Any], file: Path) ->
     picture = image.expand(3, -1, -1) if len(image) == 1 else image
     label = f"{found['image']}\nheatmaps for: {found['class']}"
     heatmap_figure(picture[None], heatmaps[:, None], [label], file, titles)
+
+
+def _check_apart(folder: Path, files: Sequence[Path]) -> None:
+    """Check that a folder to write to holds none of the images: a figure would take the place of one of its name.
+
+    Raises:
+        ValueError: it holds one.
+    """
+    for file in files:
+        if file.resolve().parent == folder.resolve():
+            raise ValueError(f"--out: expected another folder than that of {file}, got {folder}")
 
 
 def _free(file: Path, taken: Sequence[Path]) -> Path:

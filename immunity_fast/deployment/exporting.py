@@ -47,7 +47,7 @@ def export_trained(
     """What `immunity_fast.export` does; see there.
 
     Raises:
-        ValueError, FileNotFoundError, ModuleNotFoundError: see `immunity_fast.export`.
+        ValueError, TypeError, FileNotFoundError, ModuleNotFoundError: see `immunity_fast.export`.
     """
     check_choice("format", format, Format)
     if gate not in get_args(Gate):
@@ -56,6 +56,11 @@ def export_trained(
         )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype: expected a floating-point type, got {dtype!r}")
+    if not isinstance(model, (str, os.PathLike, ImmunityMoE)):
+        raise TypeError(f"model: expected a run's folder or an ImmunityMoE, got {type(model).__name__}")
+    target = Path(path).expanduser()
+    if target.is_dir():
+        raise ValueError(f"path: expected the name of a file, got the folder {target}")
     _check_installed(format)
     if not isinstance(model, ImmunityMoE):
         model = load_trained(model, trust_code=trust_code)
@@ -64,7 +69,6 @@ def export_trained(
         plain.to(dtype)
     own = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
     about = description(model, gate, own)
-    target = Path(path).expanduser()
     target.parent.mkdir(parents=True, exist_ok=True)
     write = {"onnx": _to_onnx, "torch.export": _to_program, "torchscript": _to_script}[format]
     # Beside its name first: what fails, or does not answer as the model does, takes nobody's place.

@@ -168,7 +168,10 @@ def fitted(file: WeightsFile, arch: str, own: Mapping[str, Tensor], num_classes:
         first = misshaped[0]
         shapes = f"{tuple(given[first].shape)} where {tuple(own[first].shape)} was expected"
         wrong.append(f"with {first} of shape {shapes}{_more(misshaped, 1)}")
-    raise ValueError(f"{file.path}: expected the weights of {arch}, got a file {', '.join(wrong)}")
+    # Names that were translated are those of the ImageNet form: a stem that does not fit is that for CIFAR.
+    other_form = any(name.startswith("stem.") and name not in file.tensors for name in unexpected)
+    hint = "; torchvision's weights are of the form that --stem imagenet has" if other_form else ""
+    raise ValueError(f"{file.path}: expected the weights of {arch}, got a file {', '.join(wrong)}{hint}")
 
 
 def experts_of(file: WeightsFile) -> list[dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from immunity_fast.models.catching import Catcher, catch, eagerly
+from immunity_fast.models.chains import check_submodule
 from immunity_fast.models.expert_list import are_alike
 from immunity_fast.models.looking import check_layout, look
 from immunity_fast.models.maps import MapLayout, Reading, Reshape
@@ -98,9 +98,9 @@ class CapturedNetworks(nn.Module):
         self.reshape: list[MapLayout | Reshape | None] = _each("reshape", reshape, len(modules))
         for network, name, index in zip(modules, self.layers, range(len(modules)), strict=True):
             if name is not None:
-                _check_layer(index, network, name)
+                check_submodule("layer", _uncompiled(network), name, f"number {index}")
         for layout in self.reshape:
-            check_layout(layout)
+            check_layout(layout, "reshape")
         if call is not None and (not isinstance(call, int) or call < 0):
             raise ValueError(f"call: expected a number from 0 or None, got {call!r}")
         self.call, self.detach_weights = call, detach_weights
@@ -251,7 +251,7 @@ def check_images(images: Any) -> None:
         TypeError: they are something else.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = getattr(images, "dtype", type(images).__name__)
+        kind = images.dtype if isinstance(images, Tensor) else kind_of(images)
         raise TypeError(f"images: expected a floating-point tensor (B, C, H, W), got {kind}")
     if images.dim() != 4:
         raise ValueError(f"images: expected shape (B, C, H, W), got {tuple(images.shape)}")
@@ -273,14 +273,6 @@ def _check_networks(networks: Any) -> list[nn.Module]:
     if not modules:
         raise ValueError("networks: expected at least one module, got none")
     return modules
-
-
-def _check_layer(index: int, network: nn.Module, layer: str) -> None:
-    names = [name for name, _ in _uncompiled(network).named_modules(remove_duplicate=False) if name]
-    if layer not in names:
-        close = difflib.get_close_matches(str(layer), names, n=3)
-        hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
-        raise ValueError(f"layer: expected the name of a submodule of number {index}, got {layer!r}{hint}")
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, TypeGuard
@@ -29,8 +30,30 @@ def check_stage(network: nn.Module, stage: str) -> None:
     """
     if is_chain(network):
         split(network, stage)
-    elif stage not in dict(network.named_modules(remove_duplicate=False)):  # by any of a module's names
-        raise ValueError(f"stage: expected a submodule of the experts, got {stage!r}")
+    else:
+        check_submodule("stage", network, stage, f"the experts' {type(network).__name__}")
+
+
+def check_submodule(argument: str, network: nn.Module, name: object, whose: str) -> None:
+    """Check that a network has a submodule, by any of its names.
+
+    Args:
+        argument: the argument that says which, for messages.
+        network: which should have it.
+        name: its dotted name.
+        whose: the network, for messages.
+
+    Raises:
+        ValueError: it has not; with names that are close.
+        TypeError: no name.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{argument}: expected the name of a submodule of {whose}, got {type(name).__name__}")
+    names = [each for each, _ in network.named_modules(remove_duplicate=False) if each]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=3)
+        hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+        raise ValueError(f"{argument}: expected the name of a submodule of {whose}, got {name!r}{hint}")
 
 
 def halves(network: nn.Sequential, stage: str, reading: Reading) -> tuple[nn.Sequential, nn.Sequential] | None:

@@ -80,6 +80,8 @@ def _targets(classes: Tensor | Sequence[int] | int | None, log_probabilities: Te
         ValueError, TypeError: no classes of the model.
     """
     count, number = log_probabilities.shape
+    if not isinstance(classes, Tensor):  # or NumPy's
+        classes = getattr(classes, "tolist", lambda: classes)()
     if classes is None:
         return log_probabilities.argmax(-1)
     if isinstance(classes, Tensor):

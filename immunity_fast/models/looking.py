@@ -42,7 +42,8 @@ def look(
     Raises:
         ValueError: the layer runs another number of times, or returns no map, or one whose axes cannot be told.
     """
-    check_layout(layout)
+    argument = "reshape" if name == "layer" else "layout"  # what it is called where the layer is
+    check_layout(layout, argument)
     mode = MathAttention()
     watched = network.get_submodule(layer).register_forward_hook(lambda *_: mode.begin())
     try:
@@ -52,10 +53,11 @@ def look(
         watched.remove()
     ran = len(found.maps)
     if ran == 0 or (calls is not None and ran != calls):
-        raise ValueError(f"{name}: expected {layer!r} to run once in a forward pass, got {ran} times")
+        hint = f"; call={ran - 1} takes the last" if name == "layer" and ran > 1 else ""
+        raise ValueError(f"{name}: expected {layer!r} to run once in a forward pass, got {ran} times{hint}")
     maps = found.maps[0]
     reading = Reading("NCHW" if layout is None else layout, 0, found.overwritten, mode.seen)
-    reading = _with_layout(network, layer, images, maps, reading, layout, grids, name)
+    reading = _with_layout(network, layer, images, maps, reading, layout, grids, name, argument)
     for other in modes:
         if other != "evaluation" and not reading.overwritten:
             try:
@@ -66,14 +68,14 @@ def look(
     return reading
 
 
-def check_layout(layout: MapLayout | Reshape | None) -> None:
+def check_layout(layout: MapLayout | Reshape | None, name: str = "layout") -> None:
     """Check that it is one of the names, a function, or None.
 
     Raises:
         ValueError: another name.
     """
     if layout is not None and not callable(layout):
-        check_choice("layout", layout, MapLayout)
+        check_choice(name, layout, MapLayout)
 
 
 def map_layout(
@@ -122,6 +124,7 @@ def _with_layout(
     layout: MapLayout | Reshape | None,
     grids: Sequence[tuple[int, int]],
     name: str,
+    argument: str,
 ) -> Reading:
     """The reading with the layout that was asked for, or found, once it fits the layer's output."""
     height, width = images.shape[2:]
@@ -136,7 +139,7 @@ def _with_layout(
         layout = map_layout(tuple(maps.shape), *shapes, square=height == width)
         if layout is None:
             raise ValueError(
-                f'layout: expected "NCHW", "NHWC", "tokens" or a function, got None, and {layer!r} returns '
+                f'{argument}: expected "NCHW", "NHWC", "tokens" or a function, got None, and {layer!r} returns '
                 f"{tuple(maps.shape)} for images of {height}×{width}, which does not tell where its channels are"
             )
     if layout == "tokens":

@@ -32,6 +32,7 @@ from immunity_fast.models.inference import InferenceMixture, folded
 from immunity_fast.models.layers import NoChoice, Normalize
 from immunity_fast.models.maps import MapLayout, Reshape
 from immunity_fast.models.objective import loss_and_terms
+from immunity_fast.models.outputs import kind_of
 from immunity_fast.models.stacking import (
     call,
     call_stacked,
@@ -500,6 +501,7 @@ class ImmunityMoE(nn.Module):
 
         Raises:
             ModuleNotFoundError: huggingface_hub or safetensors is not installed.
+            OSError: the hub cannot be reached, or does not take it.
         """
         return pretrained.push(self, repository, private=private, token=token, message=commit_message)
 
@@ -653,7 +655,7 @@ class ImmunityMoE(nn.Module):
 
     def _normalized(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = getattr(images, "dtype", type(images).__name__)
+            kind = images.dtype if isinstance(images, Tensor) else kind_of(images)
             raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {kind}")
         if images.dim() != 4:
             raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")

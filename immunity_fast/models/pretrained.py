@@ -72,12 +72,19 @@ def push(model: Any, repository: str, *, private: bool | None, token: str | None
 
     Raises:
         ModuleNotFoundError: huggingface_hub is not installed.
+        OSError: the hub cannot be reached, or does not take it.
     """
     api = _hub().HfApi(token=token)
-    name = api.create_repo(repo_id=repository, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        save(model, Path(folder), name)
-        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message))
+        try:
+            name = api.create_repo(repo_id=repository, private=private, exist_ok=True).repo_id
+            save(model, Path(folder), name)
+            return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=message))
+        except ModuleNotFoundError:  # safetensors
+            raise
+        except Exception as error:  # of the network, of the hub, of a name
+            reason = f"{type(error).__name__}: {abbreviated(str(error))}"
+            raise OSError(f"{repository}: the hub does not take it: {reason}") from error
 
 
 def read(place: str | Path, *, revision: str | None = None, token: str | None = None) -> Saved:

@@ -126,6 +126,15 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+def test_no_figure_takes_an_image_s_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, file = tmp_path / "run", image(tmp_path / "photos")
+    model().save_pretrained(run)
+    before = file.read_bytes()
+    words = [str(run), str(file), "--device", "cpu", "--out", str(tmp_path / "run" / ".." / "photos")]
+    assert "--out: expected another folder than that of" in error_line(capsys, explain.main, words)
+    assert (file.read_bytes(), list(file.parent.iterdir())) == (before, [file])
+
+
 def test_code_of_a_stranger_needs_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     model().save_pretrained(run)

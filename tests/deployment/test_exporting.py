@@ -221,6 +221,13 @@ def test_what_cannot_be_asked_for_is_one_line(options: dict[str, Any], message: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_mixture_and_no_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"^model: expected a run's folder or an ImmunityMoE, got ExactMean$"):
+        immunity_fast.export(mixture().deterministic(), tmp_path / "m", format="torchscript")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^path: expected the name of a file, got the folder "):
+        immunity_fast.export(mixture(), tmp_path, format="torchscript")
+
+
 def test_a_network_of_one_batch_size_is_refused(tmp_path: Path) -> None:
     """The file that was there stays, and nothing is left beside it."""
 

@@ -493,6 +493,8 @@ def test_a_network_without_logits_is_named(kind: str, got: str) -> None:
         ),
         (([Plain()], ["layer", "fc"]), ValueError, "layer: expected one for all or 1, one a network, got 2"),
         (([Plain()], 3), TypeError, "layer: expected one for all or 1, one a network, got int"),
+        (([Plain()], [nn.Conv2d(3, 4, 3)]), TypeError, "layer: expected the name of a submodule .*, got Conv2d$"),
+        (([Plain()], nn.ReLU()), TypeError, "layer: expected the name of a submodule of number 0, got ReLU$"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: tuple[Any, Any], error: type[Exception], text: str) -> None:
@@ -504,7 +506,7 @@ def test_wrong_options_are_named() -> None:
     network = Plain()
     with pytest.raises(ValueError, match="networks: expected each another one, got number 1 that is number 0"):
         capture_activations([network, network], "layer")
-    with pytest.raises(ValueError, match="layout: expected one of NCHW, NHWC, tokens, got 'NCWH'"):
+    with pytest.raises(ValueError, match="reshape: expected one of NCHW, NHWC, tokens, got 'NCWH'"):
         capture_activations([network], "layer", reshape="NCWH")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="call: expected a number from 0 or None, got -1"):
         capture_activations([network], "layer", call=-1)
@@ -528,7 +530,7 @@ def test_a_layer_that_returns_something_else_is_named(layer: str, reshape: Any, 
     [
         (torch.rand(3, 13, 13), ValueError, r"images: expected shape \(B, C, H, W\), got \(3, 13, 13\)"),
         (torch.zeros(2, 3, 13, 13, dtype=torch.uint8), TypeError, r"images: .*torch\.uint8"),
-        (torch.rand(2, 3, 13, 13).numpy(), TypeError, "images: .*float32"),
+        (torch.rand(2, 3, 13, 13).numpy(), TypeError, r"images: expected a floating-point tensor .*, got ndarray$"),
     ],
 )
 def test_wrong_images_are_named(x: Any, error: type[Exception], text: str) -> None:

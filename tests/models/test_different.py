@@ -191,7 +191,7 @@ def test_layout_and_dtype_are_converted_as_of_any_module() -> None:
     [
         ({"batching": "vmap"}, "batching: expected 'auto' or 'loop' for experts of different structures, got 'vmap'"),
         ({"stage": ["layer1", "norm"]}, "stage: expected one for all or 3, one an expert, got 2"),
-        ({"stage": "layer1"}, "stage: expected a submodule of the experts, got 'layer1'"),
+        ({"stage": "layer1"}, "stage: expected the name of a submodule of the experts' .*, got 'layer1'"),
         ({"layout": ["NCHW"]}, "layout: expected one for all or 3, one an expert, got 1"),
         ({"classes": ("cat", "dog")}, "classes: expected 4 names, got 2"),
     ],

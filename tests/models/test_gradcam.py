@@ -174,6 +174,9 @@ def test_classes_come_in_several_forms() -> None:
     expected = model.heatmaps(x, torch.tensor([1, 1, 1]))
     for classes in (1, torch.tensor(1), [1, 1, 1], torch.tensor([1, 1, 1], dtype=torch.uint8)):
         assert torch.equal(model.heatmaps(x, classes), expected)
+    np = pytest.importorskip("numpy", reason="arrays of classes")
+    for array in (np.array([1, 1, 1]), np.array(1), np.int64(1)):
+        assert torch.equal(model.heatmaps(x, array), expected)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -250,5 +253,8 @@ def test_what_are_no_classes_is_refused(classes: object, error: type[Exception],
 def test_what_are_no_images_is_refused() -> None:
     with pytest.raises(TypeError, match="images: expected a floating-point tensor"):
         mixture().heatmaps(torch.zeros(1, 3, 12, 14, dtype=torch.uint8))
+    np = pytest.importorskip("numpy", reason="arrays of images")
+    with pytest.raises(TypeError, match=r"images: expected a floating-point tensor in \[0, 1\], got ndarray$"):
+        mixture().heatmaps(np.zeros((1, 3, 12, 14), np.float32))
     with pytest.raises(ValueError, match="score: expected one of"):
         mixture().heatmaps(images(), score="loss")  # type: ignore[arg-type]

@@ -200,6 +200,15 @@ def test_what_the_hub_does_not_have_is_one_line(hub: Hub) -> None:
         ImmunityMoE.from_pretrained("nobody/nothing")
 
 
+def test_a_hub_out_of_reach_is_one_line(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_given: Any) -> None:
+        raise RuntimeError("no route\nto the host")
+
+    monkeypatch.setattr(hub, "create_repo", fails)
+    with pytest.raises(OSError, match=r"^me/mixture: the hub does not take it: RuntimeError: no route to the host$"):
+        mixture().push_to_hub("me/mixture")
+
+
 def test_the_real_hub_takes_what_is_asked_of_it() -> None:
     import inspect
 
