@@ -41,7 +41,7 @@ from immunity_fast.models.stacking import (
     slices,
     unstack_modules,
 )
-from immunity_fast.runtime.checks import check_whole
+from immunity_fast.runtime.checks import check_whole, kind_given
 from immunity_fast.runtime.distributed import training_group
 from immunity_fast.runtime.strategies import Batching, choose
 
@@ -653,10 +653,9 @@ class ImmunityMoE(nn.Module):
 
     def _normalized(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = getattr(images, "dtype", type(images).__name__)
-            raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {kind}")
+            raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {kind_given(images)}")
         if images.dim() != 4:
-            raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
+            raise ValueError(f"images: expected shape (B, {self.channels}, H, W), got {tuple(images.shape)}")
         normalized: Tensor = self.normalize(images)
         return normalized
 
