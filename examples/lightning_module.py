@@ -15,7 +15,7 @@ from drop_in import digits, resnet10
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from immunity_fast import FusedImmunityLoss, capture_activations
+from immunity_fast import ImmunityMoE
 
 try:
     import lightning as L
@@ -24,21 +24,19 @@ except ImportError:  # the same under its other name
 
 
 class Mixture(L.LightningModule):
-    """Three ResNets; the mixture's probabilities are their mean."""
+    """Three ResNets and a gate, and the loss that pushes their heatmaps apart."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.experts = capture_activations([resnet10() for _ in range(3)], "layer1")  # added: with their activations
-        self.immunity_loss = FusedImmunityLoss(size=(32, 32))  # added
+        self.model = ImmunityMoE.from_experts([resnet10() for _ in range(3)], stage="layer1")
 
     def forward(self, images: Tensor) -> Tensor:
-        logits, _ = self.experts(images)
-        return torch.stack(logits).softmax(-1).mean(0)
+        outputs: Tensor = self.model.deterministic()(images)  # log-probabilities, the same at every call
+        return outputs
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         images, labels = batch
-        logits, activations = self.experts(images)
-        loss, terms = self.immunity_loss(logits, activations, labels, return_terms=True)  # added
+        loss, terms = self.model(images, labels, return_terms=True)  # the whole loss, through the model's own forward
         self.log_dict({"loss": loss, **terms._asdict()}, prog_bar=True)
         return loss
 

@@ -239,7 +239,7 @@ def test_the_lightning_module_trains_validates_and_logs_terms(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     mixture, metrics = lightning_module.fit(3, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
-    _assert_every_weight_moved(mixture.experts.networks, _untrained(drop_in))
+    _assert_every_weight_moved(nn.ModuleList(mixture.model.unstack()), _untrained(drop_in))
     assert metrics["loss"] == pytest.approx(
         metrics["cross_entropy"] + BETA / 3 * metrics["mutual_information"] + GAMMA / 6 * metrics["position_stability"],
         rel=1e-5,

@@ -413,7 +413,7 @@ def test_nan_of_a_mixture_is_reported(tmp_path: Path) -> None:
         (lambda x: torch.eye(3)[x.flatten(1).sum(1).long() % 3], "expected outputs with a gradient"),
         (lambda x: brightness(x)[:, :2], r"outputs \(B, 3\), as many as there are classes, got \(3, 2\)"),
         (lambda x: brightness(x).repeat(1, 2), r"outputs \(B, 3\), as many as there are classes, got \(3, 6\)"),
-        (lambda x: (brightness(x),), r"outputs \(B, 3\), as many as there are classes, got tuple"),
+        (lambda x: {"scores": brightness(x)}, r"outputs \(B, 3\), as many as there are classes, got dict"),
         (lambda x: x, r"outputs \(B, 3\)"),
         (lambda x: brightness(x)[:1], "batch_size"),
     ],

@@ -66,7 +66,7 @@ def test_a_name_depends_on_what_a_run_depends_on() -> None:
     other: dict[str, Any] = {"dataset": "digits", "arch": "resnet18", "adversarial": "pgd", "flip": "on", "amp": "bf16"}
     other |= {"score": "probability", "attack_batchnorm": "train", "attack_gate": "mean"}
     other |= {"stage": "layer1", "float32": "ieee", "detach_weights": True}
-    other |= {"image_size": 9, "limit_train": 9, "ema": 0.5, "clip_grad_norm": 2.0}
+    other |= {"image_size": 9, "limit_train": 9, "ema": 0.5, "clip_grad_norm": 2.0, "stem": "cifar", "weights": "w.pt"}
     names = {_job().name}
     for option in dataclasses.fields(TrainConfig):
         if option.name in (*CHANGEABLE_ON_RESUME, "preset"):
