@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from immunity_fast.runtime.checks import check_choice, check_weight
+from immunity_fast.runtime.checks import check_choice, check_weight, kind_given
 from immunity_fast.runtime.precision import accumulation_dtype, at_least_float32
 
 WeightScale = Literal["channels", "spatial"]
@@ -125,7 +125,7 @@ def check_targets(targets: Tensor, samples: int, classes: int, name: str = "targ
         TypeError: no integers.
     """
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
-        raise TypeError(f"{name}: expected an integer tensor, got {getattr(targets, 'dtype', type(targets).__name__)}")
+        raise TypeError(f"{name}: expected an integer tensor, got {kind_given(targets)}")
     if targets.shape != (samples,):
         raise ValueError(f"{name}: expected shape ({samples},), got {tuple(targets.shape)}")
     if targets.device.type == "cpu" and samples and not torch.compiler.is_compiling():

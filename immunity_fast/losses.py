@@ -181,7 +181,8 @@ class FusedImmunityLoss(nn.Module):
         if not torch.compiler.is_compiling():
             _check_graph(logits, parts)
         # From the caller's own tensors: a stacked copy of them would not be in the graph of the logits.
-        gradients = self._gradients(label_scores(stacked_logits, targets, self.score), parts)
+        made = stacked_logits if isinstance(logits, Tensor) else logits[0]
+        gradients = self._gradients(label_scores(stacked_logits, targets, self.score), parts, made)
         slopes = gradients[0] if isinstance(activations, Tensor) else gradients
         return self._total(cross_entropy, activations, slopes, len(stacked_logits), return_terms, self.layout)
 
@@ -340,10 +341,10 @@ class FusedImmunityLoss(nn.Module):
             )
         return check_targets(targets, samples, classes)
 
-    def _gradients(self, score: Tensor, activations: Sequence[Tensor]) -> list[Tensor]:
+    def _gradients(self, score: Tensor, activations: Sequence[Tensor], logits: Tensor) -> list[Tensor]:
         hint = "in the graph that leads to logits, with gradients enabled"
         if not score.requires_grad:
-            raise ValueError(f"logits: expected activations {hint}, got logits {_without_gradient(score)}")
+            raise ValueError(f"logits: expected activations {hint}, got logits {_without_gradient(logits)}")
         if not all(part.requires_grad for part in activations):
             raise ValueError(
                 f"activations: expected tensors {hint}, got some that require no gradient; behind frozen layers "
@@ -407,7 +408,8 @@ def _without_gradient(logits: Tensor) -> str:
     if not torch.is_grad_enabled():
         return "of torch.no_grad, which have no graph: leave it, or torch.enable_grad(), Grad-CAM takes a gradient"
     return (
-        "that require no gradient, of which Grad-CAM is made; of frozen networks images.requires_grad_() gives them one"
+        "that require no gradient, of which Grad-CAM is made: networks run under torch.no_grad have none; of frozen "
+        "networks images.requires_grad_() gives them one"
     )
 
 
@@ -423,16 +425,16 @@ def _check_differentiable(gradients: Sequence[Tensor]) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        for before, _ in node.next_functions:
-            if before is not None and before.name().endswith("NotImplemented"):
-                inputs = {other.name() for other, _ in before.next_functions if other is not None}
-                known = [name.removesuffix("Backward0") for name in sorted(inputs) if re.search("Attention|Rnn", name)]
-                raise ValueError(
-                    "activations: expected a head that can be differentiated twice, got an operation that PyTorch "
-                    f"differentiates once alone{f' ({known[0]})' if known else ''}; detach_weights=True does without, "
-                    "and capture_activations and ImmunityMoE run attention's math kernel, which can"
-                )
-            nodes.append(before)
+        # "Error" is what @once_differentiable leaves behind.
+        if node.name().endswith(("NotImplemented", "::Error")):
+            inputs = {other.name() for other, _ in node.next_functions if other is not None}
+            known = [name.removesuffix("Backward0") for name in sorted(inputs) if re.search("Attention|Rnn", name)]
+            raise ValueError(
+                "activations: expected a head that can be differentiated twice, got an operation that PyTorch "
+                f"differentiates once alone{f' ({known[0]})' if known else ''}; detach_weights=True does without, "
+                "and capture_activations and ImmunityMoE run attention's math kernel, which can"
+            )
+        nodes += [before for before, _ in node.next_functions]
 
 
 def _check_graph(logits: Experts, activations: Sequence[Tensor]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, ImmunityTerms
@@ -461,6 +462,45 @@ def test_activations_that_do_not_lead_to_the_logits_are_an_error(
     logits, maps = broken(experts.head(maps), maps)
     with pytest.raises(ValueError, match=text):
         FusedImmunityLoss()(logits, maps if stacked else list(maps), experts.targets)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_logits_of_inference_mode_are_named_outside_of_it(stacked: bool) -> None:
+    experts = _experts()
+    with torch.inference_mode():
+        maps = torch.stack(experts.maps())
+        logits = experts.head(maps)
+    with pytest.raises(ValueError, match=r"logits: .* of torch\.inference_mode, .*: leave it"):
+        FusedImmunityLoss()(logits if stacked else list(logits), maps, experts.targets)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_head_of_one_derivative_is_told_how_to_do_without(first: bool) -> None:
+    """Where it is the first thing that the activations meet, too."""
+    experts = _experts()
+    maps = torch.stack(experts.maps())
+    logits = experts.head(_Once.apply(maps) if first else _Once.apply(maps.tanh()))
+    with pytest.raises(ValueError, match=r"activations: .* differentiates once alone.*; detach_weights=True"):
+        FusedImmunityLoss(backend="torch")(logits, maps, experts.targets)
+    assert FusedImmunityLoss(backend="torch", detach_weights=True)(logits, maps, experts.targets).isfinite()
+
+
+def test_targets_of_numpy_are_named() -> None:
+    experts = _experts()
+    maps = torch.stack(experts.maps())
+    with pytest.raises(TypeError, match=r"targets: expected an integer tensor, got numpy\.ndarray; torch\.as_tensor"):
+        FusedImmunityLoss()(experts.head(maps), maps, experts.targets.numpy())
 
 
 def test_without_gradients_enabled_the_error_says_so() -> None:

@@ -1,9 +1,13 @@
 """What an attack refuses, in one line: images, labels, and outputs that are no numbers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from immunity_fast.attacks.projections import UNIT, Bounds, rounded_bounds
+from immunity_fast.runtime.checks import kind_given
+from immunity_fast.runtime.outputs import kind_of, logits_of
 
 
 class NotFiniteError(ValueError):
@@ -33,8 +37,7 @@ def check_images(images: Tensor, labels: Tensor, targets: Tensor | None, bounds:
     """
     for name, given in (("images", images), ("labels", labels), ("targets", targets)):
         if not isinstance(given, Tensor) and (given is not None or name != "targets"):
-            made = "; torch.as_tensor makes one of it" if hasattr(given, "__array__") else ""
-            raise TypeError(f"{name}: expected a tensor, got {type(given).__module__}.{type(given).__name__}{made}")
+            raise TypeError(f"{name}: expected a tensor, got {kind_given(given)}")
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(f"images: expected floating-point (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
     for name, classes in (("labels", labels), ("targets", targets)):
@@ -63,6 +66,22 @@ def check_range(labels: Tensor, targets: Tensor | None, classes: int) -> None:
         if given is not None and len(given) and not (given.min() >= 0 and given.max() < classes):
             wrong = int(((given < 0) | (given >= classes)).nonzero()[0, 0])
             raise ValueError(f"{name}: expected 0 to {classes - 1}, got {int(given[wrong])} for image {wrong}")
+
+
+def outputs_of(returned: Any, samples: int) -> Tensor:
+    """The outputs (B, K), or (draws, B, K), of what a model returned: a tensor, or an object that holds its logits.
+
+    Args:
+        returned: see `runtime.outputs.logits_of`.
+        samples: B.
+
+    Raises:
+        ValueError: it holds none of that shape.
+    """
+    outputs = logits_of(returned)
+    if not isinstance(outputs, Tensor) or outputs.dim() not in (2, 3) or outputs.shape[-2] != samples:
+        raise ValueError(f"model: expected outputs ({samples}, K) or (draws, {samples}, K), got {kind_of(returned)}")
+    return outputs
 
 
 def not_finite(outputs: Tensor) -> Tensor:

@@ -21,9 +21,14 @@ def image_gradient(total: Tensor, images: Tensor) -> Tensor:
         (B, C, H, W).
 
     Raises:
-        ValueError: there is no gradient, because an output was detached.
+        ValueError: there is no gradient, because of torch.inference_mode, or because an output was detached.
     """
     gradient = torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
+    if gradient is None and torch.is_inference_mode_enabled():
+        raise ValueError(
+            "model: expected outputs with a gradient with respect to the images, got those of torch.inference_mode, "
+            "which have none: leave it; an attack under torch.no_grad() will do"
+        )
     if gradient is None:
         raise ValueError(
             "model: expected outputs with a gradient with respect to the images, got detached ones; `square` alone "

@@ -10,18 +10,19 @@ may raise the accuracy.
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from immunity_fast.attacks.batch import FOR_GOOD, Batch, State, Step, Worst
-from immunity_fast.attacks.checks import check_finite, check_images, check_range, not_finite
+from immunity_fast.attacks.checks import check_finite, check_images, check_range, not_finite, outputs_of
 from immunity_fast.attacks.dependence import check_dependence, image_gradient
 from immunity_fast.attacks.losses import Loss, OwnLoss, loss_of
 from immunity_fast.attacks.mixtures import Judge, LabelledModel, Model, asked_modules, judge_of
@@ -39,8 +40,9 @@ from immunity_fast.attacks.projections import (
     unit,
 )
 from immunity_fast.attacks.radii import for_each_image
-from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.checks import check_choice, is_number, is_whole
 from immunity_fast.runtime.compilation import Compile, Compiled, Log
+from immunity_fast.runtime.outputs import kind_of
 from immunity_fast.runtime.precision import accumulation_dtype
 
 EPS: dict[Norm, float] = {"Linf": 8 / 255, "L2": 1.0}
@@ -99,9 +101,13 @@ class Attack:
         span = self.bounds[1] - self.bounds[0]
         object.__setattr__(self, "alpha", ALPHA[self.norm] * span if self.alpha is None else self.alpha)
         for name, least in (("eps", 0), ("alpha", 0), ("decay", 0), ("steps", 0), ("restarts", 1)):
-            value = getattr(self, name)
-            if name in ("steps", "restarts") and not isinstance(value, int):
-                raise ValueError(f"{name}: expected a whole number, got {value}")
+            value: Any = getattr(self, name)
+            if name in ("steps", "restarts"):
+                if not is_whole(value):
+                    raise ValueError(f"{name}: expected a whole number, got {value}")
+                object.__setattr__(self, name, operator.index(value))  # NumPy's are no numbers for JSON
+            elif value is not None and (not is_number(value) or getattr(value, "ndim", 0) > 0):
+                raise TypeError(f"{name}: expected a finite number of at least {least}, got {kind_of(value)}")
             if value is not None and not least <= value < math.inf:  # NaN too
                 raise ValueError(f"{name}: expected a finite number of at least {least}, got {value}")
 
@@ -352,7 +358,7 @@ class BoundAttack:
         """(the loss's gradient (B, C, H, W); `_verdict` of the outputs, each (B,); K)."""
 
         def objective(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-            outputs = self.model(x, state.labels)
+            outputs = outputs_of(self.model(x, state.labels), len(x))
             loss, fooled, broken = self._verdict(outputs, state)
             # The sum, not the mean: an image's gradient then does not shrink with the size of its batch.
             return loss.sum(), (loss.detach(), fooled, broken, outputs.detach())
@@ -372,7 +378,7 @@ class BoundAttack:
             if callable(judge):
                 outputs, always = judge(state.adversarial, state.labels, state.targets)
             else:
-                outputs, always = self.model(state.adversarial, state.labels), None
+                outputs, always = outputs_of(self.model(state.adversarial, state.labels), len(state.labels)), None
             loss, fooled, broken = self._verdict(outputs, state)
         return loss, FOR_GOOD * fooled if always is None else fooled.int() + (fooled & always), broken
 

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from immunity_fast.attacks.checks import outputs_of
 from immunity_fast.attacks.mixtures import Model
 
 
@@ -26,21 +27,21 @@ class Preprocessing(TypedDict, total=False):
 
 
 def preprocessed(model: Model, preprocessing: Preprocessing | Mapping[str, Any] | None) -> Model:
-    """A model behind its preprocessing.
+    """A model behind its preprocessing, and before what holds its logits.
 
     Args:
-        model: of normalised images.
-        preprocessing: None is none: the model itself.
+        model: of normalised images, to logits or an object that holds them, see `runtime.outputs.logits_of`.
+        preprocessing: None is none.
 
     Returns:
-        A function of images as they are.
+        A function of images as they are to logits.
 
     Raises:
         ValueError: another word, a mean and a std that do not fit to each other, a std that is not positive, an axis
             that is not negative.
     """
     if preprocessing is None:
-        return model
+        return lambda images: outputs_of(model(images), len(images))
     unknown = sorted(set(preprocessing) - {"mean", "std", "axis"})
     if unknown:
         raise ValueError(f"preprocessing: expected mean, std and axis, got {', '.join(map(repr, unknown))}")
@@ -58,7 +59,7 @@ def preprocessed(model: Model, preprocessing: Preprocessing | Mapping[str, Any] 
     def model_of_images(images: Tensor) -> Tensor:
         if channels not in (1, images.shape[axis]):
             raise ValueError(f"preprocessing: expected mean and std of {images.shape[axis]} channels, got {channels}")
-        return model((images - mean.to(images)) / std.to(images))
+        return outputs_of(model((images - mean.to(images)) / std.to(images)), len(images))
 
     return model_of_images
 

@@ -20,7 +20,7 @@ from immunity_fast.evaluation import gate_attackers
 from immunity_fast.experts.imported import imported
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
-from immunity_fast.models.outputs import kind_of, logits_of
+from immunity_fast.runtime.outputs import kind_of, logits_of
 
 
 class TargetModel(Protocol):

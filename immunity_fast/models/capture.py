@@ -15,10 +15,11 @@ from immunity_fast.models.chains import check_submodule
 from immunity_fast.models.expert_list import are_alike
 from immunity_fast.models.looking import check_layout, look
 from immunity_fast.models.maps import MapLayout, Reading, Reshape
-from immunity_fast.models.outputs import check_logits, kind_of, logits_of
 from immunity_fast.models.probe import is_apart, noise
 from immunity_fast.models.stacking import in_use
 from immunity_fast.models.stages import find_stage
+from immunity_fast.runtime.checks import kind_given
+from immunity_fast.runtime.outputs import check_logits, kind_of, logits_of
 
 Layers = str | Sequence[str] | None
 Reshapes = MapLayout | Reshape | Sequence[MapLayout | Reshape | None] | None
@@ -251,8 +252,7 @@ def check_images(images: Any) -> None:
         TypeError: they are something else.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else kind_of(images)
-        raise TypeError(f"images: expected a floating-point tensor (B, C, H, W), got {kind}")
+        raise TypeError(f"images: expected a floating-point tensor (B, C, H, W), got {kind_given(images)}")
     if images.dim() != 4:
         raise ValueError(f"images: expected shape (B, C, H, W), got {tuple(images.shape)}")
 

@@ -18,6 +18,10 @@ from immunity_fast.models.maps import Reading, read
 from immunity_fast.models.probe import is_apart
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+WHY_EAGER = (
+    "what Grad-CAM looks at inside of such networks is differentiated twice, which compiled code cannot do: leave "
+    "fullgraph=True out"
+)
 
 
 class Catcher:
@@ -130,11 +134,12 @@ def eagerly(function: Function) -> Function:
         if "torch._dynamo" not in sys.modules:  # nothing is compiled; it takes seconds to import
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+            disabled.append(torch.compiler.disable(function, reason=WHY_EAGER))  # type: ignore[no-untyped-call]
         return disabled[0](*args, **kwargs)
 
     disabled: list[Any] = []
     run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    run._torchdynamo_disable_msg = WHY_EAGER  # type: ignore[attr-defined]
     return run  # type: ignore[return-value]
 
 

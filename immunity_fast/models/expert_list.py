@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast.experts.staged import copied
-from immunity_fast.models.outputs import logits_of
 from immunity_fast.models.stacking import call, explained, in_use, own_tensors
+from immunity_fast.runtime.outputs import logits_of
 
 
 class ExpertList(nn.ModuleList):

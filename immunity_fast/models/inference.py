@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from immunity_fast.kernels import reference
-from immunity_fast.models.outputs import logits_of
+from immunity_fast.runtime.outputs import logits_of
 from immunity_fast.runtime.precision import accumulation_dtype
 
 Gate = Literal["mean", "off"]

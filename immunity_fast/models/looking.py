@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from immunity_fast.models.attention import MathAttention
 from immunity_fast.models.maps import MapLayout, Reading, Reshape, find_prefix, read
-from immunity_fast.models.outputs import kind_of
 from immunity_fast.models.probe import noise, run_pass
 from immunity_fast.models.stacking import own_tensors
 from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.outputs import kind_of
 
 
 def look(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from immunity_fast.models.outputs import kind_of
+from immunity_fast.runtime.outputs import kind_of
 
 MapLayout = Literal["NCHW", "NHWC", "tokens"]
 Reshape = Callable[[Tensor], Tensor]  # a layer's output to (B, C, h, w): pytorch-grad-cam's `reshape_transform`

@@ -32,7 +32,6 @@ from immunity_fast.models.inference import InferenceMixture, folded
 from immunity_fast.models.layers import NoChoice, Normalize
 from immunity_fast.models.maps import MapLayout, Reshape
 from immunity_fast.models.objective import loss_and_terms
-from immunity_fast.models.outputs import kind_of
 from immunity_fast.models.stacking import (
     call,
     call_stacked,
@@ -42,7 +41,7 @@ from immunity_fast.models.stacking import (
     slices,
     unstack_modules,
 )
-from immunity_fast.runtime.checks import check_whole
+from immunity_fast.runtime.checks import check_whole, kind_given
 from immunity_fast.runtime.distributed import training_group
 from immunity_fast.runtime.strategies import Batching, choose
 
@@ -655,10 +654,9 @@ class ImmunityMoE(nn.Module):
 
     def _normalized(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, Tensor) else kind_of(images)
-            raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {kind}")
+            raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {kind_given(images)}")
         if images.dim() != 4:
-            raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
+            raise ValueError(f"images: expected shape (B, {self.channels}, H, W), got {tuple(images.shape)}")
         normalized: Tensor = self.normalize(images)
         return normalized
 

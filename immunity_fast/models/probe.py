@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from immunity_fast.models.maps import pick
-from immunity_fast.models.outputs import check_logits
 from immunity_fast.models.stacking import call, in_use, own_tensors, run_stacked
+from immunity_fast.runtime.outputs import check_logits
 
 # Of images that networks are built for, the usual ones first; those who take one size alone seldom say which.
 SIDES = (32, 224, 28, 64, 96, 128, 256, 299, 384, *range(4, 64))

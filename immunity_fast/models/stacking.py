@@ -12,7 +12,7 @@ from torch.func import functional_call
 from immunity_fast.channelwise import ExpertsAsChannels
 from immunity_fast.experts.staged import copied
 from immunity_fast.models.normalization import count_on_device, count_on_host
-from immunity_fast.models.outputs import logits_of
+from immunity_fast.runtime.outputs import logits_of
 from immunity_fast.runtime.strategies import Batching, choose
 
 # A call with other tensors puts them into the module for its length, which other threads must not see.

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from immunity_fast.models.looking import check_layout, map_layout
 from immunity_fast.models.maps import MapLayout, Reading, Reshape, find_prefix, pick, read
-from immunity_fast.models.outputs import logits_of
 from immunity_fast.models.probe import apart, moved, noise
 from immunity_fast.models.stacking import call, own_tensors
+from immunity_fast.runtime.outputs import logits_of
 
 LEAST = 8  # pixels that a side of a map exceeds
 _Found = dict[str, Tensor | None]  # of modules that ran once, in the order of their ends: their maps

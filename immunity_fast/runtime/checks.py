@@ -3,6 +3,16 @@
 import math
 from typing import TypeGuard, get_args
 
+from torch import Tensor
+
+
+def kind_given(value: object) -> str:
+    """What was given in the place of another tensor, as the end of a message: of a tensor its dtype, else its type."""
+    if isinstance(value, Tensor):
+        return str(value.dtype)
+    made = "; torch.as_tensor makes one of it" if hasattr(value, "__array__") else ""
+    return f"{type(value).__module__}.{type(value).__name__}{made}".removeprefix("builtins.")
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a number, or can be one, as NumPy's can."""

@@ -15,12 +15,12 @@ from immunity_fast.data.datasets import load
 from immunity_fast.experts import NAMES, create, title
 from immunity_fast.experts.registry import check_trusted, file_title, repeated
 from immunity_fast.experts.stems import chosen_stem
-from immunity_fast.models.outputs import kind_of, logits_of
 from immunity_fast.runtime import cli, distributed
 from immunity_fast.runtime.compilation import keep_caches
 from immunity_fast.runtime.failures import out_of_memory
 from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.memory import check_fits
+from immunity_fast.runtime.outputs import kind_of, logits_of
 from immunity_fast.runtime.precision import set_float32
 from immunity_fast.training.checkpoint import not_finite, outline
 from immunity_fast.training.config import TrainConfig, check_data

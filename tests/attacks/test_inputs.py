@@ -155,8 +155,68 @@ def test_arrays_of_numpy_are_named(name: str) -> None:
         TypeError, match=f"{name}: expected a tensor, got numpy.ndarray; torch.as_tensor makes one of it"
     ):
         bim(small_network(), **given)
-    with pytest.raises(TypeError, match=r"labels: expected a tensor, got builtins\.list"):
+    with pytest.raises(TypeError, match=r"labels: expected a tensor, got list"):
         bim(small_network(), small_images(), [0] * 7)  # type: ignore[arg-type]
+
+
+class _Output:
+    """Logits as a library's output object has them."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+@pytest.mark.parametrize("held", [_Output, lambda z: {"logits": z, "loss": None}, lambda z: (z, z.mean())])
+@pytest.mark.parametrize("name", ["fgsm", "bim", "mim", "pgd", "autoattack", "square"])
+def test_logits_are_taken_of_what_a_model_returns(name: str, held: Callable[[Tensor], Any]) -> None:
+    attack = (ATTACKS | _other_attacks())[name] if name in ("autoattack", "square") else ATTACKS[name]
+    model, images, labels = small_network(), small_images(), small_labels()
+    for options in ({}, {"preprocessing": {"mean": 0.1, "std": 0.9}}):
+        results = []
+        for attacked in (model, lambda x: held(model(x))):
+            torch.manual_seed(0)
+            results.append(attack(attacked, images, labels, **options))
+        assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        (lambda z: z[:, 0], r"a tensor \(7,\)"),
+        (lambda z: z[:2], r"a tensor \(2, "),
+        (lambda z: {"scores": z}, "dict of scores"),
+        (lambda _z: None, "NoneType"),
+    ],
+)
+def test_outputs_of_another_shape_are_named(returned: Callable[[Tensor], Any], text: str) -> None:
+    model = small_network()
+    expected = rf"model: expected outputs \(7, K\) or \(draws, 7, K\), got {text}"
+    for attack in (*ATTACKS.values(), *_other_attacks().values()):
+        with pytest.raises(ValueError, match=expected):
+            attack(lambda x: returned(model(x)), small_images(), small_labels())
+    with pytest.raises(ValueError, match=expected):
+        BoundAttack(attacks.Attack(), lambda x, _: returned(model(x)))(small_images(), small_labels())
+
+
+def test_an_attack_in_inference_mode_is_told_to_leave_it() -> None:
+    for attack in (*ATTACKS.values(), _other_attacks()["autoattack"]):
+        with torch.inference_mode(), pytest.raises(ValueError, match=r"model: .* of torch\.inference_mode, .*leave it"):
+            attack(small_network(), small_images(), small_labels())
+        with torch.no_grad():
+            attack(small_network(), small_images(), small_labels())
+
+
+@pytest.mark.parametrize("name", ["eps", "alpha", "decay"])
+@pytest.mark.parametrize("given", ["8/255", [0.1, 0.2], torch.ones(7), np.ones(7)])
+def test_a_setting_that_is_no_number_is_named(name: str, given: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name}: expected a finite number of at least 0, got "):
+        attacks.Attack(**{name: given})
+
+
+def test_counts_may_be_numbers_of_numpy() -> None:
+    assert attacks.Attack(steps=np.int64(3)) == attacks.Attack(steps=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"steps: expected a whole number, got 3\.0"):
+        attacks.Attack(steps=3.0)  # type: ignore[arg-type]
 
 
 # Several radii

@@ -135,3 +135,12 @@ def test_it_compiles_to_one_graph(batching: Any) -> None:
         assert_matches(one.grad, other.grad)
     torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), rtol=1e-12, atol=1e-12)
     torch.compiler.reset()
+
+
+def test_what_no_graph_can_be_says_to_leave_fullgraph_out() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(_model(whole=True), fullgraph=True, backend="eager")
+    with pytest.raises(
+        Exception, match="differentiated twice, which compiled code cannot do: leave fullgraph=True out"
+    ):
+        compiled(noisy_images(), LABELS)

@@ -519,7 +519,7 @@ WRONG_IMAGES: list[tuple[Any, type[Exception], str]] = [
     (torch.rand(2, 1, 12, 12), ValueError, r"images: .*\(B, 3, H, W\).*\(2, 1, 12, 12\)"),
     (torch.rand(2, 12, 12, 3), ValueError, r"images: .*\(2, 12, 12, 3\)"),
     ([torch.rand(3, 12, 12)], TypeError, "images: .*list"),
-    (torch.rand(2, 3, 12, 12).numpy(), TypeError, "images: .*float32"),
+    (torch.rand(2, 3, 12, 12).numpy(), TypeError, "images: .*got numpy.ndarray; torch.as_tensor makes one"),
 ]
 
 
