@@ -1,7 +1,7 @@
 """What works with what: networks, wrappers and attack libraries, and the tables of docs/compatibility.md.
 
-    python -m tests.compatible                        prints the tables
-    python -m tests.compatible OUT                    in two processes: trains every network in wrappers, see `PROCESSES`
+    python -m tests.compatible                          prints the tables
+    python -m tests.compatible OUT NETWORK|WRAPPER …    in two processes: the gradients in wrappers of `PROCESSES`
 
 A cell is "works", or why it does not; tests/integrations/ has a test of each.
 """
@@ -84,15 +84,13 @@ def _hugging_face_vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     width = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    network: nn.Module = ViTForImageClassification(
-        ViTConfig(**width, image_size=32, patch_size=4, num_labels=CLASSES)
-    )
+    network: nn.Module = ViTForImageClassification(ViTConfig(**width, image_size=32, patch_size=4, num_labels=CLASSES))
     return network
 
 
 def _grey() -> nn.Module:
     trunk = [nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
-    return nn.Sequential(*trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
+    return nn.Sequential(*trunk, nn.Flatten(), nn.Linear(8 * 13 * 13, CLASSES))
 
 
 _VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -104,15 +102,11 @@ NETWORKS: dict[str, tuple[Network, Network]] = {
     "ours, ResNet8": (_OURS, _OURS),
     "torchvision, ResNet": (Network(_torchvision_resnet, "layer1", library="torchvision"),) * 2,
     "timm, ResNet": (_TIMM_CNN, _TIMM_CNN),
-    "timm, ViT": (
-        Network(partial(_timm, "vit_tiny_patch16_224", **_VIT), "blocks.0", tokens_to_maps(1, 8, 8), "timm"),
-    )
+    "timm, ViT": (Network(partial(_timm, "vit_tiny_patch16_224", **_VIT), "blocks.0", tokens_to_maps(1, 8, 8), "timm"),)
     * 2,
     "torchvision, Swin": (Network(_torchvision_swin, "features.1", channels_first, "torchvision"),) * 2,
     "timm, Swin": (
-        Network(
-            partial(_timm, "swin_tiny_patch4_window7_224", **_SWIN), "layers.0", channels_first, "timm"
-        ),
+        Network(partial(_timm, "swin_tiny_patch4_window7_224", **_SWIN), "layers.0", channels_first, "timm"),
     )
     * 2,
     "Hugging Face, ViT": (Network(_hugging_face_vit, "vit.layers.0", tokens_to_maps(1, 8, 8), "transformers"),) * 2,
@@ -200,7 +194,17 @@ Cells = Mapping[tuple[str, str], str]  # what does not work, by row and column, 
 NOT_WRAPPED: Cells = {}
 NOT_ATTACKED: Cells = {}
 NOT_ATTACKED_AS: Cells = {
-    ("a file of ONNX, in ONNX Runtime", column): "ONNX Runtime gives no gradients" for column in ATTACKS
+    **{
+        ("DDP", column): "DDP wants one backward pass, of all parameters, after each forward "
+        "pass: attack a deep copy of `wrapped.module`"
+        for column in ("foolbox", "ART")
+    },
+    **{
+        ("a file of torch.export", column): "its module has no `train()` and no `eval()`, which the library calls: "
+        "attack `model.for_inference()`"
+        for column in ("torchattacks", "ART")
+    },
+    **{("a file of ONNX, in ONNX Runtime", column): "ONNX Runtime gives no gradients" for column in ATTACKS},
 }
 
 
@@ -215,7 +219,7 @@ def table(corner: str, rows: Sequence[str], columns: Sequence[str], refused: Cel
     lines = [[corner, *columns], ["---"] * (len(columns) + 1)]
     lines += [[row, *(cell(row, column) for column in columns)] for row in rows]
     notes = [f"{number}. {why}." for number, why in enumerate(reasons, 1)]
-    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ([""] + notes if notes else []))
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines] + (["", *notes] if notes else []))
 
 
 def tables() -> list[str]:
@@ -225,6 +229,28 @@ def tables() -> list[str]:
         table("network", list(NETWORKS), list(ATTACKS), NOT_ATTACKED),
         table("what is attacked", ATTACKED, list(ATTACKS), NOT_ATTACKED_AS),
     ]
+
+
+# What `make test` tests of columns whose cells take seconds each; the others are `make test-exhaustive`'s
+
+GREY = "grey images, a CNN of one's own"
+SAMPLE: dict[str, tuple[str, ...]] = {
+    "`torch.compile`": ("timm, ViT", GREY),
+    "Lightning": ("timm, ViT", "two architectures, of ours and timm", GREY),
+    "DDP": ("ours, ResNet8", "timm, ViT", "two architectures, of ours and timm"),
+    "FSDP2": ("ours, ResNet8", "timm, ViT", "two architectures, of ours and timm"),
+    "accelerate": ("ours, ResNet8", "timm, ViT"),
+    "`export`, ONNX": ("timm, ViT", GREY),
+    "`export`, torch.export": ("ours, ResNet8", "Hugging Face, ViT"),
+    "AutoAttack, by torchattacks": (GREY, "`model.deterministic()`"),
+}
+
+
+def is_left_out(row: str, column: str) -> bool:
+    """Whether a cell is `make test-exhaustive`'s."""
+    return (column in SAMPLE and row not in SAMPLE[column]) or (
+        row == "`torch.compile` of it" and column != "torchattacks"
+    )
 
 
 # In two processes
@@ -270,19 +296,17 @@ def trained_in(wrapper: str, name: str) -> dict[str, Any]:
     return {"loss": loss.detach(), "gradients": gradients(model)}
 
 
-def main(out: str) -> None:
+def main(out: str, *cells: str) -> None:
     """See the top."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for wrapper, needed in PROCESSES.items():
-        for name in NETWORKS:
-            if missing(name) or (needed and importlib.util.find_spec(needed) is None):
-                continue
-            try:
-                found[name, wrapper] = trained_in(wrapper, name)
-            except Exception as error:  # of one, to be told apart from the others
-                found[name, wrapper] = {"error": f"{type(error).__name__}: {error}"}
+    found: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        name, wrapper = cell.split("|")
+        try:
+            found[cell] = trained_in(wrapper, name)
+        except Exception as error:  # of one, to be told apart from the others
+            found[cell] = {"error": f"{type(error).__name__}: {error}"}
     torch.save(found, f"{out}-{torch.distributed.get_rank()}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -292,4 +316,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         print("\n\n".join(tables()))
     else:
-        main(sys.argv[1])
+        main(*sys.argv[1:])

@@ -269,3 +269,43 @@ def test_networks_of_libraries_train_from_a_file(
     ):
         assert part in found
     assert list(tmp_path.iterdir()) == [], "all files are temporary"
+
+
+SAID = {
+    "hooks behind a trunk that is frozen": ("ValueError: activations: expected", "images.requires_grad_()"),
+    "activations that a hook has detached": ("ValueError: activations: expected", "require no gradient"),
+    "the loss under torch.no_grad": ("ValueError: logits: expected", "torch.no_grad"),
+    "the loss in torch.inference_mode": ("ValueError: logits: expected", "torch.inference_mode"),
+    "activations of one expert at the place of another": ("ValueError: activations: expected", "number 0"),
+    "attention's fast kernel behind plain hooks": ("ValueError: activations: expected", "detach_weights=True"),
+    "a network whose dictionary has no logits": ("ValueError: networks: expected logits", "dict of scores"),
+    "a layer that the network does not have": ("ValueError: layer: expected", "'layer2'"),
+    "a layer that is called twice": ("ValueError: layer: expected", "call="),
+    "images as an array of NumPy": ("TypeError: images: expected", "ndarray"),
+    "images as an array of NumPy, attacked": ("TypeError: images: expected", "numpy.ndarray; torch.as_tensor"),
+    "images as bytes": ("TypeError: images: expected", "torch.uint8"),
+    "a mixture for images of another size than its networks": ("ValueError: experts: expected", "image_size says"),
+    "a size that is none": ("ValueError: size: expected", "'large'"),
+    "gradients through a gate that draws": ("SwitchingGateWarning: ", "model.deterministic()"),
+    "a file of a gate that draws": ("ValueError: gate: expected 'mean' or 'off'", "draws no permutation"),
+    "a function that cannot be compiled": ("UserWarning: compiling failed", "in input_of_the_user, messages.py:"),
+    "evaluate without --image-size": ("error: model: expected", "--image-size N"),
+}
+
+
+def test_each_mistake_gives_the_line_that_the_example_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", ["messages.py"])
+    importlib.import_module("messages").main()
+    mistakes, rest = capsys.readouterr().out.split("\n\nWhat is none any more:\n")
+    lines = mistakes.splitlines()
+    assert lines[::2] == list(SAID), "a name and a line each, no more"
+    for (begins, holds), line in zip(SAID.values(), lines[1::2], strict=True):
+        assert line.removeprefix("    ").startswith(begins)
+        assert holds in line
+    assert len(rest.splitlines()) == 5
+    assert all(line.endswith(": works") for line in rest.splitlines())
+    assert list(tmp_path.iterdir()) == []

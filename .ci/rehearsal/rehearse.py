@@ -1,6 +1,7 @@
 """Runs what takes a device on an imitated GPU, and says of each command whether it came to its end.
 
-    python .ci/rehearsal/rehearse.py --imitated FOLDER [--python PYTHON] [--all | --only WORD …] [--table FILE]
+    python .ci/rehearsal/rehearse.py --imitated FOLDER [--python PYTHON] [--all | --only WORD …] [--jobs N] \
+        [--table FILE]
 
 FOLDER holds `run.py`, which runs a Python program on the imitated GPU: in its mode `values` all is computed on the CPU,
 eager, with Triton's kernels in the interpreter; in `shapes` nothing is, but it compiles and records graphs as on a GPU.
@@ -10,18 +11,23 @@ the end. Exit status 1 where a command failed.
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LIMIT = 1800  # seconds a command
+FOLDER = re.compile(r"\{folder\}/([\w.-]+)")  # that a command reads or writes
+RUNNING: set[subprocess.Popen[bytes]] = set()
 SEARCHED = ("pdarts", "advrush", "robnet_free", "robnet_large")
 ARCHS = ("resnet18", "googlenet", "densenet121", *SEARCHED)
 SMALL = "--experts 2 --batch-size 4 --check-images 4 --attack-images 4 --device cuda"
@@ -83,7 +89,7 @@ def cases() -> list[Case]:
         train("trades", trades),
         train("trades bf16", f"{trades} --amp bf16"),
         train("fgsm-rs", "--adversarial fgsm-rs"),
-        train("average", "--ema 0.9 --clip-grad-norm 1", ci=True),
+        train("average", "--ema 0.9 --clip-grad-norm 1"),
         *[train(arch, f"--arch {arch}") for arch in ARCHS],
         *[train(f"{arch} loop", f"--arch {arch} --batching loop") for arch in ("googlenet", "densenet121", "pdarts")],
         Case("train --resume", "values", "{here}/interrupted.py {folder}/interrupted " + f"{TRAIN} --compile off"),
@@ -144,20 +150,20 @@ def rehearse(case: Case, python: str, imitated: Path, folder: Path) -> str:
             "TRITON_INTERPRET": "1",
             "TORCH_COMPILE_DISABLE": "1",
         }  # where a command cannot be told --compile
-    log = folder / "log"
+    log = folder / f"log of {case.name.replace('/', ' ')}"
     with log.open("wb") as output:
         command = [python, str(imitated / "run.py"), case.mode, *words]
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
+        RUNNING.add(process)
         try:
             status = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             return f"stopped after {LIMIT} s"
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        finally:
+            RUNNING.discard(process)
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     # What compiles by default goes on in eager mode in `values`, which is all that it can do there.
     telling = [line for line in lines if "FAILED" in line or ("compiling failed" in line and case.mode == "shapes")]
@@ -167,6 +173,31 @@ def rehearse(case: Case, python: str, imitated: Path, folder: Path) -> str:
     return (telling or lines or ["nothing was printed"])[-1][:300] + f" (status {status})"
 
 
+def rehearse_all(cases: Sequence[Case], jobs: int, rehearsed: Callable[[Case], str]) -> Iterator[tuple[Case, str]]:
+    """What became of each case, as they end; so many at once, and none before those whose folders it reads."""
+    with ThreadPoolExecutor(jobs) as pool:
+        made: dict[str, Future[str]] = {}
+        ended: dict[Future[str], Case] = {}
+
+        def after(earlier: list[Future[str]], case: Case) -> str:
+            wait(earlier)
+            return rehearsed(case)
+
+        for case in cases:
+            before, _, out = case.command.partition("--out ")
+            future = pool.submit(after, [made[folder] for folder in FOLDER.findall(before) if folder in made], case)
+            made |= dict.fromkeys(FOLDER.findall(out or before), future)
+            ended[future] = case
+        try:
+            for future in as_completed(ended):
+                yield ended[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(RUNNING):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -174,6 +205,7 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="interpreter of the environment under test")
     parser.add_argument("--all", action="store_true", help="everything: an hour or more")
     parser.add_argument("--only", nargs="+", help="cases whose name holds one of these")
+    parser.add_argument("--jobs", type=int, default=1, help="so many at once")
     parser.add_argument("--table", type=Path, help="Markdown file to append outcomes to")
     options = parser.parse_args()
     for word in options.only or []:
@@ -183,13 +215,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as place:
         folder = Path(place)
         subprocess.run([options.python, "-c", SCRIPT, str(folder / "data.npz")], check=True)
-        for case in cases():
-            chosen = any(word in case.name for word in options.only) if options.only else options.all or case.ci
-            if not chosen:
-                continue
+        chosen = [
+            case
+            for case in cases()
+            if (any(word in case.name for word in options.only) if options.only else options.all or case.ci)
+        ]
+
+        def rehearsed(case: Case) -> str:
             begin = time.monotonic()
             outcome = rehearse(case, options.python, options.imitated.resolve(), folder).replace(place, "FOLDER")
             print(f"{case.name} ({case.mode}): {outcome}, {time.monotonic() - begin:.0f} s", flush=True)
+            return outcome
+
+        for case, outcome in rehearse_all(chosen, options.jobs, rehearsed):
             if options.table:
                 with options.table.open("a", encoding="utf-8") as table:
                     table.write(f"| {case.name} | {case.mode} | {outcome} |\n")

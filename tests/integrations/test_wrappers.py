@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from tests.captured import LABELS, Passed, assert_gradients, expected_gradients,
 from tests.compatible import NETWORKS, NOT_WRAPPED, WRAPPERS
 from tests.processes import PROCESSES, launch
 
-pytestmark = pytest.mark.filterwarnings("ignore:attention behind", "ignore:`torch.jit")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:attention behind", "ignore:`torch.jit", "ignore:.*LeafSpec", "ignore:Found .* in eval mode"
+)
 
 
 def _by_hook(layer: str) -> Callable[[Any, Tensor], Passed]:
@@ -96,9 +98,7 @@ def _compiled(name: str, _tmp_path: Path) -> None:
     loss.backward()
     expected = compatible.mixture(name)
     expected(compatible.images(name), LABELS).backward()
-    torch.testing.assert_close(
-        compatible.gradients(model), compatible.gradients(expected), rtol=1e-8, atol=1e-10
-    )
+    torch.testing.assert_close(compatible.gradients(model), compatible.gradients(expected), rtol=1e-8, atol=1e-10)
 
 
 def _copied(name: str, _tmp_path: Path) -> None:
@@ -195,9 +195,17 @@ def _needs(name: str, library: str) -> None:
         pytest.importorskip(library, reason="an outside library that the project does not need")
 
 
+def _cells(wrappers: Iterable[str]) -> list[Any]:
+    """Cells of columns, most of those that take long for `make test-exhaustive`."""
+    return [
+        pytest.param(name, wrapper, marks=[pytest.mark.exhaustive] * compatible.is_left_out(name, wrapper))
+        for name in NETWORKS
+        for wrapper in wrappers
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("wrapper", CHECKS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "wrapper"), _cells(CHECKS))
 def test_a_network_in_a_wrapper_is_what_plain_code_is(name: str, wrapper: str, tmp_path: Path) -> None:
     _needs(name, WRAPPERS[wrapper])
     why = NOT_WRAPPED.get((name, wrapper))
@@ -209,22 +217,35 @@ def test_a_network_in_a_wrapper_is_what_plain_code_is(name: str, wrapper: str, t
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], dict[str, Any]]]:
-    """What each of two processes, with half of the images, found of every network in every wrapper."""
+def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    """What each of two processes, with half of the images, found of the cells that are asked for, in one launch."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("PyTorch was built without gloo")
+    cells = [
+        item.callspec.params
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and "parts" in item.fixturenames and item.path == request.path
+    ]
+    possible = [
+        f"{cell['name']}|{cell['wrapper']}"
+        for cell in cells
+        if compatible.missing(cell["name"]) is None and _is_installed(WRAPPERS[cell["wrapper"]])
+    ]
     out = tmp_path_factory.mktemp("wrapped") / "found"
-    launch("-W", "ignore", "-m", "tests.compatible", str(out))
+    launch("-W", "ignore", "-m", "tests.compatible", str(out), *possible)
     return [torch.load(f"{out}-{rank}.pt") for rank in range(PROCESSES)]
 
 
-@pytest.mark.parametrize("wrapper", compatible.PROCESSES)
-@pytest.mark.parametrize("name", NETWORKS)
+def _is_installed(library: str) -> bool:
+    return not library or importlib.util.find_spec(library) is not None
+
+
+@pytest.mark.parametrize(("name", "wrapper"), _cells(compatible.PROCESSES))
 def test_two_processes_have_the_gradients_of_one(
-    name: str, wrapper: str, parts: list[dict[tuple[str, str], dict[str, Any]]]
+    name: str, wrapper: str, parts: list[dict[str, dict[str, Any]]]
 ) -> None:
     _needs(name, WRAPPERS[wrapper])
-    found = [part[name, wrapper] for part in parts]
+    found = [part[f"{name}|{wrapper}"] for part in parts]
     why = NOT_WRAPPED.get((name, wrapper))
     if why is not None:
         assert all(why in part["error"] for part in found)
