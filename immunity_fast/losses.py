@@ -32,6 +32,7 @@ from immunity_fast.functional import (
     mixture_cross_entropy,
 )
 from immunity_fast.runtime.checks import check_choice, check_weight
+from immunity_fast.runtime.compilation import eagerly
 from immunity_fast.runtime.precision import accumulation_dtype
 from immunity_fast.runtime.strategies import DoubleBackprop
 
@@ -172,11 +173,25 @@ class FusedImmunityLoss(nn.Module):
                 twice, or none of which an expert's logits depend on.
             TypeError: a wrong dtype.
         """
+        if self._needs_heatmaps(return_terms):
+            return self._by_autograd(logits, activations, targets, gate, return_terms, classification)
+        stacked_logits = join_experts("logits", logits, 3, "(N, B, K)")
+        targets = self._check(stacked_logits, activations, targets)
+        return self._classification(stacked_logits, gate, targets, classification).sum() / max(len(targets), 1)
+
+    @eagerly  # a compiler has no double backward across its graphs
+    def _by_autograd(
+        self,
+        logits: Experts,
+        activations: Experts,
+        targets: Tensor,
+        gate: Tensor | None,
+        return_terms: bool,
+        classification: Classification | None,
+    ) -> Tensor | tuple[Tensor, ImmunityTerms]:
         stacked_logits = join_experts("logits", logits, 3, "(N, B, K)")
         targets = self._check(stacked_logits, activations, targets)
         cross_entropy = self._classification(stacked_logits, gate, targets, classification)
-        if not self._needs_heatmaps(return_terms):
-            return cross_entropy.sum() / max(len(targets), 1)
         parts = [activations] if isinstance(activations, Tensor) else list(activations)
         if not torch.compiler.is_compiling():
             _check_graph(logits, parts)

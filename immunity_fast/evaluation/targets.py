@@ -18,6 +18,7 @@ from immunity_fast.attacks.mixtures import Judge, exact_judge, exact_means, trai
 from immunity_fast.attacks.saving import hash_of_weights
 from immunity_fast.evaluation import gate_attackers
 from immunity_fast.experts.imported import imported
+from immunity_fast.experts.libraries import LIBRARIES
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime.outputs import kind_of, logits_of
@@ -246,6 +247,11 @@ def load_callable(place: str) -> Model:
     Raises:
         ValueError: it cannot be found, or is no such thing.
     """
+    if place.partition(":")[0] in LIBRARIES:
+        raise ValueError(
+            f"{place}: expected a run, or module.path:callable of yours, got a library's network, which has random "
+            "weights: name a function that makes it and loads its own"
+        )
     found = imported(place)
     if not callable(found):
         raise ValueError(f"{place}: expected a network or a function that makes one, got {type(found).__name__}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from immunity_fast.models.catching import Catcher, catch, eagerly
+from immunity_fast.models.catching import Catcher, catch
 from immunity_fast.models.chains import check_submodule
 from immunity_fast.models.expert_list import are_alike
 from immunity_fast.models.looking import check_layout, look
@@ -19,6 +19,7 @@ from immunity_fast.models.probe import is_apart, noise
 from immunity_fast.models.stacking import in_use
 from immunity_fast.models.stages import find_stage
 from immunity_fast.runtime.checks import kind_given
+from immunity_fast.runtime.compilation import eagerly
 from immunity_fast.runtime.outputs import check_logits, kind_of, logits_of
 
 Layers = str | Sequence[str] | None

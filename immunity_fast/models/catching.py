@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +14,6 @@ from torch import Tensor, nn
 from immunity_fast.models.attention import MathAttention
 from immunity_fast.models.maps import Reading, read
 from immunity_fast.models.probe import is_apart
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-WHY_EAGER = (
-    "what Grad-CAM looks at inside of such networks is differentiated twice, which compiled code cannot do: leave "
-    "fullgraph=True out"
-)
 
 
 class Catcher:
@@ -124,23 +116,6 @@ def check_kept(name: str, layer: str, maps: Tensor, before: int) -> None:
 def version(tensor: Tensor) -> int:
     """How often a tensor was changed in place, where that is counted."""
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
-
-
-def eagerly(function: Function) -> Function:
-    """A function that `torch.compile` leaves alone, with all that it calls: it catches tensors inside of a graph."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:  # nothing is compiled; it takes seconds to import
-            return function(*args, **kwargs)
-        if not disabled:
-            disabled.append(torch.compiler.disable(function, reason=WHY_EAGER))  # type: ignore[no-untyped-call]
-        return disabled[0](*args, **kwargs)
-
-    disabled: list[Any] = []
-    run._torchdynamo_disable = True  # type: ignore[attr-defined]
-    run._torchdynamo_disable_msg = WHY_EAGER  # type: ignore[attr-defined]
-    return run  # type: ignore[return-value]
 
 
 def _deaf(layer: str, number: int) -> Catcher:

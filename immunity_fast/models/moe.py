@@ -22,7 +22,7 @@ from immunity_fast.losses import FusedImmunityLoss, ImmunityTerms
 from immunity_fast.models import pretrained
 from immunity_fast.models.assembly import Assembly, Layouts, Stages, assembled, check_classes, check_experts, from_names
 from immunity_fast.models.attention import MathAttention
-from immunity_fast.models.catching import Catcher, catch, check_kept, eagerly, version
+from immunity_fast.models.catching import Catcher, catch, check_kept, version
 from immunity_fast.models.chains import halves, is_chain, prepended
 from immunity_fast.models.expert_list import ExpertList
 from immunity_fast.models.gate import RandomSwitchGate, Switch
@@ -42,6 +42,7 @@ from immunity_fast.models.stacking import (
     unstack_modules,
 )
 from immunity_fast.runtime.checks import check_whole, kind_given
+from immunity_fast.runtime.compilation import eagerly
 from immunity_fast.runtime.distributed import training_group
 from immunity_fast.runtime.strategies import Batching, choose
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from immunity_fast.arguments import Experts
 from immunity_fast.functional import mixture_cross_entropy
 from immunity_fast.losses import Classification, FusedImmunityLoss, ImmunityTerms
-from immunity_fast.models.catching import eagerly
+from immunity_fast.runtime.compilation import eagerly
 from immunity_fast.runtime.strategies import DoubleBackprop
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.nn.functional import pad
 
 Compile = Literal["auto", "off", "on", "max"]
 Log = Callable[[str], None]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # "on" replays CUDA graphs; "max" also times several kernels for each operation, which takes minutes.
 _MODES = {
@@ -35,6 +37,29 @@ CODE_LENGTH = 100  # of a line of code in one
 
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in (\S+)\n\s+(\S[^\n]*)')
 _OPERATION = re.compile(r"(?m)^\s*target: (\S+)$")
+
+
+WHY_EAGER = (
+    "what Grad-CAM looks at inside of such networks is differentiated twice, which compiled code cannot do: leave "
+    "fullgraph=True out"
+)
+
+
+def eagerly(function: Function) -> Function:
+    """A function that `torch.compile` leaves alone, with all that it calls: it differentiates inside of a graph."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:  # nothing is compiled; it takes seconds to import
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function, reason=WHY_EAGER))  # type: ignore[no-untyped-call]
+        return disabled[0](*args, **kwargs)
+
+    disabled: list[Any] = []
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    run._torchdynamo_disable_msg = WHY_EAGER  # type: ignore[attr-defined]
+    return run  # type: ignore[return-value]
 
 
 def resolve(choice: Compile, device: torch.device) -> Literal["off", "on", "max"]:

@@ -89,6 +89,8 @@ def evaluate_named(
         return
     for name, given in (("dataset", dataset), ("image_size", image_size)):
         if given is not None:
+            if not Path(place).exists():
+                raise FileNotFoundError(f"{place}: there is no such run; a network is named as module.path:callable")
             raise ValueError(f"--{name.replace('_', '-')} {given}: the run in {place} has its own")
     evaluate_folder(
         Path(place),

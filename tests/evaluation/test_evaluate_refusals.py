@@ -213,6 +213,16 @@ def test_what_may_be_either_is_said_to_be_neither(capsys: pytest.CaptureFixture[
     assert "--dataset: missing; a:b is no folder that is here, and a network needs it" in message
 
 
+def test_architectures_are_no_networks_with_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dataset", "digits", "--out", str(tmp_path)]
+    assert "got a library's network, which has random weights" in error_line(
+        capsys, evaluate.main, ["timm:resnet18", *words]
+    )
+    assert "resnet18: there is no such run; a network is named as module" in error_line(
+        capsys, evaluate.main, ["resnet18", *words]
+    )
+
+
 def test_a_run_has_a_data_set_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     message = error_line(capsys, evaluate.main, [str(run.folder), "--dataset", "digits"])
     assert f"--dataset digits: the run in {run.folder} has its own" in message

@@ -142,6 +142,22 @@ def test_compiling_leaves_second_derivatives_as_they_are(whole: bool) -> None:
     _check(torch.compile(step, backend="aot_eager"), networks)
 
 
+def test_a_compiled_step_with_the_loss_has_its_gradients() -> None:
+    torch.compiler.reset()
+    networks, loss_fn, labels = _networks(), FusedImmunityLoss(size=(7, 7)), torch.arange(3) % 2
+    captured = capture_activations(networks, "layer")
+    parameters = list(captured.parameters())
+
+    def step(x: Tensor) -> Tensor:
+        loss: Tensor = 2 * loss_fn(*captured(x), labels)
+        return loss
+
+    x = images()[:3]
+    found = torch.autograd.grad(torch.compile(step, backend="aot_eager")(x), parameters)
+    for own, expected in zip(found, torch.autograd.grad(step(x), parameters), strict=True):
+        torch.testing.assert_close(own, expected)
+
+
 def test_compiled_networks_are_captured_uncompiled() -> None:
     torch.compiler.reset()
     networks = _networks()
