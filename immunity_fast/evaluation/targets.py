@@ -17,7 +17,7 @@ from immunity_fast.attacks.checks import check_finite, not_finite
 from immunity_fast.attacks.mixtures import Judge, exact_judge, exact_means, trained_gate
 from immunity_fast.attacks.saving import hash_of_weights
 from immunity_fast.evaluation import gate_attackers
-from immunity_fast.experts.imported import imported
+from immunity_fast.experts.imported import called, imported
 from immunity_fast.experts.libraries import LIBRARIES
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
@@ -235,11 +235,12 @@ def _logits(model: Model) -> Model:
     return outputs
 
 
-def load_callable(place: str) -> Model:
+def load_callable(place: str, num_classes: int) -> Model:
     """What `module.path:callable` names.
 
     Args:
-        place: a network, or a function without arguments that makes one.
+        place: a network, or a class or function that makes one, which is called as `--arch` calls it.
+        num_classes: K, for what takes it.
 
     Returns:
         The network, in evaluation mode if it is a module.
@@ -255,12 +256,7 @@ def load_callable(place: str) -> Model:
     found = imported(place)
     if not callable(found):
         raise ValueError(f"{place}: expected a network or a function that makes one, got {type(found).__name__}")
-    try:
-        model = found if isinstance(found, nn.Module) else found()
-    except TypeError as error:
-        raise ValueError(
-            f"{place}: expected a network or a function that makes one, without arguments ({error})"
-        ) from error
+    model = found if isinstance(found, nn.Module) else called(place, found, num_classes)
     if not callable(model):
         raise ValueError(f"{place}: expected it to make a network, got {type(model).__name__}")
     return model.eval() if isinstance(model, nn.Module) else model

@@ -48,15 +48,24 @@ def made(place: str, num_classes: int) -> nn.Module:
     found = imported(place)
     if isinstance(found, nn.Module) or not callable(found):
         raise ValueError(f"{place}: expected a class or a function that makes a network, got {type(found).__name__}")
-    positional, named = _arguments(place, found, num_classes)
-    try:
-        network = found(*positional, **named)
-    except Exception as error:  # whatever the user's code may raise
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{place}: expected it to make a network, got {type(error).__name__}: {reason}") from error
+    network = called(place, found, num_classes)
     if not isinstance(network, nn.Module):
         raise ValueError(f"{place}: expected it to make an nn.Module, got {type(network).__name__}")
     return network
+
+
+def called(place: str, found: Any, num_classes: int) -> Any:
+    """What a class or function makes, which is called as `made` says.
+
+    Raises:
+        ValueError: it cannot be called so, or fails.
+    """
+    positional, named = _arguments(place, found, num_classes)
+    try:
+        return found(*positional, **named)
+    except Exception as error:  # whatever the user's code may raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{place}: expected it to make a network, got {type(error).__name__}: {reason}") from error
 
 
 def _arguments(place: str, found: Any, num_classes: int) -> tuple[tuple[int, ...], dict[str, int]]:

@@ -100,6 +100,8 @@ def _by_autograd(
     labels: Tensor,
     classification: Classification | None,
 ) -> tuple[Tensor, ImmunityTerms]:
-    logits, activations, gate = model.expert_outputs(images, detach_weights=loss_fn.detach_weights)
-    loss, terms = loss_fn(logits, activations, labels, gate, return_terms=True, classification=classification)
-    return loss, terms
+    keeps_graph = torch.is_grad_enabled()
+    with torch.enable_grad():  # which Grad-CAM wants of a validation's loss, too
+        logits, activations, gate = model.expert_outputs(images, detach_weights=loss_fn.detach_weights)
+        loss, terms = loss_fn(logits, activations, labels, gate, return_terms=True, classification=classification)
+    return (loss, terms) if keeps_graph else (loss.detach(), ImmunityTerms(*(term.detach() for term in terms)))

@@ -135,7 +135,7 @@ def evaluate_callable(
     Raises:
         ValueError, OSError: what was given is wrong; one clear line.
     """
-    model = load_callable(place)
+    model = load_callable(place, dataset.num_classes)
     if isinstance(model, torch.nn.Module):
         model.to(device)
     other = None if transfer_from is None else load_other(transfer_from, None, model, dataset, device, trust_code)

@@ -31,7 +31,7 @@ plain = evaluated.plain
 
 
 @pytest.mark.parametrize(
-    "name", ["instance", "make", "Brightness", "Holder.network", "plain", "in_an_object", "in_a_tuple"]
+    "name", ["instance", "make", "Brightness", "OfClasses", "Holder.network", "plain", "in_an_object", "in_a_tuple"]
 )
 def test_any_network_is_evaluated(networks: ModuleType, name: str, data: Path, tmp_path: Path) -> None:
     shared, test = torch.get_rng_state(), load("npz", data).test

@@ -41,7 +41,7 @@ run = evaluated.run
         ("", "expected what can be imported, got "),
         ("number", "expected a network or a function that makes one, got int"),
         ("makes_a_number", "expected it to make a network, got int"),
-        ("takes_images", "expected a network or a function that makes one"),
+        ("takes_images", "expected it to make a network, got AttributeError"),
         ("features_alone", "expected outputs (B, 3), as many as there are classes, got dict of features"),
         ("four_classes", "expected outputs (B, 3), as many as there are classes, got (6, 4)"),
         ("mixture_of_four_classes", "expected outputs (B, 3), as many as there are classes, got (6, 4)"),

@@ -73,6 +73,18 @@ def test_labels_by_name_and_a_value_without_gradients() -> None:
 
 
 @each_kind
+def test_a_validations_loss_needs_no_gradients(whole: bool) -> None:
+    model = _model(whole, training=False)
+    expected, wanted = model(noisy_images(), LABELS, return_terms=True)
+    with torch.no_grad():
+        loss, terms = model(noisy_images(), LABELS, return_terms=True)
+    assert not any(value.requires_grad for value in (loss, *terms))
+    assert_matches(loss, expected)
+    for term, own in zip(terms, wanted, strict=True):
+        assert_matches(term, own)
+
+
+@each_kind
 def test_no_labels_give_log_probabilities(whole: bool) -> None:
     model = _model(whole, training=False)
     outputs = model(noisy_images())
