@@ -1,6 +1,6 @@
 """Every kernel compiled ahead of time for GPUs that need not be there: nothing spills, and loads are 16 bytes wide.
 
-Here for one GPU and a few sizes; for every target, size and layout with `-m exhaustive`.
+Here for one GPU and a few sizes; with `-m exhaustive` for every size and layout on it, and for the other GPUs.
 """
 
 from __future__ import annotations
@@ -21,24 +21,32 @@ from immunity_fast import kernels as package
 
 REPOSITORY = Path(__file__).parents[2]
 CONTRACTION = {"_scores_kernel", "_sums_kernel", "_scores_backward_kernel"}
+WHOLE = 90  # the compute capability for which every call is compiled
 UPDATES = {"_squares_kernel", "_sgd_kernel", "_lerp_kernel"}
 
 
-@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.exhaustive)])
-def records(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """In another process: this one may have Triton's interpreter, which compiles nothing."""
-    out = tmp_path_factory.mktemp("resources") / "resources.json"
+def _compiled(out: Path, *options: str) -> list[dict[str, Any]]:
+    """Records, made in another process: this one may have Triton's interpreter, which compiles nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--out", str(out)]
-    command += ["--few", "--targets", "90"] if request.param == "few" else []
+    command = [sys.executable, "-m", "benchmarks.kernel_resources", "--out", str(out), *options]
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, stdout=subprocess.DEVNULL)
     found: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["records"]
     return found
 
 
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.exhaustive)])
+def records(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Of a few calls for one GPU; or of all for it, and a few for the others."""
+    out = tmp_path_factory.mktemp("resources") / "resources.json"
+    if request.param == "few":
+        return _compiled(out, "--few", "--targets", str(WHOLE))
+    others = [str(capability) for capability in kernel_resources.TARGETS if capability != WHOLE]
+    return _compiled(out, "--targets", str(WHOLE)) + _compiled(out, "--few", "--targets", *others)
+
+
 @pytest.fixture
 def every(request: pytest.FixtureRequest) -> bool:
-    """Whether the records are of every target, size and layout."""
+    """Whether the records are of every target, and of every size and layout."""
     return bool(request.node.callspec.params["records"] == "all")
 
 
@@ -47,7 +55,7 @@ def test_every_kernel_compiles_for_every_target(records: list[dict[str, Any]], e
     modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert kernels >= CONTRACTION | UPDATES
-    for capability in kernel_resources.TARGETS if every else (90,):
+    for capability in kernel_resources.TARGETS if every else (WHOLE,):
         found = {record["kernel"] for record in records if record["capability"] == capability}
         assert found == kernels
 
@@ -92,7 +100,7 @@ def test_large_tensors_are_read_and_written_128_bits_at_a_time(records: list[dic
                 wide = sum(int(bits) * count for bits, count in record["stores"].items() if int(bits) >= 128)
                 assert wide >= _bits_of_a_tile(record), record
             checked += 1
-    assert checked >= (60 if every else 5)
+    assert checked >= (30 if every else 5)
 
 
 def test_weights_are_read_and_written_128_bits_at_a_time(records: list[dict[str, Any]], every: bool) -> None:
@@ -116,9 +124,9 @@ def test_the_committed_table_is_of_the_kernels_as_they_are(records: list[dict[st
     if table["versions"]["triton"] != triton.__version__:
         pytest.skip(f"the table was made with triton {table['versions']['triton']}, this is {triton.__version__}")
     if every:
-        assert [record["kernel"] for record in table["records"]] == [record["kernel"] for record in records]
-        assert table["records"] == records
-        return
+        assert [r for r in records if r["capability"] == WHOLE] == [
+            r for r in table["records"] if r["capability"] == WHOLE
+        ]
     known = [{**record, "first_used_by": ""} for record in table["records"]]  # of many calls, another may come first
     for record in records:
         assert {**record, "first_used_by": ""} in known, record
