@@ -56,8 +56,13 @@ def explain_named(
     _check_apart(folder, files)
     folder.mkdir(parents=True, exist_ok=True)
     figures: list[Path] = []
+    broken: list[ValueError] = []
     for file in files:
-        image, done = read_picture(file, model.image_size, model.channels)
+        try:
+            image, done = read_picture(file, model.image_size, model.channels)
+        except ValueError as error:  # of many images one must not cost the others
+            broken.append(error)
+            continue
         figure = _free(folder / f"{file.stem}.png", figures)
         found, heatmaps = explained(model, image.to(next(model.parameters()).device), asked)
         found = {"image": file.name, "prepared": done} | found
@@ -66,6 +71,13 @@ def explain_named(
         best = found["mixture"]
         cli.console.print(f"{file}: {done}; {best['predicted']} {_percent(best['probability'])} → {figure}")
         figures.append(figure)
+    if broken and len(files) == 1:
+        raise broken[0]
+    if broken:
+        raise ValueError(
+            f"images: expected all to be readable, got {len(broken)} of {len(files)} that are not; the others are in "
+            f"{folder}; {broken[0]}"
+        ) from broken[0]
     return figures
 
 

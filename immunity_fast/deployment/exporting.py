@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -147,10 +148,29 @@ def _to_program(plain: nn.Module, images: Tensor, about: dict[str, str], file: P
 
 
 def _to_script(plain: nn.Module, images: Tensor, about: dict[str, str], file: Path) -> Run:
-    script = torch.jit.trace(plain, images, check_trace=False)  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        script = torch.jit.trace(plain, images, check_trace=False)  # type: ignore[no-untyped-call]
+    if any("Python boolean" in str(each.message) for each in said):  # of values, or of shapes, which matter to nobody
+        _check_branches(plain, images)
     torch.jit.save(script, file, _extra_files={METADATA: json.dumps(about)})
     found: Run = torch.jit.load(file)  # type: ignore[no-untyped-call]
     return found
+
+
+def _check_branches(plain: nn.Module, images: Tensor) -> None:
+    """Check that no condition of a network is on values: a trace has one side of it, for all images.
+
+    Raises:
+        ValueError: one is, which torch.export, unlike a trace, finds.
+    """
+    try:
+        _program(plain, images)
+    except Exception as error:  # of what else it cannot hold a trace may know more
+        if re.search(r"data.dependent|control flow", str(error), re.IGNORECASE):
+            raise ValueError(
+                f"forward: expected no condition on values, of which a trace keeps one side, got one ({error})"
+            ) from error
 
 
 def _to_onnx(plain: nn.Module, images: Tensor, about: dict[str, str], file: Path) -> Run | None:

@@ -126,6 +126,17 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+def test_a_broken_image_does_not_cost_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, photos = tmp_path / "run", tmp_path / "photos"
+    model().save_pretrained(run)
+    file = image(photos)
+    (photos / "0.png").write_text("x", encoding="utf-8")
+    line = error_line(capsys, explain.main, command(run, photos))
+    assert "0.png: expected an image, got that it could not be read" in line
+    assert "images: expected all to be readable, got 1 of 2 that are not; the others are in " in line
+    assert (tmp_path / "out" / file.name).is_file()
+
+
 def test_no_figure_takes_an_image_s_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, file = tmp_path / "run", image(tmp_path / "photos")
     model().save_pretrained(run)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -253,6 +253,26 @@ def test_a_network_of_one_batch_size_is_refused(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
     assert (tmp_path / "m").read_text(encoding="utf-8") == "before"
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(x).mean((-2, -1))
+        logits: Tensor = self.fc(maps.relu() if maps.mean() > 0 else -maps)
+        return logits
+
+
+@pytest.mark.parametrize("format", ["torchscript", "torch.export"])
+def test_a_condition_on_values_is_refused(format: Literal["torchscript", "torch.export"], tmp_path: Path) -> None:
+    """A trace has one side of it, and on noise answers rightly."""
+    model = ImmunityMoE.from_experts([Branching(), Branching()], stage="conv", image_size=16)
+    with pytest.raises(ValueError, match=r"m: expected a network that .* can hold, got .*ata-dependent"):
+        immunity_fast.export(model, tmp_path / "m", format=format)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_answers_otherwise_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
