@@ -17,7 +17,7 @@ from tests.processes import PROCESSES, launch
 from tests.wrapped import KINDS, data, gradients, mixture
 
 EAGER = [f"{wrapper}:{kind}" for wrapper in ("ddp", "fsdp") for kind in KINDS] + ["fsdp of parts:different"]
-COMPILED = ["compiled ddp:chain", "ddp compiled:whole"]
+COMPILED = ["compiled ddp:chain", pytest.param("ddp compiled:whole", marks=pytest.mark.exhaustive)]
 
 
 @pytest.fixture(scope="module")
