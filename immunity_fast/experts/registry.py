@@ -134,6 +134,20 @@ def repeated(arch: str | Sequence[str], num_experts: int) -> tuple[str, ...]:
     return tuple(names[index % len(names)] for index in range(num_experts))
 
 
+def counted(names: Sequence[str], num_experts: int) -> dict[str, int]:
+    """How many of N experts are of each architecture, N being any number: nothing is made for each.
+
+    Args:
+        names: of the architectures, which take turns; a name may come twice.
+        num_experts: N, at least as many as there are names.
+    """
+    rounds, more = divmod(num_experts, len(names))
+    counts: Counter[str] = Counter()
+    for index, name in enumerate(names):
+        counts[name] += rounds + (index < more)
+    return dict(counts)
+
+
 def resolve(arch: str) -> str:
     """What a run keeps of an architecture's name: of a genotype file its text, so that the run does without the file.
 
@@ -162,8 +176,8 @@ def title(arch: str, num_experts: int = 1) -> str:
     words = [genotypes.title(name) if name.startswith("{") else name for name in split_names(arch)]
     if num_experts == 1:
         return " + ".join(words)
-    counted = Counter(repeated(words, num_experts)) if len(words) <= num_experts else Counter(words)
-    return " + ".join(f"{count} × {word}" for word, count in counted.items())
+    counts = counted(words, max(num_experts, len(words)))
+    return " + ".join(f"{count} × {word}" for word, count in counts.items())
 
 
 def file_title(arch: str) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from immunity_fast.data.datasets import load
 from immunity_fast.experts import NAMES, create, title
-from immunity_fast.experts.registry import check_trusted, file_title, repeated
+from immunity_fast.experts.registry import check_trusted, counted, file_title, split_names
 from immunity_fast.experts.stems import chosen_stem
 from immunity_fast.runtime import cli, distributed
 from immunity_fast.runtime.compilation import keep_caches
@@ -159,7 +158,7 @@ def check_trainable(
             f"--crop-padding: expected less than {min(height, width)} for images of {height}×{width}, of which else "
             f"nothing may be left, got {config.crop_padding}"
         )
-    names = Counter(repeated(config.arch, config.experts))
+    names = counted(split_names(config.arch), config.experts)
     if len(names) > 1 and config.batching == "vmap":
         raise ValueError("--batching vmap: expected auto or loop for experts of different architectures")
     weights = values = 0

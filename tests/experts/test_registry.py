@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from immunity_fast.experts import create, resolve, split_names, title
 from immunity_fast.experts.genotypes import reduced
-from immunity_fast.experts.registry import check_trusted, file_title, imports_code, repeated
+from immunity_fast.experts.registry import check_trusted, counted, file_title, imports_code, repeated
 
 CELL = reduced("pdarts", 6, 4)
 MODULE = """
@@ -208,3 +209,10 @@ def test_transformers_are_built_for_the_images() -> None:
     with torch.no_grad():
         assert network(torch.rand(2, 3, 32, 48)).shape == (2, 5)
         assert create("timm:resnet10t.c3_in1k", 5, image_size=40)(torch.rand(2, 3, 40, 40)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("number", [3, 4, 5, 11])
+def test_counted_is_how_often_each_takes_its_turn(number: int) -> None:
+    names = ("a", "b", "a")
+    assert counted(names, number) == Counter(names[index % 3] for index in range(number))
+    assert sum(counted(names, 2**62).values()) == 2**62, "and nothing is made for each"
