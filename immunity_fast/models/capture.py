@@ -38,11 +38,11 @@ def capture_activations(
 ) -> CapturedNetworks:
     """Networks that give `FusedImmunityLoss` what it takes: logits, and the activations that led to them.
 
-    ```
-    captured = capture_activations([resnet_a, resnet_b], "layer2")
-    logits, activations = captured(images)
-    loss = FusedImmunityLoss(size=(224, 224))(logits, activations, labels)
-    ```
+    ::
+
+        captured = capture_activations([resnet_a, resnet_b], "layer2")
+        logits, activations = captured(images)
+        loss = FusedImmunityLoss(size=(224, 224))(logits, activations, labels)
 
     Args:
         networks: N ≥ 1 modules from images (B, C, H, W) to logits (B, K), each another one. They are kept, not copied,
@@ -74,10 +74,10 @@ class CapturedNetworks(nn.Module):
 
     As a context it captures what passes of the networks themselves give, in this thread:
 
-    ```
-    with captured as activations:
-        logits = [network(images) for network in networks]
-    ```
+    ::
+
+        with captured as activations:
+            logits = [network(images) for network in networks]
 
     Attributes:
         networks: the networks, as an `nn.ModuleList`.

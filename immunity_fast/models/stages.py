@@ -28,7 +28,8 @@ def find_stage(network: nn.Module, images: Tensor, layout: MapLayout | Reshape |
     The stages are the children that run once in a forward pass and return a map, or tokens, in the order in which they
     end. Of a list of modules these are its members; and, unless the network itself is an `nn.Sequential`, of a plain
     `nn.Sequential` that most of its modules are in, such as torchvision's `features` and timm's `blocks`, likewise its
-    own. Where none of them will do, they are the members of all lists and `nn.Sequential`s, wherever these are.
+    own. Where none of them will do, they are the members of all lists and each
+    `nn.Sequential`, wherever these are.
 
     Args:
         network: is left as it is.
