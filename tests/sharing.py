@@ -95,7 +95,7 @@ def queue(folder: str, data: str) -> dict[str, Any]:
     with (
         _patched(session, "fit", fit),
         _patched(run_evaluation, "evaluate_folder", judge),
-        _patched(ensemble, "join", lambda _runs, out: made(out, CONFIG)),
+        _patched(ensemble, "join", lambda _runs, out, **_options: made(out, CONFIG)),
         _patched(Run, "epochs_trained", lambda _run: CONFIG.epochs),
     ):
         own = Queue(Path(folder) / "runs", JOBS, device="cpu", data=data)
