@@ -38,10 +38,10 @@ def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
     assert torch.equal(found, torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
-def test_other_colours_are_converted(mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "name"), [("CMYK", "a.tif"), ("YCbCr", "a.jpg")])
+def test_other_colours_are_converted(mode: str, name: str, tmp_path: Path) -> None:
     pixels = np.full((8, 8, 3), (200, 100, 50), dtype=np.uint8)
-    found, _ = read_picture(saved(tmp_path, pixels, mode, "a.tif"), (8, 8))
+    found, _ = read_picture(saved(tmp_path, pixels, mode, name), (8, 8))
     assert found.shape == (3, 8, 8)
     assert (found - torch.tensor([200, 100, 50])[:, None, None] / 255).abs().max() < 0.02
 
