@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-import torch
 from torch import Tensor, nn
 
-from immunity_fast.experts import create, resolve
-from immunity_fast.experts.registry import repeated
+from immunity_fast.experts import resolve
 from immunity_fast.models.card import PLACE, model_card
+from immunity_fast.models.described import expert_tensors
 from immunity_fast.models.maps import MapLayout
 from immunity_fast.runtime.files import abbreviated, parse_json, write_atomically
 
@@ -193,25 +192,19 @@ def check_fits(saved: Saved) -> None:
     count = config["num_experts"]
     if count > len(own) and not any(tensor.shape[:1] == (count,) for tensor in own.values()):
         raise ValueError(f"{file}: expected the tensors of {count} experts, got others")
-    made: dict[str, dict[str, Tensor]] = {}
-    stem = {} if config["stem"] is None else {"stem": config["stem"]}
-    for name in dict.fromkeys(repeated(config["arch"], count)):
-        try:
-            with torch.device("meta"):
-                network = create(name, config["num_classes"], image_size=tuple(config["image_size"]), **stem)
-        except NotImplementedError:  # what it does while it is made needs values
-            return
-        except (ValueError, RuntimeError, TypeError) as error:
-            raise ValueError(f"{saved.folder}: describes a model that cannot be made ({error})") from error
-        made[name] = network.state_dict()
-    shapes: dict[str, tuple[int, ...]] = {}
-    for index, name in enumerate(repeated(config["arch"], count)):
-        if f"{index}.{next(iter(made[name]), '')}" in own:
-            shapes |= {f"{index}.{key}": tuple(tensor.shape) for key, tensor in made[name].items()}
-        else:
-            shapes |= {key: (count, *tensor.shape) for key, tensor in made[name].items()}
-            break
-    check_shapes(file, {name: tuple(tensor.shape) for name, tensor in own.items()}, shapes, "experts.")
+    try:
+        expected = expert_tensors(
+            config["arch"],
+            count,
+            own,
+            num_classes=config["num_classes"],
+            image_size=tuple(config["image_size"]),
+            stem=config["stem"] or "cifar",
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{saved.folder}: describes a model that cannot be made ({error})") from error
+    found, shapes = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (own, expected))
+    check_shapes(file, found, shapes, "experts.")
 
 
 def check_shapes(

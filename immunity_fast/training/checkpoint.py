@@ -5,7 +5,6 @@ dtype before anything is made of it.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from immunity_fast.experts import NAMES, create, split_names
+from immunity_fast.experts import split_names
 from immunity_fast.experts.registry import check_trusted, repeated
+from immunity_fast.models.described import expert_tensors
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 from immunity_fast.runtime.files import abbreviated, is_number, parse_json, write_atomically
 
@@ -326,37 +326,16 @@ def check_experts(path: Path, description: Mapping[str, Any], tensors: Mapping[s
     Raises:
         ValueError: they are not; by file.
     """
-    count, stored = description["num_experts"], under("experts", tensors, ".")
+    stored = under("experts", tensors, ".")
     try:
-        names = repeated(description["arch"], min(count, len(tensors) + 1))
-        made = {name: outline(name, description).state_dict() for name in dict.fromkeys(names)}
+        expected = expert_tensors(
+            description["arch"],
+            description["num_experts"],
+            stored,
+            num_classes=description["num_classes"],
+            image_size=tuple(description["image_size"]),
+            stem=description.get("stem", "cifar"),
+        )
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: describes a model that cannot be made ({error})") from error
-    if len(made) > 1 or any(re.match(r"\d+\.", name) for name in stored.keys() - made[names[0]].keys()):
-        if count > len(tensors):
-            raise ValueError(f"{path}: describes {count} experts, more than it has tensors")
-        alone = {f"{index}.{key}": value for index, name in enumerate(names) for key, value in made[name].items()}
-        check_tensors(path, stored, alone, f"{prefix}experts.")
-        return
-    stacked = {key: value.new_empty(count, *value.shape) for key, value in made[names[0]].items()}
-    check_tensors(path, stored, stacked, f"{prefix}experts.")
-
-
-def outline(name: str, description: Mapping[str, Any]) -> nn.Module:
-    """A network without memory for its weights, or with, where its code needs that.
-
-    Args:
-        name: of its architecture.
-        description: `info["model"]`, for the number of classes, the images' size and the stem.
-
-    Raises:
-        ValueError, RuntimeError: it cannot be made.
-    """
-    options = {"stem": description.get("stem", "cifar"), "image_size": tuple(description["image_size"])}
-    try:
-        with torch.device("meta"):
-            return create(name, description["num_classes"], **options)
-    except Exception:  # whatever it makes of a device that computes nothing
-        if name in NAMES or name.startswith("{"):
-            raise
-    return create(name, description["num_classes"], **options)
+    check_tensors(path, stored, expected, f"{prefix}experts.")

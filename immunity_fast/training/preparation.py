@@ -14,6 +14,7 @@ from immunity_fast.data.datasets import load
 from immunity_fast.experts import NAMES, create, title
 from immunity_fast.experts.registry import check_trusted, counted, file_title, split_names
 from immunity_fast.experts.stems import chosen_stem
+from immunity_fast.models.described import outline
 from immunity_fast.runtime import cli, distributed
 from immunity_fast.runtime.compilation import keep_caches
 from immunity_fast.runtime.failures import out_of_memory
@@ -21,7 +22,7 @@ from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.memory import check_fits
 from immunity_fast.runtime.outputs import kind_of, logits_of
 from immunity_fast.runtime.precision import set_float32
-from immunity_fast.training.checkpoint import not_finite, outline
+from immunity_fast.training.checkpoint import not_finite
 from immunity_fast.training.config import TrainConfig, check_data
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.trainer import Trainer
@@ -194,7 +195,7 @@ def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_class
 
     stem = chosen_stem(config.stem, image_size)
     try:
-        expert = outline(name, {"num_classes": num_classes, "image_size": image_size, "stem": stem}).train()
+        expert = outline(name, num_classes, image_size, stem).train()
         for module in expert.modules():
             if not list(module.children()):
                 module.register_forward_hook(count)
