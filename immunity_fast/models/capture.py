@@ -201,11 +201,12 @@ class _Passes:
             self.network.register_forward_hook(self._finish, always_call=True),
         ]
 
-    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        # Another thread's pass may see the hook before, or after, PyTorch has noted that it takes keywords.
         if is_apart() or self.thread != threading.get_ident():
             return
         self._leave()
-        images = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        images = next((value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Tensor)), None)
         check_images(images)
         assert images is not None
         layer, reading = self.captured._reading(self.index, images)
