@@ -456,12 +456,14 @@ def from_preset(changes: Mapping[str, Any], file: Mapping[str, Any] = MappingPro
     Raises:
         ValueError: a value out of its range.
     """
-    preset = PRESETS.get(changes.get("preset", file.get("preset", "quickstart")))
-    values = {} if preset is None else vars(preset)  # of an unknown one the construction tells
+    name = changes.get("preset", file.get("preset", "quickstart"))
+    if name not in PRESETS:
+        raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got {abbreviated(name)}")
+    values: dict[str, Any] = dict(vars(PRESETS[name]))
     for layer in (file, changes):
         values = values | _following(values, layer) | layer
     momentum = changes.get("momentum")
-    if values.get("optimizer") in KINDS and momentum is not None:
+    if values["optimizer"] in KINDS and momentum is not None:
         try:
             check_has(values["optimizer"], momentum=momentum)
         except ValueError as error:

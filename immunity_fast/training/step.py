@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -237,14 +236,3 @@ def _distributed(objective: _Objective, group: torch.distributed.ProcessGroup) -
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
     }
     return DistributedDataParallel(objective, process_group=group, gradient_as_bucket_view=True, **options)
-
-
-def cosine_lr(lr: float, step: int, steps: int) -> float:
-    """The learning rate of step 0..steps−1: half a cosine from `lr` to almost 0 (Loshchilov & Hutter, 1608.03983).
-
-    Args:
-        lr: at step 0.
-        step: which.
-        steps: how many there are.
-    """
-    return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
