@@ -463,7 +463,7 @@ def from_preset(changes: Mapping[str, Any], file: Mapping[str, Any] = MappingPro
     for layer in (file, changes):
         values = values | _following(values, layer) | layer
     momentum = changes.get("momentum")
-    if values["optimizer"] in KINDS and momentum is not None:
+    if values["optimizer"] in KINDS and momentum:  # which a whole run's settings have as 0 where there is none
         try:
             check_has(values["optimizer"], momentum=momentum)
         except ValueError as error:

@@ -84,8 +84,8 @@ class LearningRate:
     def _step(self, step: int) -> float:
         epochs = self.steps / self.steps_per_epoch
         milestones = self.milestones or (epochs / 2, 3 * epochs / 4)
-        # In steps: a quotient of steps and epochs could be a rounding below the milestone that it is.
-        passed = sum(step >= round(milestone * self.steps_per_epoch) for milestone in milestones)
+        # A product with a fraction may be a rounding above the step that it is.
+        passed = sum(step > milestone * self.steps_per_epoch - 1e-6 for milestone in milestones)
         return max(self.lr_min, self.lr * self._factor() ** passed)
 
     def _exponential(self, step: int) -> float:
@@ -101,7 +101,7 @@ class LearningRate:
     def _onecycle(self, step: int) -> float:
         low, last = self.lr / START, self.steps - 1
         end = max(self.lr_min, low / END)
-        top = min(float(last), (self.warmup_steps or RISE * self.steps) - 1)  # the step of the highest rate
+        top = min(last, max(0.0, (self.warmup_steps or RISE * self.steps) - 1))  # the step of the highest rate
         if step <= top:
             return _half_cosine(low, self.lr, step / top if top > 0 else 1.0)
         return _half_cosine(self.lr, end, (step - top) / (last - top))

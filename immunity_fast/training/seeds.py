@@ -381,7 +381,7 @@ def _forget(start: SeedSet) -> None:
 
 
 def _forget_compiled() -> None:
-    """Give back what a run has held, and code that was compiled for its model: of one function there is only so much."""
+    """Give back what a run has held, and code that was compiled for it: of one function there is only so much."""
     gc.collect()
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:

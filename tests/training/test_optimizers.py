@@ -110,11 +110,8 @@ def test_another_optimiser_has_its_own_rate_unless_one_is_given() -> None:
     assert from_preset({"preset": "paper", "optimizer": "sgd"}).lr == 0.01
     assert from_preset({"preset": "paper", "optimizer": "adamw", "lr": 0.01}).lr == 0.01
     config = from_preset({"optimizer": "adamw", "lr": 0.05, "weight_decay": 5e-4})
-    assert from_preset(_parsed(config.options())) == config, "as it is the preset's number, of another optimiser"
-
-
-def _parsed(words: list[str]) -> dict[str, Any]:
-    return vars(train.parse([*words, "--out", "none"]).config)
+    again = train.parse([*config.options(), "--out", "none"]).config
+    assert again == config, "as they are the preset's numbers, of another optimiser"
 
 
 @pytest.mark.parametrize(

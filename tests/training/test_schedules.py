@@ -44,7 +44,7 @@ SAME: dict[str, tuple[dict[str, Any], Any]] = {
         {"schedule": "step", "milestones": (1, 3.0), "factor": 0.2},
         lambda o: lr_scheduler.MultiStepLR(o, [7, 21], 0.2),
     ),
-    "step by itself": ({"schedule": "step"}, lambda o: lr_scheduler.MultiStepLR(o, [18, 26], 0.1)),
+    "step by itself": ({"schedule": "step"}, lambda o: lr_scheduler.MultiStepLR(o, [18, 27], 0.1)),
     "exponential": ({"schedule": "exponential", "factor": 0.5}, lambda o: lr_scheduler.StepLR(o, EPOCH, 0.5)),
     "constant": ({"schedule": "constant"}, lambda o: lr_scheduler.ConstantLR(o, 1.0)),
     "onecycle": (
@@ -118,11 +118,16 @@ def test_milestones_are_epochs_of_the_whole_run() -> None:
 @pytest.mark.parametrize("epochs", [3, 7, 9, 30, 90])
 @pytest.mark.parametrize("steps", [1, 7, 49, 391])
 def test_a_milestone_is_the_first_step_of_its_epoch(epochs: int, steps: int) -> None:
-    """Quotients of whole numbers are not: 3 · 0.1 ≥ 0.3 is false."""
     for milestone in range(1, epochs):
         rate = LearningRate(1.0, epochs * steps, steps, "step", milestones=(milestone,))
         assert rate(milestone * steps - 1) == 1.0
         assert rate(milestone * steps) == 0.1
+
+
+def test_a_milestone_within_an_epoch_is_its_own_step() -> None:
+    """0.7 · 10 is more than 7 in floating point."""
+    rate = LearningRate(1.0, 20, 10, "step", milestones=(0.7, 1.15))
+    assert [step for step in range(1, 20) if rate(step) < rate(step - 1)] == [7, 12]
 
 
 def test_settings_are_the_schedule_s() -> None:
