@@ -215,7 +215,8 @@ class TrainConfig:
             _check(self, option.name, not choices or value in choices, f"one of {', '.join(choices)}")
 
     def _check_optimizer(self) -> None:
-        two = _are_numbers(self.betas) and len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        betas = self.betas or ()
+        two = _are_numbers(betas) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
         _check(self, "betas", self.betas is None or two, "two numbers of at least 0 and below 1, such as 0.9,0.999")
         eps = self.optimizer_eps
         _check(self, "optimizer_eps", eps is None or 0 <= eps < math.inf, "a finite number of at least 0")
@@ -461,7 +462,7 @@ def from_preset(changes: Mapping[str, Any], file: Mapping[str, Any] = MappingPro
         raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got {abbreviated(name)}")
     values: dict[str, Any] = dict(vars(PRESETS[name]))
     for layer in (file, changes):
-        values = values | _following(values, layer) | layer
+        values = values | {**_following(values, layer), **layer}
     momentum = changes.get("momentum")
     if values["optimizer"] in KINDS and momentum:  # which a whole run's settings have as 0 where there is none
         try:

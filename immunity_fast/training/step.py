@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,9 +140,12 @@ class TrainStep:
         """Add a batch's share of the gradient to that of the batches before it; between them processes do not meet."""
         if index == 0:
             self.optimizer.zero_grad(set_to_none=True)
-        alone = index + 1 < count and isinstance(self._forward, DistributedDataParallel)
-        with self._forward.no_sync() if alone else nullcontext():
-            loss, measured = self._forward(*batch)
+        forward: Any = self._forward
+        alone: AbstractContextManager[None] = nullcontext()
+        if index + 1 < count and isinstance(forward, DistributedDataParallel):
+            alone = forward.no_sync()
+        with alone:
+            loss, measured = forward(*batch)
             scaled = self.scaler.scale(loss)
             if self._share is None or self._share[1] != count or self._share[0].dtype != scaled.dtype:
                 self._share = torch.full_like(scaled, 1 / count), count
