@@ -11,7 +11,7 @@ import pytest
 from tests.places import REPOSITORY
 
 PACKAGE = REPOSITORY / "immunity_fast"
-COMMANDS = ("train", "evaluate", "explain", "ensemble", "reproduce", "info")
+COMMANDS = ("train", "evaluate", "explain", "export_model", "ensemble", "reproduce", "info")
 
 # From the ground up: a room imports what is on the floors below its own, and itself.
 FLOORS = (
@@ -25,6 +25,7 @@ FLOORS = (
     ("reproduction", "deployment"),
     ("__init__",),
     COMMANDS,
+    ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
