@@ -17,6 +17,7 @@ COMMANDS = ("train", "evaluate", "explain", "ensemble", "reproduce", "info")
 FLOORS = (
     ("kernels", "runtime"),
     ("permutations", "channelwise", "arguments"),
+    ("targets",),
     ("functional", "forward_mode", "data", "reporting"),
     ("experts", "losses"),
     ("attacks", "models"),
