@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from immunity_fast.data.images import is_image_file, read_image
 from immunity_fast.runtime.failures import readable
 from immunity_fast.runtime.memory import check_fits
 
@@ -26,7 +27,6 @@ TEST_SHARE = 0.2
 NPZ_REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
 VALIDATION = ("val", "valid", "validation")  # what that split is called
 NPZ_VALIDATION = ("val_images", "val_labels")
-IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 class Parts(NamedTuple):
@@ -247,11 +247,7 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
         raise FileNotFoundError(f"{folder}: there is no such folder, expected one folder of images for each class")
     files = {
         path.name: sorted(
-            (
-                file
-                for file in path.iterdir()
-                if file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file() and not file.name.startswith(".")
-            ),
+            filter(is_image_file, path.iterdir()),
             key=os.fsencode,
         )
         for path in _subfolders(folder)
@@ -293,12 +289,12 @@ def _read_images(files: dict[str, list[Path]], image_size: int | None, first: Pa
     count = sum(map(len, files.values()))
     if image_size is not None:  # before a single one is made so large
         _check_memory(count, image_size, image_size)
-    expected = _read_image(first, image_size).shape
+    expected = read_image(first, image_size).shape
     _check_memory(count, *expected[:2])
     images, labels = [], []
     for label, found in enumerate(files.values()):
         for file in found:
-            image = _read_image(file, image_size)
+            image = read_image(file, image_size)
             if image.shape != expected:
                 raise ValueError(
                     f"{file}: expected {expected[1]}×{expected[0]} pixels as {first} has, got "
@@ -312,28 +308,6 @@ def _read_images(files: dict[str, list[Path]], image_size: int | None, first: Pa
 def _check_memory(count: int, height: int, width: int) -> None:
     what = f"{count:,} images of {width}×{height} pixels"
     check_fits(3 * count * height * width, torch.device("cpu"), what, "a smaller --image-size, or fewer images")
-
-
-def _read_image(file: Path, image_size: int | None) -> NDArray[np.uint8]:
-    """An image file as RGB, uint8 (H, W, 3).
-
-    Raises:
-        ValueError: it cannot be read; by its name.
-    """
-    pillow, operations = _need("PIL.Image", "pillow"), _need("PIL.ImageOps", "pillow")
-    try:
-        with pillow.open(file) as image:
-            # Pillow would clip deeper images at 255 instead of scaling them.
-            if image.mode[0] in "IF":
-                raise ValueError(f"it has mode {image.mode}, more than 8 bits a channel")
-            image = image.convert("RGB")
-        if image_size is not None:
-            image = operations.fit(image, (image_size, image_size), method=pillow.Resampling.BILINEAR)
-    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise ValueError(
-            f"{file}: expected an 8-bit image, got that it could not be read ({_reason(error)})"
-        ) from error
-    return np.asarray(image)
 
 
 def _need(module: str, package: str) -> ModuleType:
