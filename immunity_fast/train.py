@@ -4,6 +4,8 @@ A run folder holds config.json, metrics.jsonl (a record an epoch), checkpoints/,
 """
 
 from immunity_fast.runtime import cli, distributed, interrupts
+from immunity_fast.runtime.commands import program
+from immunity_fast.runtime.parser import description
 from immunity_fast.training import seeds
 from immunity_fast.training.config import add_options, from_preset, read_settings, resolve_architecture
 from immunity_fast.training.preparation import MEMORY_ADVICE, Preview, Start, begin, go_on
@@ -19,8 +21,8 @@ def parse(arguments: list[str] | None) -> Start:
         ValueError, OSError: settings out of range, or a run that cannot go on with them.
     """
     parser = cli.Parser(
-        prog="python -m immunity_fast.train",
-        description=(__doc__ or "").split("\n")[0],
+        prog=program("train"),
+        description=description(__doc__),
         epilog="In brackets: what the preset quickstart sets.",
     )
     folder = parser.add_mutually_exclusive_group()

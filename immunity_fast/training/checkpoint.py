@@ -88,7 +88,7 @@ def _is_count(value: Any, least: int = 0) -> bool:
 def _is_model(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and value.keys() - {"stem"} == {"arch", "num_experts", "num_classes", "stage", "image_size"}
+        and value.keys() - {"stem", "channels"} == {"arch", "num_experts", "num_classes", "stage", "image_size"}
         and isinstance(value["arch"], str)
         and (value["stage"] is None or isinstance(value["stage"], str))
         and _is_count(value["num_experts"], 1)
@@ -97,6 +97,7 @@ def _is_model(value: Any) -> bool:
         and len(value["image_size"]) == 2
         and all(_is_count(side, 1) for side in value["image_size"])
         and value.get("stem", "cifar") in ("cifar", "imagenet")
+        and _is_count(value.get("channels", 3), 1)
     )
 
 
@@ -112,8 +113,8 @@ def _is_weights(value: Any) -> bool:
 
 
 # What a checkpoint says of its run, and whether a value can be that. Earlier versions wrote no "classes", "momenta" and
-# "weights"; of a model they did not write "stem", which was "cifar". "stopped" is why a run ended before its last
-# epoch.
+# "weights"; of a model they did not write "stem", which was "cifar", and "channels" is written where they are not 3.
+# "stopped" is why a run ended before its last epoch.
 INFO: dict[str, Callable[[Any], bool]] = {
     "model": _is_model,
     "data": lambda value: isinstance(value, str),
@@ -310,6 +311,7 @@ def described_model(description: Mapping[str, Any], **options: Any) -> ImmunityM
         "stage": stages_of(description["stage"], arch, experts),
         "image_size": tuple(description["image_size"]),
         "stem": description.get("stem", "cifar"),
+        "channels": description.get("channels", 3),
     }
     if experts == 1:
         return SingleNetwork(arch, classes, **options)
@@ -356,6 +358,7 @@ def check_experts(path: Path, description: Mapping[str, Any], tensors: Mapping[s
             num_classes=description["num_classes"],
             image_size=tuple(description["image_size"]),
             stem=description.get("stem", "cifar"),
+            channels=description.get("channels", 3),
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: describes a model that cannot be made ({error})") from error

@@ -120,7 +120,7 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-def test_the_command_line_wins_over_the_file_and_that_over_the_preset(tmp_path: Path) -> None:
+def test_a_command_line_wins_over_the_file_over_the_preset(tmp_path: Path) -> None:
     file = _written(tmp_path, "preset: paper\nlr: 0.5\nepochs: 7\n")
     config = train.parse(["--config", str(file), "--epochs", "3", "--out", "none"]).config
     assert (config.preset, config.arch, config.lr, config.epochs) == ("paper", "googlenet", 0.5, 3)
