@@ -364,10 +364,14 @@ class TrainConfig:
         return cls(**values)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path, *more: str) -> dict[str, Any]:
     """The settings that a file of YAML or JSON, or a run's folder, has; by name, each in the type of its own.
 
     A whole config.json of an earlier version stands for what it stood for then.
+
+    Args:
+        path: of the file.
+        more: names besides, whose values are given as they are read.
 
     Raises:
         FileNotFoundError, OSError: it cannot be read.
@@ -380,7 +384,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         if values.pop(name, only) != only:
             raise ValueError(f"{path}: {name}: expected {only}, the only one left, got another")
     for name in values:
-        if name not in hints:
+        if name not in hints and name not in more:
             near = config_file.suggestion(name, list(hints))
             raise ValueError(f"{path}: {name}: expected the name of a setting, got one that there is not{near}")
     if hints.keys() - ADDED.keys() <= values.keys():

@@ -214,6 +214,8 @@ class TrainingState:
         self.sums += measured
         if self.average is not None and index + 1 == count:
             self.average.update()
+        if count == 1:
+            return measured
         self._of_step = measured if index == 0 else self._of_step + measured
         return self._of_step / (index + 1)
 

@@ -95,7 +95,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("lr: [", "expected settings by name, got what cannot be read (YAML: "),
     ("lr: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
     ("weight_scale: spatial", "weight_scale: expected channels"),
-    ("seeds: 0", "did you mean seed?"),
+    ("seeds: x", "--seeds: expected whole numbers and ranges"),
 ]
 
 
@@ -106,6 +106,11 @@ def test_a_mistake_is_one_line(text: str, line: str, tmp_path: Path, capsys: pyt
     assert line in said
     assert line.startswith("--") or str(file) in said
     assert not (tmp_path / "run").exists()
+
+
+def test_seeds_are_no_setting(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"seeds: expected the name of a setting, .* did you mean seed\?"):
+        TrainConfig.from_yaml(_written(tmp_path, "seeds: 0"))
 
 
 def test_a_file_that_is_not_there_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

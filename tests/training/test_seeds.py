@@ -198,6 +198,18 @@ def test_what_cannot_begin_leaves_nothing(
     assert training.started == []
 
 
+@pytest.mark.parametrize(("text", "expected"), [("[2, 5]", [2, 5]), ("2-3", [2, 3]), ("7", [7])])
+def test_seeds_may_stand_in_the_file(text: str, expected: list[int], training: Training, tmp_path: Path) -> None:
+    pytest.importorskip("yaml", reason="the file is YAML")
+    file = tmp_path / "c.yaml"
+    file.write_text(f"lr: 1e-3\nseeds: {text}\n", encoding="utf-8")
+    train.main(["--config", str(file), "--out", str(tmp_path / "set")])
+    assert training.seeds == expected
+    training.started.clear()
+    assert isinstance(train.parse(["--config", str(file), "--seeds", "0", "--out", "none"]), SeedSet)
+    assert not isinstance(train.parse(["--config", str(file), "--seed", "0", "--out", "none"]), SeedSet)
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
