@@ -17,6 +17,7 @@ COMMANDS = ("train", "evaluate", "explain", "export_model", "ensemble", "reprodu
 FLOORS = (
     ("kernels", "runtime"),
     ("permutations", "channelwise", "arguments"),
+    ("targets",),
     ("functional", "forward_mode", "data", "reporting"),
     ("experts", "losses"),
     ("attacks", "models"),
