@@ -97,7 +97,7 @@ class TrainStep:
         """Update the model, in training mode.
 
         Args:
-            images: (B, 3, H, W) floating-point in [0, 1]; or uint8, where `affine` is given.
+            images: (B, C, H, W) floating-point in [0, 1]; or uint8, where `affine` is given.
             labels: (B,) integers.
             affine: (5, B), of `augmentation.draw_affine`; None leaves the images as they are.
 
