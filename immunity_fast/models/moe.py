@@ -278,7 +278,7 @@ class ImmunityMoE(nn.Module):
 
         Args:
             images: (B, C, H, W) floating-point in [0, 1].
-            labels: (B,) integers; None asks for log-probabilities.
+            labels: (B,) integers, or (B, num_classes) probabilities; None asks for log-probabilities.
             return_terms: return `(loss, ImmunityTerms)`.
 
         Returns:
@@ -682,13 +682,16 @@ class ImmunityMoE(nn.Module):
         return torch.stack(logits), activations
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ImmunityMoE":
-        """`nn.Module`'s, which `to` and its like call: of stacked tensors each expert's own is converted."""
+        """`nn.Module`'s, which `to` and its like call: of stacked tensors each expert's own is converted, and the
+        loss's class weights go along.
+        """
         with in_use():
             if recurse:
                 for child in self.children():
                     stacked = child is self.experts and not isinstance(child, ExpertList)
                     child._apply(expert_by_expert(fn) if stacked else fn)  # type: ignore[no-untyped-call]
             super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
+            self.loss_fn._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
 
