@@ -14,6 +14,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "dataset": (["folder"], "folder"),
     "data": (["some/file.npz"], "some/file.npz"),
     "image_size": (["64"], 64),
+    "channels": (["1"], 1),
     "limit_train": (["100"], 100),
     "arch": (["densenet121"], "densenet121"),
     "experts": (["3"], 3),

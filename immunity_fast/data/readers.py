@@ -43,7 +43,7 @@ class Parts(NamedTuple):
 
 def read_digits(channels: int = 3) -> Parts:
     """scikit-learn's 1,797 handwritten digits, 8×8 with values 0..16, as 32×32; 20 % of each class is the test."""
-    check_channels(channels)
+    check_channels(channels, "digits")
     datasets = _need("sklearn.datasets", "scikit-learn")
     selection = _need("sklearn.model_selection", "scikit-learn")
     digits = datasets.load_digits()
@@ -62,7 +62,7 @@ def read_cifar(name: str, root: Path, channels: int = 3) -> Parts:
 
     As grey images they are what `images.to_grey` makes of them.
     """
-    check_channels(channels)
+    check_channels(channels, name)
     source = getattr(_need("torchvision.datasets", "torchvision"), name.upper())
     try:
         train, test = source(root, train=True, download=True), source(root, train=False, download=True)

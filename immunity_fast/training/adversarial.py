@@ -97,7 +97,7 @@ class InnerAttack:
         return self._attack.compiled
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial images (B, 3, H, W) of `images`, floating-point in [0, 1], and their labels (B,)."""
+        """Adversarial images (B, C, H, W) of `images`, floating-point in [0, 1], and their labels (B,)."""
         with frozen(self.model), attacked_mode(self.model, self.settings):
             if self.settings.method != "trades":
                 return self._attack(images, labels, trusted=True)

@@ -43,6 +43,7 @@ ADDED = {
     "stem": "cifar",
     "weights": None,
     "perturbation": PERTURBATION,
+    "channels": 3,
     "optimizer": "sgd",
     "accumulate": 1,
     "betas": None,
@@ -95,6 +96,11 @@ class TrainConfig:
     dataset: str = _data("digits", "what to train on", DATASETS)
     data: str | None = _data(None, "file (npz), folder of images (folder), or download folder (cifar10, cifar100)")
     image_size: int | None = _data(None, "for --dataset folder: scale and crop images to this many pixels a side")
+    channels: int = _data(
+        3,
+        "channels of the images and of the networks' first convolution; 1: grey, which coloured images are converted "
+        "to; npz: any number that it has",
+    )
     limit_train: int | None = _data(None, "use so many training images")
     arch: str = _model(
         "resnet8",
@@ -205,6 +211,7 @@ class TrainConfig:
         for name in ("crop_padding", "check_images"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
         _check(self, "seed", self.seed >= 0, "0 to 2⁶³ − 1")
+        _check(self, "channels", self.channels >= 1, "at least 1")
         _check(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1 pixel")
         _check(self, "rotation", 0 <= self.rotation <= 180, "0 to 180 degrees")
         for option in dataclasses.fields(self):

@@ -123,7 +123,9 @@ def prepare(
         if config.dataset == "folder" and config.image_size is not None:  # before all images are made so large
             check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
         with distributed.first_of_all():  # a data set that is missing is downloaded once
-            dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
+            dataset = load_named(config)
+    if dataset.channels != config.channels:  # of a data set of the user's, which is as it is
+        config = dataclasses.replace(config, channels=dataset.channels)
     if model is None:
         check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
     set_float32(config.float32)
@@ -152,6 +154,22 @@ def prepare(
     state.history = run.metrics()[: state.epoch]
     save_changed_settings(run, config)
     return state, run
+
+
+def load_named(config: TrainConfig) -> ImageDataset:
+    """The data set that settings name.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: see `datasets.load`; a setting that is wrong is called as its option.
+    """
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("limit_train", "image_size", "channels")}
+    try:
+        return load(config.dataset, config.data, **options)
+    except ValueError as error:
+        name, _, rest = str(error).partition(": ")
+        if name not in options:
+            raise
+        raise ValueError(f"--{name.replace('_', '-')}: {rest}") from error
 
 
 def save_changed_settings(run: Run, config: TrainConfig) -> None:
@@ -221,22 +239,23 @@ def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_class
 
     stem = chosen_stem(config.stem, image_size)
     try:
-        expert = outline(name, num_classes, image_size, stem).train()
+        expert = outline(name, num_classes, image_size, stem, config.channels).train()
         for module in expert.modules():
             if not list(module.children()):
                 module.register_forward_hook(count)
         try:
-            output = expert(torch.empty(batch, 3, height, width, device="meta"))
+            output = expert(torch.empty(batch, config.channels, height, width, device="meta"))
         except Exception:  # whatever its code makes of tensors without values
             if name in NAMES or name.startswith("{"):
                 raise
             # Two images, for BatchNorm's sake, stand for the others.
-            values, expert = 0, create(name, num_classes, stem=stem, image_size=image_size).train()
+            values = 0
+            expert = create(name, num_classes, stem=stem, image_size=image_size, channels=config.channels).train()
             for module in expert.modules():
                 if not list(module.children()):
                     module.register_forward_hook(count)
             with torch.no_grad():
-                output = expert(torch.zeros(min(batch, 2), 3, height, width))
+                output = expert(torch.zeros(min(batch, 2), config.channels, height, width))
             values = values * batch // min(batch, 2)
     except ModuleNotFoundError:
         raise
@@ -244,8 +263,10 @@ def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_class
         if out_of_memory(error) is not None:
             raise
         reason = " ".join(str(error).split())
+        depth = "" if config.channels == 3 else f"{config.channels} × "
         raise ValueError(
-            f"--arch {title(name)}: cannot be trained on images of {height}×{width}, {batch} at a time ({reason})"
+            f"--arch {title(name)}: cannot be trained on images of {depth}{height}×{width}, {batch} at a time "
+            f"({reason})"
         ) from error
     logits = logits_of(output)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != num_classes:

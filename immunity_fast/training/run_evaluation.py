@@ -52,6 +52,7 @@ def evaluate_named(
     dataset: str | None = None,
     data: str | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
     transfer_from: Path | None = None,
     checkpoint: WhichCheckpoint | None = None,
     out: Path | None = None,
@@ -65,7 +66,7 @@ def evaluate_named(
         place: a run's folder, or a network as module.path:callable.
         settings: what is to be found out.
         device: where.
-        dataset, image_size: of a network; a run has its own.
+        dataset, image_size, channels: of a network; a run has its own.
         data: where the data set lies; None is where the run has it, or the data set's default.
         transfer_from, out, again: see `evaluate_folder`.
         checkpoint, compile: of a run; see `evaluate_folder`.
@@ -75,6 +76,7 @@ def evaluate_named(
         ValueError, OSError, ModuleNotFoundError: what was given is wrong; one clear line.
     """
     check_whole("image_size", image_size, 1)
+    check_whole("channels", channels, 1)
     settings.check_installed()
     if names_callable(place):
         for name, value in (("dataset", dataset), ("out", out)):
@@ -83,12 +85,12 @@ def evaluate_named(
         assert dataset is not None
         assert out is not None
         check_data(dataset, data)
-        images = load(dataset, data, image_size=image_size).to(device)
+        images = load(dataset, data, image_size=image_size, channels=3 if channels is None else channels).to(device)
         evaluate_callable(
             place, images, settings, device, out, transfer_from=transfer_from, again=again, trust_code=trust_code
         )
         return
-    for name, given in (("dataset", dataset), ("image_size", image_size)):
+    for name, given in (("dataset", dataset), ("image_size", image_size), ("channels", channels)):
         if given is not None:
             if not Path(place).exists():
                 raise FileNotFoundError(f"{place}: there is no such run; a network is named as module.path:callable")
@@ -136,7 +138,7 @@ def evaluate_callable(
     Raises:
         ValueError, OSError: what was given is wrong; one clear line.
     """
-    model = load_callable(place, dataset.num_classes)
+    model = load_callable(place, dataset.num_classes, dataset.channels)
     if isinstance(model, torch.nn.Module):
         model.to(device)
     other = None if transfer_from is None else load_other(transfer_from, None, model, dataset, device, trust_code)
@@ -204,7 +206,11 @@ def evaluate_folder(
     run = Run.open(folder)
     config = run.config()
     dataset = load(
-        config.dataset, data or config.data, limit_train=config.limit_train, image_size=config.image_size
+        config.dataset,
+        data or config.data,
+        limit_train=config.limit_train,
+        image_size=config.image_size,
+        channels=config.channels,
     ).to(device)
     file = model_file({None: run.folder, "best": run.best_checkpoint, "last": run.checkpoint}[checkpoint])
     model = load_trained(run, config, file, dataset, device, trust_code)
@@ -296,6 +302,11 @@ def load_other(
             raise ValueError(
                 f"{place}: it was trained on {config.dataset}, whose classes are not those of {dataset.name}"
             )
+    channels = info["model"].get("channels", 3)
+    if channels != dataset.channels:
+        raise ValueError(
+            f"{place}: it was trained on images of {channels} channels, and these data have {dataset.channels}"
+        )
     classes = info["model"]["num_classes"]
     if classes != dataset.num_classes:
         raise ValueError(f"{place}: it was trained on {classes} classes, and these data have {dataset.num_classes}")

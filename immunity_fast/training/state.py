@@ -87,6 +87,8 @@ class TrainingState:
         stem = chosen_stem(config.stem, dataset.image_size)
         if stem != "cifar" and any(name in WITH_STEMS for name in split_names(config.arch)):
             self.description["stem"] = stem
+        if dataset.channels != 3:
+            self.description["channels"] = dataset.channels
         self.loader = self._new_loader()
         self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
         compiled = resolve(config.compile, device) != "off"
@@ -354,7 +356,7 @@ def check_generator_state(path: Path, name: str, state: Tensor) -> None:
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 images (n, 3, H, W), in units of [0, 1]."""
+    """Mean and standard deviation of each channel of uint8 images (n, C, H, W), in units of [0, 1]."""
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
     levels = torch.arange(256, dtype=torch.float64, device=images.device) / 255
     mean = counts @ levels / counts.sum(1)

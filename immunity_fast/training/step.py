@@ -101,7 +101,7 @@ class TrainStep:
         """Update the model, in training mode; of several batches that make one update, behind the last.
 
         Args:
-            images: (B, 3, H, W) floating-point in [0, 1]; or uint8, where `affine` is given.
+            images: (B, C, H, W) floating-point in [0, 1]; or uint8, where `affine` is given.
             labels: (B,) integers.
             affine: (5, B), of `augmentation.draw_affine`; None leaves the images as they are.
             index, count: this is batch 0..count−1 of so many, the mean of whose gradients makes one update.

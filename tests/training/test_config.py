@@ -103,6 +103,7 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("trades_weight", -1.0),
     ("ema", 1.0),
     ("limit_train", 0),
+    ("channels", 0),
     ("alpha", -1.0),
     ("beta", math.inf),
     ("gamma", math.nan),
