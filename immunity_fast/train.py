@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         KeyboardInterrupt: it was stopped, and has said how to go on.
     """
     with interrupts.explained(lambda: NOTHING_DONE, distributed.log_in_first(cli.console.print)), cli.input_errors():
-        start = parse(arguments)
+        start = distributed.decided_by_first(lambda: parse(arguments))
     fit_and_evaluate(start)
 
 
