@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from immunity_fast.data.readers import SPLIT_SEED, Parts, read_cifar, read_digits, read_folder, read_npz
+from immunity_fast.data.folders import SPLIT_SEED
+from immunity_fast.data.readers import Parts, read_cifar, read_digits, read_folder, read_npz
+from immunity_fast.runtime.checks import check_whole
 
 NAMES = ("cifar10", "cifar100", "digits", "npz", "folder")
 
@@ -20,7 +22,7 @@ class Split:
     """Images and their labels.
 
     Args:
-        images: uint8 (n, 3, H, W).
+        images: uint8 (n, C, H, W).
         labels: int64 (n,), each in 0..K−1.
     """
 
@@ -37,13 +39,14 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """Three disjoint splits of one size of image.
+    """Three disjoint splits of images of one size and number of channels.
 
     Args:
         name: one of `NAMES`.
         train, validation, test: the splits.
         classes: K names.
         flip: whether a mirrored image keeps its meaning.
+        notes: lines on what was decided and passed over when it was read.
     """
 
     name: str
@@ -52,6 +55,7 @@ class ImageDataset:
     test: Split
     classes: tuple[str, ...]
     flip: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -63,6 +67,11 @@ class ImageDataset:
         """(H, W) in pixels."""
         height, width = self.train.images.shape[-2:]
         return height, width
+
+    @property
+    def channels(self) -> int:
+        """C of the images: 3 are red, green and blue, 1 is grey."""
+        return self.train.images.shape[1]
 
     def fingerprint(self) -> str:
         """A hash of all images and labels, to tell whether a run goes on with the data it began with."""
@@ -86,7 +95,12 @@ def fingerprint(*splits: Split) -> str:
 
 
 def load(
-    name: str, path: str | Path | None = None, *, limit_train: int | None = None, image_size: int | None = None
+    name: str,
+    path: str | Path | None = None,
+    *,
+    limit_train: int | None = None,
+    image_size: int | None = None,
+    channels: int = 3,
 ) -> ImageDataset:
     """Read a data set into memory, on the CPU.
 
@@ -109,6 +123,7 @@ def load(
         path: of the table.
         limit_train: keep the first `limit_train` training images, a fair sample; the other splits stay whole.
         image_size: pixels; for `folder` only: scale each image's short side to it and crop the centre square.
+        channels: of the images: 3, or 1 for grey ones, whatever they are stored as; of `npz` any number that it has.
 
     Raises:
         ValueError: a wrong argument or wrong content.
@@ -122,7 +137,8 @@ def load(
         raise ValueError(
             f"image_size: expected None for {name!r}, since only 'folder' resizes images, got {image_size}"
         )
-    parts = _read(name, path, image_size)
+    check_whole("channels", channels, 1)
+    parts = _read(name, path, image_size, channels)
     held_out, kept = _validation_cut(len(parts.train[1]), needed=parts.validation is None)
     if not len(kept):
         raise ValueError(f"{name}: expected at least 2 training images, of which one is cut off for validation, got 1")
@@ -136,21 +152,22 @@ def load(
         test=Split(*parts.test),
         classes=parts.classes,
         flip=parts.flip,
+        notes=parts.notes,
     )
 
 
-def _read(name: str, path: str | Path | None, image_size: int | None) -> Parts:
+def _read(name: str, path: str | Path | None, image_size: int | None, channels: int) -> Parts:
     if name == "digits":
         if path is not None:
             raise ValueError(f"path: expected None, since 'digits' comes with scikit-learn, got {str(path)!r}")
-        return read_digits()
+        return read_digits(channels)
     if name in ("cifar10", "cifar100"):
-        return read_cifar(name, _expanded("data" if path is None else path))
+        return read_cifar(name, _expanded("data" if path is None else path), channels)
     if path is None:
         raise ValueError(f"path: expected the {'file' if name == 'npz' else 'folder'} that {name!r} reads, got None")
     if name == "npz":
-        return read_npz(_expanded(path))
-    return read_folder(_expanded(path), image_size)
+        return read_npz(_expanded(path), channels)
+    return read_folder(_expanded(path), image_size, channels)
 
 
 def _expanded(path: str | Path) -> Path:

@@ -14,7 +14,7 @@ class Batch(NamedTuple):
     """What a training step is made of.
 
     Args:
-        images: uint8 (B, 3, H, W), not augmented.
+        images: uint8 (B, C, H, W), not augmented.
         labels: (B,) integers.
         affine: (5, B), by which `augmentation.apply_affine` augments the images.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from immunity_fast.data.augmentation import to_float
 from immunity_fast.data.datasets import Split
-from immunity_fast.data.readers import SPLIT_SEED
+from immunity_fast.data.folders import SPLIT_SEED
 
 # Images at once: they bound memory, and no result depends on them but by rounding.
 EVALUATION_BATCH = 250  # that a model is shown
@@ -23,7 +23,7 @@ def attack_batch(device: torch.device) -> int:
 
 
 def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images (B, 3, H, W) in [0, 1], labels (B,)) of a split in order, `size` at a time, the rest last."""
+    """(images (B, C, H, W) in [0, 1], labels (B,)) of a split in order, `size` at a time, the rest last."""
     for start in range(0, len(split), size):
         yield to_float(split.images[start : start + size]), split.labels[start : start + size]
 

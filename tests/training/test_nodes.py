@@ -67,10 +67,7 @@ def test_only_the_first_machine_writes_and_speaks(nodes: Nodes) -> None:
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        (
-            "other data",
-            "--data: expected the same images and labels of npz in all processes, got others (process 0 on ",
-        ),
+        ("other data", "--data: expected the same images and labels of npz in all processes, got others (process 0"),
         ("no data", "first.npz"),
         ("wrong option", "--lr: expected a finite number above 0, got 0.0"),
     ],
