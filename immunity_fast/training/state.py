@@ -93,8 +93,9 @@ class TrainingState:
         self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
         compiled = resolve(config.compile, device) != "off"
         strategy = fastest(device.type, config.arch, config.epochs * len(self.loader) if compiled else None)
-        self.model = self._new_model(strategy, dataset) if model is None else model.to(device)
-        self.beginning = begin(self.model, config) if fresh else Beginning(None, [])
+        with distributed.together():  # a file of weights may be missing on one machine
+            self.model = self._new_model(strategy, dataset) if model is None else model.to(device)
+            self.beginning = begin(self.model, config) if fresh else Beginning(None, [])
         if distributed.rank():  # whatever is random in a network: not the same in every process
             torch.manual_seed(config.seed + 3 + distributed.rank())
         group = distributed.group()
@@ -112,6 +113,11 @@ class TrainingState:
         self.train_step = self._new_step(strategy, log, traceback_file)
         self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, log, traceback_file)
         self.fingerprint = dataset.fingerprint()
+        distributed.check_same(
+            "--data",
+            self.fingerprint,
+            f"expected the same images and labels of {config.dataset} in all processes, got others",
+        )
         self.epoch = 0  # epochs finished
         self.history: list[dict[str, Any]] = []  # the records of these epochs
         self.stopped: str | None = None  # why training has ended before its last epoch, if it has
@@ -265,7 +271,7 @@ class TrainingState:
         Raises:
             ValueError: it is not one that this run can have written.
         """
-        tensors, info = load_checkpoint(path)
+        tensors, info = distributed.read_by_first(lambda: load_checkpoint(path))
         checked_info(path, info, "model", "data", "epoch", "step")
         load_module(path, self.model, under("model", tensors), "model/")
         if info["model"] != self.description:
