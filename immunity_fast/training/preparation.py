@@ -123,7 +123,13 @@ def prepare(
         if config.dataset == "folder" and config.image_size is not None:  # before all images are made so large
             check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
         with distributed.first_of_all():  # a data set that is missing is downloaded once
-            dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
+            dataset = load(
+                config.dataset,
+                config.data,
+                limit_train=config.limit_train,
+                image_size=config.image_size,
+                ignore_index=config.ignore_index,
+            )
     if model is None:
         check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
     set_float32(config.float32)

@@ -203,7 +203,11 @@ def evaluate_folder(
     run = Run.open(folder)
     config = run.config()
     dataset = load(
-        config.dataset, data or config.data, limit_train=config.limit_train, image_size=config.image_size
+        config.dataset,
+        data or config.data,
+        limit_train=config.limit_train,
+        image_size=config.image_size,
+        ignore_index=config.ignore_index,
     ).to(device)
     file = model_file({None: run.folder, "best": run.best_checkpoint, "last": run.checkpoint}[checkpoint])
     model = load_trained(run, config, file, dataset, device, trust_code)
