@@ -241,7 +241,7 @@ def _npz_classes(
         classes = tuple(str(label) for label in range(train_labels.shape[1]))
     else:
         known = train_labels if ignore_index is None else train_labels[train_labels != ignore_index]
-        count = int(known.max(initial=-1)) + 1
+        count = int(known.max()) + 1 if len(known) else 0
         # One label gone wrong, an identifier for instance, must not make a network of a billion classes.
         if count > len(train_labels):
             raise ValueError(
