@@ -180,7 +180,8 @@ def load_named(config: TrainConfig) -> ImageDataset:
     Raises:
         ValueError, OSError, ModuleNotFoundError: see `datasets.load`; a setting that is wrong is called as its option.
     """
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("limit_train", "image_size", "channels")}
+    names = ("limit_train", "image_size", "channels", "ignore_index")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
     try:
         return load(config.dataset, config.data, **options)
     except ValueError as error:

@@ -211,6 +211,7 @@ def evaluate_folder(
         limit_train=config.limit_train,
         image_size=config.image_size,
         channels=config.channels,
+        ignore_index=config.ignore_index,
     ).to(device)
     file = model_file({None: run.folder, "best": run.best_checkpoint, "last": run.checkpoint}[checkpoint])
     model = load_trained(run, config, file, dataset, device, trust_code)
