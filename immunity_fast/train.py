@@ -72,10 +72,11 @@ def main(arguments: list[str] | None = None) -> None:
         KeyboardInterrupt: it was stopped, and has said how to go on.
     """
     with interrupts.explained(lambda: NOTHING_DONE, distributed.log_in_first(cli.console.print)), cli.input_errors():
-        start = parse(arguments)
+        start = distributed.decided_by_first(lambda: parse(arguments))
         shown = start.config.to_yaml() if isinstance(start, Preview) else None
     if shown is not None:
-        print(shown, end="")
+        if distributed.in_first():
+            print(shown, end="")
     elif isinstance(start, seeds.SeedSet):
         seeds.train_seeds(start)
     else:
