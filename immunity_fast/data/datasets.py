@@ -1,26 +1,41 @@
-"""Image data sets held whole in memory, so that they can live on the device: uint8 images, int64 labels, 3 splits."""
+"""Image data sets of three splits: uint8 images and int64 labels, whole in memory, or streamed from where they lie."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from immunity_fast.data.readers import SPLIT_SEED, Parts, read_cifar, read_digits, read_folder, read_npz
+from immunity_fast.data.cuts import cut_test, cut_validation
+from immunity_fast.data.huggingface import list_huggingface
+from immunity_fast.data.images import read_image
+from immunity_fast.data.readers import Parts, list_folder, read_cifar, read_digits, read_npz
+from immunity_fast.data.shards import list_shards
+from immunity_fast.data.sources import Labelled, Listed, listing, select
+from immunity_fast.data.streaming import Decoder, Reader, StreamedSplit, Workers, hold
+from immunity_fast.runtime import distributed
+from immunity_fast.runtime.failures import in_units
+from immunity_fast.runtime.memory import available, check_fits
 
-NAMES = ("cifar10", "cifar100", "digits", "npz", "folder")
+NAMES = ("cifar10", "cifar100", "digits", "npz", "folder", "webdataset", "huggingface")
+LISTED = ("folder", "webdataset", "huggingface")  # whose images are listed first, and can be streamed
+RESIDENT_SHARE = 0.5  # of free memory: what decoded images may take that are not streamed
+STATISTICS_IMAGES = 5000  # of a streamed split: so many are looked at for its mean and standard deviation
+
+Stream = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and their labels.
+    """Images and their labels, in memory.
 
     Args:
-        images: uint8 (n, 3, H, W).
+        images: uint8 (n, C, H, W).
         labels: int64 (n,), each in 0..K−1.
     """
 
@@ -30,9 +45,32 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def channels(self) -> int:
+        """C of the images."""
+        return self.images.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        height, width = self.images.shape[-2:]
+        return height, width
+
+    def read(self, indices: Tensor | slice | Sequence[int]) -> Tensor:
+        """Some images, uint8 (n, C, H, W), on their device."""
+        return self.images[indices.to(self.images.device) if isinstance(indices, Tensor) else indices]
+
+    def stream(self, rows: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+        """The images of each row of indices, as `read` has them."""
+        for row in rows:
+            yield self.read(row)
+
     def to(self, device: torch.device | str) -> Split:
         """The same images and labels on a device."""
         return Split(self.images.to(device), self.labels.to(device))
+
+
+AnySplit: TypeAlias = Split | StreamedSplit
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +82,19 @@ class ImageDataset:
         train, validation, test: the splits.
         classes: K names.
         flip: whether a mirrored image keeps its meaning.
+        listing: a hash of the names, sizes in bytes and labels of the images, where they were listed; the same whether
+            they are streamed or not.
+        reading: in one line, how large the images are and where they are kept; None of those that are always in memory.
     """
 
     name: str
-    train: Split
-    validation: Split
-    test: Split
+    train: AnySplit
+    validation: AnySplit
+    test: AnySplit
     classes: tuple[str, ...]
     flip: bool
+    listing: str | None = None
+    reading: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -61,12 +104,26 @@ class ImageDataset:
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W) in pixels."""
-        height, width = self.train.images.shape[-2:]
-        return height, width
+        return self.train.image_size
+
+    @property
+    def channels(self) -> int:
+        """C of the images."""
+        return self.train.channels
+
+    @property
+    def reader(self) -> Reader | None:
+        """What reads the images, where they are streamed."""
+        return self.train.reader if isinstance(self.train, StreamedSplit) else None
 
     def fingerprint(self) -> str:
-        """A hash of all images and labels, to tell whether a run goes on with the data it began with."""
+        """A hash that tells whether a run goes on with the data it began with: of all images and labels; of streamed
+        images of their names and sizes in bytes."""
         return fingerprint(self.train, self.validation, self.test)
+
+    def is_of(self, fingerprint: object, listing: object = None) -> bool:
+        """Whether these are the data that a checkpoint has these hashes of, streamed then or now or not."""
+        return fingerprint == self.fingerprint() or (self.listing is not None and listing == self.listing)
 
     def to(self, device: torch.device | str) -> ImageDataset:
         """The same splits on a device."""
@@ -75,10 +132,13 @@ class ImageDataset:
         )
 
 
-def fingerprint(*splits: Split) -> str:
-    """A hash of all images and labels of some splits."""
+def fingerprint(*splits: AnySplit) -> str:
+    """A hash of all images and labels of some splits; of streamed ones of their images' names and sizes in bytes."""
     digest = hashlib.sha256()
     for split in splits:
+        if isinstance(split, StreamedSplit):
+            digest.update(split.listing().encode())
+            continue
         for tensor in (split.images, split.labels):
             digest.update(f"{tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().numpy().tobytes())
@@ -86,29 +146,47 @@ def fingerprint(*splits: Split) -> str:
 
 
 def load(
-    name: str, path: str | Path | None = None, *, limit_train: int | None = None, image_size: int | None = None
+    name: str,
+    path: str | Path | None = None,
+    *,
+    limit_train: int | None = None,
+    image_size: int | None = None,
+    stream: Stream = "auto",
+    workers: Workers = "auto",
+    device: torch.device | str = "cpu",
 ) -> ImageDataset:
-    """Read a data set into memory, on the CPU.
+    """Read a data set into memory, on the CPU; or list its images, which are read when they are needed.
 
-    ===========  ====================================================  ===============================
+    ===========  ====================================================  =================================
     name         path                                                  notes
-    ===========  ====================================================  ===============================
+    ===========  ====================================================  =================================
     cifar10/100  the folder torchvision downloads to (default "data")  downloaded where it is missing
     digits       None                                                  scikit-learn's 8×8 digits at 32×32
     npz          an .npz file in MedMNIST's layout                     see `read_npz`
-    folder       root/train/<class>/..., root/test/<class>/..., or     see `read_folder`
+    folder       root/train/<class>/..., root/test/<class>/..., or     see `list_folder`
                  root/<class>/... alone
-    ===========  ====================================================  ===============================
+    webdataset   "shards/train-{000..009}.tar", or a folder of         see `list_shards`
+                 train-*.tar, val-*.tar, test-*.tar
+    huggingface  a folder that save_to_disk has written, or of         see `list_huggingface`
+                 parquet files
+    ===========  ====================================================  =================================
 
-    The training images come in a fixed random order. A set without a validation split gives up 10 % of its training
-    images (at least 1, at most 5,000) for one. Both depend on the set alone, not on `limit_train` or a run's seed, so
-    that no run trains on what another validates on.
+    The training images come in a fixed random order. A set without a test split gives up 20 % of each class for one,
+    and a set without a validation split 10 % of its training images (at least 1, at most 5,000). Both depend on the set
+    alone, not on `limit_train` or a run's seed, so that no run trains on what another validates on.
+
+    Images of the last three are kept in memory where, decoded, they take at most half of what is free of it
+    (`RESIDENT_SHARE`), on the host and on the device; else they are streamed: read by worker processes when they are
+    needed. Both are the same images in the same order, bit for bit.
 
     Args:
         name: of the table.
         path: of the table.
         limit_train: keep the first `limit_train` training images, a fair sample; the other splits stay whole.
-        image_size: pixels; for `folder` only: scale each image's short side to it and crop the centre square.
+        image_size: pixels; for the last three only: scale each image's short side to it and crop the centre square.
+        stream: "auto" decides by size; "on" streams; "off" reads all into memory.
+        workers: processes that read images; 0 reads them in this one; "auto" is one a core, at most 16.
+        device: where the images will be, for "auto".
 
     Raises:
         ValueError: a wrong argument or wrong content.
@@ -118,28 +196,129 @@ def load(
     """
     if name not in NAMES:
         raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
-    if image_size is not None and name != "folder":
+    if image_size is not None and name not in LISTED:
         raise ValueError(
-            f"image_size: expected None for {name!r}, since only 'folder' resizes images, got {image_size}"
+            f"image_size: expected None for {name!r}, since only {', '.join(LISTED)} resize images, got {image_size}"
         )
-    parts = _read(name, path, image_size)
-    held_out, kept = _validation_cut(len(parts.train[1]), needed=parts.validation is None)
-    if not len(kept):
-        raise ValueError(f"{name}: expected at least 2 training images, of which one is cut off for validation, got 1")
-    if limit_train is not None and not 1 <= limit_train <= len(kept):
-        raise ValueError(f"limit_train: expected 1 to {len(kept)}, the training images there are, got {limit_train}")
-    validation = parts.validation or _select(parts.train, held_out)
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
+    if stream == "on" and name not in LISTED:
+        raise ValueError(f"stream: expected auto or off for {name!r}, which is read whole, got 'on'")
+    if name in LISTED:
+        return _listed(name, path, limit_train, image_size, stream, workers, torch.device(device))
+    parts = _read(name, path)
+    validation, train = _cut(name, len(parts.train[1]), limit_train, needed=parts.validation is None)
     return ImageDataset(
         name=name,
-        train=Split(*_select(parts.train, kept[:limit_train])),
-        validation=Split(*validation),
+        train=Split(*_select(parts.train, train)),
+        validation=Split(*(parts.validation or _select(parts.train, validation))),
         test=Split(*parts.test),
         classes=parts.classes,
         flip=parts.flip,
     )
 
 
-def _read(name: str, path: str | Path | None, image_size: int | None) -> Parts:
+def _listed(
+    name: str,
+    path: str | Path | None,
+    limit_train: int | None,
+    image_size: int | None,
+    stream: Stream,
+    workers: Workers,
+    device: torch.device,
+) -> ImageDataset:
+    """A data set whose images are listed first, and then read, or streamed."""
+    listed, first = _list(name, path)
+    if listed.test is None:
+        kept, cut = cut_test(listed.train.labels, lambda label: _class_place(name, path, listed.classes[label]))
+        listed = listed._replace(train=select(listed.train, kept), test=select(listed.train, cut))
+    held_out, kept = _cut(name, len(listed.train.labels), limit_train, needed=listed.validation is None)
+    assert listed.test is not None
+    parts = (select(listed.train, kept), listed.validation or select(listed.train, held_out), listed.test)
+    decoder = _decoder(parts, first, image_size)
+    count, (channels, height, width) = sum(len(part.labels) for part in parts), decoder.shape
+    size = count * channels * height * width
+    what = f"{count:,} images of {width}×{height}"
+    streamed = stream == "on" or (stream == "auto" and not fits_in_memory(size, device))
+    splits: list[AnySplit]
+    if streamed:
+        reader = Reader(decoder, workers)
+        splits = [StreamedSplit(reader, number, part.labels) for number, part in enumerate(parts)]
+        reading = "streamed by " + (f"{reader.workers} workers" if reader.workers != 1 else "1 worker")
+        reading = reading if reader.workers else "streamed by this process"
+    else:
+        check_fits(size, torch.device("cpu"), f"{what} pixels", "--stream on, a smaller --image-size, or fewer images")
+        images = hold(decoder, parts, workers)
+        splits = [Split(each, part.labels) for each, part in zip(images, parts, strict=True)]
+        reading = "kept in memory"
+    return ImageDataset(
+        name,
+        *splits,
+        classes=listed.classes,
+        flip=False,
+        listing=_hash(parts, decoder),
+        reading=f"{what} take {in_units(size)} decoded: {reading}",
+    )
+
+
+def fits_in_memory(size: int, device: torch.device) -> bool:
+    """Whether decoded images of so many bytes may stay in the memory of the host, where they are read, and a device.
+
+    They may take `RESIDENT_SHARE` of what is free there, all processes of this machine together; of what is not known
+    there is enough.
+    """
+    places = {torch.device("cpu"): distributed.count_here(), device: 1 if device.type == "cuda" else 0}
+    for place, copies in places.items():
+        free = available(place)
+        if free is not None and size * copies > RESIDENT_SHARE * free:
+            return False
+    return True
+
+
+def _list(name: str, path: str | Path | None) -> tuple[Listed, Labelled]:
+    """What a data set consists of, and the part whose first image says how large all are."""
+    if path is None:
+        raise ValueError(f"path: expected the folder that {name!r} reads, got None")
+    if name == "folder":
+        listed = list_folder(_expanded(path))
+    else:
+        listed = list_shards(str(path)) if name == "webdataset" else list_huggingface(str(path))
+    return listed, listed.train
+
+
+def _class_place(name: str, path: str | Path | None, label: str) -> str:
+    return str(_expanded(str(path)) / label) if name == "folder" else f"{path}: class {label!r}"
+
+
+def _decoder(parts: Sequence[Labelled], first: Labelled, image_size: int | None) -> Decoder:
+    """How all images become of one shape: that of `image_size`, or of the first one."""
+    called = first.source.name(0)
+    if image_size is None:
+        height, width, channels = read_image(first.source.encoded(0), None, name=called).shape
+    else:
+        height, width, channels = image_size, image_size, 3
+    shape = (channels, height, width)
+    return Decoder(tuple(part.source for part in parts), shape, image_size is not None, called)
+
+
+def _hash(parts: Sequence[Labelled], decoder: Decoder) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(listing(part.source, part.labels, decoder.shape).encode())
+    return digest.hexdigest()
+
+
+def _cut(name: str, count: int, limit_train: int | None, *, needed: bool) -> tuple[Tensor, Tensor]:
+    """(validation, training) indices of so many training images."""
+    held_out, kept = cut_validation(count, needed=needed)
+    if not len(kept):
+        raise ValueError(f"{name}: expected at least 2 training images, of which one is cut off for validation, got 1")
+    if limit_train is not None and not 1 <= limit_train <= len(kept):
+        raise ValueError(f"limit_train: expected 1 to {len(kept)}, the training images there are, got {limit_train}")
+    return held_out, kept[:limit_train]
+
+
+def _read(name: str, path: str | Path | None) -> Parts:
     if name == "digits":
         if path is not None:
             raise ValueError(f"path: expected None, since 'digits' comes with scikit-learn, got {str(path)!r}")
@@ -147,10 +326,8 @@ def _read(name: str, path: str | Path | None, image_size: int | None) -> Parts:
     if name in ("cifar10", "cifar100"):
         return read_cifar(name, _expanded("data" if path is None else path))
     if path is None:
-        raise ValueError(f"path: expected the {'file' if name == 'npz' else 'folder'} that {name!r} reads, got None")
-    if name == "npz":
-        return read_npz(_expanded(path))
-    return read_folder(_expanded(path), image_size)
+        raise ValueError(f"path: expected the file that {name!r} reads, got None")
+    return read_npz(_expanded(path))
 
 
 def _expanded(path: str | Path) -> Path:
@@ -158,14 +335,6 @@ def _expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:  # ~ where there is no home, ~name where there is no such user
         raise ValueError(f"{path}: {error}") from error
-
-
-def _validation_cut(n: int, *, needed: bool) -> tuple[Tensor, Tensor]:
-    """(validation, training) indices of n images, in a fixed random order; no validation indices unless needed."""
-    # RandomState's stream is frozen for good, unlike torch's and the newer NumPy generators'.
-    order = torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(n))
-    size = min(5000, max(1, n // 10)) if needed else 0
-    return order[:size], order[size:]
 
 
 def _select(part: tuple[Tensor, Tensor], indices: Tensor) -> tuple[Tensor, Tensor]:

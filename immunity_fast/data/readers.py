@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from immunity_fast.data.images import is_image_file, read_image
+from immunity_fast.data.cuts import SPLIT_SEED, TEST_SHARE
+from immunity_fast.data.images import is_image_file
+from immunity_fast.data.sources import Files, Labelled, Listed
 from immunity_fast.runtime.failures import readable
-from immunity_fast.runtime.memory import check_fits
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
-SPLIT_SEED = 18787  # of every split this package cuts: a fixed property of the data, not of a run
-TEST_SHARE = 0.2
 NPZ_REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
 VALIDATION = ("val", "valid", "validation")  # what that split is called
 NPZ_VALIDATION = ("val_images", "val_labels")
@@ -193,23 +192,19 @@ def _npz_classes(file: Path, names: NDArray[Any] | None, train_labels: NDArray[A
     return classes
 
 
-def read_folder(root: Path, image_size: int | None) -> Parts:
+def list_folder(root: Path) -> Listed:
     """A folder of images, one folder a class: root/train/<class>/* and root/test/<class>/*, with root/validation,
-    root/valid or root/val of the same classes if there is one; or only root/<class>/*, of which 20 % of each class is
-    then cut off as the test.
+    root/valid or root/val of the same classes if there is one; or only root/<class>/*, all of it training images.
 
-    Classes are sorted by name. Hidden files and files without an image's extension are passed over. All images must
-    have one size, unless `image_size` (pixels) has each one's short side scaled to it and the centre square cropped.
+    Classes are sorted by name. Hidden files and files without an image's extension are passed over.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: wrong content, with the file or folder, what was expected and what it has.
     """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: there is no such folder, expected one folder of images for each class")
-    validation = None
+    validation = test = None
     if (root / "train").is_dir() and _subfolders(root / "train"):
         train, test = _class_files(root / "train"), _class_files(root / "test")
         others = [folder for folder in _subfolders(root) if folder.name.lower() in VALIDATION]
@@ -222,17 +217,20 @@ def read_folder(root: Path, image_size: int | None) -> Parts:
             _check_classes(other, validation, train)
         _check_classes(root / "test", test, train)
     else:
-        train, test = _test_cut(root, _class_files(root))
+        train = _class_files(root)
     if len(train) < 2:
         raise ValueError(f"{root}: expected at least 2 class folders, got {len(train)}")
-    first = next(iter(train.values()))[0]
-    return Parts(
-        _read_images(train, image_size, first),
-        None if validation is None else _read_images(validation, image_size, first),
-        _read_images(test, image_size, first),
-        tuple(map(readable, train)),
-        flip=False,
-    )
+
+    def labelled(files: dict[str, list[Path]] | None) -> Labelled | None:
+        if files is None:
+            return None
+        names = [os.fsencode(file.relative_to(root)) for found in files.values() for file in found]
+        counts = torch.tensor([len(found) for found in files.values()])
+        return Labelled(Files(str(root), names), torch.arange(len(files)).repeat_interleave(counts))
+
+    listed = labelled(train)
+    assert listed is not None
+    return Listed(listed, labelled(validation), labelled(test), tuple(map(readable, train)))
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -265,49 +263,6 @@ def _check_classes(folder: Path, files: dict[str, list[Path]], train: dict[str, 
         raise ValueError(
             f"{folder}: expected the {len(train)} classes of train, got {state} the class {different[0]!r}"
         )
-
-
-def _test_cut(root: Path, files: dict[str, list[Path]]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """(train, test) files: TEST_SHARE of each class, at least 1 image, goes to the test."""
-    random = np.random.RandomState(SPLIT_SEED)
-    train, test = {}, {}
-    for name, found in files.items():
-        if len(found) < 2:
-            raise ValueError(f"{root / name}: expected at least 2 images, of which one is cut off for the test, got 1")
-        order = [found[index] for index in random.permutation(len(found))]
-        size = max(1, round(TEST_SHARE * len(found)))
-        train[name], test[name] = order[size:], order[:size]
-    return train, test
-
-
-def _read_images(files: dict[str, list[Path]], image_size: int | None, first: Path) -> Pair:
-    """Images and labels of all files.
-
-    Raises:
-        ValueError: an image has another size than the file `first`.
-    """
-    count = sum(map(len, files.values()))
-    if image_size is not None:  # before a single one is made so large
-        _check_memory(count, image_size, image_size)
-    expected = read_image(first, image_size).shape
-    _check_memory(count, *expected[:2])
-    images, labels = [], []
-    for label, found in enumerate(files.values()):
-        for file in found:
-            image = read_image(file, image_size)
-            if image.shape != expected:
-                raise ValueError(
-                    f"{file}: expected {expected[1]}×{expected[0]} pixels as {first} has, got "
-                    f"{image.shape[1]}×{image.shape[0]}; image_size (--image-size) brings all images to one size"
-                )
-            images.append(image)
-            labels.append(label)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
-
-
-def _check_memory(count: int, height: int, width: int) -> None:
-    what = f"{count:,} images of {width}×{height} pixels"
-    check_fits(3 * count * height * width, torch.device("cpu"), what, "a smaller --image-size, or fewer images")
 
 
 def _need(module: str, package: str) -> ModuleType:
