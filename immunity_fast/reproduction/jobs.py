@@ -213,7 +213,7 @@ class Queue:
         """Train a run to its end, from where it stands; the command that does it."""
         run = Run(self.folder / job.name)
         config = dataclasses.replace(job.config, device=self.device, data=self.data)
-        if not _ended(run, config):
+        if not _ended(run):
             here = {"device": self.device} | ({} if self.data is None else {"data": self.data})
             trust = bool(job.trust)
             known = run.folder.exists()
@@ -282,5 +282,5 @@ def describe(device: torch.device) -> str:
     return f"CPU ({platform.machine()}), {cores}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _ended(run: Run, config: TrainConfig) -> bool:
-    return run.checkpoint.is_file() and run.epochs_trained() >= config.epochs
+def _ended(run: Run) -> bool:
+    return run.checkpoint.is_file() and run.has_ended(run.epochs_trained())

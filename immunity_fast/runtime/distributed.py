@@ -123,6 +123,24 @@ def mean(tensor: Tensor) -> Tensor:
     return total / count()
 
 
+def of_first(value: Any) -> Any:
+    """What the first process has, in each: numbers, texts, lists and dictionaries."""
+    if not _several():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def first_of_any(value: str | None) -> str | None:
+    """The first text that a process has, the same in each; None where none has one."""
+    if not _several():
+        return value
+    values: list[str | None] = [None] * count()
+    dist.all_gather_object(values, value)
+    return next((text for text in values if text is not None), None)
+
+
 def training_group(module: nn.Module) -> str | None:
     """The process group over which the gradients of a forward pass that is under way will be averaged.
 

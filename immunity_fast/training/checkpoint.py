@@ -110,7 +110,8 @@ def _is_weights(value: Any) -> bool:
 
 
 # What a checkpoint says of its run, and whether a value can be that. Earlier versions wrote no "classes", "momenta" and
-# "weights"; of a model they did not write "stem", which was "cifar".
+# "weights"; of a model they did not write "stem", which was "cifar". "stopped" is why a run ended before its last
+# epoch.
 INFO: dict[str, Callable[[Any], bool]] = {
     "model": _is_model,
     "data": lambda value: isinstance(value, str),
@@ -119,6 +120,7 @@ INFO: dict[str, Callable[[Any], bool]] = {
     "momenta": _is_count,
     "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "weights": _is_weights,
+    "stopped": lambda value: isinstance(value, str),
     "val_pgd10_accuracy_mean": lambda value: type(value) is float and 0 <= value <= 1,
 }
 

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from immunity_fast.data.datasets import load
+from immunity_fast.data.datasets import ImageDataset, load
 from immunity_fast.experts import NAMES, create, title
 from immunity_fast.experts.registry import check_trusted, counted, file_title, split_names
 from immunity_fast.experts.stems import chosen_stem
 from immunity_fast.models.described import outline
+from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime import cli, distributed
-from immunity_fast.runtime.compilation import keep_caches
+from immunity_fast.runtime.compilation import Log, keep_caches
 from immunity_fast.runtime.failures import out_of_memory
 from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.memory import check_fits
@@ -25,7 +26,7 @@ from immunity_fast.runtime.precision import set_float32
 from immunity_fast.training.checkpoint import not_finite
 from immunity_fast.training.config import TrainConfig, check_data
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 
 # Settings that may differ when a run goes on: where, and by which of several exact ways.
 CHANGEABLE_ON_RESUME = ("data", "device", "compile", "batching", "double_backprop", "profile")
@@ -85,48 +86,67 @@ def go_on(folder: Path, changes: Mapping[str, Any], *, trust_code: bool = False)
     return Start(folder, True, dataclasses.replace(config, **changes))
 
 
-def prepare(folder: Path, resume: bool, config: TrainConfig) -> tuple[Trainer, Run]:
+def prepare(
+    folder: Path | None,
+    resume: bool,
+    config: TrainConfig,
+    *,
+    dataset: ImageDataset | None = None,
+    model: ImmunityMoE | None = None,
+    log: Log | None = cli.console.print,
+) -> tuple[TrainingState, Run | None]:
     """Everything that can go wrong with what the user gave, before the first step: data, device, network, checkpoint.
 
     Args:
-        folder, resume, config: see `Start`.
+        folder: of the run; None is a training that is not saved.
+        resume, config: see `Start`.
+        dataset: what is trained on; None is what the settings name.
+        model: what is trained; None is a new one of what the settings name.
+        log: what takes lines on code that could not be compiled; None is `warnings.warn`.
 
     Returns:
-        The trainer, where the run stands, and the run, whose folder is there then; of a new run it may have got another
-        name, where nobody had chosen it.
+        The training in memory, where the run stands, and the run, whose folder is there then; of a new run it may have
+        got another name, where nobody had chosen it.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: one clear line.
     """
     keep_caches()  # before anything imports the compiler, as torchvision does
     device = cli.pick_device(config.device)
-    check_data(config.dataset, config.data)
-    if config.dataset == "folder" and config.image_size is not None:  # before all images are made so large
-        check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
-    with distributed.first_of_all():  # a data set that is missing is downloaded once
-        dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
-    check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
+    if dataset is None:
+        check_data(config.dataset, config.data)
+        if config.dataset == "folder" and config.image_size is not None:  # before all images are made so large
+            check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
+        with distributed.first_of_all():  # a data set that is missing is downloaded once
+            dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
+    if model is None:
+        check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
     set_float32(config.float32)
+    run = None if folder is None else Run(folder)
     # A run that was killed before its first checkpoint begins anew.
-    fresh = not (resume and Run(folder).checkpoint.is_file())
-    trainer = Trainer(config, dataset, device, cli.console.print, Run(folder).tracebacks, fresh=fresh)
+    fresh = run is None or not (resume and run.checkpoint.is_file())
+    tracebacks = None if run is None else run.tracebacks
+    state = TrainingState(config, dataset, device, log, tracebacks, fresh=fresh, model=model)
+    if folder is None or run is None:
+        return state, None
     if not resume:
         if distributed.rank():
-            return trainer, Run(folder)
-        return trainer, Run.create(folder, config, numbered=is_default(folder, config))
+            return state, run
+        return state, Run.create(folder, config, numbered=is_default(folder, config))
     run = Run.open(folder)
     if run.checkpoint.is_file():
-        trainer.load(run.checkpoint)
-        trainer.saved_step = trainer.step
-        wrong = not_finite(trainer.tensors())
+        state.load(run.checkpoint)
+        state.saved_step = state.step
+        wrong = not_finite(state.tensors())
         if wrong is not None:  # momentum and averages too: from these the next step would make the same of the weights
             raise ValueError(
                 f"{run.checkpoint}: holds weights that are NaN or infinite, from which nothing can go on "
                 f"({wrong}); begin a new run, with a smaller --lr"
             )
-    run.check_goes_on(trainer.epoch)
+    run.check_goes_on(state.epoch)
+    state.history = run.metrics()[: state.epoch]
     save_changed_settings(run, config)
-    return trainer, run
+    return state, run
 
 
 def save_changed_settings(run: Run, config: TrainConfig) -> None:

@@ -25,7 +25,7 @@ from immunity_fast.runtime.modes import frozen
 from immunity_fast.training.checkpoint import check_classes, load_info, load_model, model_file, not_finite, same_weights
 from immunity_fast.training.config import TrainConfig, check_data
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 
 DRAWS = 20  # of a gate, for EOT
 IMAGES = 1000  # that are attacked of a network that has no run, and so no setting of one
@@ -396,20 +396,20 @@ def about_run(run: Run, config: TrainConfig, dataset: ImageDataset) -> About:
     )
 
 
-def evaluate_trained(trainer: Trainer, run: Run) -> None:
+def evaluate_trained(state: TrainingState, run: Run) -> None:
     """What a run ends with: attacks on test images, tables, figures and the report."""
-    config = trainer.config
+    config = state.config
     # Its code, if any, this process has trained. The best one, or the average of the weights, if there is.
-    model, _ = load_model(run.folder, trainer.device, trust_code=True)
+    model, _ = load_model(run.folder, state.device, trust_code=True)
     plan = dataclasses.replace(
-        AFTER_TRAINING, images=config.attack_images, seed=config.seed, chunk=attack_batch(trainer.device)
+        AFTER_TRAINING, images=config.attack_images, seed=config.seed, chunk=attack_batch(state.device)
     )
     if config.experts == 1:  # nothing about a gate to know
         plan = dataclasses.replace(plan, attackers=None)
     target = target_of(
-        model, trainer.dataset.num_classes, compile=config.compile, tracebacks=Outputs(run.folder).tracebacks
+        model, state.dataset.num_classes, compile=config.compile, tracebacks=Outputs(run.folder).tracebacks
     )
-    evaluate_run(run, target, trainer.dataset, config, plan)
+    evaluate_run(run, target, state.dataset, config, plan)
 
 
 def outputs_in(folder: Path, again: bool) -> Outputs:

@@ -197,13 +197,17 @@ class Run:
                 "put back what is missing, or begin a new run with --out"
             )
 
+    def has_ended(self, epochs: int) -> bool:
+        """Whether so many epochs are all of the run's: as many as it was to have, or it was stopped early."""
+        return epochs >= self.config().epochs or "stopped" in load_info(self.checkpoint)
+
     def check_ended(self, epochs: int, place: object = None) -> None:
         """Check that so many epochs are all of the run's.
 
         Raises:
             ValueError: they are not; by the run's folder or `place`.
         """
-        if epochs < self.config().epochs:
+        if not self.has_ended(epochs):
             raise ValueError(
                 f"{place or self.folder}: stopped after {epochs} of {self.config().epochs} epochs; "
                 f"go on with: {self.resume_command}"

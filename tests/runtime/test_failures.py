@@ -150,7 +150,7 @@ def test_the_estimate_of_a_step_s_memory_is_one_from_below(experts: int, monkeyp
 def test_more_experts_than_memory_are_refused_before_one_is_made(
     changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparation, "Trainer", None)
+    monkeypatch.setattr(preparation, "TrainingState", None)
     arguments = [*options(write_data(tmp_path / "data.npz"), **changes), "--out", str(tmp_path / "run")]
     line = error_line(capsys, train.main, arguments)
     assert f"{changes['experts']} × " in line

@@ -21,7 +21,7 @@ from immunity_fast.training import ensemble as training_ensemble
 from immunity_fast.training import loop, preparation, session
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 from tests.places import REPOSITORY
 from tests.processes import launch
 from tests.small_runs import error_line, options, saved, trained
@@ -60,7 +60,7 @@ def test_training_stops_after_a_step_and_goes_on_bit_for_bit(
     trained([*options(data), "--out", str(tmp_path / "whole")])
     run = Run(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "advance", _signalling(number, 8, Trainer.advance))
+        patch.setattr(TrainingState, "advance", _signalling(number, 8, TrainingState.advance))
         assert _status(train.main, [*options(data), "--out", str(run.folder)]) == STATUS[number]
     output, error = capfd.readouterr()
     assert error == "stopping when this step is done and saved; again: at once\n"
@@ -83,8 +83,8 @@ def test_training_stopped_while_it_checks_keeps_the_epoch(
 def test_a_second_signal_ends_it_and_names_the_last_checkpoint(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twice = _signalling(signal.SIGTERM, 4, _signalling(signal.SIGTERM, 4, Trainer.advance))
-    monkeypatch.setattr(Trainer, "advance", twice)
+    twice = _signalling(signal.SIGTERM, 4, _signalling(signal.SIGTERM, 4, TrainingState.advance))
+    monkeypatch.setattr(TrainingState, "advance", twice)
     arguments = [*options(data, checkpoint_every=2), "--out", str(tmp_path / "run")]
     assert _status(train.main, arguments) == 143
     assert "its checkpoint is of step 2 of 10; go on with: " in capsys.readouterr().out
