@@ -240,20 +240,24 @@ def _listed(
     size = count * channels * height * width
     what = f"{count:,} images of {width}×{height}"
     streamed = stream == "on" or (stream == "auto" and not fits_in_memory(size, device))
-    splits: list[AnySplit]
+    splits: list[AnySplit] = []
     if streamed:
         reader = Reader(decoder, workers)
-        splits = [StreamedSplit(reader, number, part.labels) for number, part in enumerate(parts)]
-        reading = "streamed by " + (f"{reader.workers} workers" if reader.workers != 1 else "1 worker")
+        splits += [StreamedSplit(reader, number, part.labels) for number, part in enumerate(parts)]
+        reading = f"streamed by {reader.workers} worker{'s' if reader.workers > 1 else ''}"
         reading = reading if reader.workers else "streamed by this process"
     else:
         check_fits(size, torch.device("cpu"), f"{what} pixels", "--stream on, a smaller --image-size, or fewer images")
-        images = hold(decoder, parts, workers)
-        splits = [Split(each, part.labels) for each, part in zip(images, parts, strict=True)]
+        splits += [
+            Split(images, part.labels) for images, part in zip(hold(decoder, parts, workers), parts, strict=True)
+        ]
         reading = "kept in memory"
+    train, validation, test = splits
     return ImageDataset(
-        name,
-        *splits,
+        name=name,
+        train=train,
+        validation=validation,
+        test=test,
         classes=listed.classes,
         flip=False,
         listing=_hash(parts, decoder),

@@ -26,7 +26,7 @@ class Rows(Source):
     """The images of a table.
 
     Args:
-        table: a `datasets.Dataset` of one column of images, not decoded.
+        table: a `Dataset` of that library, of one column of images, not decoded.
         called: what errors call it.
     """
 
@@ -64,7 +64,8 @@ def list_huggingface(given: str) -> Listed:
     """The rows of a data set, by its splits.
 
     Args:
-        given: a folder that `save_to_disk` has written, a folder of parquet files with their split's name in theirs, or the name of a data set that lies in the cache of `datasets`.
+        given: a folder that `save_to_disk` has written, a folder of parquet files with their split's name in theirs,
+            or the name of a data set that lies in the cache of `datasets`.
 
     Raises:
         ModuleNotFoundError: `datasets` is not installed.
@@ -106,7 +107,9 @@ def _loaded(given: str, datasets: Any) -> Any:
                 return datasets.load_dataset("parquet", data_files=files)
         except Exception as error:
             if place.exists():
-                raise ValueError(f"{given}: expected a data set, got that it cannot be read ({one_line(error)})") from error
+                raise ValueError(
+                    f"{given}: expected a data set, got that it cannot be read ({one_line(error)})"
+                ) from error
             raise FileNotFoundError(
                 f"{given}: there is no such folder, and no data set of that name in the cache of datasets; nothing is "
                 "downloaded here: fetch it with datasets.load_dataset, and save_to_disk"
@@ -205,7 +208,9 @@ def _labels(
     """The labels of a split, int64; None where they are hidden."""
     for column in (image, label):
         if column not in table.column_names:
-            raise ValueError(f"{where}: expected a column {column!r}, as train has, got {', '.join(table.column_names)}")
+            raise ValueError(
+                f"{where}: expected a column {column!r}, as train has, got {', '.join(table.column_names)}"
+            )
     if not len(table):
         raise ValueError(f"{where}: expected at least one row, got none")
     values = _values(table, label)

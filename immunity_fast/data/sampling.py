@@ -24,10 +24,10 @@ def attack_batch(device: torch.device) -> int:
 
 def batches(split: AnySplit, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(images (B, C, H, W) in [0, 1], labels (B,)) of a split in order, `size` at a time, the rest last."""
-    labels = split.labels.split(size)
-    rows = torch.arange(len(split)).split(size)
-    for images, known in zip(split.stream(rows), labels, strict=True) if len(split) else ():
-        yield to_float(images), known
+    starts = range(0, len(split), size)
+    rows = [torch.arange(start, min(start + size, len(split))) for start in starts]
+    for start, images in zip(starts, split.stream(rows), strict=True):
+        yield to_float(images), split.labels[start : start + size]
 
 
 def sample(split: AnySplit, count: int) -> Split:

@@ -221,7 +221,9 @@ def _label(where: str, kind: str, content: bytes) -> int | str:
         text = content.decode("utf-8").strip()
         value = json.loads(text) if kind == "json" else text
     except ValueError as error:
-        raise ValueError(f"{where}: expected {'JSON' if kind == 'json' else 'text'} in UTF-8, got other bytes") from error
+        raise ValueError(
+            f"{where}: expected {'JSON' if kind == 'json' else 'text'} in UTF-8, got other bytes"
+        ) from error
     if isinstance(value, dict):
         value = next((value[key] for key in KEYS if key in value), None)
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,18}", value.strip()):

@@ -19,6 +19,7 @@ from immunity_fast.data.images import read_image
 from immunity_fast.data.sources import Indices, Labelled, Source, listing
 from immunity_fast.data.workers import Images, Pool
 from immunity_fast.runtime import distributed
+from immunity_fast.runtime.memory import peak, private
 
 Workers = int | Literal["auto"]
 MOST_WORKERS = 16  # that "auto" takes
@@ -192,6 +193,23 @@ class Reader:
     def pids(self) -> list[int]:
         """The worker processes that wait for work."""
         return [pid for pool in self._idle if not pool.closed for pid in pool.pids]
+
+    def measured(self, seconds: float) -> dict[str, float]:
+        """What a record says of reading.
+
+        Args:
+            seconds: since `waited` was 0.
+
+        Returns:
+            "images_waited_share": of these seconds, what was spent waiting for images; "memory_peak_bytes": the most
+            that this process has had in memory so far, and what its workers have besides it; "workers_bytes": the
+            latter alone. No bytes where the system does not tell.
+        """
+        own, theirs = peak(), private(self.pids())
+        found = {"images_waited_share": min(1.0, self.waited / max(seconds, 1e-9))}
+        if own is not None and theirs is not None:
+            found |= {"memory_peak_bytes": own + theirs, "workers_bytes": theirs}
+        return found
 
     def close(self) -> None:
         """End the worker processes; where images are asked for again, others start."""

@@ -46,19 +46,24 @@ def available(device: torch.device) -> int | None:
     return max(0, min(free)) if free else None
 
 
-def peak_resident(pids: Iterable[int]) -> int | None:
-    """The most bytes that some processes of this machine have had in memory, each its own peak, in sum.
+def peak() -> int | None:
+    """The most bytes that this process has had in memory so far; None where that is not known."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+    return None
 
-    Pages that they share are counted in each. None where that is not known.
-    """
-    peak = 0
+
+def private(pids: Iterable[int]) -> int | None:
+    """Bytes that processes have in memory now and share with no other; None where that is not known."""
+    found = 0
     try:
         for pid in pids:
-            lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-            peak += 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
-    except (OSError, ValueError, StopIteration):
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
+            found += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    except (OSError, ValueError):
         return None
-    return peak
+    return found
 
 
 def check_fits(size: float, device: torch.device, what: str, instead: str) -> None:

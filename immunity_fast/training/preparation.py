@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from immunity_fast.data.datasets import ImageDataset, load
+from immunity_fast.data.datasets import LISTED, ImageDataset, load
 from immunity_fast.experts import NAMES, create, title
 from immunity_fast.experts.registry import check_trusted, counted, file_title, split_names
 from immunity_fast.experts.stems import chosen_stem
@@ -29,10 +29,12 @@ from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
 
 # Settings that may differ when a run goes on: where, and by which of several exact ways.
-CHANGEABLE_ON_RESUME = ("data", "device", "compile", "batching", "double_backprop", "profile")
+CHANGEABLE_ON_RESUME = ("data", "stream", "workers", "device", "compile", "batching", "double_backprop", "profile")
 # Those that may differ as well once the loss has diverged: without it, no run could ever go on from there.
 CHANGEABLE_AFTER_DIVERGENCE = ("lr", "clip_grad_norm")
-MEMORY_ADVICE = "a smaller --batch-size, fewer --experts, a smaller --arch or smaller images"
+MEMORY_ADVICE = (
+    "a smaller --batch-size, fewer --experts, a smaller --arch, smaller images, --stream on or fewer --workers"
+)
 
 
 class Start(NamedTuple):
@@ -115,10 +117,10 @@ def prepare(
     device = cli.pick_device(config.device)
     if dataset is None:
         check_data(config.dataset, config.data)
-        if config.dataset == "folder" and config.image_size is not None:  # before all images are made so large
+        if config.dataset in LISTED and config.image_size is not None:  # before all images are made so large
             check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
         with distributed.first_of_all():  # a data set that is missing is downloaded once
-            dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
+            dataset = load_data(config, device)
     if model is None:
         check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
     set_float32(config.float32)
@@ -147,6 +149,31 @@ def prepare(
     state.history = run.metrics()[: state.epoch]
     save_changed_settings(run, config)
     return state, run
+
+
+def load_data(config: TrainConfig, device: torch.device, data: str | None = None) -> ImageDataset:
+    """The data set of some settings, on the CPU, or streamed; where it was a choice, a line says which.
+
+    Args:
+        config: the settings.
+        device: where it will be used.
+        data: where it lies now; None is where the settings say.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: one clear line.
+    """
+    dataset = load(
+        config.dataset,
+        data or config.data,
+        limit_train=config.limit_train,
+        image_size=config.image_size,
+        stream=config.stream,
+        workers=config.worker_processes,
+        device=device,
+    )
+    if dataset.reading is not None and distributed.rank() == 0:
+        cli.console.print(dataset.reading)
+    return dataset
 
 
 def save_changed_settings(run: Run, config: TrainConfig) -> None:

@@ -49,7 +49,7 @@ def fit(start: Start) -> tuple[TrainingState, Run] | None:
             say_what_is_trained(state, run)
         try:
             trainer.train()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise cli.InputError(f"training stopped: {one_line(error)}; go on with: {run.resume_command}") from error
         return (state, run) if distributed.rank() == 0 else None
 
