@@ -18,7 +18,8 @@ from immunity_fast import ensemble, evaluate, reproduce, train
 from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.runtime import cli, interrupts
 from immunity_fast.training import ensemble as training_ensemble
-from immunity_fast.training import loop, preparation, session
+from immunity_fast.training import loop, preparation
+from immunity_fast.training import trainer as training_trainer
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
@@ -147,7 +148,7 @@ def test_the_other_commands_say_how_to_go_on_once(
     ensemble.main([*runs, "--out", str(joined)])
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(session, "train", _signalling(signal.SIGINT, 1, session.train))
+        patch.setattr(training_trainer, "train", _signalling(signal.SIGINT, 1, training_trainer.train))
         assert _status(reproduce.main, ["table1", "--device", "cpu", "--out", str(tmp_path / "tables")]) == 130
     told = [line for line in capsys.readouterr().out.splitlines() if "interrupted" in line]
     assert told == [
