@@ -33,7 +33,7 @@ def cut_test(labels: Tensor, called: Callable[[int], str]) -> tuple[Tensor, Tens
     random = np.random.RandomState(SPLIT_SEED)
     train, test = [], []
     by_class = labels.argsort(stable=True)
-    for label, found in enumerate(by_class.split(torch.bincount(labels).tolist())):
+    for label, found in enumerate(torch.split(by_class, torch.bincount(labels).tolist())):
         if len(found) == 1:
             raise ValueError(
                 f"{called(label)}: expected at least 2 images, of which one is cut off for the test, got 1"

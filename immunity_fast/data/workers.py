@@ -237,7 +237,8 @@ def shared(shape: tuple[int, ...], *, forked: bool) -> Any:
 
 def as_array(memory: Any, shape: tuple[int, ...]) -> Images:
     """Shared memory as numbers."""
-    return np.ndarray(shape, np.uint8, buffer=memory.buf if isinstance(memory, SharedMemory) else memory)
+    array: Images = np.ndarray(shape, np.uint8, buffer=memory.buf if isinstance(memory, SharedMemory) else memory)
+    return array
 
 
 @contextmanager
@@ -295,7 +296,10 @@ def _how_it_ended(code: int | None) -> str:
         return "answers no more"
     if code >= 0:
         return f"has ended with status {code}"
-    name = signal.Signals(-code).name if -code in iter(signal.Signals) else f"signal {-code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
     why = {"SIGKILL": ", as a system does that runs out of memory", "SIGBUS": ", as where /dev/shm is too small"}
     return f"was killed by {name}{why.get(name, '')}"
 
