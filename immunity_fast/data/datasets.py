@@ -271,8 +271,10 @@ def fits_in_memory(size: int, device: torch.device) -> bool:
     They may take `RESIDENT_SHARE` of what is free there, all processes of this machine together; of what is not known
     there is enough.
     """
-    places = {torch.device("cpu"): distributed.count_here(), device: 1 if device.type == "cuda" else 0}
-    for place, copies in places.items():
+    places = [(torch.device("cpu"), distributed.count_here())]
+    if device.type == "cuda":
+        places.append((device, 1))
+    for place, copies in places:
         free = available(place)
         if free is not None and size * copies > RESIDENT_SHARE * free:
             return False

@@ -77,7 +77,8 @@ class Pool:
         self._describe = describe
         context: Any = multiprocessing.get_context(start_method or default_start_method())
         shape = (slots, *slot)
-        self._memory = shared(shape, forked=context.get_start_method() == "fork")
+        forked = context.get_start_method() == "fork"
+        self._memory = shared(shape, forked=forked)
         self._array: Images | None = as_array(self._memory, shape)
         self._free = list(range(slots))
         self._done: dict[int, tuple[int, int | Exception]] = {}  # by ticket: slot, and images or what went wrong
@@ -90,8 +91,11 @@ class Pool:
         try:
             for _ in range(workers):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(decode, self._memory, shape, theirs), daemon=True)
-                with _quiet_start(forked=context.get_start_method() == "fork"):
+                inherited = ours if forked else None
+                process = context.Process(
+                    target=_work, args=(decode, self._memory, shape, theirs, inherited), daemon=True
+                )
+                with _quiet_start(forked=forked):
                     process.start()
                 theirs.close()
                 self._processes.append(process)
@@ -261,8 +265,16 @@ def _quiet_start(*, forked: bool) -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _work(decode: Decode, memory: Any, shape: tuple[int, ...], pipe: connection.Connection) -> None:
+def _work(
+    decode: Decode,
+    memory: Any,
+    shape: tuple[int, ...],
+    pipe: connection.Connection,
+    inherited: connection.Connection | None,
+) -> None:
     """A worker's life: a task, an answer, until the parent has closed the pipe or is gone."""
+    if inherited is not None:  # the parent's end: as long as anybody holds it, the pipe does not end
+        inherited.close()
     # Ctrl-C and a scheduler's signal go to all processes of a group: the parent decides what comes of them.
     for number in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, number):

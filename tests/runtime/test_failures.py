@@ -178,7 +178,7 @@ def test_images_beyond_memory_are_refused_before_one_is_made(
         assert "100000×100000" in line
         assert not (tmp_path / "run").exists()
     monkeypatch.setattr(memory, "total", lambda device: 10**6)
-    with pytest.raises(ValueError, match=r"^6 images of 1000×1000 pixels would take at least 17.2 MiB"):
+    with pytest.raises(ValueError, match=r"^8 images of 1000×1000 pixels would take at least 22.9 MiB"):
         load("folder", photos, image_size=1000, stream="off")
 
 
