@@ -105,7 +105,8 @@ class Reader:
     def __init__(self, decoder: Decoder, workers: Workers = "auto", *, start_method: str | None = None) -> None:
         self.decoder, self.workers, self.start_method = decoder, resolved(workers), start_method
         self.waited = 0.0
-        self._idle: list[Pool] = []  # more than one where a run has begun before another has ended
+        self._pools: list[Pool] = []  # more than one where a run has begun before another has ended
+        self._idle: list[Pool] = []
 
     @property
     def image_bytes(self) -> int:
@@ -181,6 +182,11 @@ class Reader:
             if not pool.closed and pool.slots >= slots:
                 return pool
             pool.close()
+        self._pools = [pool for pool in self._pools if not pool.closed]
+        self._pools.append(self._started(slots))
+        return self._pools[-1]
+
+    def _started(self, slots: int) -> Pool:
         return Pool(
             self.decoder,
             (self.chunk, *self.decoder.shape),
@@ -191,8 +197,8 @@ class Reader:
         )
 
     def pids(self) -> list[int]:
-        """The worker processes that wait for work."""
-        return [pid for pool in self._idle if not pool.closed for pid in pool.pids]
+        """The worker processes that there are."""
+        return [pid for pool in self._pools if not pool.closed for pid in pool.pids]
 
     def measured(self, seconds: float) -> dict[str, float]:
         """What a record says of reading.
@@ -213,11 +219,12 @@ class Reader:
 
     def close(self) -> None:
         """End the worker processes; where images are asked for again, others start."""
-        while self._idle:
-            self._idle.pop().close()
+        for pool in self._pools:
+            pool.close()
+        self._pools, self._idle = [], []
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_idle": []}  # another process has workers of its own
+        return self.__dict__ | {"_pools": [], "_idle": []}  # another process has workers of its own
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +12,6 @@ import pytest
 
 from immunity_fast import evaluate, train
 from immunity_fast.data.streaming import Decoder
-from immunity_fast.training import preparation
-from immunity_fast.training.loop import save
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
 from tests.photos import write_folder, write_shards
@@ -102,8 +96,8 @@ def test_an_interrupt_is_saved_behind_its_step(
 
     def advance(self: TrainingState, batch: Any, own: Any = TrainingState.advance) -> Any:
         if self.step == 2:
-            reader = self.dataset.reader
-            for pid in [os.getpid(), *(pid for pool in reader._pools for pid in pool.pids)]:  # type: ignore[union-attr]
+            assert self.dataset.reader is not None
+            for pid in [os.getpid(), *self.dataset.reader.pids()]:
                 os.kill(pid, signal.SIGINT)
         return own(self, batch)
 
