@@ -11,7 +11,9 @@ from immunity_fast.data.datasets import NAMES as DATASETS
 from immunity_fast.data.datasets import Stream
 from immunity_fast.evaluation.settings import EvaluationSettings, add_options
 from immunity_fast.runtime import cli
+from immunity_fast.runtime.commands import program
 from immunity_fast.runtime.compilation import Compile
+from immunity_fast.runtime.parser import description
 from immunity_fast.training.run_evaluation import evaluate_named
 
 
@@ -21,7 +23,7 @@ def parse(arguments: list[str] | None) -> tuple[EvaluationSettings, dict[str, An
     Raises:
         ValueError: a setting out of its range.
     """
-    parser = cli.Parser(prog="python -m immunity_fast.evaluate", description=(__doc__ or "").split("\n")[0])
+    parser = cli.Parser(prog=program("evaluate"), description=description(__doc__))
     parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder of a run; or module.path:callable")
     group = parser.add_argument_group("what is evaluated")
     group.add_argument("--checkpoint", choices=("best", "last"), help="default: the best, where there is one")

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SPLIT_SEED = 18787  # of every split this package cuts: a fixed property of the data, not of a run
-TEST_SHARE = 0.2
+from immunity_fast.data.folders import SPLIT_SEED, TEST_SHARE
+
 # RandomState's stream is frozen for good, unlike torch's and the newer NumPy generators'.
 
 

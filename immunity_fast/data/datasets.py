@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +13,16 @@ import torch
 from torch import Tensor
 
 from immunity_fast.data.cuts import cut_test, cut_validation
+from immunity_fast.data.folders import ClassFiles, list_folder
 from immunity_fast.data.huggingface import list_huggingface
-from immunity_fast.data.images import read_image
-from immunity_fast.data.readers import Parts, list_folder, read_cifar, read_digits, read_npz
+from immunity_fast.data.images import check_channels, read_image
+from immunity_fast.data.readers import Parts, read_cifar, read_digits, read_npz
 from immunity_fast.data.shards import list_shards
-from immunity_fast.data.sources import Labelled, Listed, listing, select
+from immunity_fast.data.sources import Files, Labelled, Listed, Source, listing, select
 from immunity_fast.data.streaming import Decoder, Reader, StreamedSplit, Workers, hold
 from immunity_fast.runtime import distributed
-from immunity_fast.runtime.failures import in_units
+from immunity_fast.runtime.checks import check_whole
+from immunity_fast.runtime.failures import in_units, readable
 from immunity_fast.runtime.memory import available, check_fits
 
 NAMES = ("cifar10", "cifar100", "digits", "npz", "folder", "webdataset", "huggingface")
@@ -75,7 +78,7 @@ AnySplit: TypeAlias = Split | StreamedSplit
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """Three disjoint splits of one size of image.
+    """Three disjoint splits of images of one size and number of channels.
 
     Args:
         name: one of `NAMES`.
@@ -84,7 +87,7 @@ class ImageDataset:
         flip: whether a mirrored image keeps its meaning.
         listing: a hash of the names, sizes in bytes and labels of the images, where they were listed; the same whether
             they are streamed or not.
-        reading: in one line, how large the images are and where they are kept; None of those that are always in memory.
+        notes: lines on what was decided and passed over when it was read.
     """
 
     name: str
@@ -94,7 +97,7 @@ class ImageDataset:
     classes: tuple[str, ...]
     flip: bool
     listing: str | None = None
-    reading: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -108,7 +111,7 @@ class ImageDataset:
 
     @property
     def channels(self) -> int:
-        """C of the images."""
+        """C of the images: 3 are red, green and blue, 1 is grey."""
         return self.train.channels
 
     @property
@@ -151,6 +154,7 @@ def load(
     *,
     limit_train: int | None = None,
     image_size: int | None = None,
+    channels: int = 3,
     stream: Stream = "auto",
     workers: Workers = "auto",
     device: torch.device | str = "cpu",
@@ -163,7 +167,7 @@ def load(
     cifar10/100  the folder torchvision downloads to (default "data")  downloaded where it is missing
     digits       None                                                  scikit-learn's 8×8 digits at 32×32
     npz          an .npz file in MedMNIST's layout                     see `read_npz`
-    folder       root/train/<class>/..., root/test/<class>/..., or     see `list_folder`
+    folder       root/train/<class>/..., root/test/<class>/..., or     see `folders.list_folder`
                  root/<class>/... alone
     webdataset   "shards/train-{000..009}.tar", or a folder of         see `list_shards`
                  train-*.tar, val-*.tar, test-*.tar
@@ -184,6 +188,7 @@ def load(
         path: of the table.
         limit_train: keep the first `limit_train` training images, a fair sample; the other splits stay whole.
         image_size: pixels; for the last three only: scale each image's short side to it and crop the centre square.
+        channels: of the images: 3, or 1 for grey ones, whatever they are stored as; of `npz` any number that it has.
         stream: "auto" decides by size; "on" streams; "off" reads all into memory.
         workers: processes that read images; 0 reads them in this one; "auto" is one a core, at most 16.
         device: where the images will be, for "auto".
@@ -204,9 +209,15 @@ def load(
         raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
     if stream == "on" and name not in LISTED:
         raise ValueError(f"stream: expected auto or off for {name!r}, which is read whole, got 'on'")
+    check_whole("channels", channels, 1)
     if name in LISTED:
-        return _listed(name, path, limit_train, image_size, stream, workers, torch.device(device))
-    parts = _read(name, path)
+        check_channels(channels)
+        shape = None if image_size is None else (image_size, image_size)
+        listed, notes = _list(name, path)
+        parts = _cut_listed(listed, name, path, limit_train)
+        decoder = _decoder(parts, listed.train.source, shape, channels)
+        return _read_listed(name, parts, decoder, listed.classes, notes, stream, workers, torch.device(device))
+    parts = _read(name, path, channels)
     validation, train = _cut(name, len(parts.train[1]), limit_train, needed=parts.validation is None)
     return ImageDataset(
         name=name,
@@ -218,50 +229,83 @@ def load(
     )
 
 
-def _listed(
+def _list(name: str, path: str | Path | None) -> tuple[Listed, tuple[str, ...]]:
+    """What a data set consists of, and notes on that."""
+    if path is None:
+        raise ValueError(f"path: expected the folder that {name!r} reads, got None")
+    if name != "folder":
+        return (list_shards if name == "webdataset" else list_huggingface)(str(path)), ()
+    root = _expanded(path)
+    found = list_folder(root)
+
+    def labelled(files: ClassFiles | None) -> Labelled | None:
+        if files is None:
+            return None
+        names = [os.fsencode(os.path.relpath(file, root)) for each in files.values() for file in each]
+        counts = torch.tensor([len(each) for each in files.values()])
+        return Labelled(Files(str(root), names), torch.arange(len(files)).repeat_interleave(counts))
+
+    train = labelled(found.train)
+    assert train is not None
+    listed = Listed(train, labelled(found.validation), labelled(found.test), tuple(map(readable, found.train)))
+    return listed, found.notes
+
+
+def _cut_listed(
+    listed: Listed, name: str, path: str | Path | None, limit_train: int | None
+) -> tuple[Labelled, Labelled, Labelled]:
+    """The three parts, of which those that are missing are cut off the training images."""
+    train, validation, test, classes = listed
+    if test is None:
+        kept, cut = cut_test(train.labels, lambda label: f"{path}: class {classes[label]!r}")
+        train, test = select(train, kept), select(train, cut)
+    held_out, kept = _cut(name, len(train.labels), limit_train, needed=validation is None)
+    return select(train, kept), validation or select(train, held_out), test
+
+
+def _decoder(parts: Sequence[Labelled], first: Source, size: tuple[int, int] | None, channels: int) -> Decoder:
+    """How all images become of one size: the one that was asked for, or that of the first image as it is stored."""
+    called = first.name(0)
+    height, width = size or read_image(first.encoded(0), None, channels, name=called).shape[:2]
+    return Decoder(tuple(part.source for part in parts), (channels, height, width), size is not None, called)
+
+
+def _read_listed(
     name: str,
-    path: str | Path | None,
-    limit_train: int | None,
-    image_size: int | None,
+    parts: Sequence[Labelled],
+    decoder: Decoder,
+    classes: tuple[str, ...],
+    notes: tuple[str, ...],
     stream: Stream,
     workers: Workers,
     device: torch.device,
 ) -> ImageDataset:
-    """A data set whose images are listed first, and then read, or streamed."""
-    listed, first = _list(name, path)
-    if listed.test is None:
-        kept, cut = cut_test(listed.train.labels, lambda label: _class_place(name, path, listed.classes[label]))
-        listed = listed._replace(train=select(listed.train, kept), test=select(listed.train, cut))
-    held_out, kept = _cut(name, len(listed.train.labels), limit_train, needed=listed.validation is None)
-    assert listed.test is not None
-    parts = (select(listed.train, kept), listed.validation or select(listed.train, held_out), listed.test)
-    decoder = _decoder(parts, first, image_size)
-    count, (channels, height, width) = sum(len(part.labels) for part in parts), decoder.shape
-    size = count * channels * height * width
-    what = f"{count:,} images of {width}×{height}"
-    streamed = stream == "on" or (stream == "auto" and not fits_in_memory(size, device))
-    splits: list[AnySplit] = []
-    if streamed:
+    """A data set whose images were listed: in memory, or streamed."""
+    channels, height, width = decoder.shape
+    count = sum(len(part.labels) for part in parts)
+    needed, what = count * channels * height * width, f"{count:,} images of {width}×{height}"
+    splits: list[AnySplit]
+    if stream == "on" or (stream == "auto" and not fits_in_memory(needed, device)):
         reader = Reader(decoder, workers)
-        splits += [StreamedSplit(reader, number, part.labels) for number, part in enumerate(parts)]
-        reading = f"streamed by {reader.workers} worker{'s' if reader.workers > 1 else ''}"
-        reading = reading if reader.workers else "streamed by this process"
+        splits = [StreamedSplit(reader, number, part.labels) for number, part in enumerate(parts)]
+        kept = f"streamed by {reader.workers} worker{'s' if reader.workers > 1 else ''}"
+        kept = kept if reader.workers else "streamed by this process"
     else:
-        check_fits(size, torch.device("cpu"), f"{what} pixels", "--stream on, a smaller --image-size, or fewer images")
-        splits += [
-            Split(images, part.labels) for images, part in zip(hold(decoder, parts, workers), parts, strict=True)
-        ]
-        reading = "kept in memory"
-    train, validation, test = splits
+        advice = "--stream on, a smaller --image-size, or fewer images"
+        check_fits(needed, torch.device("cpu"), f"{what} pixels", advice)
+        held = hold(decoder, parts, workers)
+        splits = [Split(images, part.labels) for images, part in zip(held, parts, strict=True)]
+        kept = "kept in memory"
+    digest = hashlib.sha256("".join(listing(part.source, part.labels, decoder.shape) for part in parts).encode())
     return ImageDataset(
         name=name,
-        train=train,
-        validation=validation,
-        test=test,
-        classes=listed.classes,
+        train=splits[0],
+        validation=splits[1],
+        test=splits[2],
+        classes=classes,
         flip=False,
-        listing=_hash(parts, decoder),
-        reading=f"{what} take {in_units(size)} decoded: {reading}",
+        listing=digest.hexdigest(),
+        notes=(*notes, f"{what} take {in_units(needed)} decoded: {kept}"),
     )
 
 
@@ -281,39 +325,6 @@ def fits_in_memory(size: int, device: torch.device) -> bool:
     return True
 
 
-def _list(name: str, path: str | Path | None) -> tuple[Listed, Labelled]:
-    """What a data set consists of, and the part whose first image says how large all are."""
-    if path is None:
-        raise ValueError(f"path: expected the folder that {name!r} reads, got None")
-    if name == "folder":
-        listed = list_folder(_expanded(path))
-    else:
-        listed = list_shards(str(path)) if name == "webdataset" else list_huggingface(str(path))
-    return listed, listed.train
-
-
-def _class_place(name: str, path: str | Path | None, label: str) -> str:
-    return str(_expanded(str(path)) / label) if name == "folder" else f"{path}: class {label!r}"
-
-
-def _decoder(parts: Sequence[Labelled], first: Labelled, image_size: int | None) -> Decoder:
-    """How all images become of one shape: that of `image_size`, or of the first one."""
-    called = first.source.name(0)
-    if image_size is None:
-        height, width, channels = read_image(first.source.encoded(0), None, name=called).shape
-    else:
-        height, width, channels = image_size, image_size, 3
-    shape = (channels, height, width)
-    return Decoder(tuple(part.source for part in parts), shape, image_size is not None, called)
-
-
-def _hash(parts: Sequence[Labelled], decoder: Decoder) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(listing(part.source, part.labels, decoder.shape).encode())
-    return digest.hexdigest()
-
-
 def _cut(name: str, count: int, limit_train: int | None, *, needed: bool) -> tuple[Tensor, Tensor]:
     """(validation, training) indices of so many training images."""
     held_out, kept = cut_validation(count, needed=needed)
@@ -324,16 +335,16 @@ def _cut(name: str, count: int, limit_train: int | None, *, needed: bool) -> tup
     return held_out, kept[:limit_train]
 
 
-def _read(name: str, path: str | Path | None) -> Parts:
+def _read(name: str, path: str | Path | None, channels: int) -> Parts:
     if name == "digits":
         if path is not None:
             raise ValueError(f"path: expected None, since 'digits' comes with scikit-learn, got {str(path)!r}")
-        return read_digits()
+        return read_digits(channels)
     if name in ("cifar10", "cifar100"):
-        return read_cifar(name, _expanded("data" if path is None else path))
+        return read_cifar(name, _expanded("data" if path is None else path), channels)
     if path is None:
         raise ValueError(f"path: expected the file that {name!r} reads, got None")
-    return read_npz(_expanded(path))
+    return read_npz(_expanded(path), channels)
 
 
 def _expanded(path: str | Path) -> Path:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from immunity_fast.data.shards import PARTS, part_of
+from immunity_fast.data.folders import split_of
+from immunity_fast.data.shards import part_of
 from immunity_fast.data.sources import Indices, Labelled, Listed, Source
 from immunity_fast.runtime.failures import one_line, readable
 
@@ -147,7 +148,7 @@ def _parquet_files(place: Path) -> dict[str, list[str]]:
 def _by_part(given: str, splits: Mapping[str, Any]) -> dict[str, Any]:
     tables: dict[str, Any] = {}
     for name, table in splits.items():
-        part = PARTS.get(name.lower(), {"dev": "validation"}.get(name.lower()))
+        part = "validation" if name.lower() == "dev" else split_of(name)
         if part is not None and part not in tables:
             tables[part] = table
     if "train" not in tables:

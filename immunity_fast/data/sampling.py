@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from immunity_fast.data.augmentation import to_float
-from immunity_fast.data.cuts import SPLIT_SEED
 from immunity_fast.data.datasets import AnySplit, Split
+from immunity_fast.data.folders import SPLIT_SEED
 
 # Images at once: they bound memory, and no result depends on them but by rounding.
 EVALUATION_BATCH = 250  # that a model is shown

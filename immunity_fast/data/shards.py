@@ -18,25 +18,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from immunity_fast.data.folders import SPLITS, split_of
 from immunity_fast.data.images import IMAGE_EXTENSIONS
 from immunity_fast.data.sources import Labelled, Listed, Members
 from immunity_fast.runtime.failures import readable
 
-# What an archive's name begins with, and which part it is of.
-PARTS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
-}
 LABELS = ("cls", "txt", "json")  # the extensions of labels; the first that is there is taken
 KEYS = ("label", "cls", "class", "target", "class_name", "category")  # of a .json, where its label stands
 MOST_LABEL_BYTES = 1 << 20  # of a label: anything longer is none
 CLASSES = "classes.txt"  # beside the archives: a name a line
-_PART = re.compile(rf"(?<![a-z])({'|'.join(sorted(PARTS, key=len, reverse=True))})(?![a-z])", re.I)
+_PART = re.compile(rf"(?<![a-z])({'|'.join(sorted(sum(SPLITS.values(), ()), key=len, reverse=True))})(?![a-z])", re.I)
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
@@ -150,7 +141,7 @@ def part_of(file: str) -> str:
     """
     found = _PART.search(os.path.basename(file))
     word = found[1] if found else os.path.basename(os.path.dirname(file))
-    return PARTS.get(word.lower(), "")
+    return split_of(word) or ""
 
 
 def read_index(archive: str) -> Iterator[Sample]:

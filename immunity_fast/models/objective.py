@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from immunity_fast.arguments import Experts
-from immunity_fast.functional import mixture_cross_entropy
 from immunity_fast.losses import Classification, FusedImmunityLoss, ImmunityTerms
 from immunity_fast.runtime.compilation import eagerly
 from immunity_fast.runtime.strategies import DoubleBackprop
@@ -57,7 +56,7 @@ def loss_and_terms(
         model: the mixture. BatchNorm's statistics are those of one forward pass afterwards.
         loss_fn: what is minimised.
         images: (B, C, H, W) floating-point in [0, 1].
-        labels: (B,) integers.
+        labels: (B,) integers, or (B, K) probabilities.
         double_backprop: see `FusedImmunityLoss.from_head`.
         classification: see `FusedImmunityLoss.forward`.
 
@@ -70,9 +69,8 @@ def loss_and_terms(
     if model.num_experts == 1:
         # The baseline: it has no other to be apart from, and its cross-entropy counts once.
         logits = model.expert_logits(images)
-        losses = partial(mixture_cross_entropy, targets=labels, alpha=0.0) if classification is None else classification
-        each = losses(logits, None)
-        loss = each.mean() if len(labels) else each.sum()
+        losses = partial(loss_fn.class_losses, targets=labels, alpha=0.0) if classification is None else classification
+        loss = loss_fn.mean(losses(logits, None), labels, logits.shape[2])
         return loss, ImmunityTerms(loss, torch.zeros_like(loss), torch.zeros_like(loss))
     if not model.has_head:
         return _by_autograd(model, loss_fn, images, labels, classification)

@@ -36,12 +36,17 @@ def status_of(interrupt: KeyboardInterrupt) -> int:
 
 def end_quietly_while_importing() -> None:
     """Imports take seconds, and a signal in them is nobody's error: a line and its status, no traceback."""
+    _handle(_end)
 
-    def end(number: int, _frame: FrameType | None) -> NoReturn:
-        os.write(2, b"interrupted\n")
-        os._exit(128 + number)
 
-    _handle(end)
+@contextmanager
+def ended_quietly() -> Iterator[None]:
+    """The same for the length of a `with` block; what it runs may handle signals in its own way."""
+    before = _handle(_end)
+    try:
+        yield
+    finally:
+        _give_back(before)
 
 
 @contextmanager
@@ -99,6 +104,11 @@ def explained(line: Callable[[], str], log: Callable[[str], Any]) -> Iterator[No
 
 def _raise(number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
 
 
 def _handle(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any]:

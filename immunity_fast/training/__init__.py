@@ -9,6 +9,7 @@ _PLACES = {
     "CallbackError": "callbacks",
     "TrainConfig": "config",
     "Trainer": "trainer",
+    "parameter_groups": "decay",
 }
 __all__ = list(_PLACES)
 

@@ -5,6 +5,7 @@ dtype before anything is made of it.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from immunity_fast.experts.registry import check_trusted, repeated
 from immunity_fast.models.described import expert_tensors
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 from immunity_fast.runtime.files import abbreviated, is_number, parse_json, write_atomically
+from immunity_fast.training.optimizers import NUMBERS, number, parameters_of
 
 FORMAT = 2
 LAST = Path("checkpoints") / "last.safetensors"  # in a run folder
@@ -86,7 +88,7 @@ def _is_count(value: Any, least: int = 0) -> bool:
 def _is_model(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and value.keys() - {"stem"} == {"arch", "num_experts", "num_classes", "stage", "image_size"}
+        and value.keys() - {"stem", "channels"} == {"arch", "num_experts", "num_classes", "stage", "image_size"}
         and isinstance(value["arch"], str)
         and (value["stage"] is None or isinstance(value["stage"], str))
         and _is_count(value["num_experts"], 1)
@@ -95,6 +97,7 @@ def _is_model(value: Any) -> bool:
         and len(value["image_size"]) == 2
         and all(_is_count(side, 1) for side in value["image_size"])
         and value.get("stem", "cifar") in ("cifar", "imagenet")
+        and _is_count(value.get("channels", 3), 1)
     )
 
 
@@ -110,8 +113,8 @@ def _is_weights(value: Any) -> bool:
 
 
 # What a checkpoint says of its run, and whether a value can be that. Earlier versions wrote no "classes", "momenta" and
-# "weights"; of a model they did not write "stem", which was "cifar". "stopped" is why a run ended before its last
-# epoch.
+# "weights"; of a model they did not write "stem", which was "cifar", and "channels" is written where they are not 3.
+# "stopped" is why a run ended before its last epoch.
 INFO: dict[str, Callable[[Any], bool]] = {
     "model": _is_model,
     "data": lambda value: isinstance(value, str),
@@ -192,37 +195,54 @@ def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in module.state_dict().items()}
 
 
-def optimizer_tensors(prefix: str, optimizer: Optimizer) -> dict[str, Tensor]:
-    """An optimiser's tensors, such as momentum, under `prefix/index/name`; its numbers are the run's settings."""
+def optimizer_tensors(
+    prefix: str, optimizer: Optimizer, parameters: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """An optimiser's tensors, such as momentum, under `prefix/index/name`; its settings are the run's.
+
+    Args:
+        prefix: what their names begin with.
+        optimizer: whose.
+        parameters: its parameters, in the order in which they are numbered: a model's, since groups have another. None
+            is the optimiser's own order.
+    """
     return {
         f"{prefix}/{index}/{name}": value
-        for index, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
+        for index, parameter in enumerate(parameters_of(optimizer) if parameters is None else parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], parameters: Sequence[Tensor] | None = None
+) -> None:
     """The inverse of `optimizer_tensors`, without its prefix.
 
     Raises:
         ValueError: a tensor of no parameter, or of another shape or dtype than its parameter: a fused optimiser would
-            write beyond it.
+            write beyond it. Or one that is to be a number of steps, and is none.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = parameters_of(optimizer)
+    parameters = own if parameters is None else parameters
+    place = {id(parameter): index for index, parameter in enumerate(own)}
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition("/")
         if not (index.isdecimal() and str(int(index)) == index and int(index) < len(parameters)):
             raise ValueError(f"optimizer/{name}: expected a parameter's number below {len(parameters)}")
         parameter = parameters[int(index)]
-        if (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
+        like = number() if key in NUMBERS else parameter
+        if (value.shape, value.dtype) != (like.shape, like.dtype):
             raise ValueError(
-                f"optimizer/{name}: expected {parameter.dtype} of shape {tuple(parameter.shape)}, "
+                f"optimizer/{name}: expected {like.dtype} of shape {tuple(like.shape)}, "
                 f"got {value.dtype} of {tuple(value.shape)}"
             )
+        if key == "step" and not 0 <= float(value) < math.inf:
+            raise ValueError(f"optimizer/{name}: expected a number of steps, got {float(value)}")
         # A fused optimiser wants what belongs to a parameter in its layout, which may be channels-last.
-        state.setdefault(int(index), {})[key] = torch.empty_like(parameter).copy_(value)
+        kept = value.clone() if key in NUMBERS else torch.empty_like(parameter).copy_(value)
+        state.setdefault(place[id(parameter)], {})[key] = kept
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -291,6 +311,7 @@ def described_model(description: Mapping[str, Any], **options: Any) -> ImmunityM
         "stage": stages_of(description["stage"], arch, experts),
         "image_size": tuple(description["image_size"]),
         "stem": description.get("stem", "cifar"),
+        "channels": description.get("channels", 3),
     }
     if experts == 1:
         return SingleNetwork(arch, classes, **options)
@@ -337,6 +358,7 @@ def check_experts(path: Path, description: Mapping[str, Any], tensors: Mapping[s
             num_classes=description["num_classes"],
             image_size=tuple(description["image_size"]),
             stem=description.get("stem", "cifar"),
+            channels=description.get("channels", 3),
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: describes a model that cannot be made ({error})") from error

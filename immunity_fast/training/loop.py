@@ -92,10 +92,12 @@ def take_steps(
     state.model.train()
     for batch in loader:
         measured = state.advance(batch)
-        display.step_taken()
         images += len(batch.labels) * distributed.count()
         if profile is not None:
             profile.step()
+        if not state.between_steps:
+            continue
+        display.step_taken()
         if callbacks.sees_steps:
             callbacks.call("on_step_end", StepMetrics(measured))
         if (

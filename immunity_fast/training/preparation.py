@@ -25,6 +25,7 @@ from immunity_fast.runtime.outputs import kind_of, logits_of
 from immunity_fast.runtime.precision import set_float32
 from immunity_fast.training.checkpoint import not_finite
 from immunity_fast.training.config import TrainConfig, check_data
+from immunity_fast.training.optimizers import KINDS, NUMBERS
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
 
@@ -43,6 +44,10 @@ class Start(NamedTuple):
     folder: Path
     resume: bool
     config: TrainConfig
+
+
+class Preview(Start):
+    """A training whose settings are only to be shown."""
 
 
 def begin(config: TrainConfig, out: Path | None = None) -> Start:
@@ -171,8 +176,8 @@ def load_data(config: TrainConfig, device: torch.device, data: str | None = None
         workers=config.worker_processes,
         device=device,
     )
-    if dataset.reading is not None and distributed.rank() == 0:
-        cli.console.print(dataset.reading)
+    for note in dataset.notes if distributed.rank() == 0 else ():
+        cli.console.print(note)
     return dataset
 
 
@@ -213,9 +218,10 @@ def check_trainable(
     for name, count in names.items():
         of_one = sizes(name, config, image_size, num_classes, batch)
         weights, values = weights + count * of_one[0], values + count * of_one[1]
-    # Weights, their gradients and momentum in float32; and half of what the layers put out, which is kept for the
-    # backward pass, in half precision at least.
-    size = 12 * weights + values / distributed.count()
+    # Weights, their gradients and what the optimiser keeps of them, in float32; and half of what the layers put out,
+    # which is kept for the backward pass, in half precision at least.
+    kept = len([name for name in KINDS[config.optimizer].state if name not in NUMBERS])
+    size = 4 * (2 + kept) * weights + values / distributed.count()
     what = f"{title(config.arch, config.experts)}, {batch} images of {height}×{width} a step,"
     check_fits(size, device, what, MEMORY_ADVICE)
 

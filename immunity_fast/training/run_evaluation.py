@@ -90,8 +90,8 @@ def evaluate_named(
         images = load(
             dataset, data, image_size=image_size, stream=stream or "auto", workers=workers or "auto", device=device
         )
-        if images.reading is not None:
-            cli.console.print(images.reading)
+        for note in images.notes:
+            cli.console.print(note)
         images = images.to(device)
         evaluate_callable(
             place, images, settings, device, out, transfer_from=transfer_from, again=again, trust_code=trust_code

@@ -16,6 +16,7 @@ from immunity_fast.runtime.compilation import TRACEBACKS
 from immunity_fast.runtime.files import append_line, is_number, locked_folder, parse_json, write_atomically
 from immunity_fast.training.checkpoint import BEST, LAST, load_info
 from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.optimizers import KINDS
 
 # What entries of a record were called in earlier versions, and are now.
 RENAMED = {"val_accuracy_switching": "val_accuracy_sample"}
@@ -48,7 +49,8 @@ class Run:
         """The option without which a run that has diverged would do so again."""
         with suppress(OSError, ValueError, TypeError, KeyError):
             diverged = float(json.loads(self.diverged.read_text(encoding="utf-8"))["lr"])
-            return ["--lr", f"{min(diverged / 10, TrainConfig().lr):g}"]  # far off, a tenth would diverge as well
+            usual = KINDS[self.config().optimizer].lr
+            return ["--lr", f"{min(diverged / 10, usual):g}"]  # far off, a tenth would diverge as well
         return []
 
     @property

@@ -34,9 +34,10 @@ from immunity_fast.training.checkpoint import (
     under,
 )
 from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.decay import parameter_groups
 from immunity_fast.training.ema import WeightAverage
-from immunity_fast.training.optimizer import FusedSGD
-from immunity_fast.training.step import MEASURED, TrainStep, cosine_lr
+from immunity_fast.training.optimizers import make_optimizer, possible_state
+from immunity_fast.training.step import MEASURED, TrainStep
 
 CUDA_STATE = 16  # bytes of a GPU's generator
 
@@ -91,16 +92,22 @@ class TrainingState:
         self.loader = self._new_loader()
         self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
         compiled = resolve(config.compile, device) != "off"
-        strategy = fastest(device.type, config.arch, self.steps if compiled else None)
+        strategy = fastest(device.type, config.arch, config.epochs * len(self.loader) if compiled else None)
         self.model = self._new_model(strategy, dataset) if model is None else model.to(device)
         self.beginning = begin(self.model, config) if fresh else Beginning(None, [])
         if distributed.rank():  # whatever is random in a network: not the same in every process
             torch.manual_seed(config.seed + 3 + distributed.rank())
         group = distributed.group()
         self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name)
-        self.optimizer = FusedSGD(
-            self.model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=True
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            parameter_groups(self.model, config.weight_decay, config.decay),
+            config.lr,
+            momentum=config.momentum,
+            betas=config.betas,
+            eps=config.optimizer_eps,
         )
+        self.learning_rate = config.learning_rate(self.steps_per_epoch)
         self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
         self.train_step = self._new_step(strategy, log, traceback_file)
         self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, log, traceback_file)
@@ -109,7 +116,8 @@ class TrainingState:
         self.history: list[dict[str, Any]] = []  # the records of these epochs
         self.stopped: str | None = None  # why training has ended before its last epoch, if it has
         self.saved_step = 0  # optimiser steps that the run's checkpoint has
-        self.sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)  # over the present epoch's steps
+        self.sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)  # over the present epoch's batches
+        self._of_step = torch.zeros_like(self.sums)  # over the present step's
 
     def _new_loader(self) -> TrainLoader:
         """The training batches, or this process' part of each."""
@@ -168,14 +176,24 @@ class TrainingState:
         )
 
     @property
+    def steps_per_epoch(self) -> int:
+        """How many optimiser steps an epoch has; the last one may have fewer batches than the others."""
+        return -(-len(self.loader) // self.config.accumulate)
+
+    @property
     def step(self) -> int:
-        """How many optimiser steps of the run were taken so far."""
-        return self.epoch * len(self.loader) + self.loader.position
+        """How many optimiser steps of the run were taken so far, or begun."""
+        return self.epoch * self.steps_per_epoch + -(-self.loader.position // self.config.accumulate)
 
     @property
     def steps(self) -> int:
         """How many optimiser steps the whole run takes."""
-        return self.config.epochs * len(self.loader)
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether no step has begun of which batches are still to come."""
+        return self.loader.position % self.config.accumulate == 0 or self.loader.position == len(self.loader)
 
     @property
     def lr(self) -> float:
@@ -184,14 +202,22 @@ class TrainingState:
         return last
 
     def advance(self, batch: Batch) -> Tensor:
-        """Take the step of the batch that the loader gave last; what `MEASURED` names of it, (4,) float64."""
+        """Take the step of the batch that the loader gave last, or, of several batches a step, its share of that.
+
+        Returns:
+            What `MEASURED` names, (4,) float64, the mean over the step's batches so far.
+        """
+        number, accumulate = self.loader.position - 1, self.config.accumulate
+        index = number % accumulate
+        count = min(accumulate, len(self.loader) - (number - index))  # an epoch's last step has what is left
         for group in self.optimizer.param_groups:
-            group["lr"] = cosine_lr(self.config.lr, self.step - 1, self.steps)
-        measured = self.train_step(*batch)
+            group["lr"] = self.learning_rate(self.step - 1)
+        measured = self.train_step(*batch, index=index, count=count)
         self.sums += measured
-        if self.average is not None:
+        if self.average is not None and index + 1 == count:
             self.average.update()
-        return measured
+        self._of_step = measured if index == 0 else self._of_step + measured
+        return self._of_step / (index + 1)
 
     def expert_logits(self, images: Tensor) -> Tensor:
         """`model.expert_logits` of at most `EVALUATION_BATCH` images, by code that is compiled for one size only."""
@@ -209,7 +235,7 @@ class TrainingState:
             random["random/cuda"] = torch.cuda.get_rng_state(self.device)
         return {
             **module_tensors("model", self.model),
-            **optimizer_tensors("optimizer", self.optimizer),
+            **optimizer_tensors("optimizer", self.optimizer, self._parameters()),
             **{f"loader/{name}": value for name, value in self.loader.state().items()},
             **{f"scaler/{name}": torch.tensor(value) for name, value in self.train_step.scaler.state_dict().items()},
             **({f"ema/{name}": value for name, value in self.average.tensors().items()} if self.average else {}),
@@ -226,8 +252,8 @@ class TrainingState:
             "classes": list(self.dataset.classes),
             "epoch": self.epoch,
             "step": self.step,
-            # Parameters that have had a gradient, which need not be all.
-            "momenta": len(optimizer_tensors("optimizer", self.optimizer)),
+            # What the optimiser keeps: of parameters that have had a gradient, which need not be all.
+            "momenta": len(optimizer_tensors("optimizer", self.optimizer, self._parameters())),
             **({} if self.beginning.record is None else {"weights": self.beginning.record}),
             **({} if self.stopped is None else {"stopped": self.stopped}),
         }
@@ -251,7 +277,7 @@ class TrainingState:
         self._check(path, tensors, info)
         if self.average is not None:
             self.average.load(under("ema", tensors), info["step"])
-        load_optimizer_tensors(self.optimizer, under("optimizer", tensors))
+        load_optimizer_tensors(self.optimizer, under("optimizer", tensors), self._parameters())
         self.loader.load_state(under("loader", tensors))
         if scaler := under("scaler", tensors):
             self.train_step.scaler.load_state_dict({name: value.item() for name, value in scaler.items()})
@@ -268,20 +294,28 @@ class TrainingState:
         self.stopped = info.get("stopped")
         self.beginning = Beginning(info.get("weights"), [])
 
+    def _parameters(self) -> list[Tensor]:
+        """In the order in which checkpoints number them, whatever the optimiser's groups."""
+        return list(self.model.parameters())
+
     def _check(self, path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
         """Check that a checkpoint is as this run would write it at some step.
 
         Raises:
             ValueError: it is not; by file and entry.
         """
-        momenta = {
-            f"optimizer/{index}/momentum_buffer": parameter for index, parameter in enumerate(self.model.parameters())
-        }
+        possible = possible_state(self.optimizer, self._parameters())
+        momenta = {f"optimizer/{name}": tensor for name, tensor in possible.items()}
         expected = {name: tensor for name, tensor in self.tensors().items() if name not in momenta}
         there = [name for name in momenta if name in tensors]
         if len(there) != info.get("momenta", len(there)):
             lost = "".join(f"; it lacks {name}" for name in momenta if name not in tensors)
-            raise ValueError(f"{path}: has {len(there)} of {info['momenta']} momentum buffers{abbreviated(lost)}")
+            what = "momentum buffers" if self.config.optimizer == "sgd" else "tensors of the optimiser"
+            raise ValueError(f"{path}: has {len(there)} of {info['momenta']} {what}{abbreviated(lost)}")
+        of_parameters = {name.split("/")[1] for name in there}
+        for name in momenta:  # of a parameter all or nothing: a fused optimiser would read what is not there
+            if name.split("/")[1] in of_parameters and name not in tensors:
+                raise ValueError(f"{path}: not a whole checkpoint: {name} is missing")
         expected |= {name: momenta[name] for name in there}
         # The state of a GPU's generator is taken up on a GPU alone: a run may go on without one.
         of_gpu = expected.pop("random/cuda", torch.empty(CUDA_STATE, dtype=torch.uint8))
@@ -291,12 +325,13 @@ class TrainingState:
         for name in ("random/torch", "random/gate", "loader/generator"):
             check_generator_state(path, name, tensors[name])
         epoch, step, position = info["epoch"], info["step"], int(tensors["loader/position"])
-        batches, epochs = len(self.loader), self.config.epochs
-        whole = epoch <= epochs and 0 <= position < (batches if epoch < epochs else 1)
-        if not whole or step != epoch * batches + position:
+        batches, epochs, accumulate = len(self.loader), self.config.epochs, self.config.accumulate
+        whole = epoch <= epochs and 0 <= position < (batches if epoch < epochs else 1) and position % accumulate == 0
+        if not whole or step != epoch * self.steps_per_epoch + position // accumulate:
+            of_each = f" of {accumulate} batches" if accumulate > 1 else ""
             raise ValueError(
                 f"{path}: stands at epoch {epoch}, step {step}, loader/position {position}, which is no place in a run "
-                f"of {epochs} epochs of {batches} steps"
+                f"of {epochs} epochs of {self.steps_per_epoch} steps{of_each}"
             )
         for name in ("scaler/scale", "scaler/growth_factor", "scaler/backoff_factor"):
             if name in tensors and not 0 < float(tensors[name]) < math.inf:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from immunity_fast.runtime.precision import Amp, autocast, begin_momentum, grad_
 from immunity_fast.runtime.strategies import DoubleBackprop
 from immunity_fast.training.adversarial import InnerAttack, trades_losses
 from immunity_fast.training.optimizer import FusedSGD
+from immunity_fast.training.optimizers import lay_out_state
 
 MEASURED = ("loss", "cross_entropy", "mutual_information_loss", "position_stability")
 
@@ -74,6 +75,7 @@ class TrainStep:
         self.scaler = grad_scaler(amp, device)
         if device.type == "cuda":
             channels_last_(model)
+            lay_out_state(optimizer)
         if double_backprop == "auto":
             double_backprop = strategies.fastest(device.type, model.arch).double_backprop
         self.attack = attack
@@ -86,20 +88,23 @@ class TrainStep:
         self._has_run_compiled = False
         optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._optimises_all = optimised == {id(parameter) for parameter in model.parameters()}
-        self._one: Tensor | None = None
+        self._share: tuple[Tensor, int] | None = None  # of a batch in its step's gradient, and of how many it is one
 
     @property
     def compiled(self) -> bool:
         """Whether the step runs compiled code, or will from its first call on."""
         return self.objective.function.active
 
-    def __call__(self, images: Tensor, labels: Tensor, affine: Tensor | None = None) -> Tensor:
-        """Update the model, in training mode.
+    def __call__(
+        self, images: Tensor, labels: Tensor, affine: Tensor | None = None, *, index: int = 0, count: int = 1
+    ) -> Tensor:
+        """Update the model, in training mode; of several batches that make one update, behind the last.
 
         Args:
             images: (B, 3, H, W) floating-point in [0, 1]; or uint8, where `affine` is given.
             labels: (B,) integers.
             affine: (5, B), of `augmentation.draw_affine`; None leaves the images as they are.
+            index, count: this is batch 0..count−1 of so many, the mean of whose gradients makes one update.
 
         Returns:
             (4,) float64 on the model's device: what `MEASURED` names, of this batch, before the update.
@@ -110,12 +115,10 @@ class TrainStep:
                 images = apply_affine(images, affine)
             clean = images if self.objective.trades_weight is not None else None
             batch = (self.attack(images, labels), labels, None, clean)
-        measured = (
-            self._first_compiled_step(*batch)
-            if self.compiled and not self._has_run_compiled
-            else self._backward(*batch)
-        )
-        self.update()
+        backward = self._first_compiled_step if self.compiled and not self._has_run_compiled else self._backward
+        measured = backward(batch, index, count)
+        if index + 1 == count:
+            self.update()
         # A CUDA graph's result lies in memory that its next replay writes: this one is the caller's to keep.
         return measured.clone() if self.compiled and measured.is_cuda else measured
 
@@ -133,25 +136,34 @@ class TrainStep:
             self.scaler.step(self.optimizer)
         self.scaler.update()
 
-    def _backward(self, *batch: Tensor | None) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, measured = self._forward(*batch)
-        scaled = self.scaler.scale(loss)
-        if self._one is None or self._one.dtype != scaled.dtype:
-            self._one = torch.ones_like(scaled)
-        scaled.backward(self._one)  # otherwise a kernel would make it anew
+    def _backward(self, batch: Sequence[Tensor | None], index: int, count: int) -> Tensor:
+        """Add a batch's share of the gradient to that of the batches before it; between them processes do not meet."""
+        if index == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+        alone = index + 1 < count and isinstance(self._forward, DistributedDataParallel)
+        with self._forward.no_sync() if alone else nullcontext():
+            loss, measured = self._forward(*batch)
+            scaled = self.scaler.scale(loss)
+            if self._share is None or self._share[1] != count or self._share[0].dtype != scaled.dtype:
+                self._share = torch.full_like(scaled, 1 / count), count
+            scaled.backward(self._share[0])  # without it a kernel would make a one anew
+        if index == 0 and count > 1 and self.compiled and measured.is_cuda:
+            # They lie in a CUDA graph's memory, which the next batch's replay writes.
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.clone()
         taken: Tensor = measured
         return taken
 
-    def _first_compiled_step(self, *batch: Tensor | None) -> Tensor:
+    def _first_compiled_step(self, batch: Sequence[Tensor | None], index: int, count: int) -> Tensor:
         """The first compiled pass: a backward pass that fails to compile must not count a batch twice in BatchNorm."""
         before = [buffer.clone() for buffer in self.model.buffers()]
         try:
-            measured = self._backward(*batch)
+            measured = self._backward(batch, index, count)
         except Exception as error:
             for buffer, value in zip(self.model.buffers(), before, strict=True):
                 buffer.copy_(value)
-            measured = self.objective.function.fall_back(error, lambda: self._backward(*batch))
+            measured = self.objective.function.fall_back(error, lambda: self._backward(batch, index, count))
         self._has_run_compiled = True
         return measured
 
@@ -224,14 +236,3 @@ def _distributed(objective: _Objective, group: torch.distributed.ProcessGroup) -
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
     }
     return DistributedDataParallel(objective, process_group=group, gradient_as_bucket_view=True, **options)
-
-
-def cosine_lr(lr: float, step: int, steps: int) -> float:
-    """The learning rate of step 0..steps−1: half a cosine from `lr` to almost 0 (Loshchilov & Hutter, 1608.03983).
-
-    Args:
-        lr: at step 0.
-        step: which.
-        steps: how many there are.
-    """
-    return lr * 0.5 * (1 + math.cos(math.pi * step / steps))

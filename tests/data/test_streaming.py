@@ -194,7 +194,7 @@ def test_what_fits_into_half_of_free_memory_is_kept_there(
     dataset = load("folder", folder, image_size=SIZE, workers=2)
     assert (dataset.reader is None) == kept
     where = "kept in memory" if kept else "streamed by 2 workers"
-    assert dataset.reading == f"51 images of 10×10 take 14.9 KiB decoded: {where}"
+    assert dataset.notes[-1] == f"51 images of 10×10 take 14.9 KiB decoded: {where}"
 
 
 def test_processes_of_one_machine_share_its_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +213,7 @@ def test_a_device_s_memory_counts_as_well(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(("workers", "said"), [(0, "by this process"), (1, "by 1 worker"), (3, "by 3 workers")])
 def test_who_reads_is_said(workers: int, said: str, folder: Path) -> None:
     dataset = load("folder", folder, image_size=SIZE, stream="on", workers=workers)
-    assert dataset.reading == f"51 images of 10×10 take 14.9 KiB decoded: streamed {said}"
+    assert dataset.notes[-1] == f"51 images of 10×10 take 14.9 KiB decoded: streamed {said}"
 
 
 def test_auto_is_a_worker_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
