@@ -214,9 +214,9 @@ def load(
         check_channels(channels)
         shape = None if image_size is None else (image_size, image_size)
         listed, notes = _list(name, path)
-        parts = _cut_listed(listed, name, path, limit_train)
-        decoder = _decoder(parts, listed.train.source, shape, channels)
-        return _read_listed(name, parts, decoder, listed.classes, notes, stream, workers, torch.device(device))
+        cut = _cut_listed(listed, name, path, limit_train)
+        decoder = _decoder(cut, listed.train.source, shape, channels)
+        return _read_listed(name, cut, decoder, listed.classes, notes, stream, workers, torch.device(device))
     parts = _read(name, path, channels)
     validation, train = _cut(name, len(parts.train[1]), limit_train, needed=parts.validation is None)
     return ImageDataset(

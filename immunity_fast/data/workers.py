@@ -312,7 +312,7 @@ def _how_it_ended(code: int | None) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    why = {"SIGKILL": ", as a system does that runs out of memory", "SIGBUS": ", as where /dev/shm is too small"}
+    why = {"SIGKILL": ", as a system does that is short of memory", "SIGBUS": ", as where /dev/shm is too small"}
     return f"was killed by {name}{why.get(name, '')}"
 
 

@@ -116,7 +116,7 @@ def test_evaluation_reads_streamed_images(folder: Path, tmp_path: Path, capsys: 
     assert (out / "report.html").is_file()
     assert (out / "figures" / "heatmaps.png").is_file()
     for stream, said in (("on", "streamed by 2 workers"), ("off", "kept in memory")):
-        options = ["--stream", stream, "--workers", "2", "--attacks", "fgsm", "--images", "4", "--device", "cpu"]
+        options = ["--stream", stream, "--workers", "2", "--attacks", "fgsm", "--device", "cpu"]
         evaluate.main([str(out), *options, "--out", str(tmp_path / stream)])
         assert said in capsys.readouterr().out
     found = [(tmp_path / stream / "results.md").read_text(encoding="utf-8") for stream in ("on", "off")]
