@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,8 +23,8 @@ NO_CALLBACKS = Callbacks()
 def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLBACKS, *, progress: bool = True) -> None:
     """Train from where the state is to the end; the first process writes records and checkpoints.
 
-    Ctrl-C and SIGTERM stop it behind a step, which is saved, or behind an epoch's checks; one process of several at
-    once.
+    Ctrl-C and SIGTERM stop it behind a step, which is saved, or behind an epoch's checks; of several processes all, at
+    the same step, whichever of them got the signal.
 
     Args:
         state: what is trained; `state.history` gets the records.
@@ -38,6 +38,7 @@ def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLB
         KeyboardInterrupt: it was stopped.
     """
     first = distributed.rank() == 0
+    agreement = distributed.Agreement()
     if first and run is not None:
         if not run.checkpoint.is_file():
             write_checkpoint(state, run)
@@ -47,13 +48,14 @@ def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLB
         # After these: on a full disk TensorBoard's thread would print a traceback.
         Display(state, run, shown=progress) as display,
         steps_profiled(state, run) as profile,
-        # Several would stop at different steps.
-        interrupts.deferred(distributed.count() == 1 and run is not None) as asked,
+        interrupts.deferred(run is not None and agreement.possible) as asked,
     ):
         callbacks.call("on_fit_start")
         while state.epoch < state.config.epochs and state.stopped is None:
             callbacks.call("on_epoch_start")
-            images, seconds = take_steps(state, run, callbacks, display, profile, asked)
+            images, seconds = take_steps(
+                state, run, callbacks, display, profile, lambda: agreement.ask(asked[0] if asked else 0)
+            )
             state.synchronize()
             check_finite(state, run)
             state.epoch += 1
@@ -67,12 +69,17 @@ def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLB
             if first and run is not None:
                 write_checkpoint(state, run)
                 run.diverged.unlink(missing_ok=True)  # what had diverged before has got past it
-            interrupts.stop_if(asked)
+            interrupts.stop_if(agreement.now(asked[0] if asked else 0))
         callbacks.call("on_fit_end")
 
 
 def take_steps(
-    state: TrainingState, run: Run | None, callbacks: Callbacks, display: Display, profile: Any, asked: Sequence[int]
+    state: TrainingState,
+    run: Run | None,
+    callbacks: Callbacks,
+    display: Display,
+    profile: Any,
+    asked: Callable[[], int],
 ) -> tuple[int, float]:
     """The rest of an epoch's steps, with a checkpoint now and then.
 
@@ -80,7 +87,7 @@ def take_steps(
         state, run: what is trained, and where it is saved.
         callbacks, display: are told of each step.
         profile: the profiler, is told as well; None where there is none.
-        asked: the signals that have come, see `interrupts.deferred`; the first one stops the training, saved.
+        asked: is called once a step: the signal by which the training is to stop, saved; or 0.
 
     Returns:
         (images seen, seconds).
@@ -97,13 +104,14 @@ def take_steps(
         display.step_taken()
         if callbacks.sees_steps:
             callbacks.call("on_step_end", StepMetrics(measured))
+        signal = asked()
         if (
             run is not None
             and loader.position < len(loader)
-            and (asked or state.step % state.config.checkpoint_every == 0)
+            and (signal or state.step % state.config.checkpoint_every == 0)
         ):
             save(state, run)
-            interrupts.stop_if(asked)
+            interrupts.stop_if(signal)
     synchronize(state.device)
     return images, time.perf_counter() - started
 

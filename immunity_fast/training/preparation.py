@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from datetime import datetime
@@ -53,7 +54,8 @@ def begin(config: TrainConfig, out: Path | None = None) -> Start:
 
     Args:
         config: its settings.
-        out: its folder; None is one that is named after the settings and the time, in runs/.
+        out: its folder; None is one that is named after the settings and the time, in runs/. With the run of a process
+            that torchrun has started again, it goes on.
 
     Raises:
         ValueError: settings that do not go together.
@@ -63,9 +65,16 @@ def begin(config: TrainConfig, out: Path | None = None) -> Start:
         raise ValueError("--flip on: a mirrored digit is another sign; leave it out for --dataset digits")
     if out is None:
         out = Run.free_name(Path("runs") / f"{default_name(config)}{datetime.now():%Y%m%d-%H%M%S}")
+    elif restarted() and Run(out).config_file.is_file() and Run(out).config() == config:
+        return Start(out, True, config)
     else:
         Run.check_free(out)
     return Start(out, False, config)
+
+
+def restarted() -> bool:
+    """Whether torchrun has started these processes again, with the words of the first time, after one had failed."""
+    return (os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0") != "0"
 
 
 def go_on(folder: Path, changes: Mapping[str, Any], *, trust_code: bool = False) -> Start:
@@ -122,26 +131,32 @@ def prepare(
         check_data(config.dataset, config.data)
         if config.dataset == "folder" and config.image_size is not None:  # before all images are made so large
             check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
-        with distributed.first_of_all():  # a data set that is missing is downloaded once
+        # A data set that is missing is downloaded once, and once more on each machine that does not see that.
+        with distributed.together(), distributed.first_of_all():
             dataset = load_named(config)
     if dataset.channels != config.channels:  # of a data set of the user's, which is as it is
         config = dataclasses.replace(config, channels=dataset.channels)
     if model is None:
-        check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
+        with distributed.together():  # one machine may have less memory than another
+            check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
     set_float32(config.float32)
     run = None if folder is None else Run(folder)
     # A run that was killed before its first checkpoint begins anew.
-    fresh = run is None or not (resume and run.checkpoint.is_file())
+    fresh = run is None or not (resume and distributed.of_first(run.checkpoint.is_file()))
     tracebacks = None if run is None else run.tracebacks
     state = TrainingState(config, dataset, device, log, tracebacks, fresh=fresh, model=model)
     if folder is None or run is None:
         return state, None
+    first = distributed.rank() == 0  # which alone has to see the run's folder
     if not resume:
-        if distributed.rank():
-            return state, run
-        return state, Run.create(folder, config, numbered=is_default(folder, config))
-    run = Run.open(folder)
-    if run.checkpoint.is_file():
+        with distributed.together():
+            if first:
+                run = Run.create(folder, config, numbered=is_default(folder, config))
+        return state, Run(distributed.of_first(run.folder))
+    with distributed.together():
+        if first:
+            Run.open(folder)
+    if not fresh:
         state.load(run.checkpoint)
         state.saved_step = state.step
         wrong = not_finite(state.tensors())
@@ -150,9 +165,12 @@ def prepare(
                 f"{run.checkpoint}: holds weights that are NaN or infinite, from which nothing can go on "
                 f"({wrong}); begin a new run, with a smaller --lr"
             )
-    run.check_goes_on(state.epoch)
-    state.history = run.metrics()[: state.epoch]
-    save_changed_settings(run, config)
+    with distributed.together():
+        if first:
+            run.check_goes_on(state.epoch)
+            state.history = run.metrics()[: state.epoch]
+            save_changed_settings(run, config)
+    state.history = distributed.of_first(state.history)
     return state, run
 
 
@@ -162,7 +180,8 @@ def load_named(config: TrainConfig) -> ImageDataset:
     Raises:
         ValueError, OSError, ModuleNotFoundError: see `datasets.load`; a setting that is wrong is called as its option.
     """
-    options: dict[str, Any] = {name: getattr(config, name) for name in ("limit_train", "image_size", "channels")}
+    names = ("limit_train", "image_size", "channels", "ignore_index")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
     try:
         return load(config.dataset, config.data, **options)
     except ValueError as error:
@@ -180,7 +199,7 @@ def save_changed_settings(run: Run, config: TrainConfig) -> None:
         for name in CHANGEABLE_AFTER_DIVERGENCE
         if getattr(config, name) != getattr(begun, name)
     }
-    if changed and distributed.rank() == 0:
+    if changed:
         now = dataclasses.replace(begun, **changed)
         write_atomically(run.config_file, json.dumps(now.to_json(), indent=2).encode())
         run.diverged.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from immunity_fast.data.datasets import ImageDataset, load
 from immunity_fast.data.sampling import EVALUATION_BATCH, attack_batch
 from immunity_fast.evaluation.pipeline import evaluate
 from immunity_fast.evaluation.report import About, Outputs
+from immunity_fast.evaluation.results import Results
 from immunity_fast.evaluation.runner import SETS, Plan
 from immunity_fast.evaluation.settings import EvaluationSettings, check_whole
 from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget, load_callable
@@ -147,7 +148,14 @@ def evaluate_callable(
         target = MixtureTarget(model, dataset.num_classes, draws=settings.draws or DRAWS, transfer=transfer)
     else:
         target = NetworkTarget(model, dataset.num_classes, name=place, draws=settings.draws, transfer=transfer)
-    plan = settings.plan(target.attackers, dataset.image_size, images=IMAGES, seed=0, chunk=attack_batch(device))
+    plan = settings.plan(
+        target.attackers,
+        dataset.image_size,
+        images=IMAGES,
+        seed=0,
+        chunk=attack_batch(device),
+        channels=dataset.channels,
+    )
     about = About(
         title=f"{place} on {dataset.name}",
         lead=f"{place}, judged on {len(dataset.test):,} test images.",
@@ -210,6 +218,7 @@ def evaluate_folder(
         limit_train=config.limit_train,
         image_size=config.image_size,
         channels=config.channels,
+        ignore_index=config.ignore_index,
     ).to(device)
     file = model_file({None: run.folder, "best": run.best_checkpoint, "last": run.checkpoint}[checkpoint])
     model = load_trained(run, config, file, dataset, device, trust_code)
@@ -230,6 +239,7 @@ def evaluate_folder(
         images=config.attack_images,
         seed=config.seed,
         chunk=attack_batch(device),
+        channels=dataset.channels,
     )
     with broken_weights_named(model, file):
         evaluate_run(run, target, dataset, config, plan, outputs_in(folder, again))
@@ -358,7 +368,9 @@ def evaluate_run(
     config: TrainConfig,
     plan: Plan,
     outputs: Outputs | None = None,
-) -> dict[str, Any]:
+    *,
+    printed: bool = True,
+) -> Results:
     """Evaluate the model of a training run on its data set's test split.
 
     Args:
@@ -368,6 +380,7 @@ def evaluate_run(
         config: with which it was trained.
         plan: what to find out.
         outputs: where to write; None is the run's folder.
+        printed: print the tables.
 
     Returns:
         `evaluation.results.results`.
@@ -378,8 +391,9 @@ def evaluate_run(
     loss_fn = config.loss_fn(dataset.image_size) if isinstance(target, MixtureTarget) else None
     model = target.model
     assert isinstance(model, torch.nn.Module)
+    about = about_run(run, config, dataset)
     with frozen(model):
-        return evaluate(target, dataset, plan, outputs or Outputs(run.folder), about_run(run, config, dataset), loss_fn)
+        return evaluate(target, dataset, plan, outputs or Outputs(run.folder), about, loss_fn, printed=printed)
 
 
 def about_run(run: Run, config: TrainConfig, dataset: ImageDataset) -> About:
@@ -407,8 +421,17 @@ def about_run(run: Run, config: TrainConfig, dataset: ImageDataset) -> About:
     )
 
 
-def evaluate_trained(state: TrainingState, run: Run) -> None:
-    """What a run ends with: attacks on test images, tables, figures and the report."""
+def evaluate_trained(state: TrainingState, run: Run, *, printed: bool = True) -> Results:
+    """What a run ends with: attacks on test images, tables, figures and the report.
+
+    Args:
+        state: trained to its end.
+        run: its folder.
+        printed: print the tables.
+
+    Returns:
+        `evaluation.results.results`.
+    """
     config = state.config
     # Its code, if any, this process has trained. The best one, or the average of the weights, if there is.
     model, _ = load_model(run.folder, state.device, trust_code=True)
@@ -420,7 +443,7 @@ def evaluate_trained(state: TrainingState, run: Run) -> None:
     target = target_of(
         model, state.dataset.num_classes, compile=config.compile, tracebacks=Outputs(run.folder).tracebacks
     )
-    evaluate_run(run, target, state.dataset, config, plan)
+    return evaluate_run(run, target, state.dataset, config, plan, printed=printed)
 
 
 def outputs_in(folder: Path, again: bool) -> Outputs:
