@@ -6,7 +6,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from immunity_fast.arguments import Experts
 from immunity_fast.losses import Classification, FusedImmunityLoss, ImmunityTerms
@@ -100,6 +100,7 @@ def _by_autograd(
     classification: Classification | None,
 ) -> tuple[Tensor, ImmunityTerms]:
     keeps_graph = torch.is_grad_enabled()
+    assert isinstance(model, nn.Module)
     # Gradients, which Grad-CAM wants of a validation's loss, too; and of weights in shards, which it takes twice.
     with torch.enable_grad(), gathered_again(model):
         if is_sharded(model) and not images.requires_grad:

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -80,7 +82,7 @@ def processes(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     with _finding_each_other():
         # Each under a name of its own: what an earlier one has written there would lead this one astray.
-        store = dist.PrefixStore(f"group {_groups}", _meeting())
+        store = PrefixStore(f"group {_groups}", _meeting())
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=store, rank=int(os.environ["RANK"]), world_size=_world_size(), timeout=TIMEOUT
@@ -110,7 +112,7 @@ def _meeting(patience: timedelta | None = None) -> Any:
     global _store
     if _store is None:
         patience = patience or MEETING
-        store, rank, _ = next(dist.rendezvous("env://", timeout=patience))
+        store, rank, _ = next(rendezvous("env://", timeout=patience))
         store.set(f"here/{rank}", "yes")
         store.wait([f"here/{other}" for other in range(_world_size())], patience)
         _store = store
@@ -337,7 +339,7 @@ class Agreement:
         self.possible = not _several() or dist.is_gloo_available()
         several = _several() and self.possible
         # Numbers on the CPU: those on a GPU would come behind all that it still has to compute.
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if several else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if several else None
 
     def ask(self, number: int) -> int:
         """Say the signal that has come, or 0; the largest number that was said in any process a step before."""

@@ -65,14 +65,14 @@ def _sharded_parts(module: nn.Module) -> list[Any]:
 
 def local(tensor: Tensor) -> Tensor:
     """This process' part of a tensor that is in shards, sharing its memory; any other tensor as it is."""
-    mine: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[attr-defined]
+    mine: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return mine
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that is in shards, which every process has to ask for; any other tensor as it is."""
     value = tensor.detach()
-    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[attr-defined]
+    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
     return full
 
 

@@ -64,6 +64,7 @@ ADDED = {
     "lr_min": 0.0,
     "milestones": None,
     "lr_factor": None,
+    "shard": False,
 }
 # What is another's where a setting is: another optimiser has rates of its own, another schedule numbers of its own.
 BELONGING = {
@@ -194,6 +195,9 @@ class TrainConfig:
     double_backprop: DoubleBackprop = _speed("auto", "how to differentiate Grad-CAM, both exact; auto: likewise")
     amp: Amp = _speed("off", "half precision for convolutions and products")
     float32: Float32 = _speed("tf32", "factors of a GPU's float32 convolutions and products in training")
+    shard: bool = _speed(
+        False, "weights in shards, one in each process of torchrun: for experts that are too large for one device"
+    )
     profile: bool = _output(False, "write a trace of some steps and a table of operators to the run folder")
     check_images: int = _output(256, "validation images attacked by PGD-10 after each epoch; 0: none")
     attack_images: int = _output(1000, "test images attacked at the end of the run")
@@ -227,6 +231,7 @@ class TrainConfig:
         _check(self, "lr", 0 < self.lr < math.inf, "a finite number above 0")
         _check(self, "momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         self._check_optimizer()
+        self._check_shards()
         self._check_schedule()
         _check(self, "clip_grad_norm", self.clip_grad_norm is None or self.clip_grad_norm > 0, "a number above 0")
         for name in ("crop_padding", "check_images"):
@@ -283,6 +288,14 @@ class TrainConfig:
             self.milestones or (),
             self.lr_factor,
         )
+
+    def _check_shards(self) -> None:
+        """Check what weights in shards cannot do."""
+        if self.shard:
+            _check(self, "adversarial", self.adversarial != "trades", "off, pgd or fgsm-rs with --shard")
+            _check(self, "amp", self.amp != "fp16", "off or bf16 with --shard")
+            _check(self, "compile", self.compile in ("auto", "off"), "auto or off with --shard")
+            _check(self, "batching", self.batching != "vmap", "auto or loop with --shard")
 
     def _check_targets(self) -> None:
         for name in ("mixup", "cutmix"):

@@ -9,11 +9,14 @@ from typing import Any
 from immunity_fast.runtime import cli, distributed, interrupts
 from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.profiling import profiled
+from immunity_fast.runtime.sharding import local
 from immunity_fast.training.callbacks import Callbacks, StepMetrics
 from immunity_fast.training.checkpoint import save_checkpoint
 from immunity_fast.training.collapse import collapse_line, collapsed
 from immunity_fast.training.display import Display, synchronize
 from immunity_fast.training.run_folder import Run
+from immunity_fast.training.sharding import as_ordinary, join, whole_tensors
+from immunity_fast.training.shards import save_shards
 from immunity_fast.training.state import TrainingState
 from immunity_fast.training.validation import training_means, validate
 
@@ -39,9 +42,9 @@ def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLB
     """
     first = distributed.rank() == 0
     agreement = distributed.Agreement()
+    if run is not None and distributed.of_first(run.last_checkpoint is None):
+        write_checkpoint(state, run)
     if first and run is not None:
-        if not run.checkpoint.is_file():
-            write_checkpoint(state, run)
         run.forget_metrics_after(state.epoch)
         state.history = run.metrics()
     with (
@@ -59,17 +62,21 @@ def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLB
             state.synchronize()
             check_finite(state, run)
             state.epoch += 1
-            record = check(state, run, display, images, seconds) if first else None
+            # Of a model in shards each process has a part, and all are asked.
+            record = check(state, run, display, images, seconds) if first or state.config.shard else None
             state.sums.zero_()
             if callbacks.callbacks:
                 callbacks.call("on_epoch_end", distributed.of_first(record))
                 state.stopped = distributed.first_of_any(state.stopped)
             if state.stopped is not None:
                 display.line(f"epoch {state.epoch}: training ends: {state.stopped}")
-            if first and run is not None:
+            if run is not None:
                 write_checkpoint(state, run)
+            if first and run is not None:
                 run.diverged.unlink(missing_ok=True)  # what had diverged before has got past it
             interrupts.stop_if(agreement.now(asked[0] if asked else 0))
+        if run is not None and state.config.shard and first:
+            display.line(join(run.folder))
         callbacks.call("on_fit_end")
 
 
@@ -140,7 +147,8 @@ def check(state: TrainingState, run: Run | None, display: Display, images: int, 
     doubts: dict[str, str] = record.pop("val_doubts", {})
     state.history.append(record)
     if run is not None:
-        run.append_metrics(record)
+        if distributed.rank() == 0:
+            run.append_metrics(record)
         save_best(state, run)
     display.epoch_checked(record, doubts)
     lost = collapsed(state.history, min(state.config.check_images, len(state.dataset.validation)))
@@ -157,8 +165,15 @@ def save_best(state: TrainingState, run: Run) -> None:
     if state.config.adversarial == "off" or not state.config.check_images:
         return
     accuracies = [record.get("val_pgd10_accuracy_mean", -1) for record in state.history]
+    if state.config.shard:
+        accuracies = distributed.of_first(accuracies)
     if accuracies[-1] >= 0 and accuracies.index(max(accuracies)) == len(accuracies) - 1:
         tensors = state.average.tensors() if state.average else state.model.state_dict()
+        if state.config.shard:
+            config = state.config
+            tensors = as_ordinary(whole_tensors(state.model, tensors), config.arch, config.stage, config.experts)
+        if distributed.rank():
+            return
         info = state.info() | {"val_pgd10_accuracy_mean": accuracies[-1]}
         save_checkpoint(run.best_checkpoint, {f"model/{name}": value for name, value in tensors.items()}, info)
 
@@ -171,13 +186,16 @@ def save(state: TrainingState, run: Run) -> None:
     """
     state.synchronize()
     check_finite(state, run)
-    if distributed.rank() == 0:
-        write_checkpoint(state, run)
+    write_checkpoint(state, run)
 
 
 def write_checkpoint(state: TrainingState, run: Run) -> None:
-    """Write the run's checkpoint of the state."""
-    save_checkpoint(run.checkpoint, state.tensors(), state.info())
+    """Write the run's checkpoint of the state: the first process, or of weights in shards all of them."""
+    if state.config.shard:
+        rest, info = state.rest(), state.info()
+        save_shards(run.folder, state.step, state.shards(), lambda file: save_checkpoint(file, rest, info))
+    elif distributed.rank() == 0:
+        save_checkpoint(run.checkpoint, state.tensors(), state.info())
     state.saved_step = state.step
 
 
@@ -213,4 +231,5 @@ def check_finite(state: TrainingState, run: Run | None) -> None:
 def is_finite(state: TrainingState) -> bool:
     """Whether loss, weights and statistics are all numbers."""
     # The weights too: a gradient can be NaN where the loss, from before its step, is not.
-    return all(bool(tensor.isfinite().all()) for tensor in (state.sums, *state.model.state_dict().values()))
+    finite = all(bool(local(t).isfinite().all()) for t in (state.sums, *state.model.state_dict().values()))
+    return all(distributed.every(finite)) if state.config.shard else finite

@@ -142,7 +142,8 @@ def prepare(
     set_float32(config.float32)
     run = None if folder is None else Run(folder)
     # A run that was killed before its first checkpoint begins anew.
-    fresh = run is None or not (resume and distributed.of_first(run.checkpoint.is_file()))
+    last = None if run is None or not resume else distributed.of_first(run.last_checkpoint)
+    fresh = last is None
     tracebacks = None if run is None else run.tracebacks
     state = TrainingState(config, dataset, device, log, tracebacks, fresh=fresh, model=model)
     if folder is None or run is None:
@@ -156,13 +157,13 @@ def prepare(
     with distributed.together():
         if first:
             Run.open(folder)
-    if not fresh:
-        state.load(run.checkpoint)
+    if last is not None:
+        state.load(last)
         state.saved_step = state.step
-        wrong = not_finite(state.tensors())
+        wrong = distributed.first_of_any(not_finite(state.tensors()))
         if wrong is not None:  # momentum and averages too: from these the next step would make the same of the weights
             raise ValueError(
-                f"{run.checkpoint}: holds weights that are NaN or infinite, from which nothing can go on "
+                f"{last}: holds weights that are NaN or infinite, from which nothing can go on "
                 f"({wrong}); begin a new run, with a smaller --lr"
             )
     with distributed.together():
@@ -231,7 +232,7 @@ def check_trainable(
     # Weights, their gradients and what the optimiser keeps of them, in float32; and half of what the layers put out,
     # which is kept for the backward pass, in half precision at least.
     kept = len([name for name in KINDS[config.optimizer].state if name not in NUMBERS])
-    size = 4 * (2 + kept) * weights + values / distributed.count()
+    size = 4 * (2 + kept) * weights / (distributed.count() if config.shard else 1) + values / distributed.count()
     what = f"{title(config.arch, config.experts)}, {batch} images of {height}×{width} a step,"
     check_fits(size, device, what, MEMORY_ADVICE)
 

@@ -15,7 +15,7 @@ from immunity_fast.experts import WITH_STEMS, split_names
 from immunity_fast.experts.stems import chosen_stem
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime import distributed
-from immunity_fast.runtime.compilation import Compiled, Log, at_size, resolve
+from immunity_fast.runtime.compilation import Compile, Compiled, Log, at_size, resolve
 from immunity_fast.runtime.files import abbreviated
 from immunity_fast.runtime.strategies import Strategy, fastest
 from immunity_fast.training.adversarial import InnerAttack
@@ -36,9 +36,12 @@ from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.decay import parameter_groups
 from immunity_fast.training.ema import WeightAverage
 from immunity_fast.training.optimizers import make_optimizer, possible_state
+from immunity_fast.training.sharding import shard
+from immunity_fast.training.shards import REST, load_shards, outline
 from immunity_fast.training.step import MEASURED, TrainStep
 
 CUDA_STATE = 16  # bytes of a GPU's generator
+IN_SHARDS = ("model", "ema", "optimizer")  # what names of tensors begin with
 
 
 class TrainingState:
@@ -97,8 +100,13 @@ class TrainingState:
         compiled = resolve(config.compile, device) != "off"
         strategy = fastest(device.type, config.arch, config.epochs * len(self.loader) if compiled else None)
         with distributed.together():  # a file of weights may be missing on one machine
-            self.model = self._new_model(strategy, dataset) if model is None else model.to(device)
+            self.model = self._new_model(strategy, dataset) if model is None else model
             self.beginning = begin(self.model, config) if fresh else Beginning(None, [])
+        if config.shard:
+            self.model.list_experts_()  # in one process, too: a run has one kind of checkpoint
+            if distributed.count() > 1:
+                shard(self.model, device=device)
+        self.model.to(device)
         if distributed.rank():  # whatever is random in a network: not the same in every process
             torch.manual_seed(config.seed + 3 + distributed.rank())
         group = distributed.group()
@@ -115,7 +123,7 @@ class TrainingState:
         self.learning_rate = config.learning_rate(self.steps_per_epoch)
         self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
         self.train_step = self._new_step(strategy, log, traceback_file)
-        self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, log, traceback_file)
+        self._expert_logits = Compiled(self.model.expert_logits, self._compile, device, log, traceback_file)
         self.fingerprint = dataset.fingerprint()
         distributed.check_same(
             "--data",
@@ -154,7 +162,12 @@ class TrainingState:
         }
         if config.experts > 1:
             options["generator"] = self.gate_generator
-        return described_model(self.description, **options).to(self.device)
+        return described_model(self.description, **options)
+
+    @property
+    def _compile(self) -> Compile:
+        """FSDP2's gathering is nothing to be compiled."""
+        return "off" if self.config.shard else self.config.compile
 
     def _new_step(self, strategy: Strategy, log: Log | None, traceback_file: Path | None) -> TrainStep:
         """What makes one step of a batch, with the attack in it where training is adversarial."""
@@ -165,7 +178,7 @@ class TrainingState:
                 self.model,
                 config.inner_attack,
                 amp=config.amp,
-                compile=config.compile,
+                compile=self._compile,
                 device=self.device,
                 log=log,
                 traceback_file=traceback_file,
@@ -177,7 +190,7 @@ class TrainingState:
             clip_grad_norm=config.clip_grad_norm,
             amp=config.amp,
             double_backprop=strategy.double_backprop if config.double_backprop == "auto" else config.double_backprop,
-            compile=config.compile,
+            compile=self._compile,
             log=log,
             traceback_file=traceback_file,
             attack=attack,
@@ -280,8 +293,11 @@ class TrainingState:
         Raises:
             ValueError: it is not one that this run can have written.
         """
-        tensors, info = distributed.read_by_first(lambda: load_checkpoint(path))
+        shards = path.is_dir()
+        tensors, info = distributed.read_by_first(lambda: load_checkpoint(path / REST if shards else path))
         checked_info(path, info, "model", "data", "epoch", "step")
+        if shards:
+            tensors |= self._read_shards(path)
         load_module(path, self.model, under("model", tensors), "model/")
         if info["model"] != self.description:
             raise ValueError(f"{path}: expected a model {self.description}, got {info['model']}")
@@ -311,6 +327,26 @@ class TrainingState:
         self.epoch = info["epoch"]
         self.stopped = info.get("stopped")
         self.beginning = Beginning(info.get("weights"), [])
+
+    def shards(self) -> dict[str, Tensor]:
+        """Of `tensors` those that are in shards, where there are such, and what lies beside them in the modules."""
+        return {name: value for name, value in self.tensors().items() if name.split("/")[0] in IN_SHARDS}
+
+    def rest(self) -> dict[str, Tensor]:
+        """Of `tensors` all others."""
+        return {name: value for name, value in self.tensors().items() if name.split("/")[0] not in IN_SHARDS}
+
+    def _read_shards(self, folder: Path) -> dict[str, Tensor]:
+        """What a checkpoint has of `shards`, each process its part; what is none of this run's is without numbers."""
+        with distributed.together():
+            found = outline(folder)
+        own = self.shards()
+        possible = possible_state(self.optimizer, self._parameters())
+        own |= {f"optimizer/{name}": tensor for name, tensor in possible.items()}
+        alike = [name for name, value in found.items() if name in own and own[name].shape == value.shape]
+        filled = {name: torch.zeros_like(own[name]).detach() for name in alike if own[name].dtype == found[name].dtype}
+        load_shards(folder, filled)
+        return found | filled
 
     def _parameters(self) -> list[Tensor]:
         """In the order in which checkpoints number them, whatever the optimiser's groups."""

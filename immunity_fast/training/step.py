@@ -24,6 +24,7 @@ from immunity_fast.models.stacking import channels_last_
 from immunity_fast.runtime import strategies
 from immunity_fast.runtime.compilation import Compile, Compiled, Log
 from immunity_fast.runtime.precision import Amp, autocast, begin_momentum, grad_scaler
+from immunity_fast.runtime.sharding import is_sharded
 from immunity_fast.runtime.strategies import DoubleBackprop
 from immunity_fast.training.adversarial import InnerAttack, trades_losses
 from immunity_fast.training.optimizer import FusedSGD
@@ -84,7 +85,7 @@ class TrainStep:
         compiled = partial(Compiled, choice=compile, device=device, log=log, traceback_file=traceback_file)
         self.objective = _Objective(model, loss_fn, amp, double_backprop, device, compiled, trades)
         self._forward: nn.Module = self.objective
-        if group is not None:
+        if group is not None and not is_sharded(model):  # whose backward pass averages gradients by itself
             self._forward = _distributed(self.objective, group)
         self._has_run_compiled = False
         optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -143,7 +143,7 @@ OF_IMAGES = {"preset", "dataset", "data", "image_size", "channels", "limit_train
 BEGINNING = {"stem", "weights", "perturbation"}  # with what networks begin: test_any_network.py
 # Of other optimisers and schedules than the default: test_optimizers.py, test_schedules.py
 OTHERS = {"betas", "optimizer_eps", "milestones", "lr_factor"}
-ALIKE = {"device", "compile", "batching", "double_backprop", "float32"}  # the same but for rounding
+ALIKE = {"device", "compile", "batching", "double_backprop", "float32", "shard"}  # the same but for rounding
 
 
 def test_of_every_setting_it_is_known_whether_it_has_an_effect() -> None:
