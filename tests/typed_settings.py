@@ -15,6 +15,8 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "data": (["some/file.npz"], "some/file.npz"),
     "image_size": (["64"], 64),
     "channels": (["1"], 1),
+    "stream": (["off"], "off"),
+    "workers": (["3"], 3),
     "limit_train": (["100"], 100),
     "arch": (["densenet121"], "densenet121"),
     "experts": (["3"], 3),
