@@ -73,10 +73,8 @@ def picture(random: np.random.Generator) -> Any:
 
     total = np.zeros((SIDE, SIDE, 3), np.float32)
     for side in (4, 8, 16, 32, 64, 128):
-        octave = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
-        total += (
-            np.asarray(Image.fromarray(octave).resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32) / side**0.7
-        )
+        octave = Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        total += np.asarray(octave.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32) / side**0.5
     low, high = total.min(), total.max()
     return (255 * (total - low) / (high - low)).astype(np.uint8)
 
