@@ -37,6 +37,9 @@ def parse(arguments: list[str] | None) -> tuple[EvaluationSettings, dict[str, An
         "--workers", type=cli.whole_or_word, metavar="INT", help="processes that read images; default: as in training"
     )
     group.add_argument(
+        "--channels", type=int, metavar="INT", help="for module.path:callable: of the images; 1: grey [3]"
+    )
+    group.add_argument(
         "--transfer-from", type=cli.path, metavar="RUN", help="attack this run, too, and transfer its images"
     )
     group.add_argument("--trust-code", action="store_true", help=cli.TRUST_CODE)

@@ -24,6 +24,7 @@ from immunity_fast.runtime import distributed
 from immunity_fast.runtime.checks import check_whole
 from immunity_fast.runtime.failures import in_units, readable
 from immunity_fast.runtime.memory import available, check_fits
+from immunity_fast.targets import hard_labels
 
 NAMES = ("cifar10", "cifar100", "digits", "npz", "folder", "webdataset", "huggingface")
 LISTED = ("folder", "webdataset", "huggingface")  # whose images are listed first, and can be streamed
@@ -39,7 +40,7 @@ class Split:
 
     Args:
         images: uint8 (n, C, H, W).
-        labels: int64 (n,), each in 0..K−1.
+        labels: int64 (n,), each in 0..K−1; of training images also probabilities, floating-point (n, K).
     """
 
     images: Tensor
@@ -124,6 +125,21 @@ class ImageDataset:
         images of their names and sizes in bytes."""
         return fingerprint(self.train, self.validation, self.test)
 
+    def labelled(self, ignore_index: int | None) -> ImageDataset:
+        """The same data, in whose validation and test each image has one class: of probabilities the likeliest.
+
+        Args:
+            ignore_index: the label of images that have none, which are left out there; None: there are no such.
+
+        Raises:
+            ValueError: no image is left.
+        """
+        return replace(
+            self,
+            validation=_labelled("validation", self.validation, ignore_index),
+            test=_labelled("test", self.test, ignore_index),
+        )
+
     def is_of(self, fingerprint: object, listing: object = None) -> bool:
         """Whether these are the data that a checkpoint has these hashes of, streamed then or now or not."""
         return fingerprint == self.fingerprint() or (self.listing is not None and listing == self.listing)
@@ -133,6 +149,19 @@ class ImageDataset:
         return replace(
             self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
         )
+
+
+def _labelled(part: str, split: AnySplit, ignore_index: int | None) -> AnySplit:
+    if isinstance(split, StreamedSplit):  # whose images without labels were left out when they were listed
+        return split
+    labels = split.labels
+    if ignore_index is not None:
+        known = (labels != ignore_index).flatten(1).any(1) if labels.dim() == 2 else labels != ignore_index
+        if not bool(known.any()):
+            raise ValueError(f"{part}: expected images with labels, got {len(labels)} of {ignore_index} alone")
+        if not bool(known.all()):
+            split = Split(split.images[known], labels[known])
+    return split if split.labels.dim() == 1 else Split(split.images, hard_labels(split.labels))
 
 
 def fingerprint(*splits: AnySplit) -> str:
@@ -155,6 +184,7 @@ def load(
     limit_train: int | None = None,
     image_size: int | None = None,
     channels: int = 3,
+    ignore_index: int | None = None,
     stream: Stream = "auto",
     workers: Workers = "auto",
     device: torch.device | str = "cpu",
@@ -189,6 +219,7 @@ def load(
         limit_train: keep the first `limit_train` training images, a fair sample; the other splits stay whole.
         image_size: pixels; for the last three only: scale each image's short side to it and crop the centre square.
         channels: of the images: 3, or 1 for grey ones, whatever they are stored as; of `npz` any number that it has.
+        ignore_index: the label of images that have none, of which validation and test go without.
         stream: "auto" decides by size; "on" streams; "off" reads all into memory.
         workers: processes that read images; 0 reads them in this one; "auto" is one a core, at most 16.
         device: where the images will be, for "auto".
@@ -214,10 +245,11 @@ def load(
         check_channels(channels)
         shape = None if image_size is None else (image_size, image_size)
         listed, notes = _list(name, path)
-        cut = _cut_listed(listed, name, path, limit_train)
+        training, *others = _cut_listed(listed, name, path, limit_train)
+        cut = (training, *(_with_labels(part, ignore_index) for part in others))
         decoder = _decoder(cut, listed.train.source, shape, channels)
         return _read_listed(name, cut, decoder, listed.classes, notes, stream, workers, torch.device(device))
-    parts = _read(name, path, channels)
+    parts = _read(name, path, channels, ignore_index)
     validation, train = _cut(name, len(parts.train[1]), limit_train, needed=parts.validation is None)
     return ImageDataset(
         name=name,
@@ -226,7 +258,13 @@ def load(
         test=Split(*parts.test),
         classes=parts.classes,
         flip=parts.flip,
-    )
+    ).labelled(ignore_index)
+
+
+def _with_labels(part: Labelled, ignore_index: int | None) -> Labelled:
+    if ignore_index is None or not bool((part.labels == ignore_index).any()):
+        return part
+    return select(part, (part.labels != ignore_index).nonzero().flatten())
 
 
 def _list(name: str, path: str | Path | None) -> tuple[Listed, tuple[str, ...]]:
@@ -335,7 +373,7 @@ def _cut(name: str, count: int, limit_train: int | None, *, needed: bool) -> tup
     return held_out, kept[:limit_train]
 
 
-def _read(name: str, path: str | Path | None, channels: int) -> Parts:
+def _read(name: str, path: str | Path | None, channels: int, ignore_index: int | None) -> Parts:
     if name == "digits":
         if path is not None:
             raise ValueError(f"path: expected None, since 'digits' comes with scikit-learn, got {str(path)!r}")
@@ -344,7 +382,7 @@ def _read(name: str, path: str | Path | None, channels: int) -> Parts:
         return read_cifar(name, _expanded("data" if path is None else path), channels)
     if path is None:
         raise ValueError(f"path: expected the file that {name!r} reads, got None")
-    return read_npz(_expanded(path), channels)
+    return read_npz(_expanded(path), channels, ignore_index)
 
 
 def _expanded(path: str | Path) -> Path:

@@ -15,6 +15,7 @@ from immunity_fast.data.sampling import EVALUATION_BATCH, attack_batch
 from immunity_fast.data.streaming import Workers
 from immunity_fast.evaluation.pipeline import evaluate
 from immunity_fast.evaluation.report import About, Outputs
+from immunity_fast.evaluation.results import Results
 from immunity_fast.evaluation.runner import SETS, Plan
 from immunity_fast.evaluation.settings import EvaluationSettings, check_whole
 from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget, load_callable
@@ -53,6 +54,7 @@ def evaluate_named(
     dataset: str | None = None,
     data: str | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
     stream: Stream | None = None,
     workers: Workers | None = None,
     transfer_from: Path | None = None,
@@ -68,7 +70,7 @@ def evaluate_named(
         place: a run's folder, or a network as module.path:callable.
         settings: what is to be found out.
         device: where.
-        dataset, image_size: of a network; a run has its own.
+        dataset, image_size, channels: of a network; a run has its own.
         data: where the data set lies; None is where the run has it, or the data set's default.
         stream, workers: see `datasets.load`; None is as a run was trained, or "auto".
         transfer_from, out, again: see `evaluate_folder`.
@@ -79,6 +81,7 @@ def evaluate_named(
         ValueError, OSError, ModuleNotFoundError: what was given is wrong; one clear line.
     """
     check_whole("image_size", image_size, 1)
+    check_whole("channels", channels, 1)
     settings.check_installed()
     if names_callable(place):
         for name, value in (("dataset", dataset), ("out", out)):
@@ -88,7 +91,13 @@ def evaluate_named(
         assert out is not None
         check_data(dataset, data)
         images = load(
-            dataset, data, image_size=image_size, stream=stream or "auto", workers=workers or "auto", device=device
+            dataset,
+            data,
+            image_size=image_size,
+            channels=3 if channels is None else channels,
+            stream=stream or "auto",
+            workers="auto" if workers is None else workers,
+            device=device,
         )
         for note in images.notes:
             cli.console.print(note)
@@ -97,7 +106,7 @@ def evaluate_named(
             place, images, settings, device, out, transfer_from=transfer_from, again=again, trust_code=trust_code
         )
         return
-    for name, given in (("dataset", dataset), ("image_size", image_size)):
+    for name, given in (("dataset", dataset), ("image_size", image_size), ("channels", channels)):
         if given is not None:
             if not Path(place).exists():
                 raise FileNotFoundError(f"{place}: there is no such run; a network is named as module.path:callable")
@@ -147,7 +156,7 @@ def evaluate_callable(
     Raises:
         ValueError, OSError: what was given is wrong; one clear line.
     """
-    model = load_callable(place, dataset.num_classes)
+    model = load_callable(place, dataset.num_classes, dataset.channels)
     if isinstance(model, torch.nn.Module):
         model.to(device)
     other = None if transfer_from is None else load_other(transfer_from, None, model, dataset, device, trust_code)
@@ -310,6 +319,11 @@ def load_other(
             raise ValueError(
                 f"{place}: it was trained on {config.dataset}, whose classes are not those of {dataset.name}"
             )
+    channels = info["model"].get("channels", 3)
+    if channels != dataset.channels:
+        raise ValueError(
+            f"{place}: it was trained on images of {channels} channels, and these data have {dataset.channels}"
+        )
     classes = info["model"]["num_classes"]
     if classes != dataset.num_classes:
         raise ValueError(f"{place}: it was trained on {classes} classes, and these data have {dataset.num_classes}")
@@ -362,7 +376,9 @@ def evaluate_run(
     config: TrainConfig,
     plan: Plan,
     outputs: Outputs | None = None,
-) -> dict[str, Any]:
+    *,
+    printed: bool = True,
+) -> Results:
     """Evaluate the model of a training run on its data set's test split.
 
     Args:
@@ -372,6 +388,7 @@ def evaluate_run(
         config: with which it was trained.
         plan: what to find out.
         outputs: where to write; None is the run's folder.
+        printed: print the tables.
 
     Returns:
         `evaluation.results.results`.
@@ -382,8 +399,9 @@ def evaluate_run(
     loss_fn = config.loss_fn(dataset.image_size) if isinstance(target, MixtureTarget) else None
     model = target.model
     assert isinstance(model, torch.nn.Module)
+    about = about_run(run, config, dataset)
     with frozen(model):
-        return evaluate(target, dataset, plan, outputs or Outputs(run.folder), about_run(run, config, dataset), loss_fn)
+        return evaluate(target, dataset, plan, outputs or Outputs(run.folder), about, loss_fn, printed=printed)
 
 
 def about_run(run: Run, config: TrainConfig, dataset: ImageDataset) -> About:
@@ -411,8 +429,17 @@ def about_run(run: Run, config: TrainConfig, dataset: ImageDataset) -> About:
     )
 
 
-def evaluate_trained(state: TrainingState, run: Run) -> None:
-    """What a run ends with: attacks on test images, tables, figures and the report."""
+def evaluate_trained(state: TrainingState, run: Run, *, printed: bool = True) -> Results:
+    """What a run ends with: attacks on test images, tables, figures and the report.
+
+    Args:
+        state: trained to its end.
+        run: its folder.
+        printed: print the tables.
+
+    Returns:
+        `evaluation.results.results`.
+    """
     config = state.config
     # Its code, if any, this process has trained. The best one, or the average of the weights, if there is.
     model, _ = load_model(run.folder, state.device, trust_code=True)
@@ -424,7 +451,7 @@ def evaluate_trained(state: TrainingState, run: Run) -> None:
     target = target_of(
         model, state.dataset.num_classes, compile=config.compile, tracebacks=Outputs(run.folder).tracebacks
     )
-    evaluate_run(run, target, state.dataset, config, plan)
+    return evaluate_run(run, target, state.dataset, config, plan, printed=printed)
 
 
 def outputs_in(folder: Path, again: bool) -> Outputs:
