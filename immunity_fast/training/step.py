@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from immunity_fast.models.stacking import channels_last_
 from immunity_fast.runtime import strategies
 from immunity_fast.runtime.compilation import Compile, Compiled, Log
 from immunity_fast.runtime.precision import Amp, autocast, begin_momentum, grad_scaler
+from immunity_fast.runtime.sharding import is_sharded
 from immunity_fast.runtime.strategies import DoubleBackprop
 from immunity_fast.training.adversarial import InnerAttack, trades_losses
 from immunity_fast.training.optimizer import FusedSGD
@@ -84,7 +85,7 @@ class TrainStep:
         compiled = partial(Compiled, choice=compile, device=device, log=log, traceback_file=traceback_file)
         self.objective = _Objective(model, loss_fn, amp, double_backprop, device, compiled, trades)
         self._forward: nn.Module = self.objective
-        if group is not None:
+        if group is not None and not is_sharded(model):  # whose backward pass averages gradients by itself
             self._forward = _distributed(self.objective, group)
         self._has_run_compiled = False
         optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -109,7 +110,7 @@ class TrainStep:
         """Update the model, in training mode; of several batches that make one update, behind the last.
 
         Args:
-            images: (B, 3, H, W) floating-point in [0, 1]; or uint8, where `affine` is given.
+            images: (B, C, H, W) floating-point in [0, 1]; or uint8, where `affine` is given.
             labels: (B,) integers, or (B, K) probabilities.
             affine: (5, B), of `augmentation.draw_affine`; None leaves the images as they are.
             mixing: (6,), of `mixing.draw_mixing`, by which images are mixed then; None does not mix.
@@ -148,9 +149,12 @@ class TrainStep:
         """Add a batch's share of the gradient to that of the batches before it; between them processes do not meet."""
         if index == 0:
             self.optimizer.zero_grad(set_to_none=True)
-        alone = index + 1 < count and isinstance(self._forward, DistributedDataParallel)
-        with self._forward.no_sync() if alone else nullcontext():
-            loss, measured = self._forward(*batch)
+        forward: Any = self._forward
+        alone: AbstractContextManager[None] = nullcontext()
+        if index + 1 < count and isinstance(forward, DistributedDataParallel):
+            alone = forward.no_sync()
+        with alone:
+            loss, measured = forward(*batch)
             scaled = self.scaler.scale(loss)
             if self._share is None or self._share[1] != count or self._share[0].dtype != scaled.dtype:
                 self._share = torch.full_like(scaled, 1 / count), count

@@ -139,11 +139,12 @@ EFFECTS: dict[str, Any] = {
     "amp": "bf16",
 }
 NO_EFFECT: dict[str, Any] = {"check_images": 4, "attack_images": 3, "checkpoint_every": 1, "ema": 0.5, "profile": True}
-OF_IMAGES = {"preset", "dataset", "data", "image_size", "limit_train"}  # `_train` is given its images
+# `_train` is given its images.
+OF_IMAGES = {"preset", "dataset", "data", "image_size", "channels", "stream", "workers", "limit_train"}
 BEGINNING = {"stem", "weights", "perturbation"}  # with what networks begin: test_any_network.py
 # Of other optimisers and schedules than the default: test_optimizers.py, test_schedules.py
 OTHERS = {"betas", "optimizer_eps", "milestones", "lr_factor"}
-ALIKE = {"device", "compile", "batching", "double_backprop", "float32"}  # the same but for rounding
+ALIKE = {"device", "compile", "batching", "double_backprop", "float32", "shard"}  # the same but for rounding
 
 
 def test_of_every_setting_it_is_known_whether_it_has_an_effect() -> None:
