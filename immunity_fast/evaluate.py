@@ -32,6 +32,9 @@ def parse(arguments: list[str] | None) -> tuple[EvaluationSettings, dict[str, An
         "--image-size", type=int, metavar="INT", help="for module.path:callable on a folder of images: of what side"
     )
     group.add_argument(
+        "--channels", type=int, metavar="INT", help="for module.path:callable: of the images; 1: grey [3]"
+    )
+    group.add_argument(
         "--transfer-from", type=cli.path, metavar="RUN", help="attack this run, too, and transfer its images"
     )
     group.add_argument("--trust-code", action="store_true", help=cli.TRUST_CODE)

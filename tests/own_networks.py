@@ -49,6 +49,11 @@ class Tuple(Plain):
         return logits, logits
 
 
+def of_channels(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """A network for images of any number of channels."""
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+
 def smooth(num_classes: int) -> nn.Module:
     """A chain without BatchNorm, which processes train as one does; `2` is where to look, and much is behind it."""
     return nn.Sequential(

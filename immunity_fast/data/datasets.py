@@ -13,6 +13,7 @@ from torch import Tensor
 from immunity_fast.data.folders import SPLIT_SEED
 from immunity_fast.data.readers import Parts, read_cifar, read_digits, read_folder, read_npz
 from immunity_fast.runtime.checks import check_whole
+from immunity_fast.targets import hard_labels
 
 NAMES = ("cifar10", "cifar100", "digits", "npz", "folder")
 
@@ -23,7 +24,7 @@ class Split:
 
     Args:
         images: uint8 (n, C, H, W).
-        labels: int64 (n,), each in 0..K−1.
+        labels: int64 (n,), each in 0..K−1; of training images also probabilities, floating-point (n, K).
     """
 
     images: Tensor
@@ -77,11 +78,37 @@ class ImageDataset:
         """A hash of all images and labels, to tell whether a run goes on with the data it began with."""
         return fingerprint(self.train, self.validation, self.test)
 
+    def labelled(self, ignore_index: int | None) -> ImageDataset:
+        """The same data, in whose validation and test each image has one class: of probabilities the likeliest.
+
+        Args:
+            ignore_index: the label of images that have none, which are left out there; None: there are no such.
+
+        Raises:
+            ValueError: no image is left.
+        """
+        return replace(
+            self,
+            validation=_labelled("validation", self.validation, ignore_index),
+            test=_labelled("test", self.test, ignore_index),
+        )
+
     def to(self, device: torch.device | str) -> ImageDataset:
         """The same splits on a device."""
         return replace(
             self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
         )
+
+
+def _labelled(part: str, split: Split, ignore_index: int | None) -> Split:
+    labels = split.labels
+    if ignore_index is not None:
+        known = (labels != ignore_index).flatten(1).any(1) if labels.dim() == 2 else labels != ignore_index
+        if not bool(known.any()):
+            raise ValueError(f"{part}: expected images with labels, got {len(labels)} of {ignore_index} alone")
+        if not bool(known.all()):
+            split = Split(split.images[known], labels[known])
+    return split if split.labels.dim() == 1 else Split(split.images, hard_labels(split.labels))
 
 
 def fingerprint(*splits: Split) -> str:
@@ -101,6 +128,7 @@ def load(
     limit_train: int | None = None,
     image_size: int | None = None,
     channels: int = 3,
+    ignore_index: int | None = None,
 ) -> ImageDataset:
     """Read a data set into memory, on the CPU.
 
@@ -124,6 +152,7 @@ def load(
         limit_train: keep the first `limit_train` training images, a fair sample; the other splits stay whole.
         image_size: pixels; for `folder` only: scale each image's short side to it and crop the centre square.
         channels: of the images: 3, or 1 for grey ones, whatever they are stored as; of `npz` any number that it has.
+        ignore_index: for `npz`: the label of images that have none. Validation and test go without them.
 
     Raises:
         ValueError: a wrong argument or wrong content.
@@ -138,7 +167,7 @@ def load(
             f"image_size: expected None for {name!r}, since only 'folder' resizes images, got {image_size}"
         )
     check_whole("channels", channels, 1)
-    parts = _read(name, path, image_size, channels)
+    parts = _read(name, path, image_size, channels, ignore_index)
     held_out, kept = _validation_cut(len(parts.train[1]), needed=parts.validation is None)
     if not len(kept):
         raise ValueError(f"{name}: expected at least 2 training images, of which one is cut off for validation, got 1")
@@ -153,10 +182,10 @@ def load(
         classes=parts.classes,
         flip=parts.flip,
         notes=parts.notes,
-    )
+    ).labelled(ignore_index)
 
 
-def _read(name: str, path: str | Path | None, image_size: int | None, channels: int) -> Parts:
+def _read(name: str, path: str | Path | None, image_size: int | None, channels: int, ignore_index: int | None) -> Parts:
     if name == "digits":
         if path is not None:
             raise ValueError(f"path: expected None, since 'digits' comes with scikit-learn, got {str(path)!r}")
@@ -166,7 +195,7 @@ def _read(name: str, path: str | Path | None, image_size: int | None, channels: 
     if path is None:
         raise ValueError(f"path: expected the {'file' if name == 'npz' else 'folder'} that {name!r} reads, got None")
     if name == "npz":
-        return read_npz(_expanded(path), channels)
+        return read_npz(_expanded(path), channels, ignore_index)
     return read_folder(_expanded(path), image_size, channels)
 
 

@@ -284,13 +284,13 @@ class Evaluation:
 
         Args:
             row: of any kind but the curves.
-            images: (B, 3, H, W) in [0, 1].
+            images: (B, C, H, W) in [0, 1].
             labels: (B,) integers in 0..K−1.
             seed: of all chance.
             unmoved: where `BoundAttack.unmoved` (B,) of an attack by gradients is appended to.
 
         Returns:
-            (B, 3, H, W).
+            (B, C, H, W).
         """
         plan = self.plan
         generator = torch.Generator().manual_seed(seed)

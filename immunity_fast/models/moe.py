@@ -670,7 +670,7 @@ class ImmunityMoE(nn.Module):
     def _normalized(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or not images.is_floating_point():
             raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {kind_given(images)}")
-        if images.dim() != 4:
+        if images.dim() != 4 or images.shape[1] != self.channels:
             raise ValueError(f"images: expected shape (B, {self.channels}, H, W), got {tuple(images.shape)}")
         normalized: Tensor = self.normalize(images)
         return normalized

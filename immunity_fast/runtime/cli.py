@@ -46,12 +46,14 @@ except ModuleNotFoundError as missing:
         "pip install '.[train,attacks]', for what all commands need"
     ) from None
 
+from immunity_fast.runtime.notebook import NotebookProgress, in_notebook
 from immunity_fast.runtime.parser import Parser as Parser
 from immunity_fast.runtime.parser import left_to_torchrun
 
 TRUST_CODE = "import and run the module.path:callable that a run's --arch names: only of runs that you trust"
 STATUS_SECONDS = 30.0  # seconds between two lines in a log that is no terminal
-console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a folder's name may look like markup
+# A folder's name may look like markup; in a notebook lines are text, of which a cell has one output and not one a line.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, force_jupyter=False)
 
 
 P = ParamSpec("P")
@@ -186,8 +188,8 @@ def interactive() -> bool:
 
 @contextmanager
 def status_lines(status: Callable[[], str], enabled: bool = True) -> Iterator[None]:
-    """Where there is no terminal for a progress bar, a line now and then: an epoch or an attack may take an hour."""
-    if interactive() or not enabled:
+    """Where nobody sees a progress bar, a line now and then: an epoch or an attack may take an hour."""
+    if interactive() or in_notebook() or not enabled:
         yield
         return
     over = threading.Event()
@@ -206,7 +208,9 @@ def status_lines(status: Callable[[], str], enabled: bool = True) -> Iterator[No
 
 
 def progress_bar(enabled: bool = True) -> Progress:
-    """A progress bar that disappears when done; in a log that is no terminal nothing is drawn."""
+    """A progress bar that disappears when done; in a log that is no terminal nothing is drawn, in a notebook a line."""
+    if enabled and in_notebook():
+        return NotebookProgress(console)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

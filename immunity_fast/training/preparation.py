@@ -133,7 +133,9 @@ def prepare(
             check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
         # A data set that is missing is downloaded once, and once more on each machine that does not see that.
         with distributed.together(), distributed.first_of_all():
-            dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
+            dataset = load_named(config)
+    if dataset.channels != config.channels:  # of a data set of the user's, which is as it is
+        config = dataclasses.replace(config, channels=dataset.channels)
     if model is None:
         with distributed.together():  # one machine may have less memory than another
             check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
@@ -171,6 +173,23 @@ def prepare(
             save_changed_settings(run, config)
     state.history = distributed.of_first(state.history)
     return state, run
+
+
+def load_named(config: TrainConfig) -> ImageDataset:
+    """The data set that settings name.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: see `datasets.load`; a setting that is wrong is called as its option.
+    """
+    names = ("limit_train", "image_size", "channels", "ignore_index")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    try:
+        return load(config.dataset, config.data, **options)
+    except ValueError as error:
+        name, _, rest = str(error).partition(": ")
+        if name not in options:
+            raise
+        raise ValueError(f"--{name.replace('_', '-')}: {rest}") from error
 
 
 def save_changed_settings(run: Run, config: TrainConfig) -> None:
@@ -240,22 +259,23 @@ def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_class
 
     stem = chosen_stem(config.stem, image_size)
     try:
-        expert = outline(name, num_classes, image_size, stem).train()
+        expert = outline(name, num_classes, image_size, stem, config.channels).train()
         for module in expert.modules():
             if not list(module.children()):
                 module.register_forward_hook(count)
         try:
-            output = expert(torch.empty(batch, 3, height, width, device="meta"))
+            output = expert(torch.empty(batch, config.channels, height, width, device="meta"))
         except Exception:  # whatever its code makes of tensors without values
             if name in NAMES or name.startswith("{"):
                 raise
             # Two images, for BatchNorm's sake, stand for the others.
-            values, expert = 0, create(name, num_classes, stem=stem, image_size=image_size).train()
+            values = 0
+            expert = create(name, num_classes, stem=stem, image_size=image_size, channels=config.channels).train()
             for module in expert.modules():
                 if not list(module.children()):
                     module.register_forward_hook(count)
             with torch.no_grad():
-                output = expert(torch.zeros(min(batch, 2), 3, height, width))
+                output = expert(torch.zeros(min(batch, 2), config.channels, height, width))
             values = values * batch // min(batch, 2)
     except ModuleNotFoundError:
         raise
@@ -263,8 +283,10 @@ def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_class
         if out_of_memory(error) is not None:
             raise
         reason = " ".join(str(error).split())
+        depth = "" if config.channels == 3 else f"{config.channels} × "
         raise ValueError(
-            f"--arch {title(name)}: cannot be trained on images of {height}×{width}, {batch} at a time ({reason})"
+            f"--arch {title(name)}: cannot be trained on images of {depth}{height}×{width}, {batch} at a time "
+            f"({reason})"
         ) from error
     logits = logits_of(output)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != num_classes:

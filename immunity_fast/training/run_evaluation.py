@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from immunity_fast.data.datasets import ImageDataset, load
 from immunity_fast.data.sampling import EVALUATION_BATCH, attack_batch
 from immunity_fast.evaluation.pipeline import evaluate
 from immunity_fast.evaluation.report import About, Outputs
+from immunity_fast.evaluation.results import Results
 from immunity_fast.evaluation.runner import SETS, Plan
 from immunity_fast.evaluation.settings import EvaluationSettings, check_whole
 from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget, load_callable
@@ -51,6 +52,7 @@ def evaluate_named(
     dataset: str | None = None,
     data: str | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
     transfer_from: Path | None = None,
     checkpoint: WhichCheckpoint | None = None,
     out: Path | None = None,
@@ -64,7 +66,7 @@ def evaluate_named(
         place: a run's folder, or a network as module.path:callable.
         settings: what is to be found out.
         device: where.
-        dataset, image_size: of a network; a run has its own.
+        dataset, image_size, channels: of a network; a run has its own.
         data: where the data set lies; None is where the run has it, or the data set's default.
         transfer_from, out, again: see `evaluate_folder`.
         checkpoint, compile: of a run; see `evaluate_folder`.
@@ -74,6 +76,7 @@ def evaluate_named(
         ValueError, OSError, ModuleNotFoundError: what was given is wrong; one clear line.
     """
     check_whole("image_size", image_size, 1)
+    check_whole("channels", channels, 1)
     settings.check_installed()
     if names_callable(place):
         for name, value in (("dataset", dataset), ("out", out)):
@@ -82,12 +85,12 @@ def evaluate_named(
         assert dataset is not None
         assert out is not None
         check_data(dataset, data)
-        images = load(dataset, data, image_size=image_size).to(device)
+        images = load(dataset, data, image_size=image_size, channels=3 if channels is None else channels).to(device)
         evaluate_callable(
             place, images, settings, device, out, transfer_from=transfer_from, again=again, trust_code=trust_code
         )
         return
-    for name, given in (("dataset", dataset), ("image_size", image_size)):
+    for name, given in (("dataset", dataset), ("image_size", image_size), ("channels", channels)):
         if given is not None:
             if not Path(place).exists():
                 raise FileNotFoundError(f"{place}: there is no such run; a network is named as module.path:callable")
@@ -135,7 +138,7 @@ def evaluate_callable(
     Raises:
         ValueError, OSError: what was given is wrong; one clear line.
     """
-    model = load_callable(place, dataset.num_classes)
+    model = load_callable(place, dataset.num_classes, dataset.channels)
     if isinstance(model, torch.nn.Module):
         model.to(device)
     other = None if transfer_from is None else load_other(transfer_from, None, model, dataset, device, trust_code)
@@ -203,7 +206,12 @@ def evaluate_folder(
     run = Run.open(folder)
     config = run.config()
     dataset = load(
-        config.dataset, data or config.data, limit_train=config.limit_train, image_size=config.image_size
+        config.dataset,
+        data or config.data,
+        limit_train=config.limit_train,
+        image_size=config.image_size,
+        channels=config.channels,
+        ignore_index=config.ignore_index,
     ).to(device)
     file = model_file({None: run.folder, "best": run.best_checkpoint, "last": run.checkpoint}[checkpoint])
     model = load_trained(run, config, file, dataset, device, trust_code)
@@ -295,6 +303,11 @@ def load_other(
             raise ValueError(
                 f"{place}: it was trained on {config.dataset}, whose classes are not those of {dataset.name}"
             )
+    channels = info["model"].get("channels", 3)
+    if channels != dataset.channels:
+        raise ValueError(
+            f"{place}: it was trained on images of {channels} channels, and these data have {dataset.channels}"
+        )
     classes = info["model"]["num_classes"]
     if classes != dataset.num_classes:
         raise ValueError(f"{place}: it was trained on {classes} classes, and these data have {dataset.num_classes}")
@@ -347,7 +360,9 @@ def evaluate_run(
     config: TrainConfig,
     plan: Plan,
     outputs: Outputs | None = None,
-) -> dict[str, Any]:
+    *,
+    printed: bool = True,
+) -> Results:
     """Evaluate the model of a training run on its data set's test split.
 
     Args:
@@ -357,6 +372,7 @@ def evaluate_run(
         config: with which it was trained.
         plan: what to find out.
         outputs: where to write; None is the run's folder.
+        printed: print the tables.
 
     Returns:
         `evaluation.results.results`.
@@ -367,8 +383,9 @@ def evaluate_run(
     loss_fn = config.loss_fn(dataset.image_size) if isinstance(target, MixtureTarget) else None
     model = target.model
     assert isinstance(model, torch.nn.Module)
+    about = about_run(run, config, dataset)
     with frozen(model):
-        return evaluate(target, dataset, plan, outputs or Outputs(run.folder), about_run(run, config, dataset), loss_fn)
+        return evaluate(target, dataset, plan, outputs or Outputs(run.folder), about, loss_fn, printed=printed)
 
 
 def about_run(run: Run, config: TrainConfig, dataset: ImageDataset) -> About:
@@ -396,8 +413,17 @@ def about_run(run: Run, config: TrainConfig, dataset: ImageDataset) -> About:
     )
 
 
-def evaluate_trained(state: TrainingState, run: Run) -> None:
-    """What a run ends with: attacks on test images, tables, figures and the report."""
+def evaluate_trained(state: TrainingState, run: Run, *, printed: bool = True) -> Results:
+    """What a run ends with: attacks on test images, tables, figures and the report.
+
+    Args:
+        state: trained to its end.
+        run: its folder.
+        printed: print the tables.
+
+    Returns:
+        `evaluation.results.results`.
+    """
     config = state.config
     # Its code, if any, this process has trained. The best one, or the average of the weights, if there is.
     model, _ = load_model(run.folder, state.device, trust_code=True)
@@ -409,7 +435,7 @@ def evaluate_trained(state: TrainingState, run: Run) -> None:
     target = target_of(
         model, state.dataset.num_classes, compile=config.compile, tracebacks=Outputs(run.folder).tracebacks
     )
-    evaluate_run(run, target, state.dataset, config, plan)
+    return evaluate_run(run, target, state.dataset, config, plan, printed=printed)
 
 
 def outputs_in(folder: Path, again: bool) -> Outputs:

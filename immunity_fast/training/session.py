@@ -63,11 +63,12 @@ def say_what_is_trained(state: TrainingState, run: Run) -> None:
         return
     where = f"{state.device}" + (f" × {distributed.count()}" if distributed.count() > 1 else "")
     what = title(config.arch, config.experts) if config.experts > 1 else f"1 × {title(config.arch)}"
+    depth = {1: ", grey", 3: ""}.get(dataset.channels, f" of {dataset.channels} channels")
     cli.console.print(
-        f"{what} on {config.dataset}: {len(dataset.train):,} training, "
-        f"{len(dataset.validation):,} validation, {len(dataset.test):,} test images; {where}; {run.folder}"
+        f"{what} on {config.dataset}: {len(dataset.train):,} training, {len(dataset.validation):,} validation, "
+        f"{len(dataset.test):,} test images{depth}; {where}; {run.folder}"
     )
-    for line in (*stem_lines(state), *state.beginning.lines):
+    for line in (*dataset.notes, *stem_lines(state), *state.beginning.lines):
         cli.console.print(line)
     if looks is not None:
         cli.console.print(looks)
@@ -80,7 +81,7 @@ def say_what_is_trained(state: TrainingState, run: Run) -> None:
 def stage_line(state: TrainingState) -> str:
     """Where Grad-CAM looks in each architecture, and how large its maps are there."""
     config, model = state.config, state.model
-    image = torch.zeros(1, 3, *state.dataset.image_size, device=state.device)
+    image = torch.zeros(1, state.dataset.channels, *state.dataset.image_size, device=state.device)
     with evaluating(model), torch.no_grad(), model.gate.switched("off"):
         maps = model.expert_outputs(image)[1]
     stages = (model.stage,) * config.experts if isinstance(model.stage, str) else model.stage

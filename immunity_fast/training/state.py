@@ -9,6 +9,7 @@ from torch import Tensor
 
 from immunity_fast.data.datasets import ImageDataset
 from immunity_fast.data.loader import Batch, TrainLoader
+from immunity_fast.data.mixing import Mixer
 from immunity_fast.data.sampling import EVALUATION_BATCH
 from immunity_fast.experts import WITH_STEMS, split_names
 from immunity_fast.experts.stems import chosen_stem
@@ -78,6 +79,7 @@ class TrainingState:
     ) -> None:
         self.config = config
         self.device = device
+        dataset = dataset.labelled(config.ignore_index)
         self.dataset = dataset.to(device)
         torch.manual_seed(config.seed)
         self.description = {
@@ -90,7 +92,10 @@ class TrainingState:
         stem = chosen_stem(config.stem, dataset.image_size)
         if stem != "cifar" and any(name in WITH_STEMS for name in split_names(config.arch)):
             self.description["stem"] = stem
+        if dataset.channels != 3:
+            self.description["channels"] = dataset.channels
         self.loader = self._new_loader()
+        self.mixer = Mixer(config.mixup, config.cutmix, dataset.image_size, -1 - config.seed)
         self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
         compiled = resolve(config.compile, device) != "off"
         strategy = fastest(device.type, config.arch, config.epochs * len(self.loader) if compiled else None)
@@ -105,7 +110,8 @@ class TrainingState:
         if distributed.rank():  # whatever is random in a network: not the same in every process
             torch.manual_seed(config.seed + 3 + distributed.rank())
         group = distributed.group()
-        self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name)
+        weights = config.weights_of_classes(dataset.train.labels, dataset.num_classes)
+        self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name, weights).to(device)
         self.optimizer = make_optimizer(
             config.optimizer,
             parameter_groups(self.model, config.weight_decay, config.decay),
@@ -229,10 +235,15 @@ class TrainingState:
         count = min(accumulate, len(self.loader) - (number - index))  # an epoch's last step has what is left
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step - 1)
-        measured = self.train_step(*batch, index=index, count=count)
+        mixing = self.mixer.draw()
+        if mixing is not None:
+            mixing = mixing.to(self.device, non_blocking=True)
+        measured = self.train_step(*batch, mixing, index=index, count=count)
         self.sums += measured
         if self.average is not None and index + 1 == count:
             self.average.update()
+        if count == 1:
+            return measured
         self._of_step = measured if index == 0 else self._of_step + measured
         return self._of_step / (index + 1)
 
@@ -248,6 +259,8 @@ class TrainingState:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the rest of the run depends on, and is a tensor."""
         random = {"random/torch": torch.get_rng_state(), "random/gate": self.gate_generator.get_state()}
+        if self.mixer.active:
+            random["random/mixing"] = self.mixer.state()
         if self.device.type == "cuda":
             random["random/cuda"] = torch.cuda.get_rng_state(self.device)
         return {
@@ -302,6 +315,8 @@ class TrainingState:
             self.train_step.scaler.load_state_dict({name: value.item() for name, value in scaler.items()})
         random = under("random", tensors)
         self.gate_generator.set_state(random["gate"])
+        if self.mixer.active:
+            self.mixer.load_state(random["mixing"])
         if distributed.rank():  # the states are those of the process that wrote them
             torch.manual_seed(self.config.seed + 3 + distributed.rank() + info["step"])
         else:
@@ -361,8 +376,9 @@ class TrainingState:
         if "random/cuda" in tensors:
             expected["random/cuda"] = of_gpu
         check_tensors(path, tensors, expected)
-        for name in ("random/torch", "random/gate", "loader/generator"):
-            check_generator_state(path, name, tensors[name])
+        for name in ("random/torch", "random/gate", "loader/generator", "random/mixing"):
+            if name in tensors:
+                check_generator_state(path, name, tensors[name])
         epoch, step, position = info["epoch"], info["step"], int(tensors["loader/position"])
         batches, epochs, accumulate = len(self.loader), self.config.epochs, self.config.accumulate
         whole = epoch <= epochs and 0 <= position < (batches if epoch < epochs else 1) and position % accumulate == 0
@@ -394,7 +410,7 @@ def check_generator_state(path: Path, name: str, state: Tensor) -> None:
 
 
 def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 images (n, 3, H, W), in units of [0, 1]."""
+    """Mean and standard deviation of each channel of uint8 images (n, C, H, W), in units of [0, 1]."""
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
     levels = torch.arange(256, dtype=torch.float64, device=images.device) / 255
     mean = counts @ levels / counts.sum(1)

@@ -6,17 +6,19 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from immunity_fast.data.datasets import ImageDataset
+from immunity_fast.evaluation.results import Results
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime import cli, distributed
 from immunity_fast.training.callbacks import Callback, Callbacks
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.loop import train
 from immunity_fast.training.preparation import prepare
+from immunity_fast.training.records import Records
+from immunity_fast.training.run_evaluation import evaluate_trained
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
 
@@ -58,7 +60,7 @@ class Trainer:
         self._out = None if out is None else Path(out)
         self._callbacks = Callbacks(callbacks, self)
 
-    def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
+    def fit(self, *, resume: bool = False) -> Records:
         """Train to the end.
 
         Args:
@@ -101,6 +103,19 @@ class Trainer:
         assert self.state is not None
         train(self.state, self.run, self._callbacks, progress=self.progress)
 
+    def evaluate(self) -> Results:
+        """What the command ends with: attacks on test images; tables, figures and the report in the run's folder.
+
+        Returns:
+            What was found, which a notebook shows as tables; `report` is the file for a browser.
+
+        Raises:
+            ValueError: nothing was trained yet, or nothing was written of it.
+        """
+        if self.state is None or self.run is None:
+            raise ValueError("out: expected a Trainer with a folder of its run, which has been trained, got neither")
+        return evaluate_trained(self.state, self.run, printed=False)
+
     def stop(self, reason: str = "a callback has asked for it") -> None:
         """End the training after the present epoch, as if it were the last one.
 
@@ -117,6 +132,6 @@ class Trainer:
         return self.state.model
 
     @property
-    def history(self) -> list[dict[str, Any]]:
-        """The records of the epochs so far."""
-        return [] if self.state is None else self.state.history
+    def history(self) -> Records:
+        """The records of the epochs so far, which a notebook shows as a table."""
+        return Records() if self.state is None else Records(self.state.history)

@@ -115,6 +115,11 @@ EFFECTS: dict[str, Any] = {
     "smoothing": 0.3,
     "score": "probability",
     "detach_weights": True,
+    "label_smoothing": 0.2,
+    "class_weights": "1,2,0.5",
+    "ignore_index": 1,
+    "mixup": 0.4,
+    "cutmix": 1.0,
     "lr": 0.3,
     "momentum": 0.5,
     "accumulate": 2,
@@ -134,7 +139,7 @@ EFFECTS: dict[str, Any] = {
     "amp": "bf16",
 }
 NO_EFFECT: dict[str, Any] = {"check_images": 4, "attack_images": 3, "checkpoint_every": 1, "ema": 0.5, "profile": True}
-OF_IMAGES = {"preset", "dataset", "data", "image_size", "limit_train"}  # `_train` is given its images
+OF_IMAGES = {"preset", "dataset", "data", "image_size", "channels", "limit_train"}  # `_train` is given its images
 BEGINNING = {"stem", "weights", "perturbation"}  # with what networks begin: test_any_network.py
 # Of other optimisers and schedules than the default: test_optimizers.py, test_schedules.py
 OTHERS = {"betas", "optimizer_eps", "milestones", "lr_factor"}
