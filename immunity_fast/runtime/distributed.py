@@ -227,15 +227,16 @@ def first_of_all() -> Iterator[None]:
     """
     turn = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
     for _ in range(turn):
-        _barrier()
+        barrier()
     try:
         yield
     finally:  # also where it fails: the others would wait for this one
         for _ in range(turn, 2):
-            _barrier()
+            barrier()
 
 
-def _barrier() -> None:
+def barrier() -> None:
+    """Until all processes have come here."""
     if _several():
         dist.barrier()
 
