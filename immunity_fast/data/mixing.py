@@ -77,7 +77,7 @@ def draw_mixing(
     try:
         kind = kinds[int(torch.multinomial(torch.tensor([0.5, 0.5]), 1))] if len(kinds) > 1 else kinds[0]
         alpha = torch.tensor([mixup if kind == "mixup" else cutmix])
-        share = float(torch.distributions.Beta(alpha, alpha).sample(()))  # type: ignore[no-untyped-call]
+        share = float(torch.distributions.Beta(alpha, alpha).sample(()))
         height, width = image_size
         if kind == "mixup":
             numbers = [share, 0, height, 0, width, share]

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from immunity_fast.data.folders import SPLIT_SEED, TEST_SHARE, ClassFiles, list_folder, split_of
-from immunity_fast.data.images import check_channels, read_image, to_grey
+from immunity_fast.data.folders import SPLIT_SEED, TEST_SHARE, split_of
+from immunity_fast.data.images import check_channels, to_grey
 from immunity_fast.runtime.failures import readable
-from immunity_fast.runtime.memory import check_fits
 from immunity_fast.targets import TargetOptions, read_targets
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
@@ -29,17 +28,13 @@ NPZ_VALIDATION = ("val_images", "val_labels")
 
 
 class Parts(NamedTuple):
-    """(images uint8 (n, C, H, W), labels int64 (n,)) of each part, in the order in which they are stored.
-
-    `notes` are lines on what was decided and passed over.
-    """
+    """(images uint8 (n, C, H, W), labels int64 (n,)) of each part, in the order in which they are stored."""
 
     train: Pair
     validation: Pair | None
     test: Pair
     classes: tuple[str, ...]
     flip: bool
-    notes: tuple[str, ...] = ()
 
 
 def read_digits(channels: int = 3) -> Parts:
@@ -252,66 +247,6 @@ def _npz_classes(
     if len(classes) < 2:
         raise ValueError(f"{file}: expected at least 2 classes, got {len(classes)}")
     return classes
-
-
-def read_folder(root: Path, image_size: int | None, channels: int = 3) -> Parts:
-    """A folder of images, one folder a class, as `folders.list_folder` finds them.
-
-    All images must have one size, unless `image_size` (pixels) has each one's short side scaled to it and the centre
-    square cropped. What becomes of each is what `images.read_image` says.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: wrong content, with the file or folder, what was expected and what it has.
-    """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
-    check_channels(channels)
-    found = list_folder(root)
-    first = next(iter(found.train.values()))[0]
-
-    def pair(files: ClassFiles) -> Pair:
-        return _read_images(files, image_size, channels, first)
-
-    return Parts(
-        pair(found.train),
-        None if found.validation is None else pair(found.validation),
-        pair(found.test),
-        tuple(map(readable, found.train)),
-        flip=False,
-        notes=found.notes,
-    )
-
-
-def _read_images(files: ClassFiles, image_size: int | None, channels: int, first: str) -> Pair:
-    """Images and labels of all files.
-
-    Raises:
-        ValueError: an image has another size than the file `first`.
-    """
-    count = sum(map(len, files.values()))
-    if image_size is not None:  # before a single one is made so large
-        _check_memory(count, image_size, image_size, channels)
-    height, width = read_image(first, image_size, channels).shape[:2]
-    _check_memory(count, height, width, channels)
-    images = torch.empty(count, channels, height, width, dtype=torch.uint8)
-    labels: list[int] = []
-    for label, found in enumerate(files.values()):
-        for file in found:
-            image = read_image(file, image_size, channels)
-            if image.shape[:2] != (height, width):
-                raise ValueError(
-                    f"{readable(file)}: expected {width}×{height} pixels as {readable(first)} has, got "
-                    f"{image.shape[1]}×{image.shape[0]}; image_size (--image-size) brings all images to one size"
-                )
-            images[len(labels)] = torch.from_numpy(image).permute(2, 0, 1)
-            labels.append(label)
-    return images, torch.tensor(labels)
-
-
-def _check_memory(count: int, height: int, width: int, channels: int) -> None:
-    what = f"{count:,} images of {width}×{height} pixels"
-    check_fits(channels * count * height * width, torch.device("cpu"), what, "a smaller --image-size, or fewer images")
 
 
 def _need(module: str, package: str) -> ModuleType:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from immunity_fast.attacks.mixtures import trained_gate
-from immunity_fast.data.datasets import Split
+from immunity_fast.data.datasets import AnySplit
 from immunity_fast.data.sampling import batches
 from immunity_fast.evaluation.gate_attackers import answered_rightly
 from immunity_fast.functional import label_scores
@@ -149,7 +149,7 @@ def combined(parts: Sequence[HeatmapSums]) -> dict[str, float]:
     }
 
 
-def heatmap_metrics(model: ImmunityMoE, loss: FusedImmunityLoss, split: Split, batch_size: int) -> dict[str, float]:
+def heatmap_metrics(model: ImmunityMoE, loss: FusedImmunityLoss, split: AnySplit, batch_size: int) -> dict[str, float]:
     """What `combined` measures, over a split, for its true labels, in the mode the model is in.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from immunity_fast.data.datasets import Split
+from immunity_fast.data.datasets import AnySplit, Split
 from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample_order
 from immunity_fast.evaluation.metrics import expert_maps
 from immunity_fast.losses import FusedImmunityLoss
@@ -76,7 +76,7 @@ class Gallery:
 
 def collect(
     model: ImmunityMoE | Sequence[ImmunityMoE],
-    split: Split,
+    split: AnySplit,
     classes: Sequence[str],
     count: int,
     loss: FusedImmunityLoss,
@@ -110,7 +110,7 @@ def collect(
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
     chosen = choose(split, count)
-    height, width = split.images.shape[-2:]
+    height, width = split.image_size
     seen = copy.copy(loss)  # a module's copy has attributes of its own, and the caller's keeps its size
     seen.size = (height, width)
     parts = [_measure(each, chosen, seen) for each in models]
@@ -130,7 +130,7 @@ def collect(
     )
 
 
-def choose(split: Split, count: int) -> Split:
+def choose(split: AnySplit, count: int) -> Split:
     """At most `count` images, as many of each class as can be, in the order of the classes; see `collect`."""
     order = sample_order(split, len(split))
     labels = split.labels.cpu()[order].numpy()
@@ -139,7 +139,7 @@ def choose(split: Split, count: int) -> Split:
         ranks[labels == label] = np.arange((labels == label).sum())
     first = np.argsort(ranks, kind="stable")[:count]
     shown = order[first[np.argsort(labels[first], kind="stable")]].to(split.labels.device)
-    return Split(split.images[shown], split.labels[shown])
+    return Split(split.read(shown), split.labels[shown])
 
 
 def _measure(model: ImmunityMoE, split: Split, loss: FusedImmunityLoss) -> tuple[Tensor, Tensor]:

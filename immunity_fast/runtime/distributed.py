@@ -218,6 +218,12 @@ def count() -> int:
     return dist.get_world_size() if _several() else 1
 
 
+def count_here() -> int:
+    """How many of the processes that train the model together run on this machine."""
+    given = os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    return max(1, int(given)) if _several() and given.isdecimal() else 1
+
+
 @contextmanager
 def first_of_all() -> Iterator[None]:
     """A `with` block that looks for a file and makes it where it is missing: nowhere do two processes make it at once.

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from immunity_fast.arguments import Score
+from immunity_fast.data.datasets import LISTED, Stream
 from immunity_fast.data.datasets import NAMES as DATASETS
+from immunity_fast.data.streaming import Workers
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve, split_names
 from immunity_fast.experts.registry import FORMS, check_form
@@ -39,6 +41,7 @@ from immunity_fast.training.optimizers import KINDS, OPTIMISERS, Optimiser, chec
 from immunity_fast.training.schedules import FACTORS, LearningRate, Schedule
 
 Flip = Literal["auto", "on", "off"]
+MOST_WORKERS = 1024  # processes that read images: more are a mistake
 
 
 # Settings that are gone, and the value with which they change nothing: runs from before have them in config.json.
@@ -65,6 +68,8 @@ ADDED = {
     "milestones": None,
     "lr_factor": None,
     "shard": False,
+    "stream": "auto",
+    "workers": "auto",
 }
 # What is another's where a setting is: another optimiser has rates of its own, another schedule numbers of its own.
 BELONGING = {
@@ -105,13 +110,24 @@ class TrainConfig:
 
     preset: str = _data("quickstart", "settings to start from; the other options change single ones")
     dataset: str = _data("digits", "what to train on", DATASETS)
-    data: str | None = _data(None, "file (npz), folder of images (folder), or download folder (cifar10, cifar100)")
-    image_size: int | None = _data(None, "for --dataset folder: scale and crop images to this many pixels a side")
+    data: str | None = _data(
+        None,
+        "file (npz), folder of images (folder), archives such as train-{000..009}.tar or their folder (webdataset), "
+        "what save_to_disk wrote or a folder of parquet files (huggingface), or download folder (cifar10, cifar100)",
+    )
+    image_size: int | None = _data(
+        None, "for folder, webdataset and huggingface: scale and crop images to this many pixels a side"
+    )
     channels: int = _data(
         3,
         "channels of the images and of the networks' first convolution; 1: grey, which coloured images are converted "
         "to; npz: any number that it has",
     )
+    stream: Stream = _data(
+        "auto",
+        "for the same: read images when they are needed; off: hold them all in memory; auto: where they do not fit",
+    )
+    workers: int | str = _data("auto", "processes that read images; 0: none besides this one; auto: one a core")
     limit_train: int | None = _data(None, "use so many training images")
     arch: str = _model(
         "resnet8",
@@ -220,6 +236,13 @@ class TrainConfig:
         several = f", as many as --arch names, {', '.join(split_names(self.arch))}" if names > 1 else ""
         _check(self, "experts", self.experts >= names, f"at least {names}{several}")
         _check(self, "perturbation", 0 <= self.perturbation < math.inf, "a finite number of at least 0")
+        number = isinstance(self.workers, int) and not isinstance(self.workers, bool)
+        _check(
+            self,
+            "workers",
+            self.workers == "auto" or (number and 0 <= int(self.workers) <= MOST_WORKERS),
+            f"auto or 0 to {MOST_WORKERS} processes",
+        )
         _check(self, "limit_train", self.limit_train is None or self.limit_train >= 1, "at least 1")
         for name in ("alpha", "beta", "gamma", "smoothing", "weight_decay"):
             _check(self, name, 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
@@ -358,6 +381,11 @@ class TrainConfig:
             class_weights=class_weights,
             ignore_index=self.ignore_index,
         )
+
+    @property
+    def worker_processes(self) -> Workers:
+        """`workers` for what reads images."""
+        return "auto" if isinstance(self.workers, str) else self.workers
 
     @property
     def inner_attack(self) -> InnerAttackSettings | None:
@@ -526,6 +554,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             kind = next(kind for kind in (float, int, str) if kind in _plain_types(hints[option.name]))
             keywords["type"] = cli.number if kind is float else kind
             keywords["metavar"] = kind.__name__.upper()
+            if hints[option.name] == int | str:
+                keywords["type"] = cli.whole_or_word
         groups[option.metadata["group"]].add_argument(f"--{option.name.replace('_', '-')}", **keywords)
 
 
@@ -606,7 +636,7 @@ def check_data(dataset: str | None, data: str | None) -> None:
     Raises:
         ValueError: the path is missing.
     """
-    if dataset in ("npz", "folder") and data is None:
+    if (dataset == "npz" or dataset in LISTED) and data is None:
         raise ValueError(f"--data: missing; --dataset {dataset} needs the path of what it reads")
 
 

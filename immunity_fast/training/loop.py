@@ -99,6 +99,9 @@ def take_steps(
     Returns:
         (images seen, seconds).
     """
+    reader = state.dataset.reader
+    if reader is not None:
+        reader.waited = 0.0
     loader, started, images = state.loader, time.perf_counter(), 0
     state.model.train()
     for batch in loader:
@@ -135,6 +138,7 @@ def check(state: TrainingState, run: Run | None, display: Display, images: int, 
         The epoch's record.
     """
     display.checking()
+    reading = {} if state.dataset.reader is None else state.dataset.reader.measured(seconds)
     record: dict[str, Any] = {
         "epoch": state.epoch,
         "step": state.step,
@@ -143,6 +147,7 @@ def check(state: TrainingState, run: Run | None, display: Display, images: int, 
         **validate(state),
         "images_per_second": images / seconds,
         "seconds": seconds,
+        **reading,
     }
     doubts: dict[str, str] = record.pop("val_doubts", {})
     state.history.append(record)

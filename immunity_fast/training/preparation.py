@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from immunity_fast.data.datasets import ImageDataset, load
+from immunity_fast.data.datasets import LISTED, ImageDataset, load
 from immunity_fast.experts import NAMES, create, title
 from immunity_fast.experts.registry import check_trusted, counted, file_title, split_names
 from immunity_fast.experts.stems import chosen_stem
@@ -31,10 +31,12 @@ from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
 
 # Settings that may differ when a run goes on: where, and by which of several exact ways.
-CHANGEABLE_ON_RESUME = ("data", "device", "compile", "batching", "double_backprop", "profile")
+CHANGEABLE_ON_RESUME = ("data", "stream", "workers", "device", "compile", "batching", "double_backprop", "profile")
 # Those that may differ as well once the loss has diverged: without it, no run could ever go on from there.
 CHANGEABLE_AFTER_DIVERGENCE = ("lr", "clip_grad_norm")
-MEMORY_ADVICE = "a smaller --batch-size, fewer --experts, a smaller --arch or smaller images"
+MEMORY_ADVICE = (
+    "a smaller --batch-size, fewer --experts, a smaller --arch, smaller images, --stream on or fewer --workers"
+)
 
 
 class Start(NamedTuple):
@@ -129,11 +131,11 @@ def prepare(
     device = cli.pick_device(config.device)
     if dataset is None:
         check_data(config.dataset, config.data)
-        if config.dataset == "folder" and config.image_size is not None:  # before all images are made so large
+        if config.dataset in LISTED and config.image_size is not None:  # before all images are made so large
             check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
         # A data set that is missing is downloaded once, and once more on each machine that does not see that.
         with distributed.together(), distributed.first_of_all():
-            dataset = load_named(config)
+            dataset = load_data(config, device)
     if dataset.channels != config.channels:  # of a data set of the user's, which is as it is
         config = dataclasses.replace(config, channels=dataset.channels)
     if model is None:
@@ -175,21 +177,30 @@ def prepare(
     return state, run
 
 
-def load_named(config: TrainConfig) -> ImageDataset:
-    """The data set that settings name.
+def load_data(config: TrainConfig, device: torch.device, data: str | None = None) -> ImageDataset:
+    """The data set of some settings, on the CPU, or streamed; where it was a choice, a line says which.
+
+    Args:
+        config: the settings.
+        device: where it will be used.
+        data: where it lies now; None is where the settings say.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: see `datasets.load`; a setting that is wrong is called as its option.
     """
-    names = ("limit_train", "image_size", "channels", "ignore_index")
+    names = ("limit_train", "image_size", "channels", "ignore_index", "stream")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    options["workers"] = config.worker_processes
     try:
-        return load(config.dataset, config.data, **options)
+        dataset = load(config.dataset, data or config.data, device=device, **options)
     except ValueError as error:
         name, _, rest = str(error).partition(": ")
         if name not in options:
             raise
         raise ValueError(f"--{name.replace('_', '-')}: {rest}") from error
+    for note in dataset.notes if distributed.rank() == 0 else ():
+        cli.console.print(note)
+    return dataset
 
 
 def save_changed_settings(run: Run, config: TrainConfig) -> None:

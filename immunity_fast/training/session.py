@@ -49,7 +49,7 @@ def fit(start: Start) -> tuple[TrainingState, Run] | None:
         say_what_is_trained(state, run)
         try:
             trainer.train()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise cli.InputError(f"training stopped: {one_line(error)}; go on with: {run.resume_command}") from error
         return (state, run) if distributed.rank() == 0 else None
 
@@ -68,7 +68,7 @@ def say_what_is_trained(state: TrainingState, run: Run) -> None:
         f"{what} on {config.dataset}: {len(dataset.train):,} training, {len(dataset.validation):,} validation, "
         f"{len(dataset.test):,} test images{depth}; {where}; {run.folder}"
     )
-    for line in (*dataset.notes, *stem_lines(state), *state.beginning.lines):
+    for line in (*stem_lines(state), *state.beginning.lines):
         cli.console.print(line)
     if looks is not None:
         cli.console.print(looks)

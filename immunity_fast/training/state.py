@@ -1,16 +1,18 @@
 """A training run in memory: what it consists of, and how all of it is saved and taken up again."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from immunity_fast.data.datasets import ImageDataset
+from immunity_fast.data.datasets import STATISTICS_IMAGES, AnySplit, ImageDataset
 from immunity_fast.data.loader import Batch, TrainLoader
 from immunity_fast.data.mixing import Mixer
-from immunity_fast.data.sampling import EVALUATION_BATCH
+from immunity_fast.data.sampling import EVALUATION_BATCH, sample_order
+from immunity_fast.data.streaming import StreamedSplit
 from immunity_fast.experts import WITH_STEMS, split_names
 from immunity_fast.experts.stems import chosen_stem
 from immunity_fast.models.moe import ImmunityMoE
@@ -154,7 +156,7 @@ class TrainingState:
     def _new_model(self, strategy: Strategy, dataset: ImageDataset) -> ImmunityMoE:
         """The mixture, or the single network, with random weights; `dataset` is still where it was read."""
         config = self.config
-        mean, std = channel_statistics(dataset.train.images)
+        mean, std = channel_statistics(dataset.train)
         options: dict[str, Any] = {
             "batching": strategy.batching if config.batching == "auto" else config.batching,
             "mean": mean,
@@ -278,6 +280,7 @@ class TrainingState:
         return {
             "model": self.description,
             "data": self.fingerprint,
+            **({} if self.dataset.listing is None else {"listing": self.dataset.listing}),
             "classes": list(self.dataset.classes),
             "epoch": self.epoch,
             "step": self.step,
@@ -301,7 +304,7 @@ class TrainingState:
         load_module(path, self.model, under("model", tensors), "model/")
         if info["model"] != self.description:
             raise ValueError(f"{path}: expected a model {self.description}, got {info['model']}")
-        if info["data"] != self.fingerprint:
+        if not self.dataset.is_of(info["data"], info.get("listing")):
             raise ValueError(f"{path}: trained on other data than {self.config.dataset} as it is now")
         check_classes(path, info, self.dataset.classes)
         if "sums" not in tensors:
@@ -409,10 +412,25 @@ def check_generator_state(path: Path, name: str, state: Tensor) -> None:
         raise ValueError(f"{path}: {name} is no state of a generator (word {following} of 624, {left} left)")
 
 
-def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 images (n, C, H, W), in units of [0, 1]."""
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
-    levels = torch.arange(256, dtype=torch.float64, device=images.device) / 255
+def channel_statistics(images: Tensor | AnySplit) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, in units of [0, 1].
+
+    Args:
+        images: uint8 (n, C, H, W), or a split; of a streamed one a fixed sample of at most `STATISTICS_IMAGES` is
+            looked at.
+    """
+    parts: Iterable[Tensor]
+    if isinstance(images, StreamedSplit):
+        parts = images.stream(torch.split(sample_order(images, STATISTICS_IMAGES), EVALUATION_BATCH))
+    else:
+        parts = [images if isinstance(images, Tensor) else images.images]
+    counts = torch.stack([_levels(part) for part in parts]).sum(0).double()
+    levels = torch.arange(256, dtype=torch.float64, device=counts.device) / 255
     mean = counts @ levels / counts.sum(1)
     variance = counts @ levels.square() / counts.sum(1) - mean.square()
     return mean.tolist(), variance.clamp_min(0).sqrt().clamp_min(1 / 255).tolist()
+
+
+def _levels(images: Tensor) -> Tensor:
+    """How often each channel has each value, int64 (C, 256)."""
+    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
