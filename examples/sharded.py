@@ -20,7 +20,7 @@ BATCH, STEPS = 8, 3
 
 
 def mixture() -> ImmunityMoE:
-    """Three networks without BatchNorm, whose statistics would be those of half a batch each; the same in each process."""
+    """Three networks without BatchNorm, whose statistics would be those of half a batch each; the same everywhere."""
     torch.manual_seed(0)
     networks = [
         nn.Sequential(

@@ -71,7 +71,6 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "amp": (["bf16"], "bf16"),
     "float32": (["ieee"], "ieee"),
     "profile": ([], True),
-    "shard": ([], True),
     "check_images": (["8"], 8),
     "attack_images": (["10"], 10),
     "checkpoint_every": (["50"], 50),
