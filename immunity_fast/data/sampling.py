@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from immunity_fast.data.augmentation import to_float
+from immunity_fast.data.augmentation import as_float
 from immunity_fast.data.datasets import Split
 from immunity_fast.data.readers import SPLIT_SEED
 
@@ -25,7 +25,7 @@ def attack_batch(device: torch.device) -> int:
 def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(images (B, 3, H, W) in [0, 1], labels (B,)) of a split in order, `size` at a time, the rest last."""
     for start in range(0, len(split), size):
-        yield to_float(split.images[start : start + size]), split.labels[start : start + size]
+        yield as_float(split.images[start : start + size]), split.labels[start : start + size]
 
 
 def sample(split: Split, count: int) -> Split:

@@ -80,7 +80,25 @@ def processes(device: torch.device) -> Iterator[None]:
 
 def log_in_first(log: Callable[[str], Any]) -> Callable[[str], Any]:
     """`log` in the first process, nothing in the others; also after the process group has ended."""
-    return log if (os.environ.get("RANK") or "0") == "0" else lambda _: None
+    return log if first_to_be() else lambda _: None
+
+
+def first_to_be() -> bool:
+    """Whether this process is, or will be, the first one, the one that writes."""
+    return (os.environ.get("RANK") or "0") == "0"
+
+
+def check_alone(call: str) -> None:
+    """Check that no other process is to train along that this one does not know yet.
+
+    Args:
+        call: what makes them known to each other.
+
+    Raises:
+        RuntimeError: there are others.
+    """
+    if _world_size() > 1 and not _several():
+        raise RuntimeError(f"{_world_size()} processes train together, which {call}() is to begin before anything else")
 
 
 def group() -> dist.ProcessGroup | None:

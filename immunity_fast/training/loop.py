@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from immunity_fast.runtime import cli, distributed, interrupts
@@ -13,14 +14,25 @@ from immunity_fast.training.callbacks import Callbacks, StepMetrics
 from immunity_fast.training.checkpoint import save_checkpoint
 from immunity_fast.training.collapse import collapse_line, collapsed
 from immunity_fast.training.display import Display, synchronize
+from immunity_fast.training.loggers import Logger, Loggers
+from immunity_fast.training.monitoring import Monitor, best_epoch
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
 from immunity_fast.training.validation import training_means, validate
 
-NO_CALLBACKS = Callbacks()
+
+class DivergedError(cli.InputError, FloatingPointError):
+    """The loss, or a weight, is no longer a number."""
 
 
-def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLBACKS, *, progress: bool = True) -> None:
+def train(
+    state: TrainingState,
+    run: Run | None,
+    callbacks: Callbacks | None = None,
+    loggers: Sequence[Logger] = (),
+    *,
+    progress: bool = True,
+) -> None:
     """Train from where the state is to the end; the first process writes records and checkpoints.
 
     Ctrl-C and SIGTERM stop it behind a step, which is saved, or behind an epoch's checks; one process of several at
@@ -30,22 +42,26 @@ def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLB
         state: what is trained; `state.history` gets the records.
         run: where it is saved; None saves nothing.
         callbacks: are told of it.
+        loggers: get each epoch's numbers, in the first process.
         progress: show a bar and a line an epoch.
 
     Raises:
-        cli.InputError: the loss is no longer finite; the last checkpoint is from before.
+        DivergedError: the loss is no longer finite; the last checkpoint is from before.
+        NoPlaceError: a logger needs a run's folder, and there is none.
         CallbackError: a callback has failed.
         KeyboardInterrupt: it was stopped.
     """
     first = distributed.rank() == 0
+    callbacks = Callbacks() if callbacks is None else callbacks
     if first and run is not None:
         if not run.checkpoint.is_file():
-            write_checkpoint(state, run)
+            write_checkpoint(state, run, callbacks)
         run.forget_metrics_after(state.epoch)
         state.history = run.metrics()
     with (
+        Display(state, shown=progress) as display,
         # After these: on a full disk TensorBoard's thread would print a traceback.
-        Display(state, run, shown=progress) as display,
+        logging_to(loggers if first else (), state, run, display) as log,
         steps_profiled(state, run) as profile,
         # Several would stop at different steps.
         interrupts.deferred(distributed.count() == 1 and run is not None) as asked,
@@ -58,6 +74,8 @@ def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLB
             check_finite(state, run)
             state.epoch += 1
             record = check(state, run, display, images, seconds) if first else None
+            if record is not None:
+                log.log(record, state.epoch)
             state.sums.zero_()
             if callbacks.callbacks:
                 callbacks.call("on_epoch_end", distributed.of_first(record))
@@ -65,7 +83,7 @@ def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLB
             if state.stopped is not None:
                 display.line(f"epoch {state.epoch}: training ends: {state.stopped}")
             if first and run is not None:
-                write_checkpoint(state, run)
+                write_checkpoint(state, run, callbacks)
                 run.diverged.unlink(missing_ok=True)  # what had diverged before has got past it
             interrupts.stop_if(asked)
         callbacks.call("on_fit_end")
@@ -100,7 +118,7 @@ def take_steps(
             and loader.position < len(loader)
             and (asked or state.step % state.config.checkpoint_every == 0)
         ):
-            save(state, run)
+            save(state, run, callbacks)
             interrupts.stop_if(asked)
     synchronize(state.device)
     return images, time.perf_counter() - started
@@ -140,35 +158,59 @@ def check(state: TrainingState, run: Run | None, display: Display, images: int, 
 
 
 def save_best(state: TrainingState, run: Run) -> None:
-    """In adversarial training, the model of the epoch that was best under PGD on validation images, never test images.
+    """The model of the epoch that was best by what is monitored on validation images, never test images, as a file.
 
     The first of those that are as good. A run that was killed before the epoch's checkpoint comes here again.
     """
-    if state.config.adversarial == "off" or not state.config.check_images:
+    if state.config.monitored is None:
         return
-    accuracies = [record.get("val_pgd10_accuracy_mean", -1) for record in state.history]
-    if accuracies[-1] >= 0 and accuracies.index(max(accuracies)) == len(accuracies) - 1:
-        tensors = state.average.tensors() if state.average else state.model.state_dict()
-        info = state.info() | {"val_pgd10_accuracy_mean": accuracies[-1]}
-        save_checkpoint(run.best_checkpoint, {f"model/{name}": value for name, value in tensors.items()}, info)
+    monitor = Monitor(state.config.monitored)
+    best = best_epoch(monitor, state.history)
+    if best is not None and best == len(state.history) - 1:
+        save_model(state, run.best_checkpoint, {monitor.name: state.history[best][monitor.name]})
 
 
-def save(state: TrainingState, run: Run) -> None:
+def save_model(state: TrainingState, path: Path, monitored: Mapping[str, float] | None = None) -> None:
+    """Write the model alone, or the average of its weights, where there is one.
+
+    Args:
+        state: whose model.
+        path: the file.
+        monitored: by what the epoch was chosen.
+    """
+    info = state.info() | ({} if monitored is None else {"monitored": dict(monitored)})
+    save_checkpoint(path, {f"model/{name}": value for name, value in state.weights().items()}, info)
+
+
+def save(state: TrainingState, run: Run, callbacks: Callbacks) -> None:
     """Write a checkpoint between two steps, of what all processes have made the same.
 
     Raises:
-        cli.InputError: the loss or a weight is no longer finite; nothing is written.
+        DivergedError: the loss or a weight is no longer finite; nothing is written.
     """
     state.synchronize()
     check_finite(state, run)
     if distributed.rank() == 0:
-        write_checkpoint(state, run)
+        write_checkpoint(state, run, callbacks)
 
 
-def write_checkpoint(state: TrainingState, run: Run) -> None:
-    """Write the run's checkpoint of the state."""
-    save_checkpoint(run.checkpoint, state.tensors(), state.info())
+def write_checkpoint(state: TrainingState, run: Run, callbacks: Callbacks) -> None:
+    """Write the run's checkpoint of the state and of what callbacks have gathered."""
+    listed, tensors = callbacks.state()
+    info = state.info() | ({"callbacks": listed} if listed else {})
+    save_checkpoint(run.checkpoint, state.tensors() | {f"callbacks/{name}": t for name, t in tensors.items()}, info)
     state.saved_step = state.step
+
+
+@contextmanager
+def logging_to(loggers: Sequence[Logger], state: TrainingState, run: Run | None, display: Display) -> Iterator[Loggers]:
+    """The loggers of a training, open for the length of a `with` block."""
+    log = Loggers(loggers, display.warn)
+    try:
+        log.open(None if run is None else run.folder, state.epoch, state.config.to_json())
+        yield log
+    finally:
+        log.close()
 
 
 def steps_profiled(state: TrainingState, run: Run | None) -> AbstractContextManager[Any]:
@@ -182,19 +224,19 @@ def check_finite(state: TrainingState, run: Run | None) -> None:
     """Stop a training whose loss or weights are no longer numbers, before its checkpoint is overwritten.
 
     Raises:
-        cli.InputError: they are not; what is left and may help.
+        DivergedError: they are not; what is left and may help.
     """
     if is_finite(state):
         return
     lr = state.config.lr
     if run is None:
-        raise cli.InputError(
+        raise DivergedError(
             f"the loss became infinite or NaN in epoch {state.epoch + 1}: try a smaller lr or clip_grad_norm"
         )
     if distributed.rank() == 0:
         where = {"epoch": state.epoch + 1, "step": state.step, "lr": lr}
         write_atomically(run.diverged, json.dumps(where).encode())
-    raise cli.InputError(
+    raise DivergedError(
         f"the loss became infinite or NaN in epoch {state.epoch + 1}; {run.checkpoint} is from before. "
         f"Try a smaller --lr or --clip-grad-norm: {run.resume_command}"
     )

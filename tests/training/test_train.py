@@ -130,12 +130,13 @@ EFFECTS: dict[str, Any] = {
 NO_EFFECT: dict[str, Any] = {"check_images": 4, "attack_images": 3, "checkpoint_every": 1, "ema": 0.5, "profile": True}
 OF_IMAGES = {"preset", "dataset", "data", "image_size", "limit_train"}  # `_train` is given its images
 BEGINNING = {"stem", "weights", "perturbation"}  # with what networks begin: test_any_network.py
+OF_TRAINER = {"early_stopping", "monitor", "loggers"}  # test_trainer.py, test_callbacks.py, test_loggers.py
 ALIKE = {"device", "compile", "batching", "double_backprop", "float32"}  # the same but for rounding
 
 
 def test_of_every_setting_it_is_known_whether_it_has_an_effect() -> None:
     # ATTACK_SETTINGS: test_adversarial_training.py
-    known = [*EFFECTS, *NO_EFFECT, *OF_IMAGES, *BEGINNING, *ALIKE, *ATTACK_SETTINGS]
+    known = [*EFFECTS, *NO_EFFECT, *OF_IMAGES, *BEGINNING, *OF_TRAINER, *ALIKE, *ATTACK_SETTINGS]
     assert len(known) == len(set(known))
     assert {field.name for field in dataclasses.fields(TrainConfig)} <= set(known)
 
