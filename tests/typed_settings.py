@@ -14,6 +14,9 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "dataset": (["folder"], "folder"),
     "data": (["some/file.npz"], "some/file.npz"),
     "image_size": (["64"], 64),
+    "channels": (["1"], 1),
+    "stream": (["off"], "off"),
+    "workers": (["3"], 3),
     "limit_train": (["100"], 100),
     "arch": (["densenet121"], "densenet121"),
     "experts": (["3"], 3),
@@ -27,6 +30,11 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "smoothing": (["0.5"], 0.5),
     "score": (["probability"], "probability"),
     "detach_weights": ([], True),
+    "label_smoothing": (["0.1"], 0.1),
+    "class_weights": (["1,2.5,0"], "1,2.5,0"),
+    "ignore_index": (["255"], 255),
+    "mixup": (["0.2"], 0.2),
+    "cutmix": (["1"], 1.0),
     "adversarial": (["trades"], "trades"),
     "eps": (["4/255"], 4 / 255),
     "attack_alpha": (["0.25"], 0.25),
@@ -37,7 +45,17 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "ema": (["0.5"], 0.5),
     "epochs": (["7"], 7),
     "batch_size": (["9"], 9),
+    "accumulate": (["3"], 3),
+    "optimizer": (["adamw"], "adamw"),
     "lr": (["0.125"], 0.125),
+    "betas": (["0.8,0.95"], (0.8, 0.95)),
+    "optimizer_eps": (["1e-6"], 1e-6),
+    "decay": (["weights"], "weights"),
+    "schedule": (["step"], "step"),
+    "warmup_epochs": (["0.5"], 0.5),
+    "lr_min": (["1e-4"], 1e-4),
+    "milestones": (["4,7.5"], (4.0, 7.5)),
+    "lr_factor": (["0.25"], 0.25),
     "momentum": (["0.5"], 0.5),
     "weight_decay": (["1e-4"], 1e-4),
     "clip_grad_norm": (["2.5"], 2.5),
@@ -55,6 +73,13 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "check_images": (["8"], 8),
     "attack_images": (["10"], 10),
     "checkpoint_every": (["50"], 50),
+}
+# Settings that have a meaning beside others alone.
+BESIDE: dict[str, dict[str, Any]] = {
+    "betas": {"optimizer": "adam"},
+    "optimizer_eps": {"optimizer": "adam"},
+    "milestones": {"schedule": "step"},
+    "lr_factor": {"schedule": "step"},
 }
 
 

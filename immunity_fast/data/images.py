@@ -124,14 +124,18 @@ def decode(source: Source, image_size: Size | None = None, channels: int = 3, *,
     return Picture(image, stored)
 
 
-def check_channels(channels: int) -> None:
+def check_channels(channels: int, what: str = "image files") -> None:
     """Check that pictures can have so many channels.
+
+    Args:
+        channels: C.
+        what: is read, for the message.
 
     Raises:
         ValueError: they cannot.
     """
     if channels not in CHANNELS:
-        raise ValueError(f"channels: expected 3 (RGB) or 1 (grey) for image files, got {channels}")
+        raise ValueError(f"channels: expected 3 (RGB) or 1 (grey) for {what}, got {channels}")
 
 
 def is_image_file(file: Path) -> bool:

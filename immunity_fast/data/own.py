@@ -248,15 +248,6 @@ class OwnDataset(ImageDataset):
     train: Any
     augment: bool = False
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(H, W) in pixels."""
-        if isinstance(self.train, Split):
-            height, width = self.train.images.shape[-2:]
-            return height, width
-        size: tuple[int, int] = self.train.image_size
-        return size
-
     def fingerprint(self) -> str:
         """A hash of all images and labels in memory; of what is read as it is needed, of what can be told of it."""
         digest = hashlib.sha256()
@@ -280,6 +271,7 @@ def own_dataset(
     steps: int | None = None,
     workers: int = 0,
     flip: bool = False,
+    ignore_index: int | None = None,
 ) -> ImageDataset:
     """A user's data as what a training takes.
 
@@ -292,6 +284,7 @@ def own_dataset(
         steps: batches of an epoch, where `train` is a loader.
         workers: processes that read a data set.
         flip: whether a mirrored image keeps its meaning.
+        ignore_index: the label of images that have none.
 
     Raises:
         ValueError, TypeError: what was given is no such data; one line that names it.
@@ -311,7 +304,7 @@ def own_dataset(
         resident(as_split(each, name, workers=workers), workers) if each is not None else None
         for name, each in (("validation", validation), ("test", test))
     ]
-    names = _class_names(train, trained, parts, classes, num_classes)
+    names = _class_names(train, trained, parts, classes, num_classes, ignore_index)
     size = (
         (trained.channels, *trained.image_size) if not isinstance(trained, Split) else tuple(trained.images.shape[1:])
     )
@@ -321,10 +314,10 @@ def own_dataset(
                 f"{name}: expected images of shape {size} as those of train, got {tuple(part.images.shape[1:])}"
             )
     empty = Split(torch.zeros(0, *size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
-    checked = [empty if part is None else Split(part.images, hard(part.labels)) for part in parts]
+    checked = [part or empty for part in parts]
     for name, each in (("train", trained), ("validation", checked[0]), ("test", checked[1])):
         if isinstance(each, Split):
-            check_labels(each.labels, len(names), name)
+            check_labels(each.labels, len(names), name, ignore_index)
     return OwnDataset(NAME, trained, checked[0], checked[1], classes=names, flip=flip)
 
 
@@ -500,7 +493,7 @@ def hard(targets: Tensor) -> Tensor:
     return targets if targets.ndim == 1 else targets.argmax(1)
 
 
-def check_labels(targets: Tensor, classes: int, called: str) -> None:
+def check_labels(targets: Tensor, classes: int, called: str, ignore_index: int | None = None) -> None:
     """Check that class numbers are of so many classes, and probabilities of as many.
 
     Raises:
@@ -510,6 +503,8 @@ def check_labels(targets: Tensor, classes: int, called: str) -> None:
         if targets.shape[1] != classes:
             raise ValueError(f"{called}: expected probabilities of {classes} classes, got {targets.shape[1]}")
         return
+    if ignore_index is not None:
+        targets = targets[targets != ignore_index]
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
         low, high = int(targets.min()), int(targets.max())
         raise ValueError(f"{called}: expected class numbers from 0 to {classes - 1}, got {low} to {high}")
@@ -592,6 +587,7 @@ def _class_names(
     parts: Sequence[Split | None],
     classes: Sequence[str] | int | None,
     num_classes: int | None,
+    ignore_index: int | None,
 ) -> tuple[str, ...]:
     """The classes' names: those that were given, the model's number, the data set's, or the numbers that there are."""
     if isinstance(classes, int):
@@ -613,8 +609,9 @@ def _class_names(
         names = tuple(map(str, range(num_classes)))
     else:
         labels = [trained.labels, *(part.labels for part in parts if part is not None)]
-        widths = [part.shape[1] if part.ndim == 2 else int(part.max()) + 1 for part in labels if len(part)]
-        names = tuple(map(str, range(max(widths))))
+        known = [part if part.ndim == 2 or ignore_index is None else part[part != ignore_index] for part in labels]
+        widths = [part.shape[1] if part.ndim == 2 else int(part.max()) + 1 for part in known if len(part)]
+        names = tuple(map(str, range(max(widths, default=0))))
     if len(names) < 2:
         raise ValueError(f"classes: expected at least 2, got {len(names)}")
     return names

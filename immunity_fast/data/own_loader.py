@@ -23,13 +23,16 @@ class ItemLoader(TrainLoader):
         split: the items.
         batch_size, seed, padding, degrees, flip, rank, processes: see `TrainLoader`.
         classes: K.
+        ignore_index: the label of images that have none.
     """
 
     split: Any
 
-    def __init__(self, split: Items, batch_size: int, seed: int, *, classes: int, **options: Any) -> None:
+    def __init__(
+        self, split: Items, batch_size: int, seed: int, *, classes: int, ignore_index: int | None = None, **options: Any
+    ) -> None:
         super().__init__(split, batch_size, seed, **options)  # type: ignore[arg-type]
-        self._classes = classes
+        self._labels_allowed = classes, self.split.called, ignore_index
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the present epoch, or a whole new one where none has begun."""
@@ -38,7 +41,7 @@ class ItemLoader(TrainLoader):
         digest = hashlib.sha256(self._at_start.numpy().tobytes()).digest()
         rows = self._order[self.position :].tolist()
         for images, targets in self.split.batches(rows, seed=int.from_bytes(digest[:7], "big")):
-            check_labels(targets, self._classes, self.split.called)
+            check_labels(targets, *self._labels_allowed)
             index, device = self.position, self.split.device
             self.position += 1
             yield _on(device, images, targets, self._affine[index])
@@ -64,15 +67,24 @@ class BatchLoader:
         batches: the loader, and how many batches an epoch has.
         seed: of the augmentation, if there is any.
         classes: K.
+        ignore_index: the label of images that have none.
         augment: what `draw_affine` is given; None leaves the images as they are.
         rank: of the process.
     """
 
     def __init__(
-        self, batches: Batches, seed: int, *, classes: int, augment: dict[str, Any] | None = None, rank: int = 0
+        self,
+        batches: Batches,
+        seed: int,
+        *,
+        classes: int,
+        ignore_index: int | None = None,
+        augment: dict[str, Any] | None = None,
+        rank: int = 0,
     ) -> None:
         self.batches, self.loader, self.called = batches, batches.loader, batches.called
-        self._seed, self._classes, self._augment, self._rank = seed, classes, augment, rank
+        self._seed, self._augment, self._rank = seed, augment, rank
+        self._labels_allowed = classes, batches.called, ignore_index
         self._stateful = callable(getattr(self.loader, "state_dict", None)) and callable(
             getattr(self.loader, "load_state_dict", None)
         )
@@ -103,7 +115,7 @@ class BatchLoader:
             self.position += 1
             images, targets = as_batch(batch, self.called)
             if self.position == 1 or not targets.is_cuda:  # without waiting for the device at each step
-                check_labels(targets, self._classes, self.called)
+                check_labels(targets, *self._labels_allowed)
             yield _on(self.batches.device, images, targets, self._affine(index, len(targets)))
         self.position = 0
         self.epoch += 1

@@ -17,6 +17,7 @@ _PLACES = {
     "TrainConfig": "config",
     "Trainer": "trainer",
     "WandbLogger": "loggers",
+    "parameter_groups": "decay",
 }
 __all__ = list(_PLACES)
 

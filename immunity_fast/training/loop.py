@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from immunity_fast.runtime import cli, distributed, interrupts
 from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.profiling import profiled
+from immunity_fast.runtime.sharding import local
 from immunity_fast.training.callbacks import Callbacks, StepMetrics
 from immunity_fast.training.checkpoint import save_checkpoint
 from immunity_fast.training.collapse import collapse_line, collapsed
@@ -17,6 +18,8 @@ from immunity_fast.training.display import Display, synchronize
 from immunity_fast.training.loggers import Logger, Loggers
 from immunity_fast.training.monitoring import Monitor, best_epoch
 from immunity_fast.training.run_folder import Run
+from immunity_fast.training.sharding import as_ordinary, join, whole_tensors
+from immunity_fast.training.shards import save_shards
 from immunity_fast.training.state import TrainingState
 from immunity_fast.training.validation import training_means, validate
 
@@ -35,8 +38,8 @@ def train(
 ) -> None:
     """Train from where the state is to the end; the first process writes records and checkpoints.
 
-    Ctrl-C and SIGTERM stop it behind a step, which is saved, or behind an epoch's checks; one process of several at
-    once.
+    Ctrl-C and SIGTERM stop it behind a step, which is saved, or behind an epoch's checks; of several processes all, at
+    the same step, whichever of them got the signal.
 
     Args:
         state: what is trained; `state.history` gets the records.
@@ -53,9 +56,10 @@ def train(
     """
     first = distributed.rank() == 0
     callbacks = Callbacks() if callbacks is None else callbacks
+    agreement = distributed.Agreement()
+    if run is not None and distributed.of_first(run.last_checkpoint is None):
+        write_checkpoint(state, run, callbacks)
     if first and run is not None:
-        if not run.checkpoint.is_file():
-            write_checkpoint(state, run, callbacks)
         run.forget_metrics_after(state.epoch)
         state.history = run.metrics()
     with (
@@ -63,17 +67,19 @@ def train(
         # After these: on a full disk TensorBoard's thread would print a traceback.
         logging_to(loggers if first else (), state, run, display) as log,
         steps_profiled(state, run) as profile,
-        # Several would stop at different steps.
-        interrupts.deferred(distributed.count() == 1 and run is not None) as asked,
+        interrupts.deferred(run is not None and agreement.possible) as asked,
     ):
         callbacks.call("on_fit_start")
         while state.epoch < state.config.epochs and state.stopped is None:
             callbacks.call("on_epoch_start")
-            images, seconds = take_steps(state, run, callbacks, display, profile, asked)
+            images, seconds = take_steps(
+                state, run, callbacks, display, profile, lambda: agreement.ask(asked[0] if asked else 0)
+            )
             state.synchronize()
             check_finite(state, run)
             state.epoch += 1
-            record = check(state, run, display, images, seconds) if first else None
+            # Of a model in shards each process has a part, and all are asked.
+            record = check(state, run, display, images, seconds) if first or state.config.shard else None
             if record is not None:
                 log.log(record, state.epoch)
             state.sums.zero_()
@@ -82,15 +88,23 @@ def train(
                 state.stopped = distributed.first_of_any(state.stopped)
             if state.stopped is not None:
                 display.line(f"epoch {state.epoch}: training ends: {state.stopped}")
-            if first and run is not None:
+            if run is not None:
                 write_checkpoint(state, run, callbacks)
+            if first and run is not None:
                 run.diverged.unlink(missing_ok=True)  # what had diverged before has got past it
-            interrupts.stop_if(asked)
+            interrupts.stop_if(agreement.now(asked[0] if asked else 0))
+        if run is not None and state.config.shard and first:
+            display.line(join(run.folder))
         callbacks.call("on_fit_end")
 
 
 def take_steps(
-    state: TrainingState, run: Run | None, callbacks: Callbacks, display: Display, profile: Any, asked: Sequence[int]
+    state: TrainingState,
+    run: Run | None,
+    callbacks: Callbacks,
+    display: Display,
+    profile: Any,
+    asked: Callable[[], int],
 ) -> tuple[int, float]:
     """The rest of an epoch's steps, with a checkpoint now and then.
 
@@ -98,28 +112,34 @@ def take_steps(
         state, run: what is trained, and where it is saved.
         callbacks, display: are told of each step.
         profile: the profiler, is told as well; None where there is none.
-        asked: the signals that have come, see `interrupts.deferred`; the first one stops the training, saved.
+        asked: is called once a step: the signal by which the training is to stop, saved; or 0.
 
     Returns:
         (images seen, seconds).
     """
+    reader = state.dataset.reader
+    if reader is not None:
+        reader.waited = 0.0
     loader, started, images = state.loader, time.perf_counter(), 0
     state.model.train()
     for batch in loader:
         measured = state.advance(batch)
-        display.step_taken()
         images += len(batch.labels) * distributed.count()
         if profile is not None:
             profile.step()
+        if not state.between_steps:
+            continue
+        display.step_taken()
         if callbacks.sees_steps:
             callbacks.call("on_step_end", StepMetrics(measured))
+        signal = asked()
         if (
             run is not None
             and loader.position < len(loader)
-            and (asked or state.step % state.config.checkpoint_every == 0)
+            and (signal or state.step % state.config.checkpoint_every == 0)
         ):
             save(state, run, callbacks)
-            interrupts.stop_if(asked)
+            interrupts.stop_if(signal)
     synchronize(state.device)
     return images, time.perf_counter() - started
 
@@ -136,6 +156,7 @@ def check(state: TrainingState, run: Run | None, display: Display, images: int, 
         The epoch's record.
     """
     display.checking()
+    reading = {} if state.dataset.reader is None else state.dataset.reader.measured(seconds)
     record: dict[str, Any] = {
         "epoch": state.epoch,
         "step": state.step,
@@ -144,11 +165,13 @@ def check(state: TrainingState, run: Run | None, display: Display, images: int, 
         **validate(state),
         "images_per_second": images / seconds,
         "seconds": seconds,
+        **reading,
     }
     doubts: dict[str, str] = record.pop("val_doubts", {})
     state.history.append(record)
     if run is not None:
-        run.append_metrics(record)
+        if distributed.rank() == 0:
+            run.append_metrics(record)
         save_best(state, run)
     display.epoch_checked(record, doubts)
     lost = collapsed(state.history, min(state.config.check_images, len(state.dataset.validation)))
@@ -164,22 +187,29 @@ def save_best(state: TrainingState, run: Run) -> None:
     """
     if state.config.monitored is None:
         return
-    monitor = Monitor(state.config.monitored)
-    best = best_epoch(monitor, state.history)
-    if best is not None and best == len(state.history) - 1:
-        save_model(state, run.best_checkpoint, {monitor.name: state.history[best][monitor.name]})
+    monitor, history = Monitor(state.config.monitored), state.history
+    if state.config.shard:
+        history = distributed.of_first(list(history))
+    best = best_epoch(monitor, history)
+    if best is not None and best == len(history) - 1:
+        save_model(state, run.best_checkpoint, {monitor.name: history[best][monitor.name]})
 
 
 def save_model(state: TrainingState, path: Path, monitored: Mapping[str, float] | None = None) -> None:
     """Write the model alone, or the average of its weights, where there is one.
 
     Args:
-        state: whose model.
-        path: the file.
+        state: whose model; where its weights are in shards, all processes call this.
+        path: the file, which the first process writes.
         monitored: by what the epoch was chosen.
     """
+    tensors, config = state.weights(), state.config
+    if config.shard:
+        tensors = as_ordinary(whole_tensors(state.model, tensors), config.arch, config.stage, config.experts)
+    if distributed.rank():
+        return
     info = state.info() | ({} if monitored is None else {"monitored": dict(monitored)})
-    save_checkpoint(path, {f"model/{name}": value for name, value in state.weights().items()}, info)
+    save_checkpoint(path, {f"model/{name}": value for name, value in tensors.items()}, info)
 
 
 def save(state: TrainingState, run: Run, callbacks: Callbacks) -> None:
@@ -190,15 +220,22 @@ def save(state: TrainingState, run: Run, callbacks: Callbacks) -> None:
     """
     state.synchronize()
     check_finite(state, run)
-    if distributed.rank() == 0:
-        write_checkpoint(state, run, callbacks)
+    write_checkpoint(state, run, callbacks)
 
 
 def write_checkpoint(state: TrainingState, run: Run, callbacks: Callbacks) -> None:
-    """Write the run's checkpoint of the state and of what callbacks have gathered."""
-    listed, tensors = callbacks.state()
+    """Write the run's checkpoint of the state and of what callbacks have gathered.
+
+    The first process does, or of weights in shards all of them.
+    """
+    listed, of_callbacks = callbacks.state()
     info = state.info() | ({"callbacks": listed} if listed else {})
-    save_checkpoint(run.checkpoint, state.tensors() | {f"callbacks/{name}": t for name, t in tensors.items()}, info)
+    kept = {f"callbacks/{name}": tensor for name, tensor in of_callbacks.items()}
+    if state.config.shard:
+        rest = state.rest() | kept
+        save_shards(run.folder, state.step, state.shards(), lambda file: save_checkpoint(file, rest, info))
+    elif distributed.rank() == 0:
+        save_checkpoint(run.checkpoint, state.tensors() | kept, info)
     state.saved_step = state.step
 
 
@@ -245,4 +282,5 @@ def check_finite(state: TrainingState, run: Run | None) -> None:
 def is_finite(state: TrainingState) -> bool:
     """Whether loss, weights and statistics are all numbers."""
     # The weights too: a gradient can be NaN where the loss, from before its step, is not.
-    return all(bool(tensor.isfinite().all()) for tensor in (state.sums, *state.model.state_dict().values()))
+    finite = all(bool(local(t).isfinite().all()) for t in (state.sums, *state.model.state_dict().values()))
+    return all(distributed.every(finite)) if state.config.shard else finite

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from immunity_fast.data.datasets import ImageDataset
+from immunity_fast.data.datasets import ImageDataset, Split
 from immunity_fast.data.own import NAME as OWN
-from immunity_fast.data.own import OwnDataset, own_dataset
+from immunity_fast.data.own import OwnDataset, as_split, check_labels, hard, own_dataset, resident
+from immunity_fast.evaluation.results import Results
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 from immunity_fast.runtime import cli, distributed
 from immunity_fast.training import loggers as logging_places
@@ -24,6 +25,7 @@ from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.loggers import Logger
 from immunity_fast.training.loop import save_model, train
 from immunity_fast.training.preparation import check_changes, prepare
+from immunity_fast.training.records import Records
 from immunity_fast.training.run_evaluation import evaluate_trained
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
@@ -134,7 +136,7 @@ class Trainer:
         trainer._resume = True
         return trainer
 
-    def fit(self, *, resume: bool | Literal["auto"] | str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:
+    def fit(self, *, resume: bool | Literal["auto"] | str | os.PathLike[str] | None = None) -> Records:
         """Train to the end, or until somebody calls `stop`.
 
         Args:
@@ -174,12 +176,13 @@ class Trainer:
         if folder is not None and self._resume == "auto":
             goes_on = Run(folder).config_file.is_file()
         if self.state is None:
-            if folder is not None and goes_on:
-                self._take_settings(Run.open(folder))
-            elif folder is not None and main_process:
-                Run.check_free(folder)
-            if held is not None and goes_on and folder is not None and main_process:
-                held.enter_context(Run(folder).locked())
+            with distributed.together():
+                if folder is not None and goes_on:
+                    self._take_settings(Run.open(folder))
+                elif folder is not None and main_process:
+                    Run.check_free(folder)
+                if held is not None and goes_on and folder is not None and main_process:
+                    held.enter_context(Run(folder).locked())
             self.state, self.run = prepare(
                 folder,
                 goes_on,
@@ -191,8 +194,9 @@ class Trainer:
             goes_on = goes_on and held is not None
         else:
             goes_on = False
-        if held is not None and self.run is not None and not goes_on and main_process:
-            held.enter_context(self.run.locked())
+        with distributed.together():
+            if held is not None and self.run is not None and not goes_on and main_process:
+                held.enter_context(self.run.locked())
         if not self._loaded:
             self._callbacks.load(*self.state.saved_callbacks)
             self._loaded = True
@@ -231,11 +235,11 @@ class Trainer:
         found = self._measured("test", data)
         return {name.replace("val_", "test_", 1): value for name, value in found.items()}
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self) -> Results:
         """What the command ends with: attacks on the test split; in a run's folder the tables, figures and the report.
 
         Returns:
-            See `evaluation.results.results`.
+            What was found, which a notebook shows as tables; with a run's folder `report` is the file for a browser.
 
         Raises:
             ValueError: there are no test images, or the training has not ended.
@@ -243,7 +247,7 @@ class Trainer:
         state = self._ready()
         if not len(state.dataset.test):
             raise ValueError("test: expected images to evaluate on, got none")
-        return evaluate_trained(state, self.run)
+        return evaluate_trained(state, self.run, printed=False)
 
     def save_model(self, path: str | os.PathLike[str]) -> Path:
         """Write the model alone, which `immunity_fast.load` takes; of averaged weights their average.
@@ -251,9 +255,8 @@ class Trainer:
         Args:
             path: the file, `….safetensors`.
         """
-        if distributed.rank() == 0:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            save_model(self._ready(), Path(path))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        save_model(self._ready(), Path(path))
         return Path(path)
 
     def load_weights(self, weights: Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
@@ -302,9 +305,9 @@ class Trainer:
         return self._callbacks.callbacks
 
     @property
-    def history(self) -> list[dict[str, Any]]:
-        """The records of the epochs so far, as metrics.jsonl has them."""
-        return [] if self.state is None and not self._resume else self._ready().history
+    def history(self) -> Records:
+        """The records of the epochs so far, as metrics.jsonl has them; a notebook shows them as a table."""
+        return Records() if self.state is None and not self._resume else Records(self._ready().history)
 
     @property
     def epoch(self) -> int:
@@ -381,13 +384,14 @@ class Trainer:
             loggers = self.config.loggers
             if loggers == TrainConfig().loggers and not logging_places.is_installed(loggers):
                 return []  # nobody has asked for it
-        return logging_places.made(loggers) if distributed.first_to_be() else []
+        return logging_places.made(loggers) if distributed.in_first() else []
 
     def _dataset(self) -> ImageDataset | None:
         train, validation, test = self._data
         classes = None if self._model is None else self._model.num_classes
         if train is None:
             return None
+        workers = self.config.worker_processes
         dataset = own_dataset(
             train,
             validation,
@@ -395,7 +399,8 @@ class Trainer:
             classes=self._classes,
             num_classes=classes,
             steps=self._steps,
-            workers=getattr(self.config, "worker_processes", 0) if self.config.dataset == OWN else 0,
+            ignore_index=self.config.ignore_index,
+            workers=0 if workers == "auto" else workers,  # most data sets are in memory
         )
         if classes is not None and dataset.num_classes != classes:
             raise ValueError(f"model: expected {dataset.num_classes} classes, as the data have, got {classes}")
@@ -407,11 +412,10 @@ class Trainer:
         state = self._ready()
         split = getattr(state.dataset, part)
         if data is not None:
-            given = own_dataset(data, classes=state.dataset.num_classes)
-            from immunity_fast.data.own import hard, resident
-
-            split = resident(given.train)
-            split = dataclasses.replace(split, labels=hard(split.labels)).to(state.device)
+            given = resident(as_split(data, "data"))
+            labels = hard(given.labels)
+            check_labels(labels, state.dataset.num_classes, "data")
+            split = Split(given.images, labels).to(state.device)
         if not len(split):
             raise ValueError(f"{part}: expected images to look at, got none")
         found = validate(state, split)

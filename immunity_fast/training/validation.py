@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from immunity_fast.attacks import Attack
 from immunity_fast.attacks.checks import check_finite, not_finite
-from immunity_fast.data.datasets import Split
+from immunity_fast.data.datasets import AnySplit, Split
 from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample
 from immunity_fast.evaluation.metrics import correct, heatmap_metrics
 from immunity_fast.functional import log_mixture
@@ -29,7 +29,7 @@ def training_means(state: TrainingState) -> dict[str, float]:
     return means | {"mutual_information": math.log(experts) - means["mutual_information_loss"] / experts}
 
 
-def validate(state: TrainingState, split: Split | None = None) -> dict[str, Any]:
+def validate(state: TrainingState, split: AnySplit | None = None) -> dict[str, Any]:
     """Accuracies and heatmap measures on the validation split; attacks are on the exact mean and judged on it.
 
     Of the averaged weights, where there are such. A check that cannot be made, of a network that has died, say, ends
@@ -52,7 +52,7 @@ def validate(state: TrainingState, split: Split | None = None) -> dict[str, Any]
         gate.generator = drawn_from
 
 
-def _validate(state: TrainingState, split: Split) -> dict[str, Any]:
+def _validate(state: TrainingState, split: AnySplit) -> dict[str, Any]:
     state.model.eval()
     measured: dict[str, Any] = {}
     missing: dict[str, str] = {}
@@ -77,14 +77,15 @@ def _validate(state: TrainingState, split: Split) -> dict[str, Any]:
     return measured | {name: note for name, note in notes.items() if note}
 
 
-def _checks(state: TrainingState, split: Split) -> dict[str, Callable[[], dict[str, float]]]:
+def _checks(state: TrainingState, split: AnySplit) -> dict[str, Callable[[], dict[str, float]]]:
     """What is measured after an epoch, in order, each independent of whether the others can be."""
     config = state.config
     if not len(split):
         return {}
-    checked = sample(split, config.check_images)
+    # Read by the first check that needs them: an image that cannot be read costs that check alone.
+    checked = cache(lambda: sample(split, config.check_images))
     checks: dict[str, Callable[[], dict[str, float]]] = {"accuracy": lambda: _accuracies(state, split)}
-    if len(checked):
+    if config.check_images:
         starts = torch.Generator().manual_seed(config.seed)
         attacks = {"pgd10": Attack(config.eps, config.eps / 4, steps=10, random_start=True)}
         if config.adversarial != "off":  # against both, the collapse of single-step training shows
@@ -92,11 +93,11 @@ def _checks(state: TrainingState, split: Split) -> dict[str, Callable[[], dict[s
         for name, attack in attacks.items():
             checks[name] = partial(_attacked_accuracy, state, name, attack, checked, starts)
         if state.model.num_experts > 1:
-            checks["heatmaps"] = lambda: _heatmaps(state, checked)
+            checks["heatmaps"] = lambda: _heatmaps(state, checked())
     return checks
 
 
-def _accuracies(state: TrainingState, validation: Split) -> dict[str, float]:
+def _accuracies(state: TrainingState, validation: AnySplit) -> dict[str, float]:
     def expert_logits(images: Tensor) -> Tensor:
         logits = state.expert_logits(images)
         check_finite(not_finite(logits))  # the largest of such numbers would pass for an answer
@@ -112,9 +113,9 @@ def _accuracies(state: TrainingState, validation: Split) -> dict[str, float]:
 
 
 def _attacked_accuracy(
-    state: TrainingState, name: str, attack: Attack, checked: Split, starts: torch.Generator
+    state: TrainingState, name: str, attack: Attack, images_of: Callable[[], Split], starts: torch.Generator
 ) -> dict[str, float]:
-    model, survived = state.model, 0
+    model, survived, checked = state.model, 0, images_of()
 
     def mean_of_gate(images: Tensor) -> Tensor:
         return log_mixture(state.expert_logits(images))

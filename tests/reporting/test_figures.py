@@ -113,7 +113,7 @@ def test_labels_with_dollar_signs_and_long_labels_are_drawn(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("images", "heatmaps", "labels", "message"),
     [
-        ((2, 1, 8, 8), (3, 2, 8, 8), 2, r"images: expected shape \(n, 3, H, W\).*\(2, 1, 8, 8\)"),
+        ((2, 0, 8, 8), (3, 2, 8, 8), 2, r"images: expected shape \(n, C, H, W\).*\(2, 0, 8, 8\)"),
         ((0, 3, 8, 8), (3, 0, 8, 8), 0, r"images: .*\(0, 3, 8, 8\)"),
         ((2, 3, 8, 8), (3, 2, 4, 4), 2, r"heatmaps: expected shape \(N, 2, 8, 8\).*got \(3, 2, 4, 4\)"),
         ((2, 3, 8, 8), (0, 2, 8, 8), 2, r"heatmaps: .*got \(0, 2, 8, 8\)"),
@@ -360,7 +360,7 @@ def test_labels_of_attacked_images_may_be_any_text(tmp_path: Path, drawn: list[F
 @pytest.mark.parametrize(
     ("argument", "shape", "message"),
     [
-        (0, (2, 1, 8, 8), r"clean: expected shape \(n, 3, H, W\).*got \(2, 1, 8, 8\)"),
+        (0, (2, 0, 8, 8), r"clean: expected shape \(n, C, H, W\).*got \(2, 0, 8, 8\)"),
         (1, (1, 3, 8, 8), r"attacked: expected .* \(2, 3, 8, 8\), got \(1, 3, 8, 8\)"),
         (1, (2, 3, 8, 9), r"attacked: expected .*got \(2, 3, 8, 9\)"),
         (2, (3, 2, 4, 4), r"clean_heatmaps: expected shape \(N, 2, 8, 8\), N ≥ 1, to fit clean .*got \(3, 2, 4, 4\)"),

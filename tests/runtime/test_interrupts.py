@@ -244,7 +244,7 @@ def test_several_processes_that_are_not_torchrun_s_are_named(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("immunity_fast.runtime.distributed.TIMEOUT", timedelta(seconds=2))
+    monkeypatch.setattr("immunity_fast.runtime.distributed.MEETING", timedelta(seconds=2))
     line = error_line(capsys, train.main, [*options(data), "--out", str(tmp_path / "run")])
     assert expected in line
     assert not (tmp_path / "run").exists()

@@ -115,8 +115,19 @@ EFFECTS: dict[str, Any] = {
     "smoothing": 0.3,
     "score": "probability",
     "detach_weights": True,
+    "label_smoothing": 0.2,
+    "class_weights": "1,2,0.5",
+    "ignore_index": 1,
+    "mixup": 0.4,
+    "cutmix": 1.0,
     "lr": 0.3,
     "momentum": 0.5,
+    "accumulate": 2,
+    "optimizer": "adamw",
+    "schedule": "linear",
+    "warmup_epochs": 0.5,
+    "lr_min": 0.01,
+    "decay": "weights",
     "weight_decay": 0.1,
     "clip_grad_norm": 0.1,
     "crop_padding": 0,
@@ -128,15 +139,18 @@ EFFECTS: dict[str, Any] = {
     "amp": "bf16",
 }
 NO_EFFECT: dict[str, Any] = {"check_images": 4, "attack_images": 3, "checkpoint_every": 1, "ema": 0.5, "profile": True}
-OF_IMAGES = {"preset", "dataset", "data", "image_size", "limit_train"}  # `_train` is given its images
+# `_train` is given its images.
+OF_IMAGES = {"preset", "dataset", "data", "image_size", "channels", "stream", "workers", "limit_train"}
 BEGINNING = {"stem", "weights", "perturbation"}  # with what networks begin: test_any_network.py
 OF_TRAINER = {"early_stopping", "monitor", "loggers"}  # test_trainer.py, test_callbacks.py, test_loggers.py
-ALIKE = {"device", "compile", "batching", "double_backprop", "float32"}  # the same but for rounding
+# Of other optimisers and schedules than the default: test_optimizers.py, test_schedules.py
+OTHERS = {"betas", "optimizer_eps", "milestones", "lr_factor"}
+ALIKE = {"device", "compile", "batching", "double_backprop", "float32", "shard"}  # the same but for rounding
 
 
 def test_of_every_setting_it_is_known_whether_it_has_an_effect() -> None:
     # ATTACK_SETTINGS: test_adversarial_training.py
-    known = [*EFFECTS, *NO_EFFECT, *OF_IMAGES, *BEGINNING, *OF_TRAINER, *ALIKE, *ATTACK_SETTINGS]
+    known = [*EFFECTS, *NO_EFFECT, *OTHERS, *OF_IMAGES, *BEGINNING, *OF_TRAINER, *ALIKE, *ATTACK_SETTINGS]
     assert len(known) == len(set(known))
     assert {field.name for field in dataclasses.fields(TrainConfig)} <= set(known)
 
@@ -233,8 +247,8 @@ def test_a_record_holds_the_means_of_its_epoch(tmp_path: Path, monkeypatch: pyte
     steps = []
     take = TrainStep.__call__
 
-    def recorded(*arguments: Any) -> torch.Tensor:
-        steps.append(take(*arguments))
+    def recorded(*arguments: Any, **options: Any) -> torch.Tensor:
+        steps.append(take(*arguments, **options))
         return steps[-1]
 
     monkeypatch.setattr(TrainStep, "__call__", recorded)
@@ -254,9 +268,9 @@ def test_the_learning_rate_falls_over_the_whole_run(tmp_path: Path, monkeypatch:
     rates = []
     take = TrainStep.__call__
 
-    def recorded(step: TrainStep, *batch: Any) -> torch.Tensor:
+    def recorded(step: TrainStep, *batch: Any, **options: Any) -> torch.Tensor:
         rates.extend(group["lr"] for group in step.optimizer.param_groups)
-        return take(step, *batch)
+        return take(step, *batch, **options)
 
     monkeypatch.setattr(TrainStep, "__call__", recorded)
     _train(dataset(), tmp_path / "run", epochs=2, lr=0.04)
