@@ -10,15 +10,18 @@ from setuptools import setup
 # compares the two. torch, triton and torchvision must not be raised beyond what rented GPUs come with: 2.11, 3.6, 0.26.
 ATTACKS = ["torchattacks>=3.5,<3.6"]  # whose internals attacks/autoattack.py replaces, see its test
 EXPORT = ["onnx>=1.17", "onnxscript>=0.6"]  # torch 2.11's exporter asks onnxscript for an interface that 0.6 brought
+NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]  # what runs a notebook without a browser
 HUB = ["huggingface_hub>=0.25", "safetensors>=0.4"]
 TRAIN = [
     "jinja2>=3.1",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "pillow>=10",
+    "pyyaml>=6.0.1",  # the first with a wheel for Python 3.12
     "rich>=13",
     "safetensors>=0.4",
     "scikit-learn>=1.3.1",  # the first with a wheel for Python 3.12
+    "shtab>=1.10",  # completion of the console command
     "tensorboard>=2.15",
     "torchvision>=0.26",
 ]
@@ -27,6 +30,7 @@ TEST = [
     *ATTACKS,
     *EXPORT,
     *HUB,
+    *NOTEBOOK,
     "hypothesis>=6.100",
     "onnxruntime>=1.20",
     "pytest>=8",
@@ -91,14 +95,16 @@ setup(
         "immunity_fast": ["py.typed"],
         "immunity_fast.reporting": ["report.html.jinja"],
         "immunity_fast.reproduction": ["gallery.html.jinja"],
-        "immunity_fast.runtime": ["strategies.json"],
+        "immunity_fast.runtime": ["options.json", "strategies.json"],
     },
+    entry_points={"console_scripts": ["immunity-fast = immunity_fast.__main__:main"]},
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": TRAIN,
         "attacks": ATTACKS,
         "export": EXPORT,
         "hub": HUB,
+        "notebook": NOTEBOOK,
         "test": TEST,
         "docs": DOCS,
         "dev": DEV,

@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from benchmarks.outcomes import write
-from immunity_fast.kernels import cross_entropy, heatmap_losses, heatmaps, multi_tensor
+from immunity_fast.kernels import cross_entropy, heatmap_losses, heatmaps, multi_tensor, soft_cross_entropy
 
 TARGETS = (80, 90, 100)
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB that a block can have; CUDA programming guide, compute capabilities
@@ -109,10 +109,13 @@ def losses(samples: int, shape: tuple[int, int, int], dtype: torch.dtype, channe
     if form == "sliced":  # no axis is contiguous, rows do not follow each other
         activations = [part[..., 1::2] for part in activations]
     gradients = [part[..., 0, 0].contiguous() if form == "sums" else part for part in activations]
-    information, stability, *saved = heatmap_losses.heatmap_losses(activations, gradients, size, True, 0.01, 0.5, "")
-    heatmap_losses.heatmap_losses_backward(
-        information, stability, activations, *saved, True, 0.01, 0.5, dtype, True, True
-    )
+    for counted in (None, untouched((samples,), torch.float32)):
+        information, stability, *saved = heatmap_losses.heatmap_losses(
+            activations, gradients, size, True, 0.01, 0.5, "", counted
+        )
+        heatmap_losses.heatmap_losses_backward(
+            information, stability, activations, *saved, counted, True, 0.01, 0.5, dtype, True, True
+        )
     maps, *saved = heatmaps.gradcam_heatmaps(activations, gradients, size, 0.5)
     heatmaps.gradcam_heatmaps_backward(maps, activations, *saved, 0.5, dtype, True, True)
 
@@ -123,6 +126,12 @@ def mixture(samples: int, classes: int, dtype: torch.dtype) -> None:
     targets = untouched((samples,), torch.int64)
     found, statistics = cross_entropy.mixture_cross_entropy(logits, gate, targets, 1.0)
     cross_entropy.mixture_cross_entropy_backward(found, logits, gate, targets, statistics, 1.0)
+    coefficients = untouched((samples, classes), torch.float32)
+    found, statistics = soft_cross_entropy.soft_mixture_cross_entropy(logits, gate, coefficients, 1.0)
+    for needs in (False, True):
+        soft_cross_entropy.soft_mixture_cross_entropy_backward(
+            found, logits, gate, coefficients, statistics, 1.0, needs
+        )
 
 
 def update(aligned: bool, scaled: bool) -> None:

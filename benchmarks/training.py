@@ -39,7 +39,7 @@ from immunity_fast.runtime.precision import set_float32
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.loop import check_finite, synchronize, train
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 
 EPOCHS = {"standard": 16, "fgsm-rs": 15}
 BATCH, LR = 512, 0.2  # 0.05 for 128 images, as the preset "fast" has it, in proportion
@@ -62,7 +62,7 @@ class OutOfTimeError(Exception):
     """A training that has reached its limit."""
 
 
-class LimitedTrainer(Trainer):
+class LimitedTraining(TrainingState):
     """A trainer that stops at a time."""
 
     until = math.inf  # of `time.monotonic`
@@ -135,7 +135,7 @@ def attackable(seconds: float, every: float, each: float, images: int) -> int:
     return min(images, ATTACKED, max(FEWEST, math.floor((seconds - every) / each)))
 
 
-def take_steps(trainer: Trainer, count: int) -> float:
+def take_steps(trainer: TrainingState, count: int) -> float:
     """Take steps of the present epoch, as the training goes on from them; the seconds of one."""
     synchronize(trainer.device)
     begin = time.perf_counter()
@@ -147,12 +147,12 @@ def take_steps(trainer: Trainer, count: int) -> float:
     return (time.perf_counter() - begin) / count
 
 
-def exact_mean(trainer: Trainer) -> LabelledModel:
+def exact_mean(trainer: TrainingState) -> LabelledModel:
     """What is attacked, and what judges: the exact expectation of the gate's permutations, or the single network."""
     return gate_attackers.attacker(trainer.model, "mean")
 
 
-def gradient_seconds(trainer: Trainer, images: Tensor, labels: Tensor) -> float:
+def gradient_seconds(trainer: TrainingState, images: Tensor, labels: Tensor) -> float:
     """Of one step of an attack on a batch, as it will be taken: in evaluation mode and in float32."""
     set_float32("ieee")
     trainer.model.eval()
@@ -238,7 +238,7 @@ def rounded(value: Any) -> Any:
     return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def prepared(name: str, options: argparse.Namespace) -> LimitedTrainer:
+def prepared(name: str, options: argparse.Namespace) -> LimitedTraining:
     """A trainer that has taken its first step; what is known of it by then is reported."""
     config = config_of(name, options.data, options.rehearse)
     set_float32(config.float32)
@@ -249,7 +249,7 @@ def prepared(name: str, options: argparse.Namespace) -> LimitedTrainer:
         error = sys.exc_info()[1]
         said.append(outcomes.shortened(text if error is None else f"{outcomes.innermost_cause(error)} ({text})"))
 
-    trainer = LimitedTrainer(config, data_of(options.data, options.rehearse), DEVICE, log)
+    trainer = LimitedTraining(config, data_of(options.data, options.rehearse), DEVICE, log)
     # A few passes an epoch: compiling them takes longer than they do.
     trainer._expert_logits = Compiled(trainer.model.expert_logits, "off", trainer.device)
     loaded = time.perf_counter()
@@ -271,7 +271,7 @@ def prepared(name: str, options: argparse.Namespace) -> LimitedTrainer:
 
 
 def trained(
-    name: str, trainer: LimitedTrainer, scratch: Path, deadline: float, rehearse: bool
+    name: str, trainer: LimitedTraining, scratch: Path, deadline: float, rehearse: bool
 ) -> tuple[float, int] | None:
     """Train within the time; the seconds of an attack's gradient and how many images to attack, or None for nothing."""
     begin = time.monotonic()
@@ -318,7 +318,7 @@ def trained(
     return gradient, count
 
 
-def evaluated(name: str, trainer: Trainer, deadline: float, gradient: float, count: int, rehearse: bool) -> None:
+def evaluated(name: str, trainer: TrainingState, deadline: float, gradient: float, count: int, rehearse: bool) -> None:
     """Accuracies on the test split, clean and attacked."""
     set_float32("ieee")
     trainer.model.eval()

@@ -1,17 +1,25 @@
-"""Mixtures of experts made harder to attack, fast: arXiv 2402.18787 for PyTorch."""
+"""Mixtures of experts made harder to attack, fast: arXiv 2402.18787 for PyTorch.
+
+What is public here is imported when it is first asked for: the console command lists its commands, and completes their
+options, without the seconds that PyTorch takes.
+"""
+
+from __future__ import annotations
 
 from immunity_fast.runtime import interrupts  # noqa: F401  before what takes seconds to import
 
 # isort: split
+import importlib
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from immunity_fast.losses import FusedImmunityLoss, ImmunityTerms
-from immunity_fast.models.capture import capture_activations
-from immunity_fast.models.gate import RandomSwitchGate, SwitchingGateWarning
-from immunity_fast.models.moe import ImmunityMoE, UnsynchronisedWarning
+    from immunity_fast.losses import FusedImmunityLoss, ImmunityTerms
+    from immunity_fast.models.capture import capture_activations
+    from immunity_fast.models.gate import RandomSwitchGate, SwitchingGateWarning
+    from immunity_fast.models.moe import ImmunityMoE, UnsynchronisedWarning
 
 __all__ = [
     "FusedImmunityLoss",
@@ -25,6 +33,36 @@ __all__ = [
     "load",
 ]
 __version__ = "0.1.0"
+
+# Where the public names are from.
+_MODULES = {
+    "FusedImmunityLoss": "losses",
+    "ImmunityMoE": "models.moe",
+    "ImmunityTerms": "losses",
+    "RandomSwitchGate": "models.gate",
+    "SwitchingGateWarning": "models.gate",
+    "UnsynchronisedWarning": "models.moe",
+    "capture_activations": "models.capture",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of the package, when it is first asked for."""
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_"):
+        try:
+            return importlib.import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as missing:
+            if missing.name != f"{__name__}.{name}":
+                raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def load(

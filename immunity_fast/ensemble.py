@@ -7,6 +7,8 @@ is a run folder that has ended: `immunity_fast.evaluate` takes it as any other.
 from __future__ import annotations
 
 from immunity_fast.runtime import cli
+from immunity_fast.runtime.commands import program
+from immunity_fast.runtime.parser import description
 from immunity_fast.training.ensemble import join
 
 
@@ -19,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
         cli.InputError, OSError: what was given is wrong; one clear line.
         KeyboardInterrupt: it was stopped, and has said how to go on.
     """
-    parser = cli.Parser(prog="python -m immunity_fast.ensemble", description=(__doc__ or "").split("\n")[0])
+    parser = cli.Parser(prog=program("ensemble"), description=description(__doc__))
     parser.add_argument("runs", type=cli.path, nargs="+", metavar="RUN", help="a run of one network (--experts 1)")
     parser.add_argument("--out", type=cli.path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--trust-code", action="store_true", help=cli.TRUST_CODE)

@@ -10,6 +10,8 @@ from typing import Any
 
 from immunity_fast.deployment.explaining import FOLDER, explain_named
 from immunity_fast.runtime import cli
+from immunity_fast.runtime.commands import program
+from immunity_fast.runtime.parser import description
 
 
 def parse(arguments: list[str] | None) -> dict[str, Any]:
@@ -18,7 +20,7 @@ def parse(arguments: list[str] | None) -> dict[str, Any]:
     Raises:
         ValueError: a device that cannot be used.
     """
-    parser = cli.Parser(prog="python -m immunity_fast.explain", description=(__doc__ or "").split("\n")[0])
+    parser = cli.Parser(prog=program("explain"), description=description(__doc__))
     parser.add_argument("run", type=cli.path, metavar="RUN", help="a folder of a run, or a checkpoint")
     parser.add_argument(
         "images",

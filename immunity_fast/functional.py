@@ -26,20 +26,28 @@ from immunity_fast.arguments import (
     check_device,
     check_gate,
     check_maps,
-    check_targets,
     checked_size,
     join_experts,
     stack_experts,
 )
 from immunity_fast.kernels import reference
 from immunity_fast.runtime.checks import check_choice, check_weight
-from immunity_fast.runtime.precision import at_least_float32
+from immunity_fast.runtime.precision import accumulation_dtype, at_least_float32
+from immunity_fast.targets import (
+    IGNORE_INDEX,
+    ClassWeights,
+    TargetOptions,
+    Targets,
+    checked_class_weights,
+    read_targets,
+)
 
 try:
     from immunity_fast.kernels import cross_entropy as fused_cross_entropy
     from immunity_fast.kernels import heatmap_losses as fused_losses
     from immunity_fast.kernels import heatmaps as fused_heatmaps
     from immunity_fast.kernels import launch
+    from immunity_fast.kernels import soft_cross_entropy as fused_soft_cross_entropy
 except ImportError:  # Triton is not made for every platform
     HAS_TRITON = False
 else:
@@ -147,9 +155,19 @@ def heatmap_losses(
 
 
 def losses_of_heatmaps(
-    activations: Experts, gradients: Experts, options: HeatmapOptions, layout: Layout = "NCHW"
+    activations: Experts,
+    gradients: Experts,
+    options: HeatmapOptions,
+    layout: Layout = "NCHW",
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`heatmap_losses` with its options in one.
+
+    Args:
+        activations, gradients, layout: see `heatmap_losses`.
+        options: the others of its arguments.
+        counted: (B,) bool, of the samples that count; of others the mutual-information loss is 0, and they have no part
+            in the position stability. None: all count.
 
     Raises:
         ValueError, TypeError: see `heatmap_losses`.
@@ -167,8 +185,9 @@ def losses_of_heatmaps(
             float(options.smoothing),
             scale,
             options.group_name,
+            None if counted is None else counted.float(),
         )
-        return mutual_information, position_stability
+        return _of_counted(mutual_information, counted), position_stability
     with torch.autocast(maps[0].device.type, enabled=False):
         inputs = _reference_inputs(maps, slopes, options.weight_scale)
         p = torch.cat([reference.distributions(*pair, options.size, options.smoothing) for pair in inputs])
@@ -177,8 +196,8 @@ def losses_of_heatmaps(
             scores = [reference.score_maps(*pair) for pair in inputs]
             in_information = torch.cat([reference.heatmaps(score, options.size) for score in scores])
         return (
-            reference.mutual_information_loss(in_information),
-            reference.position_stability(reference.centres(p), options.group_name),
+            _of_counted(reference.mutual_information_loss(in_information), counted),
+            reference.position_stability(reference.centres(p), options.group_name, counted),
         )
 
 
@@ -222,8 +241,14 @@ def gradients_of_heatmap_losses(
     of_stability: Tensor,
     options: HeatmapOptions,
     layout: Layout = "NCHW",
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`heatmap_loss_gradients` with its options in one.
+
+    Args:
+        activations, gradients, of_information, of_stability, layout: see `heatmap_loss_gradients`.
+        options: the others of its arguments.
+        counted: see `losses_of_heatmaps`.
 
     Raises:
         ValueError: an unknown layout.
@@ -233,20 +258,22 @@ def gradients_of_heatmap_losses(
     if not _use_triton(options.backend, "activations", [maps, slopes]):
         by_torch = replace(options, backend="torch")
         (information, stability), pullback = torch.func.vjp(  # type: ignore[misc]
-            lambda maps, slopes: losses_of_heatmaps(maps, slopes, by_torch), maps, slopes
+            lambda maps, slopes: losses_of_heatmaps(maps, slopes, by_torch, counted=counted), maps, slopes
         )
         of_maps, of_slopes = pullback((of_information, of_stability))
         return information, stability, channels_back(of_maps, layout), of_slopes
     (maps_part,), (slopes_part,) = check_maps(maps, slopes)
     scale = reference.weight_factor(maps, options.weight_scale)
     in_kernels = (options.normalize, float(options.smoothing), scale)
+    share = None if counted is None else counted.float()
     information, stability, *saved = fused_losses.heatmap_losses(
-        [maps_part], [slopes_part], list(options.size or maps.shape[3:]), *in_kernels, options.group_name
+        [maps_part], [slopes_part], list(options.size or maps.shape[3:]), *in_kernels, options.group_name, share
     )
+    of_information = _of_counted(of_information, counted)
     (of_maps,), of_slopes = fused_losses.heatmap_losses_backward(
-        of_information, of_stability, [maps_part], *saved, *in_kernels, slopes.dtype, True, True
+        of_information, of_stability, [maps_part], *saved, share, *in_kernels, slopes.dtype, True, True
     )
-    return information, stability, channels_back(of_maps, layout), of_slopes
+    return _of_counted(information, counted), stability, channels_back(of_maps, layout), of_slopes
 
 
 def mixture_log_probabilities(logits: Experts, gate: Tensor | None = None) -> Tensor:
@@ -279,15 +306,31 @@ def log_mixture(logits: Tensor, gate: Tensor | None = None) -> Tensor:
 
 
 def mixture_cross_entropy(
-    logits: Experts, gate: Tensor | None, targets: Tensor, alpha: float, *, backend: Backend = "auto"
+    logits: Experts,
+    gate: Tensor | None,
+    targets: Tensor,
+    alpha: float,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: ClassWeights = None,
+    ignore_index: int | None = IGNORE_INDEX,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cross-entropy of the mixture and, weighted by α, of each expert, eq. (2).
+
+    Of one network, or of experts that are alike with α = 0, it is `torch.nn.functional.cross_entropy` of the same
+    arguments with `reduction="none"`.
 
     Args:
         logits: (N, B, K), or N tensors (B, K).
         gate: see `mixture_log_probabilities`.
-        targets: (B,) integer labels in [0, K).
+        targets: (B,) integer labels in [0, K), or (B, K) probabilities, whose rows are ≥ 0 and sum to 1. On a CPU the
+            values are looked at; on a GPU, where that would wait for it, shape and dtype alone.
         alpha: weight of the experts' own cross-entropies, ≥ 0.
+        label_smoothing: ε in [0, 1]: a target t becomes (1 − ε)·t + ε/K.
+        class_weights: (K,), ≥ 0: what the classes' parts of the target are multiplied by.
+        ignore_index: the label of samples that are ignored, whose loss is 0 without a gradient; of probabilities the
+            value of a whole row. None: no sample is.
         backend: see `gradcam_heatmaps`.
 
     Returns:
@@ -296,24 +339,66 @@ def mixture_cross_entropy(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, value or type.
     """
+    options = TargetOptions(label_smoothing, checked_class_weights(class_weights), ignore_index)
     logits = join_experts("logits", logits, 3, "(N, B, K)")
     check_weight("alpha", alpha)
     check_choice("backend", backend, Backend)
     gate = check_gate(gate, logits, values=True)
-    targets = check_targets(targets, logits.shape[1], logits.shape[2])
+    found = read_targets(targets, logits.shape[1], logits.shape[2], options)
+    return cross_entropies(logits, gate, found, alpha, options, backend=backend)
+
+
+def cross_entropies(
+    logits: Tensor, gate: Tensor, targets: Targets, alpha: float, options: TargetOptions, *, backend: Backend = "auto"
+) -> Tensor:
+    """`mixture_cross_entropy` of targets that are read, (B,).
+
+    Raises:
+        ValueError: tensors of several devices, or a backend that cannot run.
+    """
     check_device("gate", logits, [gate])
-    check_device("targets", logits, [targets])
-    if _use_triton(backend, "logits", [logits, gate]):
-        losses: Tensor = fused_cross_entropy.mixture_cross_entropy(logits, gate, targets, float(alpha))[0]
-        return losses
-    return reference.mixture_cross_entropy(at_least_float32(logits), at_least_float32(gate), targets, alpha)
+    check_device("targets", logits, [targets.values])
+    by_kernel = _use_triton(backend, "logits", [logits, gate])
+    if not by_kernel:
+        logits, gate = at_least_float32(logits), at_least_float32(gate)
+    if not targets.soft and options.label_smoothing == 0:
+        if by_kernel:
+            losses: Tensor = fused_cross_entropy.mixture_cross_entropy(logits, gate, targets.values, float(alpha))[0]
+        else:
+            losses = reference.mixture_cross_entropy(logits, gate, targets.values, alpha)
+        weights = targets.weights(options)
+        return targets.masked(losses if weights is None else weights.to(losses.dtype) * losses)
+    coefficients = targets.coefficients(options, logits.shape[2], accumulation_dtype(logits))
+    if by_kernel:
+        losses = fused_soft_cross_entropy.soft_mixture_cross_entropy(logits, gate, coefficients, float(alpha))[0]
+    else:
+        losses = reference.soft_mixture_cross_entropy(logits, gate, coefficients, alpha)
+    return targets.masked(losses)
 
 
-def label_scores(logits: Experts, targets: Tensor, score: Score) -> Tensor:
-    """Sum over experts and samples of the label's logit or probability: what Grad-CAM differentiates; 0-d."""
+def label_scores(logits: Experts, targets: Tensor, score: Score, counted: Tensor | None = None) -> Tensor:
+    """Sum over experts and samples of what Grad-CAM differentiates; 0-d.
+
+    Args:
+        logits: (N, B, K), or N tensors (B, K).
+        targets: (B,) labels, of which it is the logit or the probability; or (B, K) probabilities t, of which it is
+            Σ_k t_k f_k or Σ_k t_k softmax(f)_k. They are constants to it.
+        score: which of the two.
+        counted: (B,) bool, of the samples that count; None: all do.
+    """
     logits = stack_experts("logits", logits, 3, "(N, B, K)")
     scores = logits.softmax(-1) if score == "probability" else logits
-    return scores.gather(-1, targets.expand(logits.shape[0], -1)[..., None]).sum()
+    if targets.dim() == 2:
+        shares = targets.detach().to(scores.dtype)
+        of_samples = (shares * torch.where(shares == 0, 0, scores)).sum(-1)
+    else:
+        of_samples = scores.gather(-1, targets.expand(logits.shape[0], -1)[..., None])[..., 0]
+    return _of_counted(of_samples, counted).sum()
+
+
+def _of_counted(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Values (…, B), 0 of the samples that do not count."""
+    return values if counted is None else torch.where(counted, values, 0)
 
 
 def _reference_inputs(

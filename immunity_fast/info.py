@@ -22,6 +22,7 @@ import immunity_fast
 from immunity_fast.experts import NAMES
 from immunity_fast.experts.libraries import LIBRARIES, names
 from immunity_fast.functional import HAS_TRITON
+from immunity_fast.runtime.commands import program
 from immunity_fast.runtime.compilation import keep_caches, resolve
 from immunity_fast.runtime.strategies import fastest
 
@@ -36,6 +37,7 @@ PACKAGES = {
     "rich": "train",
     "safetensors": "train",
     "scikit-learn": "train",
+    "shtab": "train",
     "tensorboard": "train",
     "torchvision": "train",
     "torchattacks": "attacks",
@@ -102,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; None is this process's.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m immunity_fast.info", description="Versions, devices, backends, and what `auto` means here."
+        prog=program("info"), description="Versions, devices, backends, and what `auto` means here."
     )
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.add_argument(

@@ -20,21 +20,31 @@ from immunity_fast.arguments import (
     channels_back,
     channels_first,
     check_distinct,
-    check_targets,
+    check_gate,
     checked_size,
     join_experts,
 )
 from immunity_fast.forward_mode import ExactTangents
 from immunity_fast.functional import (
+    cross_entropies,
     gradients_of_heatmap_losses,
     label_scores,
     losses_of_heatmaps,
-    mixture_cross_entropy,
 )
 from immunity_fast.runtime.checks import check_choice, check_weight
 from immunity_fast.runtime.compilation import eagerly
 from immunity_fast.runtime.precision import accumulation_dtype
 from immunity_fast.runtime.strategies import DoubleBackprop
+from immunity_fast.targets import (
+    IGNORE_INDEX,
+    ClassWeights,
+    TargetOptions,
+    Targets,
+    check_ignore_index,
+    check_label_smoothing,
+    checked_class_weights,
+    read_targets,
+)
 
 Classification = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -75,6 +85,15 @@ class FusedImmunityLoss(nn.Module):
             and of their gradients, is then that of all samples in one process. "" is this process alone.
         layout: the order of the activations' axes, "NCHW" for (B, C, h, w), or "NHWC" for (B, h, w, C), the maps of a
             Swin Transformer. (`memory_format=torch.channels_last` changes no axes: its tensors are "NCHW".)
+        label_smoothing: ε in [0, 1]: in CE_q a target t becomes (1 − ε)·t + ε/K. Grad-CAM looks at the target as it is.
+        class_weights: (K,), ≥ 0, a tensor or numbers, which multiply the classes' parts of CE_q; of labels the mean is
+            then weighted, Σ_q CE_q / Σ_q w_label, as PyTorch's. It is the module's buffer, and moves with it.
+        ignore_index: the label of samples that count for nothing, in no term, as if they were not in the batch; of
+            probabilities the value of a whole row. A batch of such samples alone gives 0, with zero gradients. None:
+            every sample counts.
+
+    Without the heatmaps' terms (β = γ = 0), and with one network in the place of the experts, or α = 0 and experts that
+    are alike, the loss is `torch.nn.functional.cross_entropy` of the same arguments.
 
     What it takes comes from `capture_activations` or `ImmunityMoE`. With hooks of your own, mind an in-place operation
     right behind the module (the ReLU after `bn1` of a torchvision ResNet, after `features.9` of a VGG, after `features`
@@ -99,6 +118,9 @@ class FusedImmunityLoss(nn.Module):
         backend: Backend = "auto",
         group_name: str = "",
         layout: Layout = "NCHW",
+        label_smoothing: float = 0.0,
+        class_weights: ClassWeights = None,
+        ignore_index: int | None = IGNORE_INDEX,
     ) -> None:
         super().__init__()
         for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
@@ -113,6 +135,11 @@ class FusedImmunityLoss(nn.Module):
         self.group_name = group_name
         self.score, self.detach_weights = score, detach_weights
         self.layout: Layout = layout
+        check_label_smoothing(label_smoothing)
+        check_ignore_index(ignore_index)
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", checked_class_weights(class_weights))
         self._has_looked = False  # at what the gradients of the activations are made of: once will do
 
     def extra_repr(self) -> str:
@@ -158,12 +185,13 @@ class FusedImmunityLoss(nn.Module):
             activations: (N, B, C, h, w), or N tensors (B, C, h, w), each another one, in the graph that leads to
                 `logits`; with layout "NHWC" (N, B, h, w, C), or N tensors (B, h, w, C). Of N tensors C, h and w may be
                 each expert's own, if there is a `size` that all are brought to.
-            targets: (B,) integer labels.
+            targets: (B,) integer labels, or (B, K) probabilities, whose rows sum to 1; of these Grad-CAM differentiates
+                Σ_k t_k f_k, or Σ_k t_k softmax(f)_k.
             gate: (B, N) or (N,) weights ≥ 0 that sum to 1; None is 1/N each. `mixture_log_probabilities` says what is
                 looked at.
             return_terms: return `(loss, ImmunityTerms)`; the heatmap terms are then computed even if β = γ = 0.
             classification: (logits (N, B, K), gate) to losses (B,), in the place of eq. (2), as TRADES wants it; in
-                `ImmunityTerms` its mean then stands for the cross-entropy's.
+                `ImmunityTerms` its mean then stands for the cross-entropy's. Ignored samples are left out.
 
         Returns:
             The loss, 0-d; 0 for B = 0.
@@ -176,8 +204,9 @@ class FusedImmunityLoss(nn.Module):
         if self._needs_heatmaps(return_terms):
             return self._by_autograd(logits, activations, targets, gate, return_terms, classification)
         stacked_logits = join_experts("logits", logits, 3, "(N, B, K)")
-        targets = self._check(stacked_logits, activations, targets)
-        return self._classification(stacked_logits, gate, targets, classification).sum() / max(len(targets), 1)
+        found = self._check(stacked_logits, activations, targets)
+        losses = self._classification(stacked_logits, gate, found, classification)
+        return losses.sum() / found.samples(self.group_name)
 
     @eagerly  # a compiler has no double backward across its graphs
     def _by_autograd(
@@ -190,16 +219,17 @@ class FusedImmunityLoss(nn.Module):
         classification: Classification | None,
     ) -> Tensor | tuple[Tensor, ImmunityTerms]:
         stacked_logits = join_experts("logits", logits, 3, "(N, B, K)")
-        targets = self._check(stacked_logits, activations, targets)
-        cross_entropy = self._classification(stacked_logits, gate, targets, classification)
+        found = self._check(stacked_logits, activations, targets)
+        losses = self._classification(stacked_logits, gate, found, classification)
         parts = [activations] if isinstance(activations, Tensor) else list(activations)
         if not torch.compiler.is_compiling():
             _check_graph(logits, parts)
         # From the caller's own tensors: a stacked copy of them would not be in the graph of the logits.
         made = stacked_logits if isinstance(logits, Tensor) else logits[0]
-        gradients = self._gradients(label_scores(stacked_logits, targets, self.score), parts, made)
+        score = label_scores(stacked_logits, found.values, self.score, found.counted)
+        gradients = self._gradients(score, parts, made)
         slopes = gradients[0] if isinstance(activations, Tensor) else gradients
-        return self._total(cross_entropy, activations, slopes, len(stacked_logits), return_terms, self.layout)
+        return self._total(losses, activations, slopes, found, len(stacked_logits), return_terms, self.layout)
 
     def from_head(
         self,
@@ -252,17 +282,17 @@ class FusedImmunityLoss(nn.Module):
 
         if not self._needs_heatmaps(return_terms):
             logits, aux = run(activations)
-            self._check(logits, activations, targets)
-            losses = self._classification(logits, gate, targets, classification)
-            loss = losses.sum() / max(len(targets), 1)
+            found = self._check(logits, activations, targets)
+            losses = self._classification(logits, gate, found, classification)
+            loss = losses.sum() / found.samples(self.group_name)
             return (loss, aux) if has_aux else loss
         differentiated = not self.detach_weights and (self.beta > 0 or self.gamma > 0)
         if differentiated and double_backprop == "forward":
             result, aux = self._reverse_over_forward(run, activations, targets, gate, return_terms, classification)
         else:
-            logits, gradients, aux = self._head_gradients(run, activations, targets, differentiated)
-            cross_entropy = self._classification(logits, gate, targets, classification)
-            result = self._total(cross_entropy, activations, gradients, len(logits), return_terms, "NCHW")
+            logits, gradients, aux, found = self._head_gradients(run, activations, targets, differentiated)
+            losses = self._classification(logits, gate, found, classification)
+            result = self._total(losses, activations, gradients, found, len(logits), return_terms, "NCHW")
         return (result, aux) if has_aux else result
 
     def _head_gradients(
@@ -271,19 +301,19 @@ class FusedImmunityLoss(nn.Module):
         activations: Tensor,
         targets: Tensor,
         differentiated: bool,
-    ) -> tuple[Tensor, Tensor, Any]:
-        """Logits, ∂y/∂A or its sums over space, in the graph or not, and what else the head returned."""
+    ) -> tuple[Tensor, Tensor, Any, Targets]:
+        """Logits, ∂y/∂A or its sums over space, in the graph or not, what else the head returned, and the targets."""
         logits, pullback, aux = torch.func.vjp(run, activations, has_aux=True)  # type: ignore[misc]
-        targets = self._check(logits, activations, targets)
+        found = self._check(logits, activations, targets)
         graph = torch.set_grad_enabled(differentiated and torch.is_grad_enabled())
         # Autocast would cast the backward pass of operations whose forward pass it has not seen.
         with graph, torch.autocast(logits.device.type, enabled=False):
-            slopes = torch.func.grad(label_scores)(logits, targets, self.score)
+            slopes = torch.func.grad(label_scores)(logits, found.values, self.score, found.counted)
             if activations.dtype != torch.float16:
-                return logits, pullback(slopes)[0], aux
+                return logits, pullback(slopes)[0], aux, found
             # Derivatives of a logit by single activations fall below float16's smallest number.
             sums = pullback(slopes * FLOAT16_SCALE)[0].sum((-2, -1), dtype=torch.float32)
-            return logits, sums / FLOAT16_SCALE, aux
+            return logits, sums / FLOAT16_SCALE, aux, found
 
     def _reverse_over_forward(
         self,
@@ -300,45 +330,86 @@ class FusedImmunityLoss(nn.Module):
         and ⟨v, w⟩ is the derivative of y along v, constant over space: its tangent.
         """
         with torch.no_grad():
-            logits, gradients, aux = self._head_gradients(run, activations, targets, differentiated=False)
+            logits, gradients, aux, found = self._head_gradients(run, activations, targets, differentiated=False)
             sums = gradients if gradients.dim() == 3 else gradients.sum((-2, -1), dtype=accumulation_dtype(gradients))
             experts, samples = logits.shape[:2]
-            divisor = max(samples, 1)
+            divisor = found.samples(self.group_name)
             # In float16 derivatives of a mean over the batch would be nothing.
-            unit = FLOAT16_SCALE * divisor if activations.dtype == torch.float16 else 1.0
-            of_information = sums.new_full((samples,), unit * self.beta / experts / divisor)
-            of_stability = sums.new_full((), unit * self.gamma / (experts * (experts - 1)) / divisor)
+            unit = FLOAT16_SCALE * max(samples, 1) if activations.dtype == torch.float16 else 1.0
+            of_information = sums.new_full((samples,), unit * self.beta / experts) / divisor
+            of_stability = sums.new_full((), unit * self.gamma / (experts * (experts - 1))) / divisor
             information, stability, u, v = gradients_of_heatmap_losses(
-                activations, sums, of_information, of_stability, self._heatmap_options()
+                activations, sums, of_information, of_stability, self._heatmap_options(), counted=found.counted
             )
             along = v.to(activations.dtype)[..., None, None].expand_as(activations)
 
         def scored(maps: Tensor) -> tuple[Tensor, Tensor]:
             with ExactTangents():
                 logits, _ = run(maps)
-            return label_scores(logits, targets, self.score), logits
+            return label_scores(logits, found.values, self.score, found.counted), logits
 
         with _alone():
             _, tangent, logits = torch.func.jvp(scored, (activations,), (along,), has_aux=True)  # type: ignore[misc]
-        cross_entropy = self._classification(logits, gate, targets, classification)
+        losses = self._classification(logits, gate, found, classification)
         with torch.autocast(activations.device.type, enabled=False):
             through = ((u.to(sums.dtype) * activations).sum() + tangent) / unit
-        terms = ImmunityTerms(cross_entropy.sum() / divisor, information.sum() / divisor, stability / divisor)
+        terms = ImmunityTerms(losses.sum() / divisor, information.sum() / divisor, stability / divisor)
         loss = self._weighted(terms, experts) + (through - through.detach())
         return ((loss, terms) if return_terms else loss), aux
 
+    def class_losses(self, logits: Experts, gate: Tensor | None, targets: Tensor, alpha: float | None = None) -> Tensor:
+        """Eq. (2) of each sample by this loss's options, so that the mean over the samples that count is their loss.
+
+        Of weighted labels that is `mixture_cross_entropy` times (their number / Σ_q w_label), because PyTorch's mean of
+        these is the weighted one.
+
+        Args:
+            logits, gate, targets: see `forward`.
+            alpha: in the place of this loss's.
+
+        Returns:
+            (B,) in nats, 0 of samples that are ignored.
+
+        Raises:
+            ValueError, TypeError: see `forward`.
+        """
+        stacked = join_experts("logits", logits, 3, "(N, B, K)")
+        return self._class_losses(stacked, gate, self._read(stacked, targets), self.alpha if alpha is None else alpha)
+
+    def mean(self, losses: Tensor, targets: Tensor, classes: int) -> Tensor:
+        """The mean of losses (B,) over the samples that count, of all processes; 0 where there are none.
+
+        Args:
+            losses: (B,), as of `class_losses`.
+            targets: see `forward`.
+            classes: K.
+        """
+        found = read_targets(targets, len(losses), classes, self._target_options(), group_name=self.group_name)
+        return found.masked(losses).sum() / found.samples(self.group_name)
+
+    def _class_losses(self, logits: Tensor, gate: Tensor | None, targets: Targets, alpha: float) -> Tensor:
+        options = self._target_options()
+        weights = check_gate(gate, logits, values=True)
+        losses = cross_entropies(logits, weights, targets, alpha, options, backend=self.backend)
+        factor = targets.per_weight(options, losses.dtype, self.group_name)
+        return losses if factor is None else losses * factor
+
     def _classification(
-        self, logits: Tensor, gate: Tensor | None, targets: Tensor, given: Classification | None
+        self, logits: Tensor, gate: Tensor | None, targets: Targets, given: Classification | None
     ) -> Tensor:
         if given is not None:
-            return given(logits, gate)
-        return mixture_cross_entropy(logits, gate, targets, self.alpha, backend=self.backend)
+            return targets.masked(given(logits, gate))
+        return self._class_losses(logits, gate, targets, self.alpha)
 
     def _needs_heatmaps(self, return_terms: bool) -> bool:
         return return_terms or self.beta > 0 or self.gamma > 0
 
-    def _check(self, logits: Tensor, activations: Experts, targets: Tensor) -> Tensor:
-        experts, samples, classes = logits.shape
+    def _read(self, logits: Tensor, targets: Tensor) -> Targets:
+        _, samples, classes = logits.shape
+        return read_targets(targets, samples, classes, self._target_options(), group_name=self.group_name)
+
+    def _check(self, logits: Tensor, activations: Experts, targets: Tensor) -> Targets:
+        experts, samples, _ = logits.shape
         if experts < 2:
             raise ValueError(f"logits: expected at least 2 experts, got shape {tuple(logits.shape)}")
         if isinstance(activations, Tensor):
@@ -354,7 +425,7 @@ class FusedImmunityLoss(nn.Module):
                 f"activations: expected shape ({experts}, {samples}, {axes}) or a list of {experts} tensors "
                 f"({samples}, {axes}), got {len(shapes)} of {' and '.join(map(str, dict.fromkeys(shapes)))}"
             )
-        return check_targets(targets, samples, classes)
+        return self._read(logits, targets)
 
     def _gradients(self, score: Tensor, activations: Sequence[Tensor], logits: Tensor) -> list[Tensor]:
         hint = "in the graph that leads to logits, with gradients enabled"
@@ -380,20 +451,19 @@ class FusedImmunityLoss(nn.Module):
 
     def _total(
         self,
-        cross_entropy: Tensor,
+        losses: Tensor,
         activations: Experts,
         gradients: Experts,
+        targets: Targets,
         experts: int,
         return_terms: bool,
         layout: Layout,
     ) -> Tensor | tuple[Tensor, ImmunityTerms]:
         mutual_information, position_stability = losses_of_heatmaps(
-            activations, gradients, self._heatmap_options(), layout
+            activations, gradients, self._heatmap_options(), layout, targets.counted
         )
-        samples = max(len(cross_entropy), 1)
-        terms = ImmunityTerms(
-            cross_entropy.sum() / samples, mutual_information.sum() / samples, position_stability / samples
-        )
+        samples = targets.samples(self.group_name)
+        terms = ImmunityTerms(losses.sum() / samples, mutual_information.sum() / samples, position_stability / samples)
         loss = self._weighted(terms, experts)
         return (loss, terms) if return_terms else loss
 
@@ -404,6 +474,9 @@ class FusedImmunityLoss(nn.Module):
         if self.gamma > 0:
             loss = loss + self.gamma / (experts * (experts - 1)) * terms.position_stability
         return loss
+
+    def _target_options(self) -> TargetOptions:
+        return TargetOptions(self.label_smoothing, self.class_weights, self.ignore_index)
 
     def _heatmap_options(self) -> HeatmapOptions:
         return HeatmapOptions(

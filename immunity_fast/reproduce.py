@@ -14,7 +14,8 @@ from immunity_fast.reproduction.experiments import SCALES
 from immunity_fast.reproduction.making import ALL, make, wanted
 from immunity_fast.reproduction.products import PRODUCTS, Product
 from immunity_fast.runtime import cli
-from immunity_fast.runtime.commands import shell_command
+from immunity_fast.runtime.commands import program, shell_command
+from immunity_fast.runtime.parser import description
 from immunity_fast.training.config import add_options, check_data, resolve_architecture
 
 
@@ -36,11 +37,11 @@ def parse(arguments: list[str] | None) -> Request:
         ValueError: settings out of range.
     """
     parser = cli.Parser(
-        prog="python -m immunity_fast.reproduce",
-        description=(__doc__ or "").split("\n")[0],
+        prog=program("reproduce"),
+        description=description(__doc__),
         epilog="All other options change that setting in every run, unless it is what a table compares.",
     )
-    parser.add_argument("what", choices=(*PRODUCTS, ALL))
+    parser.add_argument("what", choices=(*PRODUCTS, ALL), help="which of the paper's tables and figures")
     parser.add_argument("--scale", choices=tuple(SCALES), default="smoke", help="how much is trained [smoke]")
     parser.add_argument("--out", type=cli.path, metavar="DIR", help="folder; default: reproduction-SCALE")
     parser.add_argument("--seeds", type=int, metavar="INT", help="how many, from --seed on; default: the scale's")

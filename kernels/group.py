@@ -21,3 +21,18 @@ def group_mean(local: Tensor, group_name: str) -> Tensor:
     total = torch.ops._c10d_functional.wait_tensor(total)
     mean: Tensor = (total[1:] / total[0]).view_as(local)
     return mean
+
+
+def group_ratio(totals: Tensor, count: Tensor, group_name: str) -> Tensor:
+    """Sums over the samples of all processes, divided by how many these are; 0 where there are none. No gradient.
+
+    Args:
+        totals: sums over this process' samples, floating-point, of the same shape in all processes.
+        count: how many they are, ().
+        group_name: see `group_mean`.
+
+    Returns:
+        A tensor of the shape, dtype and device of `totals`.
+    """
+    mean = group_mean(torch.cat([totals.flatten(), count.to(totals.dtype).view(1)]), group_name)
+    return (mean[:-1] / torch.where(mean[-1] > 0, mean[-1], 1)).view_as(totals)

@@ -18,6 +18,8 @@ Backward, with g = ∂L/∂MI_q and G = ∂L/∂PS:
     ∂L/∂(h+εm)   = (∂L/∂p − c) / Z,   c = Σ_ab p·∂L/∂p = g·MI_i + X·∂L/∂X + Y·∂L/∂Y
     ∂L/∂R̂(u,v)  = [R̂ > 0]·Σ_ab W(ab,uv)·∂L/∂(h+εm) + sign(R̂)·ε/(h·w)·Σ_ab ∂L/∂(h+εm)
 
+Samples that are not counted have no part in PS and its mean; of their MI_q the caller takes none.
+
 W is the resampling. Its adjoint of 1, a and b is a product of sums over one axis, and Σ_ab of ∂L/∂p needs Σ_ab l alone:
 only l, a heatmap in size, has to be read again. A map that is zero everywhere has 1/Z := 0, p uniform, no gradient.
 With NORMALIZE off, eq. (9) is taken of h·2^e itself, l_i = log(h_i / Σ_j h_j), and only the centres see p.
@@ -39,7 +41,7 @@ from immunity_fast.kernels.autograd import (
     empty_grads,
     refuse_second_derivative,
 )
-from immunity_fast.kernels.group import group_mean
+from immunity_fast.kernels.group import group_mean, group_ratio
 from immunity_fast.kernels.scores import scores, scores_backward
 
 # Rows of `statistics` (7, N, B) float32: what the backward pass needs to know of each map.
@@ -154,7 +156,9 @@ def _stability_kernel(
     statistics_ptr,  # (7, N, B) float32
     mean_distances_ptr,  # (N, N) float32, out: mean_q d²_qij
     stability_ptr,  # (programs,) float32, out: each program's addend of PS
+    counted_ptr,  # (B,) float32: 1 of a sample that counts, 0 of another; None unless MASKED
     samples,
+    MASKED: tl.constexpr,
     EXPERTS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_SAMPLES: tl.constexpr,
 ):  # fmt: skip
     """Mean and squared deviations of d² over the batch, for a block of ordered pairs (i, j), i = j included."""
@@ -163,17 +167,32 @@ def _stability_kernel(
     ours = (pair // EXPERTS).to(tl.int64) * samples
     theirs = (pair % EXPERTS).to(tl.int64) * samples
     total = tl.zeros([BLOCK_PAIRS, BLOCK_SAMPLES], tl.float32)
+    counted = tl.zeros([BLOCK_SAMPLES], tl.float32)
     for start in range(0, samples, BLOCK_SAMPLES):
-        total += _squared_distances(statistics_ptr, ours, theirs, exists, start, samples, EXPERTS, BLOCK_SAMPLES)
-    mean = tl.sum(total, 1) / samples
+        distances = _squared_distances(statistics_ptr, ours, theirs, exists, start, samples, EXPERTS, BLOCK_SAMPLES)
+        if MASKED:
+            share = _counted(counted_ptr, start, samples, BLOCK_SAMPLES)
+            counted += share
+            distances = tl.where((share > 0)[None, :], distances, 0)
+        total += distances
+    mean = tl.sum(total, 1) / (tl.maximum(tl.sum(counted, 0), 1) if MASKED else samples)
     total = tl.zeros([BLOCK_PAIRS, BLOCK_SAMPLES], tl.float32)
     for start in range(0, samples, BLOCK_SAMPLES):
         distances = _squared_distances(statistics_ptr, ours, theirs, exists, start, samples, EXPERTS, BLOCK_SAMPLES)
         inside = exists[:, None] & (start + tl.arange(0, BLOCK_SAMPLES) < samples)[None, :]
+        if MASKED:
+            inside &= (_counted(counted_ptr, start, samples, BLOCK_SAMPLES) > 0)[None, :]
         deviation = tl.where(inside, distances - mean[:, None], 0)
         total += deviation * deviation
     tl.store(mean_distances_ptr + pair, mean, mask=exists)
     tl.store(stability_ptr + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
+
+
+@triton.jit
+def _counted(counted_ptr, start, samples, BLOCK_SAMPLES: tl.constexpr):
+    """1 of the samples of a block that count, 0 of others."""
+    sample = start + tl.arange(0, BLOCK_SAMPLES)
+    return tl.load(counted_ptr + sample, mask=sample < samples, other=0)
 
 
 @triton.jit
@@ -201,9 +220,11 @@ def _maps_backward_kernel(
     log_shares_ptr,  # (N, B, H, W) float32
     statistics_ptr,  # (7, N, B) float32
     mean_distances_ptr,  # (N, N) float32
+    counted_ptr,  # (B,) float32, see `_stability_kernel`; None unless MASKED
     grad_scores_ptr,  # (N, B, h·w) float32, out: 2^e·∂L/∂R, e of the weights
     samples, height: tl.constexpr, width: tl.constexpr, out_height: tl.constexpr, out_width: tl.constexpr, smoothing,
     INFORMATION: tl.constexpr, STABILITY: tl.constexpr,  # whether L depends on MI, on PS
+    MASKED: tl.constexpr,
     EXPERTS: tl.constexpr, NORMALIZE: tl.constexpr, ROW_TAPS: tl.constexpr, COLUMN_TAPS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr, BLOCK_CELLS: tl.constexpr,
 ):  # fmt: skip
@@ -231,6 +252,8 @@ def _maps_backward_kernel(
         mean = tl.load(mean_distances_ptr + expert * EXPERTS + other, mask=exists, other=0)
         deviation = tl.where(exists, down * down + across * across - mean, 0)
         factor = 8 * tl.load(grad_stability_ptr).to(tl.float32)
+        if MASKED:
+            factor *= tl.load(counted_ptr + sample)
         grad_row = factor * tl.sum(deviation * down, 0)
         grad_column = factor * tl.sum(deviation * across, 0)
 
@@ -296,7 +319,7 @@ def _maps(
     return information, all_scores, log_shares, statistics
 
 
-def _stability(statistics: Tensor) -> tuple[Tensor, Tensor]:
+def _stability(statistics: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
     """PS () and mean_q d²_qij (N, N)."""
     experts, samples = statistics.shape[1:]
     # One program is one launch, and right for a small batch; a large one takes a program a pair and a sum over them.
@@ -305,7 +328,8 @@ def _stability(statistics: Tensor) -> tuple[Tensor, Tensor]:
     mean_distances, stability = statistics.new_empty(experts, experts), statistics.new_empty(programs)
     with launch.on_device(statistics):
         _stability_kernel[(programs,)](
-            statistics, mean_distances, stability, samples,
+            statistics, mean_distances, stability, counted, samples,
+            MASKED=counted is not None,
             EXPERTS=experts, BLOCK_PAIRS=pairs, BLOCK_SAMPLES=launch.block_within(samples, pairs),
             num_warps=4, **launch.SAME_BITS,
         )  # fmt: skip
@@ -319,6 +343,7 @@ def _maps_backward(
     log_shares: Tensor,
     statistics: Tensor,
     mean_distances: Tensor,
+    counted: Tensor | None,
     shape: tuple[int, int],
     normalize: bool,
     smoothing: float,
@@ -332,9 +357,10 @@ def _maps_backward(
     with launch.on_device(all_scores):
         _maps_backward_kernel[(experts * samples, triton.cdiv(cells, block_cells))](
             grad_information, 0 if grad_information is None else grad_information.stride(0), grad_stability,
-            all_scores, log_shares, statistics, mean_distances, grad_scores,
+            all_scores, log_shares, statistics, mean_distances, counted, grad_scores,
             samples, *shape, *size, smoothing,
             INFORMATION=grad_information is not None, STABILITY=grad_stability is not None,
+            MASKED=counted is not None,
             EXPERTS=experts, NORMALIZE=normalize,
             ROW_TAPS=row_taps, COLUMN_TAPS=column_taps,
             BLOCK_EXPERTS=triton.next_power_of_2(experts), BLOCK_CELLS=block_cells,
@@ -352,6 +378,7 @@ def heatmap_losses(
     smoothing: float,
     scale: float,
     group_name: str,
+    counted: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Mutual-information loss, eq. (9), and position-stability loss, eqs. (10) and (11), of Grad-CAM heatmaps, eq. (3).
 
@@ -363,6 +390,7 @@ def heatmap_losses(
         smoothing: ε.
         scale: s of eq. (3).
         group_name: of the processes whose samples eq. (11)'s mean is over; "" is this process alone.
+        counted: (B,) float32, contiguous, 1 of samples that have a part in PS and 0 of others; None: all have.
 
     Returns:
         MI_q (B,) and PS () in pixels⁴, float32, and five tensors that only the backward pass has a use for:
@@ -376,11 +404,15 @@ def heatmap_losses(
     information, all_scores, log_shares, statistics = _maps(
         found.partials, found.peaks, shape, target, normalize, smoothing
     )
-    stability, mean_distances = _stability(statistics)
+    stability, mean_distances = _stability(statistics, counted)
     if group_name:
         # The backward pass takes deviations from whatever means it is given, which is all of PS's gradient.
-        local, mean_distances = mean_distances, group_mean(mean_distances, group_name)
-        stability = stability + samples * (local - mean_distances).square().sum()
+        local, number = mean_distances, samples if counted is None else counted.sum()
+        if isinstance(number, Tensor):
+            mean_distances = group_ratio(number * local, number, group_name)
+        else:
+            mean_distances = group_mean(local, group_name)
+        stability = stability + number * (local - mean_distances).square().sum()
     return information, stability, found.sums, all_scores, log_shares, statistics, mean_distances
 
 
@@ -420,6 +452,7 @@ def heatmap_losses_backward(
     log_shares: Tensor,
     statistics: Tensor,
     mean_distances: Tensor,
+    counted: Tensor | None,
     normalize: bool,
     smoothing: float,
     scale: float,
@@ -438,6 +471,7 @@ def heatmap_losses_backward(
         log_shares: (N, B, H, W) float32.
         statistics: (7, N, B) float32.
         mean_distances: mean_q d²_qij, (N, N) float32.
+        counted: as it was given.
         normalize: as it was given.
         smoothing: as it was given.
         scale: as it was given.
@@ -452,7 +486,7 @@ def heatmap_losses_backward(
     if sums.shape[1] == 0:
         return empty_grads(activations, sums, dtype, needs_activations, needs_sums)
     grad_scores = _maps_backward(
-        grad_information, grad_stability, all_scores, log_shares, statistics, mean_distances,
+        grad_information, grad_stability, all_scores, log_shares, statistics, mean_distances, counted,
         (height, width), normalize, smoothing,
     )  # fmt: skip
     return scores_backward(
@@ -474,25 +508,26 @@ def _(_grad_information, _grad_stability, activations, sums, *rest):
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keeps of inputs and outputs what `backward` needs."""
-    activations, gradients, _, ctx.normalize, ctx.smoothing, ctx.scale, _ = inputs
+    activations, gradients, _, ctx.normalize, ctx.smoothing, ctx.scale, _, counted = inputs
     ctx.gradient_specs = describe(gradients)
-    ctx.save_for_backward(*activations, *output[2:])
+    ctx.save_for_backward(*activations, *output[2:], counted)
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx: Any, grad_information: Tensor | None, grad_stability: Tensor | None, *_: None) -> tuple[Any, ...]:
     """The derivative with respect to each input, None where there is none, from ∂L/∂MI_q and ∂L/∂PS (None: 0)."""
-    *activations, sums, all_scores, log_shares, statistics, mean_distances = ctx.saved_tensors
+    *activations, sums, all_scores, log_shares, statistics, mean_distances, counted = ctx.saved_tensors
     needs_activations, needs_gradients = any(ctx.needs_input_grad[0]), any(ctx.needs_input_grad[1])
     grad_activations, grad_sums = heatmap_losses_backward(
         grad_information, grad_stability, activations, sums, all_scores, log_shares, statistics, mean_distances,
-        ctx.normalize, ctx.smoothing, ctx.scale, common_dtype(ctx.gradient_specs), needs_activations, needs_gradients,
+        counted, ctx.normalize, ctx.smoothing, ctx.scale, common_dtype(ctx.gradient_specs),
+        needs_activations, needs_gradients,
     )  # fmt: skip
     return (
         grad_activations if needs_activations else [None] * len(activations),
         broadcast_over_space(grad_sums, ctx.gradient_specs) if needs_gradients else [None] * len(ctx.gradient_specs),
-        None, None, None, None, None,
+        None, None, None, None, None, None,
     )  # fmt: skip
 
 

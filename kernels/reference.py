@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from immunity_fast.kernels.group import group_mean
+from immunity_fast.kernels.group import group_mean, group_ratio
 
 
 def channel_weights(gradients: Tensor, weight_scale: str) -> Tensor:
@@ -131,7 +131,7 @@ def centres(p: Tensor) -> Tensor:
     return torch.stack([(p.sum(-1) * rows).sum(-1), (p.sum(-2) * columns).sum(-1)], -1)
 
 
-def position_stability(positions: Tensor, group_name: str = "") -> Tensor:
+def position_stability(positions: Tensor, group_name: str = "", counted: Tensor | None = None) -> Tensor:
     """(11): PS = Σ_{i≠j} Σ_q (d²_qij − mean_q d²_qij)² over ordered pairs.
 
     Args:
@@ -139,11 +139,17 @@ def position_stability(positions: Tensor, group_name: str = "") -> Tensor:
         group_name: of a process group whose processes have B samples each: the mean is over all of them, and the result
             this process' share of the sum. Its gradient is exact, because PS has no derivative with respect to the
             mean; its second derivative is not. "" is this process alone.
+        counted: (B,) bool, of the samples that count; None: all do.
 
     Returns:
         PS, (), in pixels⁴.
     """
     squared_distances = (positions[:, None] - positions[None]).square().sum(-1)
+    if counted is not None:
+        squared_distances = torch.where(counted, squared_distances, 0)
+        totals, count = squared_distances.sum(-1, keepdim=True), counted.sum(dtype=squared_distances.dtype)
+        means = group_ratio(totals, count, group_name) if group_name else totals / torch.where(count > 0, count, 1)
+        return torch.where(counted, squared_distances - means, 0).square().sum()
     means = squared_distances.sum(-1, keepdim=True) / max(positions.shape[1], 1)
     if group_name:
         means = group_mean(means, group_name)
@@ -187,3 +193,23 @@ def mixture_cross_entropy(logits: Tensor, gate: Tensor, targets: Tensor, alpha: 
     index = targets.expand(logits.shape[0], -1)[..., None]
     log_likelihoods = logits.log_softmax(-1).gather(-1, index)[..., 0]
     return -log_mixture(log_likelihoods, gate.T) - alpha * log_likelihoods.sum(0)
+
+
+def soft_mixture_cross_entropy(logits: Tensor, gate: Tensor, coefficients: Tensor, alpha: float) -> Tensor:
+    """(2) of a target that is a distribution: CE_q = −Σ_k c_k log ŷ_q[k] − α Σ_i Σ_k c_k log softmax(f_i)[k].
+
+    Args:
+        logits: f, (N, B, K).
+        gate: (B, N) weights ≥ 0 that sum to 1 over the experts.
+        coefficients: c, (B, K), ≥ 0: what the target gives to each class, times the weight of the class. Where it is 0
+            the probability may be 0, too.
+        alpha: α.
+
+    Returns:
+        CE, (B,), in nats.
+    """
+    log_likelihoods = logits.log_softmax(-1)
+    # 0·log 0 = 0
+    log_likelihoods = torch.where((coefficients == 0) & (log_likelihoods == -torch.inf), 0, log_likelihoods)
+    mixture = log_mixture(log_likelihoods, gate.T[..., None])
+    return -(coefficients * (mixture + alpha * log_likelihoods.sum(0))).sum(-1)

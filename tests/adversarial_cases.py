@@ -16,8 +16,8 @@ from immunity_fast.training.adversarial import InnerAttack, InnerAttackSettings
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.loop import train
 from immunity_fast.training.run_folder import Run
+from immunity_fast.training.state import TrainingState
 from immunity_fast.training.step import TrainStep
-from immunity_fast.training.trainer import Trainer
 from tests.small_runs import CPU, as_bytes, dataset
 
 METHODS = ("pgd", "trades", "fgsm-rs")
@@ -126,10 +126,10 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 CONFIG = TrainConfig(experts=2, batch_size=10, epochs=1, check_images=0, adversarial="pgd", attack_steps=2)
 
 
-def train_run(folder: Path, **changes: Any) -> tuple[Trainer, Run]:
+def train_run(folder: Path, **changes: Any) -> tuple[TrainingState, Run]:
     """A whole run without a command line, by default of 2 steps."""
     config = dataclasses.replace(CONFIG, **changes)
-    trainer, run = Trainer(config, dataset(), CPU), Run.create(folder, config)
+    trainer, run = TrainingState(config, dataset(), CPU), Run.create(folder, config)
     train(trainer, run)
     return trainer, run
 

@@ -35,7 +35,7 @@ from immunity_fast.training import display, session
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 from tests.small_runs import options, saved, trained, write_data
 
 SECONDS = 30
@@ -280,17 +280,17 @@ def prepare(folder: Path) -> dict[str, Any]:
     trained([*options(data, epochs=3), "--out", str(folder / "finished")])
     finished = Run(folder / "finished")
     shutil.copy(finished.checkpoint, finished.best_checkpoint)
-    advance = Trainer.advance
+    advance = TrainingState.advance
 
-    def killed(trainer: Trainer, batch: Any) -> None:
+    def killed(trainer: TrainingState, batch: Any) -> None:
         if trainer.step == 8:
             raise KeyboardInterrupt
         advance(trainer, batch)
 
-    Trainer.advance = killed  # type: ignore[method-assign]
+    TrainingState.advance = killed  # type: ignore[method-assign]
     with contextlib.suppress(KeyboardInterrupt):
         trained([*options(data, checkpoint_every=1), "--out", str(folder / "half")])
-    Trainer.advance = advance  # type: ignore[method-assign]
+    TrainingState.advance = advance  # type: ignore[method-assign]
     right = {"judge": judge(folder), "reproduce": reproduce(folder)}
     keep = folder / "half-kept"
     shutil.copytree(folder / "half", keep)

@@ -26,7 +26,7 @@ from immunity_fast.experts.staged import default_stage
 from immunity_fast.runtime import cli
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 from tests import sketches
 from tests.small_runs import go_on, options
 
@@ -50,7 +50,7 @@ def start(arguments: list[str], folder: Path) -> tuple[int, int]:
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        Trainer.advance = telling(pipe, STEP, Trainer.advance)  # type: ignore[method-assign]
+        TrainingState.advance = telling(pipe, STEP, TrainingState.advance)  # type: ignore[method-assign]
         os.fsync = telling(pipe, WRITE, os.fsync)
         try:
             cli.run_command(lambda: train.main(arguments))

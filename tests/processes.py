@@ -15,7 +15,7 @@ import pytest
 
 from immunity_fast import evaluate, train
 from immunity_fast.runtime import cli
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 from tests import sketches
 from tests.places import REPOSITORY
 
@@ -113,14 +113,14 @@ def trained_and_evaluated(arguments: list[str]) -> None:
 @contextmanager
 def failing_after(epochs: int) -> Iterator[None]:
     """Training ends with an error in its `with` block after so many epochs, without having written anything more."""
-    advance = Trainer.advance
+    advance = TrainingState.advance
 
-    def failing(trainer: Trainer, batch: Any) -> None:
+    def failing(trainer: TrainingState, batch: Any) -> None:
         if trainer.epoch == epochs:
             raise InterruptedError("enough")
         advance(trainer, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "advance", failing)
+        patch.setattr(TrainingState, "advance", failing)
         with pytest.raises(InterruptedError, match="enough"):
             yield

@@ -26,7 +26,7 @@ from immunity_fast.training import ensemble, preparation, run_evaluation, sessio
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.preparation import Start
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 from tests import sketches
 
 KEYS = [f"piece {number}" for number in range(12)]
@@ -108,13 +108,13 @@ def queue(folder: str, data: str) -> dict[str, Any]:
 def resume(folder: str) -> list[Any]:
     """Go on with a run; (steps taken, error)."""
     steps = []
-    advance = Trainer.advance
+    advance = TrainingState.advance
 
-    def counted(trainer: Trainer, batch: Any) -> None:
+    def counted(trainer: TrainingState, batch: Any) -> None:
         steps.append(trainer.step)
         advance(trainer, batch)
 
-    with _patched(Trainer, "advance", counted):
+    with _patched(TrainingState, "advance", counted):
         try:
             with cli.input_errors():
                 start = train.parse(["--resume", folder])

@@ -19,12 +19,18 @@ from immunity_fast.training import loop, preparation
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 
 CPU = torch.device("cpu")
 CLASSES = 3
 STEPS = 10  # of a run with `options`: 5 an epoch, 2 epochs
-TIMINGS = ("images_per_second", "seconds")
+TIMINGS = (
+    "images_per_second",
+    "seconds",
+    "images_waited_share",
+    "memory_peak_bytes",
+    "workers_bytes",
+)
 CONFIG = TrainConfig(experts=2, batch_size=4, epochs=1, check_images=0)  # with `dataset`
 
 
@@ -64,7 +70,7 @@ def options(data: Path, **changes: Any) -> list[str]:
     return [str(part) for name, value in changed.items() for part in (f"--{name}", value)]
 
 
-def trained(arguments: list[str]) -> tuple[Trainer, Run]:
+def trained(arguments: list[str]) -> tuple[TrainingState, Run]:
     """What the command `train` does, but for the evaluation at its end."""
     folder, resume, config = train.parse(arguments)
     trainer, run = preparation.prepare(folder, resume, config)
@@ -103,7 +109,7 @@ def interrupted(where: tuple[Any, str], count: int, arguments: list[str], *, aft
 
 def half_trained(data: Path, folder: Path) -> Path:
     """A run that is killed in its second epoch, after step 7; its folder."""
-    interrupted((Trainer, "advance"), 8, [*options(data, checkpoint_every=1), "--out", str(folder)])
+    interrupted((TrainingState, "advance"), 8, [*options(data, checkpoint_every=1), "--out", str(folder)])
     return folder
 
 
@@ -136,7 +142,7 @@ def as_bytes(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes]:
     return str(tensor.dtype), tuple(tensor.shape), tensor.detach().numpy().tobytes()
 
 
-def weights(trainer: Trainer) -> dict[str, Any]:
+def weights(trainer: TrainingState) -> dict[str, Any]:
     """The model's parameters and buffers, as bits."""
     return {name: as_bytes(tensor) for name, tensor in trainer.model.state_dict().items()}
 

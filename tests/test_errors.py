@@ -14,14 +14,14 @@ TURNED = re.compile(r"\b(had|has|was|got) [^;:]*, expected\b|\bmust (be|have|hol
 # What another function catches, and puts the name before.
 PARTS = {
     "it is no zip archive",
-    "it has {}, and one is enough",
-    "it has mode {}, more than 8 bits a channel",
+    "it has {}_… and {}_…, and one is enough",
     "its values are not of 16 bits, but from {} to {}",
     "its floating-point values are not in [0, 1], but from {} to {}",
     "expected an object, got {}",
     "expected a genotype, got JSON that is nested too deeply",
     "expected an object of settings, got {}",
     "nested too deeply",
+    "--{}",
 }
 
 

@@ -11,12 +11,13 @@ import pytest
 from tests.places import REPOSITORY
 
 PACKAGE = REPOSITORY / "immunity_fast"
-COMMANDS = ("train", "evaluate", "explain", "ensemble", "reproduce", "info")
+COMMANDS = ("train", "evaluate", "explain", "export_model", "ensemble", "reproduce", "info")
 
 # From the ground up: a room imports what is on the floors below its own, and itself.
 FLOORS = (
     ("kernels", "runtime"),
     ("permutations", "channelwise", "arguments"),
+    ("targets",),
     ("functional", "forward_mode", "data", "reporting"),
     ("experts", "losses"),
     ("attacks", "models"),
@@ -25,6 +26,7 @@ FLOORS = (
     ("reproduction", "deployment"),
     ("__init__",),
     COMMANDS,
+    ("__main__",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

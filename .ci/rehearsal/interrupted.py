@@ -8,18 +8,20 @@ from pathlib import Path
 
 from immunity_fast import train
 from immunity_fast.runtime import cli
+from immunity_fast.training import loop
+from immunity_fast.training.state import TrainingState
 
 
 def main() -> None:
-    """The command; `train.train` is stopped after an epoch, the way SIGINT stops it."""
+    """The command; its training is stopped after an epoch, the way SIGINT stops it."""
     folder, arguments = Path(sys.argv[1]), sys.argv[4:]
-    validate = train.validate
+    validate = loop.validate
 
-    def interrupt(trainer: train.Trainer) -> dict[str, float]:
-        train.validate = validate
+    def interrupt(state: TrainingState) -> dict[str, float]:
+        loop.validate = validate
         raise KeyboardInterrupt
 
-    train.validate = interrupt
+    loop.validate = interrupt
     try:
         train.main([*arguments, "--checkpoint-every", "1", "--out", str(folder)])
     except KeyboardInterrupt:

@@ -24,14 +24,14 @@ def augment(
     """Crop, rotate and perhaps mirror each image at random, by numbers of its own.
 
     Args:
-        images: uint8 (B, 3, H, W), on any device.
+        images: uint8 (B, C, H, W), on any device.
         generator: of the numbers, which are drawn on its device and from it alone.
         padding: pixels; each image is shifted by whole pixels, uniform in [−padding, padding] along each axis.
         degrees: each image is rotated about its centre by an angle uniform in [−degrees, degrees].
         flip: mirror half the images, left to right.
 
     Returns:
-        float32 (B, 3, H, W) in [0, 1], zero where a pixel comes from outside the image.
+        float32 (B, C, H, W) in [0, 1], zero where a pixel comes from outside the image.
 
     Raises:
         TypeError: images that are not uint8.
@@ -73,13 +73,13 @@ def warp(images: Tensor, shifts: Tensor, degrees: Tensor, mirrored: Tensor) -> T
     an angle of 0 this is a crop of the padded image, mirrored where M asks for it, to float32's rounding of positions.
 
     Args:
-        images: uint8 (B, 3, H, W).
+        images: uint8 (B, C, H, W).
         shifts: whole pixels (B, 2), (down, right) of the crop's corner.
         degrees: (B,), counter-clockwise.
         mirrored: bool (B,).
 
     Returns:
-        float32 (B, 3, H, W) in [0, 1].
+        float32 (B, C, H, W) in [0, 1].
 
     Raises:
         TypeError: images that are not uint8.
@@ -99,18 +99,18 @@ def apply_affine(images: Tensor, affine: Tensor) -> Tensor:
     """`warp` by numbers that `draw_affine` has drawn.
 
     Args:
-        images: uint8 (B, 3, H, W).
+        images: uint8 (B, C, H, W).
         affine: (5, B), on any device.
 
     Returns:
-        float32 (B, 3, H, W) in [0, 1], on the images' device.
+        float32 (B, C, H, W) in [0, 1], on the images' device.
 
     Raises:
         TypeError: images that are not uint8.
         ValueError: images or numbers of another shape.
     """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images: expected shape (B, 3, H, W), got {tuple(images.shape)}")
+    if images.ndim != 4 or (images.shape[3] in (1, 3) and images.shape[1] > 3):  # or with their channels last
+        raise ValueError(f"images: expected shape (B, C, H, W), got {tuple(images.shape)}")
     if affine.shape != (5, len(images)):
         raise ValueError(f"affine: expected shape (5, {len(images)}), got {tuple(affine.shape)}")
     height, width = images.shape[2:]

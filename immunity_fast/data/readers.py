@@ -1,10 +1,9 @@
-"""One reader a kind of data set: files in; images uint8 (n, 3, H, W) and labels int64 (n,) out, or one clear line of
+"""One reader a kind of data set: files in; images uint8 (n, C, H, W) and labels int64 (n,) out, or one clear line of
 error. Each reader imports the packages it needs by itself, so that the others work without them."""
 
 from __future__ import annotations
 
 import importlib
-import os
 from http.client import HTTPException
 from pathlib import Path
 from textwrap import shorten
@@ -17,20 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from immunity_fast.data.folders import SPLIT_SEED, TEST_SHARE, split_of
+from immunity_fast.data.images import check_channels, to_grey
 from immunity_fast.runtime.failures import readable
-from immunity_fast.runtime.memory import check_fits
+from immunity_fast.targets import TargetOptions, read_targets
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
-SPLIT_SEED = 18787  # of every split this package cuts: a fixed property of the data, not of a run
-TEST_SHARE = 0.2
+MOST_CHANNELS = 64  # of images, for a hint: a longer last axis is rather a side
 NPZ_REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
-VALIDATION = ("val", "valid", "validation")  # what that split is called
 NPZ_VALIDATION = ("val_images", "val_labels")
-IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
 class Parts(NamedTuple):
-    """(images uint8 (n, 3, H, W), labels int64 (n,)) of each part, in the order in which they are stored."""
+    """(images uint8 (n, C, H, W), labels int64 (n,)) of each part, in the order in which they are stored."""
 
     train: Pair
     validation: Pair | None
@@ -39,14 +37,15 @@ class Parts(NamedTuple):
     flip: bool
 
 
-def read_digits() -> Parts:
-    """scikit-learn's 1,797 handwritten digits, 8×8 with values 0..16, as 32×32 RGB; 20 % of each class is the test."""
+def read_digits(channels: int = 3) -> Parts:
+    """scikit-learn's 1,797 handwritten digits, 8×8 with values 0..16, as 32×32; 20 % of each class is the test."""
+    check_channels(channels, "digits")
     datasets = _need("sklearn.datasets", "scikit-learn")
     selection = _need("sklearn.model_selection", "scikit-learn")
     digits = datasets.load_digits()
     grey = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)
     grey = interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
-    images, labels = grey.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(digits.target).long()
+    images, labels = grey.expand(-1, channels, -1, -1).contiguous(), torch.from_numpy(digits.target).long()
     train, test = selection.train_test_split(
         np.arange(len(labels)), test_size=TEST_SHARE, stratify=digits.target, random_state=SPLIT_SEED
     )
@@ -54,8 +53,12 @@ def read_digits() -> Parts:
     return Parts((images[train], labels[train]), None, (images[test], labels[test]), classes, flip=False)
 
 
-def read_cifar(name: str, root: Path) -> Parts:
-    """`name`, "cifar10" or "cifar100", from `root`; torchvision downloads and checks it. OSError where that fails."""
+def read_cifar(name: str, root: Path, channels: int = 3) -> Parts:
+    """`name`, "cifar10" or "cifar100", from `root`; torchvision downloads and checks it. OSError where that fails.
+
+    As grey images they are what `images.to_grey` makes of them.
+    """
+    check_channels(channels, name)
     source = getattr(_need("torchvision.datasets", "torchvision"), name.upper())
     try:
         train, test = source(root, train=True, download=True), source(root, train=False, download=True)
@@ -66,19 +69,28 @@ def read_cifar(name: str, root: Path) -> Parts:
         ) from error
 
     def pair(part: Any) -> Pair:
-        return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2)
+        return (to_grey(images) if channels == 1 else images).contiguous(), torch.tensor(part.targets)
 
     return Parts(pair(train), None, pair(test), tuple(train.classes), flip=True)
 
 
-def read_npz(file: Path) -> Parts:
+def read_npz(file: Path, channels: int = 3, ignore_index: int | None = None) -> Parts:
     """An .npz file in MedMNIST's layout.
 
-    * `train_images`, `test_images`: uint8 (n, H, W, 3), or grey (n, H, W) or (n, H, W, 1), which is repeated to 3
-      channels;
-    * `train_labels`, `test_labels`: any integer dtype, (n,) or (n, 1), from 0;
+    * `train_images`, `test_images`: uint8 (n, H, W, C) of `channels` channels, or grey (n, H, W) or (n, H, W, 1). Grey
+      images are repeated to 3 channels where these are wanted, and of 3 channels become grey where that is, as
+      `images.to_grey` says; other numbers of channels are those of the file;
+    * `train_labels`, `test_labels`: any integer dtype, (n,) or (n, 1), from 0; or probabilities, floating-point (n, K);
     * `val_images`, `val_labels`, which may be called `valid_…` or `validation_…`, too, and may be missing;
-    * `classes`: names, a string array (K,); without it K is the highest training label + 1.
+    * names in any capitalisation, such as `Train_images`; `training_…` and `testing_…` are understood;
+    * `classes`: names, a string array (K,); without it K is the highest training label + 1, or as many as there are
+      probabilities.
+
+    Args:
+        file: the file.
+        channels: C.
+        ignore_index: the label of images that have none, and of probabilities the value of such an image's whole row.
 
     Raises:
         FileNotFoundError: no such file.
@@ -88,9 +100,9 @@ def read_npz(file: Path) -> Parts:
     images, labels = {}, {}
     for part in ("train", "val", "test"):
         if f"{part}_images" in arrays:
-            images[part] = _npz_images(file, f"{part}_images", arrays[f"{part}_images"])
+            images[part] = _npz_images(file, f"{part}_images", arrays[f"{part}_images"], channels)
             labels[part] = _npz_labels(file, f"{part}_labels", arrays[f"{part}_labels"], expected=len(images[part]))
-    classes = _npz_classes(file, arrays.get("classes"), labels["train"])
+    classes = _npz_classes(file, arrays.get("classes"), labels["train"], ignore_index)
     size = tuple(images["train"].shape[2:])
     pairs = {}
     for part in images:
@@ -98,13 +110,7 @@ def read_npz(file: Path) -> Parts:
             raise ValueError(
                 f"{file}: {part}_images: expected train_images' (H, W) = {size}, got {tuple(images[part].shape[2:])}"
             )
-        low, high = int(labels[part].min()), int(labels[part].max())
-        if low < 0 or high >= len(classes):
-            raise ValueError(
-                f"{file}: {part}_labels: expected values 0 to {len(classes) - 1} for {len(classes)} classes, "
-                f"got from {low} to {high}"
-            )
-        pairs[part] = images[part], torch.from_numpy(labels[part].astype(np.int64))
+        pairs[part] = images[part], _npz_targets(file, f"{part}_labels", labels[part], len(classes), ignore_index)
     return Parts(pairs["train"], pairs.get("val"), pairs["test"], classes, flip=False)
 
 
@@ -121,13 +127,10 @@ def _npz_arrays(file: Path) -> dict[str, NDArray[Any]]:
             stream.seek(0)
             archive = np.load(stream, allow_pickle=False)
             names = sorted(archive.files)
-            called = [name for name in VALIDATION if any(f"{name}_{kind}" in names for kind in ("images", "labels"))]
-            if len(called) > 1:
-                raise ValueError(f"it has {' and '.join(f'{name}_…' for name in called)}, and one is enough")
+            stored = _npz_names(names)
             for key in NPZ_REQUIRED + NPZ_VALIDATION + ("classes",):
-                stored = key.replace("val_", f"{called[0]}_") if called else key
-                if stored in names:
-                    arrays[key] = np.asarray(archive[stored])
+                if key in stored:
+                    arrays[key] = np.asarray(archive[stored[key]])
     except Exception as error:  # np.load reads lazily, and a damaged archive can raise nearly anything at any point
         # NumPy advises to allow pickles: to run whatever code the file has.
         pickled = "allow_pickle" in str(error)
@@ -145,27 +148,56 @@ def _npz_arrays(file: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _npz_images(file: Path, key: str, array: NDArray[Any]) -> Tensor:
+def _npz_names(names: list[str]) -> dict[str, str]:
+    """What the file calls each array of the layout.
+
+    Raises:
+        ValueError: two names for one.
+    """
+    stored: dict[str, str] = {}
+    for name in names:
+        split, _, kind = name.lower().rpartition("_")
+        part = {"validation": "val"}.get(split_of(split) or "", split_of(split))
+        key = f"{part}_{kind}" if part and kind in ("images", "labels") else name.lower()
+        if key in stored:
+            one, other = (text.rpartition("_")[0] for text in (stored[key], name))
+            raise ValueError(f"it has {one}_… and {other}_…, and one is enough")
+        stored[key] = name
+    return stored
+
+
+def _npz_images(file: Path, key: str, array: NDArray[Any], channels: int) -> Tensor:
     if array.dtype != np.uint8:
         raise ValueError(f"{file}: {key}: expected uint8, got dtype {array.dtype}")
     pixels = array[..., None] if array.ndim == 3 else array
-    if pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
-        first = pixels.ndim == 4 and pixels.shape[1] in (1, 3)
-        raise ValueError(
-            f"{file}: {key}: expected 2-D images as (n, H, W), (n, H, W, 1) or (n, H, W, 3), got shape {array.shape}"
-            + ("; its channels come first: images.transpose(0, 2, 3, 1) puts them last" if first else "")
-        )
+    takes = {channels} | ({1, 3} if channels in (1, 3) else set())
+    if pixels.ndim != 4 or pixels.shape[-1] not in takes:
+        shapes = [f"(n, H, W, {each})" for each in sorted(takes)]
+        wanted = ["(n, H, W)", *shapes] if 1 in takes else shapes
+        listed = f"{', '.join(wanted[:-1])} or {wanted[-1]}" if len(wanted) > 1 else wanted[0]
+        hint = ""
+        if pixels.ndim == 4 and pixels.shape[1] in takes:
+            hint = "; its channels come first: images.transpose(0, 2, 3, 1) puts them last"
+        elif pixels.ndim == 4 and 0 < pixels.shape[-1] <= MOST_CHANNELS:
+            hint = f"; channels={pixels.shape[-1]} (--channels {pixels.shape[-1]}) takes it"
+        raise ValueError(f"{file}: {key}: expected 2-D images as {listed}, got shape {array.shape}{hint}")
     if 0 in pixels.shape:
         raise ValueError(f"{file}: {key}: expected at least one image of at least one pixel, got shape {array.shape}")
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    if channels == 1:
+        return to_grey(images).contiguous()
+    return images.expand(-1, channels, -1, -1).contiguous()
 
 
 def _npz_labels(file: Path, key: str, array: NDArray[Any], *, expected: int) -> NDArray[Any]:
     """Labels (n,), of the stored dtype: their range is yet to be checked, and int64 cannot hold every uint64."""
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{file}: {key}: expected integers, got dtype {array.dtype}")
+    soft = array.dtype.kind == "f" and array.ndim == 2 and array.shape[1] > 1
+    if array.dtype.kind not in "iu" and not soft:
+        raise ValueError(
+            f"{file}: {key}: expected integers, or probabilities (n, K), got dtype {array.dtype}, shape {array.shape}"
+        )
     labels = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
-    if labels.ndim != 1:
+    if labels.ndim != 1 and not soft:
         raise ValueError(
             f"{file}: {key}: expected shape (n,) or (n, 1), one class for each image, got shape {array.shape}"
         )
@@ -174,13 +206,37 @@ def _npz_labels(file: Path, key: str, array: NDArray[Any], *, expected: int) -> 
     return labels
 
 
-def _npz_classes(file: Path, names: NDArray[Any] | None, train_labels: NDArray[Any]) -> tuple[str, ...]:
+def _npz_targets(file: Path, key: str, labels: NDArray[Any], classes: int, ignore_index: int | None) -> Tensor:
+    """Labels int64 (n,), or probabilities float32 (n, K), once they are such of K classes, or of none."""
+    if labels.ndim == 2:
+        options = TargetOptions(ignore_index=ignore_index)
+        targets = torch.from_numpy(labels.astype(np.float32))
+        try:
+            read_targets(targets, len(targets), classes, options, name=key)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        return targets
+    known = labels if ignore_index is None else labels[labels != ignore_index]
+    low, high = (int(known.min()), int(known.max())) if len(known) else (0, 0)
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{file}: {key}: expected values 0 to {classes - 1} for {classes} classes, got from {low} to {high}"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _npz_classes(
+    file: Path, names: NDArray[Any] | None, train_labels: NDArray[Any], ignore_index: int | None
+) -> tuple[str, ...]:
     if names is not None:
         if names.ndim != 1 or names.dtype.kind != "U":
             raise ValueError(f"{file}: classes: expected strings (K,), got shape {names.shape}, dtype {names.dtype}")
         classes = tuple(readable(str(name)) for name in names)
+    elif train_labels.ndim == 2:
+        classes = tuple(str(label) for label in range(train_labels.shape[1]))
     else:
-        count = int(train_labels.max()) + 1
+        known = train_labels if ignore_index is None else train_labels[train_labels != ignore_index]
+        count = int(known.max()) + 1 if len(known) else 0
         # One label gone wrong, an identifier for instance, must not make a network of a billion classes.
         if count > len(train_labels):
             raise ValueError(
@@ -191,149 +247,6 @@ def _npz_classes(file: Path, names: NDArray[Any] | None, train_labels: NDArray[A
     if len(classes) < 2:
         raise ValueError(f"{file}: expected at least 2 classes, got {len(classes)}")
     return classes
-
-
-def read_folder(root: Path, image_size: int | None) -> Parts:
-    """A folder of images, one folder a class: root/train/<class>/* and root/test/<class>/*, with root/validation,
-    root/valid or root/val of the same classes if there is one; or only root/<class>/*, of which 20 % of each class is
-    then cut off as the test.
-
-    Classes are sorted by name. Hidden files and files without an image's extension are passed over. All images must
-    have one size, unless `image_size` (pixels) has each one's short side scaled to it and the centre square cropped.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: wrong content, with the file or folder, what was expected and what it has.
-    """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: there is no such folder, expected one folder of images for each class")
-    validation = None
-    if (root / "train").is_dir() and _subfolders(root / "train"):
-        train, test = _class_files(root / "train"), _class_files(root / "test")
-        others = [folder for folder in _subfolders(root) if folder.name.lower() in VALIDATION]
-        if len(others) > 1:
-            raise ValueError(
-                f"{root}: expected one validation split, got {' and '.join(other.name for other in others)}"
-            )
-        for other in others:
-            validation = _class_files(other)
-            _check_classes(other, validation, train)
-        _check_classes(root / "test", test, train)
-    else:
-        train, test = _test_cut(root, _class_files(root))
-    if len(train) < 2:
-        raise ValueError(f"{root}: expected at least 2 class folders, got {len(train)}")
-    first = next(iter(train.values()))[0]
-    return Parts(
-        _read_images(train, image_size, first),
-        None if validation is None else _read_images(validation, image_size, first),
-        _read_images(test, image_size, first),
-        tuple(map(readable, train)),
-        flip=False,
-    )
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(
-        (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")), key=os.fsencode
-    )
-
-
-def _class_files(folder: Path) -> dict[str, list[Path]]:
-    """The image files of each class, both sorted by the bytes of their names, which no locale changes."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder, expected one folder of images for each class")
-    files = {
-        path.name: sorted(
-            (
-                file
-                for file in path.iterdir()
-                if file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file() and not file.name.startswith(".")
-            ),
-            key=os.fsencode,
-        )
-        for path in _subfolders(folder)
-    }
-    for name, found in files.items():
-        if not found:
-            raise ValueError(f"{folder / name}: expected at least one image directly in each class's folder, got none")
-    return files
-
-
-def _check_classes(folder: Path, files: dict[str, list[Path]], train: dict[str, list[Path]]) -> None:
-    different = sorted(files.keys() ^ train.keys())
-    if different:
-        state = "none of" if different[0] in train else "also"
-        raise ValueError(
-            f"{folder}: expected the {len(train)} classes of train, got {state} the class {different[0]!r}"
-        )
-
-
-def _test_cut(root: Path, files: dict[str, list[Path]]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """(train, test) files: TEST_SHARE of each class, at least 1 image, goes to the test."""
-    random = np.random.RandomState(SPLIT_SEED)
-    train, test = {}, {}
-    for name, found in files.items():
-        if len(found) < 2:
-            raise ValueError(f"{root / name}: expected at least 2 images, of which one is cut off for the test, got 1")
-        order = [found[index] for index in random.permutation(len(found))]
-        size = max(1, round(TEST_SHARE * len(found)))
-        train[name], test[name] = order[size:], order[:size]
-    return train, test
-
-
-def _read_images(files: dict[str, list[Path]], image_size: int | None, first: Path) -> Pair:
-    """Images and labels of all files.
-
-    Raises:
-        ValueError: an image has another size than the file `first`.
-    """
-    count = sum(map(len, files.values()))
-    if image_size is not None:  # before a single one is made so large
-        _check_memory(count, image_size, image_size)
-    expected = _read_image(first, image_size).shape
-    _check_memory(count, *expected[:2])
-    images, labels = [], []
-    for label, found in enumerate(files.values()):
-        for file in found:
-            image = _read_image(file, image_size)
-            if image.shape != expected:
-                raise ValueError(
-                    f"{file}: expected {expected[1]}×{expected[0]} pixels as {first} has, got "
-                    f"{image.shape[1]}×{image.shape[0]}; image_size (--image-size) brings all images to one size"
-                )
-            images.append(image)
-            labels.append(label)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
-
-
-def _check_memory(count: int, height: int, width: int) -> None:
-    what = f"{count:,} images of {width}×{height} pixels"
-    check_fits(3 * count * height * width, torch.device("cpu"), what, "a smaller --image-size, or fewer images")
-
-
-def _read_image(file: Path, image_size: int | None) -> NDArray[np.uint8]:
-    """An image file as RGB, uint8 (H, W, 3).
-
-    Raises:
-        ValueError: it cannot be read; by its name.
-    """
-    pillow, operations = _need("PIL.Image", "pillow"), _need("PIL.ImageOps", "pillow")
-    try:
-        with pillow.open(file) as image:
-            # Pillow would clip deeper images at 255 instead of scaling them.
-            if image.mode[0] in "IF":
-                raise ValueError(f"it has mode {image.mode}, more than 8 bits a channel")
-            image = image.convert("RGB")
-        if image_size is not None:
-            image = operations.fit(image, (image_size, image_size), method=pillow.Resampling.BILINEAR)
-    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        raise ValueError(
-            f"{file}: expected an 8-bit image, got that it could not be read ({_reason(error)})"
-        ) from error
-    return np.asarray(image)
 
 
 def _need(module: str, package: str) -> ModuleType:

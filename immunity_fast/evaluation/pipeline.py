@@ -1,12 +1,11 @@
 """An evaluation from its plan to its report: run with a progress bar, written down, printed."""
 
 import time
-from typing import Any
 
 from immunity_fast.data.datasets import ImageDataset, fingerprint
 from immunity_fast.evaluation.ledger import Ledger
 from immunity_fast.evaluation.report import About, Outputs, write
-from immunity_fast.evaluation.results import worst_case
+from immunity_fast.evaluation.results import Results, worst_case
 from immunity_fast.evaluation.runner import Evaluation, Plan, Row
 from immunity_fast.evaluation.targets import TargetModel
 from immunity_fast.losses import FusedImmunityLoss
@@ -21,7 +20,9 @@ def evaluate(
     outputs: Outputs,
     about: About,
     loss_fn: FusedImmunityLoss | None = None,
-) -> dict[str, Any]:
+    *,
+    printed: bool = True,
+) -> Results:
     """Carry out a plan on the test split, taking over what is finished; write results.json, tables, figures, report.
 
     Args:
@@ -31,6 +32,7 @@ def evaluate(
         outputs: the folder, which is made where it is missing.
         about: for the report.
         loss_fn: how the heatmaps of a mixture of at least 2 experts are looked at.
+        printed: print the tables, and where the report is.
 
     Returns:
         `results.results`.
@@ -52,10 +54,11 @@ def evaluate(
         cli.console.print(f"left out: {pair['attack']} by {pair['attacker']}: {pair['why']}")
     _run(evaluation)
     found, shown = write(evaluation, dataset, outputs, about)
-    for table in shown:
+    for table in shown if printed else ():
         cli.console.print()
         cli.console.print(table.to_markdown())
-    cli.console.print(f"\nreport: {outputs.report}")
+    if printed:
+        cli.console.print(f"\nreport: {outputs.report}")
     return found
 
 

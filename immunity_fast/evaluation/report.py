@@ -13,7 +13,7 @@ from immunity_fast.data.augmentation import to_float
 from immunity_fast.data.datasets import ImageDataset
 from immunity_fast.data.sampling import sample
 from immunity_fast.evaluation.metrics import expert_maps
-from immunity_fast.evaluation.results import find, percent, results, tables, to_csv
+from immunity_fast.evaluation.results import Results, find, percent, results, tables, to_csv
 from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.evaluation.targets import MixtureTarget
 from immunity_fast.losses import FusedImmunityLoss
@@ -54,9 +54,7 @@ class About:
     records: Sequence[dict[str, Any]] = ()
 
 
-def write(
-    evaluation: Evaluation, dataset: ImageDataset, outputs: Outputs, about: About
-) -> tuple[dict[str, Any], list[Table]]:
+def write(evaluation: Evaluation, dataset: ImageDataset, outputs: Outputs, about: About) -> tuple[Results, list[Table]]:
     """Write results.json, the tables, the figures and the report.
 
     Args:
@@ -83,6 +81,7 @@ def write(
         commands=about.commands,
         settings=about.settings | {f"evaluation: {name}": value for name, value in found["plan"].items()},
     )
+    found.report = outputs.report
     return found, shown
 
 

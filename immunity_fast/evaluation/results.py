@@ -8,6 +8,8 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from html import escape
+from pathlib import Path
 from typing import Any
 
 from immunity_fast.attacks import EPS, radius_of
@@ -16,6 +18,7 @@ from immunity_fast.evaluation.metrics import HeatmapSums, combined, wilson_inter
 from immunity_fast.evaluation.runner import Evaluation, Row, bits, mean_loss
 from immunity_fast.evaluation.targets import MixtureTarget
 from immunity_fast.reporting.html import Table
+from immunity_fast.runtime.failures import readable
 
 NAMES = {
     "clean": "clean",
@@ -34,7 +37,32 @@ JUDGES = {name: GATE_WORDS[name] for name in ("sample", "mean", "off", "worst")}
 SLACK = 0.01  # by so much a weaker attack may do better before it counts as a sign of masking
 
 
-def results(evaluation: Evaluation) -> dict[str, Any]:
+class Results(dict[str, Any]):
+    """What an evaluation found, as `results` says; where it is shown, its tables.
+
+    Attributes:
+        report: the file for a browser, where one was written.
+    """
+
+    report: Path | None = None
+
+    def tables(self) -> list[Table]:
+        """See `tables`."""
+        return tables(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        return "".join(table.to_html() for table in tables(self)) + (f"<p>{escape(self._place())}</p>")
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """IPython's text of it: what is kept beside the HTML in a notebook's file."""
+        printer.text("\n\n".join([*(table.to_markdown() for table in tables(self)), self._place()]).strip())
+
+    def _place(self) -> str:
+        return "" if self.report is None else f"report: {readable(str(self.report))}"
+
+
+def results(evaluation: Evaluation) -> Results:
     """What an evaluation found so far, as a JSON object:
 
     * accuracy: {attack, attacker (None: nobody), judge, correct, images, accuracy, interval (Wilson, 95 %), seconds};
@@ -71,7 +99,7 @@ def results(evaluation: Evaluation) -> dict[str, Any]:
     found["curves"] = _curves(evaluation)
     found["masking"] = _masking(evaluation, found)
     heatmaps = _heatmaps(evaluation)
-    return found | ({"heatmaps": heatmaps} if heatmaps else {})
+    return Results(found | ({"heatmaps": heatmaps} if heatmaps else {}))
 
 
 def worst_case(evaluation: Evaluation, judge: str) -> dict[str, Any]:

@@ -168,8 +168,9 @@ def cell_network(
     cells: int,
     *,
     affine: bool,
+    in_channels: int = 3,
 ) -> StagedNetwork:
-    """A network of cells: images (B, 3, H, W) to logits (B, num_classes).
+    """A network of cells: images (B, in_channels, H, W) to logits (B, num_classes).
 
     Stages: `stem`, a convolution to 3·channels; `cells1`, `cells2` and `cells3`, the cells before the first
     reduction cell, from there to before the second, and the rest. On 32×32 images their maps are 32×32, 32×32, 16×16
@@ -185,6 +186,7 @@ def cell_network(
         channels: of each node of the first cells, C; their output has 4·C.
         cells: how many.
         affine: whether the cells' BatchNorm has weights and biases; the stem's has.
+        in_channels: of the images.
 
     Raises:
         ValueError: `channels` is below 1 or `cells` below `MIN_CELLS`.
@@ -197,7 +199,7 @@ def cell_network(
     starts = (0, *reductions)
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     width = 3 * channels
-    stages["stem"] = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+    stages["stem"] = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
     before = (width, width)
     for stage, (start, end) in enumerate(zip(starts, (*reductions, cells), strict=True)):
         crossing = None if stage == 0 else before[0]

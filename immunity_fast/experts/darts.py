@@ -143,8 +143,10 @@ ADVRUSH = Genotype(
 """The cells that AdvRush found on CIFAR-10."""
 
 
-def darts_network(genotype: Genotype, num_classes: int, channels: int = 36, cells: int = 20) -> StagedNetwork:
-    """The evaluation network of a genotype: images (B, 3, H, W) to logits (B, num_classes).
+def darts_network(
+    genotype: Genotype, num_classes: int, channels: int = 36, cells: int = 20, in_channels: int = 3
+) -> StagedNetwork:
+    """The evaluation network of a genotype: images (B, in_channels, H, W) to logits (B, num_classes).
 
     Without what only its training has, the auxiliary head and drop-path. Stages `stem`, `cells1`, `cells2`, `cells3`;
     sizes and what Grad-CAM sees: `cells.cell_network`.
@@ -154,6 +156,7 @@ def darts_network(genotype: Genotype, num_classes: int, channels: int = 36, cell
         num_classes: K.
         channels: of each node of the first cells.
         cells: how many.
+        in_channels: of the images.
 
     Raises:
         ValueError: `channels` or `cells` are too few, see `cells.cell_network`.
@@ -168,14 +171,14 @@ def darts_network(genotype: Genotype, num_classes: int, channels: int = 36, cell
             # Zeros are computed only where there is nothing that they could be left out beside of.
             yield [edge for edge in edges if not isinstance(edge[1], Zero)] or edges[:1]
 
-    return cell_network(nodes, num_classes, channels, cells, affine=True)
+    return cell_network(nodes, num_classes, channels, cells, affine=True, in_channels=in_channels)
 
 
-def pdarts(num_classes: int) -> StagedNetwork:
+def pdarts(num_classes: int, in_channels: int = 3) -> StagedNetwork:
     """P-DARTS, 36 channels and 20 cells: see `darts_network`."""
-    return darts_network(PDARTS, num_classes)
+    return darts_network(PDARTS, num_classes, in_channels=in_channels)
 
 
-def advrush(num_classes: int) -> StagedNetwork:
+def advrush(num_classes: int, in_channels: int = 3) -> StagedNetwork:
     """AdvRush, 36 channels and 20 cells: see `darts_network`."""
-    return darts_network(ADVRUSH, num_classes)
+    return darts_network(ADVRUSH, num_classes, in_channels=in_channels)

@@ -38,8 +38,8 @@ def _transition(channels: int) -> nn.Sequential:
     )
 
 
-def densenet121(num_classes: int, stem: Stem = "cifar") -> StagedNetwork:
-    """DenseNet-121: images (B, 3, H, W) to logits (B, num_classes).
+def densenet121(num_classes: int, stem: Stem = "cifar", in_channels: int = 3) -> StagedNetwork:
+    """DenseNet-121: images (B, C, H, W) to logits (B, num_classes).
 
     With the stem for CIFAR, 3×3 without pooling, images have sides of at least 8 pixels: three transitions halve them.
     On 32×32 images `stem` and `block1` give maps of 32×32, `block2` 16×16, `block3` 8×8, `block4` 4×4. With that for
@@ -49,9 +49,9 @@ def densenet121(num_classes: int, stem: Stem = "cifar") -> StagedNetwork:
     channels = 2 * GROWTH
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     if stem == "imagenet":
-        stages["stem"] = imagenet_stem(channels)
+        stages["stem"] = imagenet_stem(channels, in_channels)
     else:
-        stages["stem"] = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        stages["stem"] = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
     for index, num_layers in enumerate((6, 12, 24, 16), start=1):
         layers: list[nn.Module] = []
         if index > 1:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ _PUBLISHED = {"pdarts": PDARTS, "advrush": ADVRUSH, "robnet_large": ROBNET_LARGE
 _LARGEST = 1000  # channels or cells; a slip of the pen would fill the memory
 
 
-def load(path: str | os.PathLike[str]) -> Callable[[int], StagedNetwork]:
-    """The network of a genotype file, still without its number of classes: `load(path)(num_classes)`.
+def load(path: str | os.PathLike[str]) -> Callable[..., StagedNetwork]:
+    """The network of a genotype file, still without its number of classes: `load(path)(num_classes, in_channels=3)`.
 
     The file is read and checked here and not again.
 
@@ -45,7 +46,7 @@ def load(path: str | os.PathLike[str]) -> Callable[[int], StagedNetwork]:
         raise ValueError(f"{os.fspath(path)}: {error}") from error
 
 
-def parse(text: str) -> Callable[[int], StagedNetwork]:
+def parse(text: str) -> Callable[..., StagedNetwork]:
     """`load` of a file with this content.
 
     Raises:
@@ -103,7 +104,7 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _network(description: Any) -> Callable[[int], StagedNetwork]:
+def _network(description: Any) -> Callable[..., StagedNetwork]:
     if not isinstance(description, dict):
         raise ValueError(f"expected an object, got {_shortened(description)}")
     kind = description.get("kind")
@@ -119,13 +120,13 @@ def _network(description: Any) -> Callable[[int], StagedNetwork]:
     if kind == "darts":
         cells = _number(description, "cells", MIN_CELLS)
         genotype = Genotype(_pairs(description, "normal"), _pairs(description, "reduce"))
-        return lambda num_classes: darts_network(genotype, num_classes, channels, cells)
+        return partial(darts_network, genotype, channels=channels, cells=cells)
     layers = _number(description, "layers", MIN_CELLS)
     codes = description["cells"]
     if not isinstance(codes, list) or not all(isinstance(cell, str) for cell in codes):
         raise ValueError(f"cells: expected a list of strings, got {_shortened(codes)}")
     parse_cells(codes, layers)
-    return lambda num_classes: robnet_network(codes, num_classes, channels, layers)
+    return partial(robnet_network, codes, channels=channels, layers=layers)
 
 
 def _number(description: dict[str, Any], name: str, lowest: int) -> int:

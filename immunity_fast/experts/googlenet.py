@@ -48,8 +48,8 @@ class Inception(nn.Module):
         return torch.cat([self.branch1(x), self.branch3(x), self.branch5(x), self.branch_pool(x)], dim=1)
 
 
-def googlenet(num_classes: int, stem: Stem = "cifar") -> StagedNetwork:
-    """GoogLeNet: images (B, 3, H, W) to logits (B, num_classes).
+def googlenet(num_classes: int, stem: Stem = "cifar", in_channels: int = 3) -> StagedNetwork:
+    """GoogLeNet: images (B, C, H, W) to logits (B, num_classes).
 
     Batch normalisation follows each convolution; there are no auxiliary classifiers. With the stem for CIFAR, one 3×3
     convolution, `stem` and `inception3` give maps of 32×32 on 32×32 images, `inception4` 16×16, `inception5` 8×8. With
@@ -60,10 +60,10 @@ def googlenet(num_classes: int, stem: Stem = "cifar") -> StagedNetwork:
     small = stem == "cifar"
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     if small:
-        stages["stem"] = conv(3, 192, 3)
+        stages["stem"] = conv(in_channels, 192, 3)
     else:
         stages["stem"] = nn.Sequential(
-            conv(3, 64, 7, stride=2), _halved(), conv(64, 64, 1), conv(64, 192, 3), _halved()
+            conv(in_channels, 64, 7, stride=2), _halved(), conv(64, 64, 1), conv(64, 192, 3), _halved()
         )
     stages["inception3"] = nn.Sequential(
         inception(192, 64, 96, 128, 16, 32, 32),

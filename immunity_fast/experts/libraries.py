@@ -10,34 +10,40 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from immunity_fast.experts.channels import adapt_
+
 
 class Library(NamedTuple):
     """A library of networks.
 
     Args:
         names: all that it has.
-        create: (name, number of classes, the images' (H, W) or None) to a network with random weights.
+        create: (name, number of classes, the images' (H, W) or None, their channels) to a network with random weights.
     """
 
     names: Callable[[], list[str]]
-    create: Callable[[str, int, tuple[int, int] | None], nn.Module]
+    create: Callable[[str, int, tuple[int, int] | None, int], nn.Module]
 
 
-def create(library: str, name: str, num_classes: int, image_size: tuple[int, int] | None) -> nn.Module:
-    """A network of a library with random weights: images (B, 3, H, W) to logits (B, num_classes), also in training.
+def create(
+    library: str, name: str, num_classes: int, image_size: tuple[int, int] | None, channels: int = 3
+) -> nn.Module:
+    """A network of a library with random weights: images (B, channels, H, W) to logits (B, num_classes), also in
+    training.
 
     Args:
         library: of `LIBRARIES`.
         name: what the library calls it.
         num_classes: K.
         image_size: (H, W), which some transformers are built for; None is the library's default.
+        channels: of the images.
 
     Raises:
         ValueError: the library has no such name, or cannot make it for such images.
         ModuleNotFoundError: it is not installed.
     """
     try:
-        return _twice_differentiable(LIBRARIES[library].create(name, num_classes, image_size))
+        return _twice_differentiable(LIBRARIES[library].create(name, num_classes, image_size, channels))
     except ModuleNotFoundError:
         raise
     except Exception as error:  # whatever a library may raise
@@ -88,14 +94,14 @@ def _torchvision_names() -> list[str]:
     return found
 
 
-def _create_torchvision(name: str, num_classes: int, image_size: tuple[int, int] | None) -> nn.Module:
+def _create_torchvision(name: str, num_classes: int, image_size: tuple[int, int] | None, channels: int) -> nn.Module:
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):  # with auxiliary classifiers their outputs are tuples in training
         options = {"aux_logits": False, "init_weights": True}
     if name.startswith("vit_") and image_size is not None:
         options = {"image_size": _square(image_size)}
     network: nn.Module = _torchvision().get_model(name, weights=None, num_classes=num_classes, **options)
-    return network
+    return network if channels == 3 else adapt_(network, channels)
 
 
 def _timm_names() -> list[str]:
@@ -103,18 +109,21 @@ def _timm_names() -> list[str]:
     return found
 
 
-def _create_timm(name: str, num_classes: int, image_size: tuple[int, int] | None) -> nn.Module:
+def _create_timm(name: str, num_classes: int, image_size: tuple[int, int] | None, channels: int) -> nn.Module:
     timm = _timm()
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if channels != 3:
+        options["in_chans"] = channels
     network: nn.Module
     if image_size is not None:
         try:
-            network = timm.create_model(name, pretrained=False, num_classes=num_classes, img_size=image_size)
+            network = timm.create_model(name, pretrained=False, img_size=image_size, **options)
         except TypeError as error:
             if "img_size" not in str(error):  # which convolutional networks do not take
                 raise
         else:
             return network
-    network = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    network = timm.create_model(name, pretrained=False, **options)
     return network
 
 

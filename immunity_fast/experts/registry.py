@@ -26,14 +26,14 @@ from immunity_fast.experts.resnet import resnet8, resnet18
 from immunity_fast.experts.robnet import robnet_free, robnet_large, robnet_large_v2
 from immunity_fast.experts.staged import StagedNetwork
 from immunity_fast.experts.stems import Stem
-from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.checks import check_choice, check_whole
 
-_WITH_STEMS: dict[str, Callable[[int, Stem], StagedNetwork]] = {
+_WITH_STEMS: dict[str, Callable[[int, Stem, int], StagedNetwork]] = {
     "resnet18": resnet18,
     "googlenet": googlenet,
     "densenet121": densenet121,
 }
-_BUILDERS: dict[str, Callable[[int], StagedNetwork]] = {
+_BUILDERS: dict[str, Callable[[int, int], StagedNetwork]] = {
     "resnet8": resnet8,
     "pdarts": pdarts,
     "advrush": advrush,
@@ -53,13 +53,19 @@ _LONGEST = 60  # characters of a file's name
 
 
 def create(
-    name: str, num_classes: int = 10, *, stem: Stem = "cifar", image_size: int | tuple[int, int] | None = None
+    name: str,
+    num_classes: int = 10,
+    *,
+    stem: Stem = "cifar",
+    image_size: int | tuple[int, int] | None = None,
+    channels: int = 3,
 ) -> nn.Module:
-    """A freshly initialised network: images (B, 3, H, W) to logits (B, num_classes).
+    """A freshly initialised network: images (B, channels, H, W) to logits (B, num_classes).
 
     Of ours it is a `StagedNetwork`. Of a library it has random weights: nothing is downloaded. What
     `module.path:callable` names is imported, which runs that module's code, and is called with `num_classes=` if it
-    takes that, else with the number if it requires one argument, else without any.
+    takes that, else with the number if it requires one argument, else without any; and with `in_channels=`, as
+    `imported.made` says.
 
     Args:
         name: one of `NAMES`; `torchvision:NAME` or `timm:NAME`; `module.path:callable`; the path of a genotype file,
@@ -67,28 +73,31 @@ def create(
         num_classes: K ≥ 2.
         stem: "cifar" for small images or "imagenet" for large ones, of `WITH_STEMS`; others have one form.
         image_size: the images' side or (H, W), for networks that are built for one size, as many transformers are.
+        channels: of the images: 3, 1 for grey ones, or any other number. torchvision's networks, which take 3, get
+            another first convolution, see `channels.adapted`.
 
     Raises:
         ValueError: `name` is none of these, what it names cannot be made, the genotype is wrong, or `num_classes` is
-            below 2.
+            below 2 or `channels` below 1.
         ModuleNotFoundError: the library is not installed.
     """
     check_choice("stem", stem, Stem)
     check_known(name)
     if num_classes < 2:
         raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+    check_whole("channels", channels, 1)
     if name in _WITH_STEMS:
-        return _WITH_STEMS[name](num_classes, stem)
+        return _WITH_STEMS[name](num_classes, stem, channels)
     if name in _BUILDERS:
-        return _BUILDERS[name](num_classes)
+        return _BUILDERS[name](num_classes, channels)
     if name.startswith("{"):
-        return genotypes.parse(name)(num_classes)
+        return genotypes.parse(name)(num_classes, in_channels=channels)
     if name.endswith(".json"):
-        return genotypes.load(name)(num_classes)
+        return genotypes.load(name)(num_classes, in_channels=channels)
     if library := _library(name):
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-        return libraries.create(library, name.partition(":")[2], num_classes, sides)
-    return made(name, num_classes)
+        return libraries.create(library, name.partition(":")[2], num_classes, sides, channels)
+    return made(name, num_classes, channels)
 
 
 def split_names(arch: str) -> tuple[str, ...]:

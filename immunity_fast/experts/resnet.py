@@ -31,15 +31,17 @@ class BasicBlock(nn.Module):
         return F.relu(residual + self.shortcut(x))
 
 
-def _resnet(widths: tuple[int, ...], blocks: int, num_classes: int, stem: Stem = "cifar") -> StagedNetwork:
+def _resnet(
+    widths: tuple[int, ...], blocks: int, num_classes: int, stem: Stem = "cifar", in_channels: int = 3
+) -> StagedNetwork:
     """Stages `stem`, `layer1`, …: a layer of `blocks` basic blocks for each width, all but the first halving."""
     channels = widths[0]
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     if stem == "imagenet":
-        stages["stem"] = imagenet_stem(channels)
+        stages["stem"] = imagenet_stem(channels, in_channels)
     else:
         stages["stem"] = nn.Sequential(
-            nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+            nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
         )
     for index, width in enumerate(widths, start=1):
         first = BasicBlock(channels, width, stride=1 if index == 1 else 2)
@@ -49,20 +51,20 @@ def _resnet(widths: tuple[int, ...], blocks: int, num_classes: int, stem: Stem =
     return initialise(StagedNetwork(stages))
 
 
-def resnet18(num_classes: int, stem: Stem = "cifar") -> StagedNetwork:
-    """ResNet-18: images (B, 3, H, W) to logits (B, num_classes).
+def resnet18(num_classes: int, stem: Stem = "cifar", in_channels: int = 3) -> StagedNetwork:
+    """ResNet-18: images (B, C, H, W) to logits (B, num_classes).
 
     With the stem for CIFAR, 3×3 without pooling, `stem` and `layer1` give maps of 32×32 on 32×32 images, `layer2`
     16×16, `layer3` 8×8, `layer4` 4×4. With that for ImageNet, as the paper has it, `stem` and `layer1` give maps of
     56×56 on 224×224 images, and the others halves of it likewise.
     """
-    return _resnet((64, 128, 256, 512), 2, num_classes, stem)
+    return _resnet((64, 128, 256, 512), 2, num_classes, stem, in_channels)
 
 
-def resnet8(num_classes: int) -> StagedNetwork:
-    """The paper's CIFAR form with n = 1, small enough for a CPU: images (B, 3, H, W) to logits (B, num_classes).
+def resnet8(num_classes: int, in_channels: int = 3) -> StagedNetwork:
+    """The paper's CIFAR form with n = 1, small enough for a CPU: images (B, C, H, W) to logits (B, num_classes).
 
     Unlike there, a shortcut that changes the shape is a 1×1 convolution, as in `resnet18`. On 32×32 images
     `stem` and `layer1` give maps of 32×32, `layer2` 16×16, `layer3` 8×8.
     """
-    return _resnet((16, 32, 64), blocks=1, num_classes=num_classes)
+    return _resnet((16, 32, 64), blocks=1, num_classes=num_classes, in_channels=in_channels)

@@ -42,8 +42,10 @@ ROBNET_FREE: tuple[str, ...] = (
 """The 20 cells of RobNet-free, each of its own."""
 
 
-def robnet_network(cells_codes: Sequence[str], num_classes: int, channels: int, layers: int) -> StagedNetwork:
-    """The network of RobNet cells: images (B, 3, H, W) to logits (B, num_classes).
+def robnet_network(
+    cells_codes: Sequence[str], num_classes: int, channels: int, layers: int, in_channels: int = 3
+) -> StagedNetwork:
+    """The network of RobNet cells: images (B, in_channels, H, W) to logits (B, num_classes).
 
     A cell is 14 codes of two bits, one for each edge, separated by spaces: node by node, and for node k what it reads
     from input 0 to input k + 1, of which 0 and 1 are the outputs of the two cells before and the others the nodes
@@ -58,6 +60,7 @@ def robnet_network(cells_codes: Sequence[str], num_classes: int, channels: int, 
         num_classes: K.
         channels: of each node of the first cells.
         layers: how many cells.
+        in_channels: of the images.
 
     Raises:
         ValueError: the codes are wrong, see `parse_cells`; `channels` or `layers` are too few, see
@@ -76,7 +79,7 @@ def robnet_network(cells_codes: Sequence[str], num_classes: int, channels: int, 
                     edges.append((index, skip(channels, stride, affine=False)))
             yield edges or [(0, Zero(2 if reduction else 1))]
 
-    return cell_network(nodes, num_classes, channels, layers, affine=False)
+    return cell_network(nodes, num_classes, channels, layers, affine=False, in_channels=in_channels)
 
 
 def parse_cells(cells_codes: Sequence[str], layers: int) -> list[list[list[str]]]:
@@ -107,16 +110,16 @@ def _parse(number: int, codes: str) -> list[list[str]]:
     return nodes
 
 
-def robnet_large(num_classes: int) -> StagedNetwork:
+def robnet_large(num_classes: int, in_channels: int = 3) -> StagedNetwork:
     """RobNet-large-v1, 36 channels and 20 layers: see `robnet_network`."""
-    return robnet_network(ROBNET_LARGE, num_classes, channels=36, layers=20)
+    return robnet_network(ROBNET_LARGE, num_classes, channels=36, layers=20, in_channels=in_channels)
 
 
-def robnet_large_v2(num_classes: int) -> StagedNetwork:
+def robnet_large_v2(num_classes: int, in_channels: int = 3) -> StagedNetwork:
     """RobNet-large-v2, 64 channels and 33 layers: see `robnet_network`."""
-    return robnet_network(ROBNET_LARGE, num_classes, channels=64, layers=33)
+    return robnet_network(ROBNET_LARGE, num_classes, channels=64, layers=33, in_channels=in_channels)
 
 
-def robnet_free(num_classes: int) -> StagedNetwork:
+def robnet_free(num_classes: int, in_channels: int = 3) -> StagedNetwork:
     """RobNet-free, 36 channels and 20 layers: see `robnet_network`."""
-    return robnet_network(ROBNET_FREE, num_classes, channels=36, layers=20)
+    return robnet_network(ROBNET_FREE, num_classes, channels=36, layers=20, in_channels=in_channels)

@@ -14,7 +14,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 class StagedNetwork(nn.Sequential):
     """A chain of named stages followed by a child called `classifier`.
 
-    Built from an `OrderedDict` of children whose last key is `"classifier"`. Maps images (B, 3, H, W) to logits
+    Built from an `OrderedDict` of children whose last key is `"classifier"`. Maps images (B, C, H, W) to logits
     (B, K); every stage's output is a map (B, C, h, w).
     """
 
@@ -32,7 +32,7 @@ def split(network: nn.Sequential, stage: str) -> tuple[nn.Sequential, nn.Sequent
     """Cut a chain after one of its stages.
 
     Args:
-        network: images (B, 3, H, W) to logits (B, K).
+        network: images (B, C, H, W) to logits (B, K).
         stage: the name of any child but the last.
 
     Returns:
@@ -54,12 +54,13 @@ def split(network: nn.Sequential, stage: str) -> tuple[nn.Sequential, nn.Sequent
     return trunk, head
 
 
-def default_stage(network: nn.Module, image_size: int | tuple[int, int]) -> str:
+def default_stage(network: nn.Module, image_size: int | tuple[int, int], channels: int = 3) -> str:
     """The last stage whose map exceeds 8×8 on both sides: the Grad-CAM layer of arXiv 2402.18787.
 
     Args:
-        network: a chain of stages, which is left as it is: a copy is run, in eval mode, on images (B, 3, H, W).
+        network: a chain of stages, which is left as it is: a copy is run, in eval mode, on images (B, C, H, W).
         image_size: the side of square images in pixels, or (H, W).
+        channels: C.
 
     Raises:
         ValueError: no stage's map is that large.
@@ -67,7 +68,7 @@ def default_stage(network: nn.Module, image_size: int | tuple[int, int]) -> str:
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     chain = copied(network).eval()
     like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
-    maps, sizes = like.new_zeros(1, 3, height, width), {}
+    maps, sizes = like.new_zeros(1, channels, height, width), {}
     with torch.no_grad():
         for name, stage in chain.named_children():
             maps = stage(maps)

@@ -20,14 +20,14 @@ def chosen_stem(stem: StemChoice, image_size: int | tuple[int, int]) -> Stem:
     return "imagenet" if smaller > LARGEST_SMALL else "cifar"
 
 
-def imagenet_stem(channels: int) -> nn.Sequential:
-    """Convolution 7×7 and max-pooling, each of stride 2: images (B, 3, H, W) to maps (B, channels, ⌈H/4⌉, ⌈W/4⌉).
+def imagenet_stem(channels: int, in_channels: int = 3) -> nn.Sequential:
+    """Convolution 7×7 and max-pooling, each of stride 2: images (B, C, H, W) to maps (B, channels, ⌈H/4⌉, ⌈W/4⌉).
 
     As ResNets and DenseNets have it (arXiv 1512.03385, 1608.06993).
     """
     return nn.Sequential(
         OrderedDict(
-            conv=nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False),
+            conv=nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False),
             bn=nn.BatchNorm2d(channels),
             relu=nn.ReLU(),
             pool=nn.MaxPool2d(3, stride=2, padding=1),

@@ -61,20 +61,15 @@ def from_names(
     """
     takes = repeated(arch, num_experts)
     begin = chosen_stem(stem, image_size)
-    experts = [create(name, num_classes, stem=begin, image_size=image_size) for name in takes]
+    experts = [create(name, num_classes, stem=begin, image_size=image_size, channels=channels) for name in takes]
     if not all(isinstance(expert, StagedNetwork) for expert in experts):
         return assembled(experts, stage=stage, image_size=image_size, channels=channels, batching=batching)
-    if channels != 3:
-        raise ValueError(
-            f"channels: expected 3 for {', '.join(dict.fromkeys(takes))}, got {channels}; from_experts takes any "
-            "networks"
-        )
     stages = _of_each("stage", stage, num_experts)
     defaults: dict[str, str] = {}
     chosen: list[str] = []
     for name, expert, asked in zip(takes, experts, stages, strict=True):
         if asked is None and name not in defaults:
-            defaults[name] = default_stage(expert, image_size)
+            defaults[name] = default_stage(expert, image_size, channels)
         chosen.append(asked or defaults[name])
         check_stage(expert, chosen[-1])
     one_stack = _are_one_stack(experts, chosen, batching)

@@ -20,6 +20,7 @@ def expert_tensors(
     num_classes: int,
     image_size: tuple[int, int],
     stem: Stem,
+    channels: int = 3,
 ) -> dict[str, Tensor]:
     """Name, shape and dtype of each tensor of a mixture's experts; next to no memory is taken, whatever is described.
 
@@ -30,12 +31,13 @@ def expert_tensors(
         num_classes: K.
         image_size: (H, W).
         stem: of the architectures that have several.
+        channels: of the images.
 
     Raises:
         ValueError, RuntimeError: such experts cannot be made, or are more than the file has tensors.
     """
     names = repeated(arch, min(num_experts, len(stored) + 1))
-    made = {name: outline(name, num_classes, image_size, stem).state_dict() for name in dict.fromkeys(names)}
+    made = {name: outline(name, num_classes, image_size, stem, channels).state_dict() for name in dict.fromkeys(names)}
     first = made[names[0]]
     if f"0.{next(iter(first), '')}" not in stored:
         return {key: value.new_empty(num_experts, *value.shape) for key, value in first.items()}
@@ -46,7 +48,7 @@ def expert_tensors(
     return {f"{index}.{key}": value for index, name in enumerate(names) for key, value in made[name].items()}
 
 
-def outline(name: str, num_classes: int, image_size: tuple[int, int], stem: Stem) -> nn.Module:
+def outline(name: str, num_classes: int, image_size: tuple[int, int], stem: Stem, channels: int = 3) -> nn.Module:
     """A network without memory for its weights, or with, where its code needs that.
 
     Args:
@@ -54,14 +56,15 @@ def outline(name: str, num_classes: int, image_size: tuple[int, int], stem: Stem
         num_classes: K.
         image_size: (H, W).
         stem: of an architecture that has several.
+        channels: of the images.
 
     Raises:
         ValueError, RuntimeError: it cannot be made.
     """
     try:
         with torch.device("meta"):
-            return create(name, num_classes, stem=stem, image_size=image_size)
+            return create(name, num_classes, stem=stem, image_size=image_size, channels=channels)
     except Exception:  # whatever it makes of a device that computes nothing
         if name in NAMES or name.startswith("{"):
             raise
-    return create(name, num_classes, stem=stem, image_size=image_size)
+    return create(name, num_classes, stem=stem, image_size=image_size, channels=channels)

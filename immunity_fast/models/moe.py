@@ -70,11 +70,12 @@ class ImmunityMoE(nn.Module):
         image_size: the images' side or (H, W); the default of `stage` depends on it.
         stem: with what `resnet18`, `googlenet` and `densenet121` begin, "cifar" or "imagenet"; "auto" is that for
             ImageNet where the images' smaller side exceeds 64 pixels. Others have one form.
-        channels: of the images.
+        channels: of the images: 3, 1 for grey ones, or any other number.
         switch: what the gate does in evaluation mode.
         generator: where the gate's permutations come from; None is PyTorch's default generator.
         batching: "loop" or "vmap" over the experts; "auto" is what was measured to be faster, see `strategies`.
-        mean, std: per channel, of images in [0, 1]; the model normalises with them itself. Default: CIFAR-10's.
+        mean, std: per channel, of images in [0, 1]; the model normalises with them itself. Default: CIFAR-10's where
+            there are 3 channels, else 0.5 and 0.25 of each.
         classes: the classes' names, as many as there are; None where nobody has named them.
         loss_fn: what `model(images, labels)` gives, an attribute; None is `FusedImmunityLoss` with heatmaps of
             `image_size`.
@@ -108,8 +109,8 @@ class ImmunityMoE(nn.Module):
         switch: Switch = "call",
         generator: torch.Generator | None = None,
         batching: Batching = "auto",
-        mean: Sequence[float] = CIFAR10_MEAN,
-        std: Sequence[float] = CIFAR10_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         classes: Sequence[str] | None = None,
         loss_fn: FusedImmunityLoss | None = None,
     ) -> None:
@@ -128,7 +129,7 @@ class ImmunityMoE(nn.Module):
             stem=stem,
         )
         gate = RandomSwitchGate(num_experts, switch=switch, generator=generator, channels=channels)
-        self._hold(parts, gate, Normalize(mean, std), classes, loss_fn)
+        self._hold(parts, gate, _normalize(mean, std, channels), classes, loss_fn)
 
     @classmethod
     def from_experts(
@@ -277,7 +278,7 @@ class ImmunityMoE(nn.Module):
 
         Args:
             images: (B, C, H, W) floating-point in [0, 1].
-            labels: (B,) integers; None asks for log-probabilities.
+            labels: (B,) integers, or (B, num_classes) probabilities; None asks for log-probabilities.
             return_terms: return `(loss, ImmunityTerms)`.
 
         Returns:
@@ -614,6 +615,19 @@ class ImmunityMoE(nn.Module):
             return modules
         return [prepended(copy.deepcopy(self.normalize), module) for module in modules]
 
+    def list_experts_(self) -> None:
+        """Hold the experts as N modules of their own, which run one after another, instead of as one stack; in place.
+
+        What the model computes stays the same; names in its `state_dict` become `experts.0.…`, `experts.1.…`, and
+        parameters are new ones, so an optimiser is made after it. Experts in a list are sharded one by one.
+        """
+        if isinstance(self.experts, ExpertList):
+            return
+        experts = ExpertList(self._networks())
+        experts.training = self.experts.training  # the parts of each expert have modes of their own
+        self.experts = experts
+        self._halves = None
+
     def deterministic(self) -> "ExactMean":
         """The mixture by the exact mean of its gate, as a module of its own, which shares all parameters.
 
@@ -656,7 +670,7 @@ class ImmunityMoE(nn.Module):
     def _normalized(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or not images.is_floating_point():
             raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {kind_given(images)}")
-        if images.dim() != 4:
+        if images.dim() != 4 or images.shape[1] != self.channels:
             raise ValueError(f"images: expected shape (B, {self.channels}, H, W), got {tuple(images.shape)}")
         normalized: Tensor = self.normalize(images)
         return normalized
@@ -681,13 +695,16 @@ class ImmunityMoE(nn.Module):
         return torch.stack(logits), activations
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ImmunityMoE":
-        """`nn.Module`'s, which `to` and its like call: of stacked tensors each expert's own is converted."""
+        """`nn.Module`'s, which `to` and its like call: of stacked tensors each expert's own is converted, and the
+        loss's class weights go along.
+        """
         with in_use():
             if recurse:
                 for child in self.children():
                     stacked = child is self.experts and not isinstance(child, ExpertList)
                     child._apply(expert_by_expert(fn) if stacked else fn)  # type: ignore[no-untyped-call]
             super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
+            self.loss_fn._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -712,8 +729,8 @@ class SingleNetwork(ImmunityMoE):
         stem: StemChoice = "auto",
         channels: int = 3,
         batching: Batching = "auto",
-        mean: Sequence[float] = CIFAR10_MEAN,
-        std: Sequence[float] = CIFAR10_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         classes: Sequence[str] | None = None,
         loss_fn: FusedImmunityLoss | None = None,
     ) -> None:
@@ -723,7 +740,7 @@ class SingleNetwork(ImmunityMoE):
         parts = from_names(
             arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching, stem=stem
         )
-        self._hold(parts, self._gate(1, "call", None, channels), Normalize(mean, std), classes, loss_fn)
+        self._hold(parts, self._gate(1, "call", None, channels), _normalize(mean, std, channels), classes, loss_fn)
 
     @classmethod
     def _gate(
@@ -751,6 +768,23 @@ class ExactMean(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Log-probabilities (B, num_classes) of `images` (B, C, H, W) in [0, 1]; the gate is not asked."""
         return log_mixture(self.model.expert_logits(images))
+
+
+def _normalize(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> Normalize:
+    """The normalisation of images of so many channels; where none is given, by what is usual.
+
+    Raises:
+        ValueError: one of another number of channels.
+    """
+    usual = channels == len(CIFAR10_MEAN)
+    if mean is None:
+        mean = CIFAR10_MEAN if usual else [0.5] * channels
+    if std is None:
+        std = CIFAR10_STD if usual else [0.25] * channels
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise ValueError(f"{name}: expected {channels} numbers, one a channel, got {len(values)}")
+    return Normalize(mean, std)
 
 
 def _unseen(buffers: dict[str, Tensor]) -> AbstractContextManager[object]:

@@ -6,12 +6,12 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from immunity_fast.arguments import Experts
-from immunity_fast.functional import mixture_cross_entropy
 from immunity_fast.losses import Classification, FusedImmunityLoss, ImmunityTerms
 from immunity_fast.runtime.compilation import eagerly
+from immunity_fast.runtime.sharding import gathered_again, is_sharded
 from immunity_fast.runtime.strategies import DoubleBackprop
 
 
@@ -57,7 +57,7 @@ def loss_and_terms(
         model: the mixture. BatchNorm's statistics are those of one forward pass afterwards.
         loss_fn: what is minimised.
         images: (B, C, H, W) floating-point in [0, 1].
-        labels: (B,) integers.
+        labels: (B,) integers, or (B, K) probabilities.
         double_backprop: see `FusedImmunityLoss.from_head`.
         classification: see `FusedImmunityLoss.forward`.
 
@@ -70,9 +70,8 @@ def loss_and_terms(
     if model.num_experts == 1:
         # The baseline: it has no other to be apart from, and its cross-entropy counts once.
         logits = model.expert_logits(images)
-        losses = partial(mixture_cross_entropy, targets=labels, alpha=0.0) if classification is None else classification
-        each = losses(logits, None)
-        loss = each.mean() if len(labels) else each.sum()
+        losses = partial(loss_fn.class_losses, targets=labels, alpha=0.0) if classification is None else classification
+        loss = loss_fn.mean(losses(logits, None), labels, logits.shape[2])
         return loss, ImmunityTerms(loss, torch.zeros_like(loss), torch.zeros_like(loss))
     if not model.has_head:
         return _by_autograd(model, loss_fn, images, labels, classification)
@@ -101,7 +100,11 @@ def _by_autograd(
     classification: Classification | None,
 ) -> tuple[Tensor, ImmunityTerms]:
     keeps_graph = torch.is_grad_enabled()
-    with torch.enable_grad():  # which Grad-CAM wants of a validation's loss, too
+    assert isinstance(model, nn.Module)
+    # Gradients, which Grad-CAM wants of a validation's loss, too; and of weights in shards, which it takes twice.
+    with torch.enable_grad(), gathered_again(model):
+        if is_sharded(model) and not images.requires_grad:
+            images = images.detach().requires_grad_()  # FSDP2 frees a network behind its backward pass, if it sees it
         logits, activations, gate = model.expert_outputs(images, detach_weights=loss_fn.detach_weights)
         loss, terms = loss_fn(logits, activations, labels, gate, return_terms=True, classification=classification)
     return (loss, terms) if keeps_graph else (loss.detach(), ImmunityTerms(*(term.detach() for term in terms)))

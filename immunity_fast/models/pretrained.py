@@ -200,6 +200,7 @@ def check_fits(saved: Saved) -> None:
             num_classes=config["num_classes"],
             image_size=tuple(config["image_size"]),
             stem=config["stem"] or "cifar",
+            channels=config["channels"],
         )
     except (ValueError, RuntimeError, TypeError) as error:
         raise ValueError(f"{saved.folder}: describes a model that cannot be made ({error})") from error

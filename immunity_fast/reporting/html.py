@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib import resources
 from pathlib import Path
 
@@ -52,6 +53,26 @@ class Table:
         ]
         text = "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
         return "\n\n".join(part for part in (f"**{self.caption}**" if self.caption else "", text, self.note) if part)
+
+    def to_html(self) -> str:
+        """The table as a piece of HTML, all texts escaped, columns of numbers aligned to the right."""
+        sides = ["right" if numeric else "left" for numeric in self.numeric()]
+        rows = [("th", self.columns), *(("td", row) for row in self.rows)]
+        lines = [
+            "".join(
+                f'<{kind} style="text-align: {side}">{escape(readable(cell))}</{kind}>'
+                for cell, side in zip(cells, sides, strict=True)
+            )
+            for kind, cells in rows
+        ]
+        caption = f"<caption>{escape(readable(self.caption))}</caption>" if self.caption else ""
+        note = f"<p><small>{escape(readable(self.note))}</small></p>" if self.note else ""
+        head, *body = (f"<tr>{line}</tr>" for line in lines)
+        return f"<table>{caption}<thead>{head}</thead><tbody>{''.join(body)}</tbody></table>{note}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        return self.to_html()
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:

@@ -3,13 +3,11 @@
 import argparse
 import atexit
 import io
-import json
 import os
 import shutil
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -48,20 +46,17 @@ except ModuleNotFoundError as missing:
         "pip install '.[train,attacks]', for what all commands need"
     ) from None
 
+from immunity_fast.runtime.notebook import NotebookProgress, in_notebook
+from immunity_fast.runtime.parser import Parser as Parser
+from immunity_fast.runtime.parser import left_to_torchrun
+
 TRUST_CODE = "import and run the module.path:callable that a run's --arch names: only of runs that you trust"
 STATUS_SECONDS = 30.0  # seconds between two lines in a log that is no terminal
-console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a folder's name may look like markup
+# A folder's name may look like markup; in a notebook lines are text, of which a cell has one output and not one a line.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, force_jupyter=False)
 
 
 P = ParamSpec("P")
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose error is one line, without the long usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        line = f"error: {message} (--help lists the options)"
-        self.exit(2, None if _left_to_torchrun(line) else f"{line}\n")
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -83,27 +78,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         sys.exit(status_of(interrupt))
     except (InputError, OSError) as error:
         message = f"error: {' '.join(str(error).split())}"
-        if not _left_to_torchrun(message):
+        if not left_to_torchrun(message):
             print(message, file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
-
-
-def _left_to_torchrun(message: str) -> bool:
-    """Write down for torchrun what its report is to say of this process; whether that is enough.
-
-    It is for all processes but the first: what is wrong is mostly wrong in each of them, and said once.
-    """
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not file:
-        return False
-    # As `torch.distributed.elastic.multiprocessing.errors.ErrorHandler` does, but for the traceback.
-    said = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": f"{time.time():.0f}"}}
-    try:
-        Path(file).write_text(json.dumps({"message": said}), encoding="utf-8")
-    except OSError:
-        return False
-    return os.environ.get("RANK") != "0"
 
 
 class InputError(Exception):
@@ -147,6 +125,14 @@ def number(text: str) -> float:
         return float(numerator) / float(denominator or 1)
     except ZeroDivisionError:
         raise ValueError(f"{text}: a fraction of zero") from None
+
+
+def whole_or_word(text: str) -> int | str:
+    """A whole number of a command line, or a word such as auto, for argparse."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 @contextmanager
@@ -210,8 +196,8 @@ def interactive() -> bool:
 
 @contextmanager
 def status_lines(status: Callable[[], str], enabled: bool = True) -> Iterator[None]:
-    """Where there is no terminal for a progress bar, a line now and then: an epoch or an attack may take an hour."""
-    if interactive() or not enabled:
+    """Where nobody sees a progress bar, a line now and then: an epoch or an attack may take an hour."""
+    if interactive() or in_notebook() or not enabled:
         yield
         return
     over = threading.Event()
@@ -230,7 +216,9 @@ def status_lines(status: Callable[[], str], enabled: bool = True) -> Iterator[No
 
 
 def progress_bar(enabled: bool = True) -> Progress:
-    """A progress bar that disappears when done; in a log that is no terminal nothing is drawn."""
+    """A progress bar that disappears when done; in a log that is no terminal nothing is drawn, in a notebook a line."""
+    if enabled and in_notebook():
+        return NotebookProgress(console)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -5,6 +5,7 @@ dtype before anything is made of it.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,12 @@ from torch.optim import Optimizer
 from immunity_fast.experts import split_names
 from immunity_fast.experts.registry import check_trusted, repeated
 from immunity_fast.models.described import expert_tensors
+from immunity_fast.models.expert_list import ExpertList
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 from immunity_fast.runtime.files import abbreviated, is_number, parse_json, write_atomically
+from immunity_fast.runtime.sharding import local
+from immunity_fast.training.optimizers import NUMBERS, number, parameters_of
+from immunity_fast.training.shards import REST, load_shards, newest, outline
 
 FORMAT = 2
 LAST = Path("checkpoints") / "last.safetensors"  # in a run folder
@@ -86,7 +91,7 @@ def _is_count(value: Any, least: int = 0) -> bool:
 def _is_model(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and value.keys() - {"stem"} == {"arch", "num_experts", "num_classes", "stage", "image_size"}
+        and value.keys() - {"stem", "channels"} == {"arch", "num_experts", "num_classes", "stage", "image_size"}
         and isinstance(value["arch"], str)
         and (value["stage"] is None or isinstance(value["stage"], str))
         and _is_count(value["num_experts"], 1)
@@ -95,6 +100,7 @@ def _is_model(value: Any) -> bool:
         and len(value["image_size"]) == 2
         and all(_is_count(side, 1) for side in value["image_size"])
         and value.get("stem", "cifar") in ("cifar", "imagenet")
+        and _is_count(value.get("channels", 3), 1)
     )
 
 
@@ -110,7 +116,8 @@ def _is_weights(value: Any) -> bool:
 
 
 # What a checkpoint says of its run, and whether a value can be that. Earlier versions wrote no "classes", "momenta" and
-# "weights"; of a model they did not write "stem", which was "cifar".
+# "weights"; of a model they did not write "stem", which was "cifar", and "channels" is written where they are not 3.
+# "stopped" is why a run ended before its last epoch.
 INFO: dict[str, Callable[[Any], bool]] = {
     "model": _is_model,
     "data": lambda value: isinstance(value, str),
@@ -119,6 +126,7 @@ INFO: dict[str, Callable[[Any], bool]] = {
     "momenta": _is_count,
     "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "weights": _is_weights,
+    "stopped": lambda value: isinstance(value, str),
     "val_pgd10_accuracy_mean": lambda value: type(value) is float and 0 <= value <= 1,
 }
 
@@ -168,7 +176,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first of the tensors that holds NaN or an infinite number, if one does."""
-    return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+    return next((name for name, tensor in tensors.items() if not bool(local(tensor).isfinite().all())), None)
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -190,37 +198,54 @@ def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in module.state_dict().items()}
 
 
-def optimizer_tensors(prefix: str, optimizer: Optimizer) -> dict[str, Tensor]:
-    """An optimiser's tensors, such as momentum, under `prefix/index/name`; its numbers are the run's settings."""
+def optimizer_tensors(
+    prefix: str, optimizer: Optimizer, parameters: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """An optimiser's tensors, such as momentum, under `prefix/index/name`; its settings are the run's.
+
+    Args:
+        prefix: what their names begin with.
+        optimizer: whose.
+        parameters: its parameters, in the order in which they are numbered: a model's, since groups have another. None
+            is the optimiser's own order.
+    """
     return {
         f"{prefix}/{index}/{name}": value
-        for index, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
+        for index, parameter in enumerate(parameters_of(optimizer) if parameters is None else parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
 
 
-def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], parameters: Sequence[Tensor] | None = None
+) -> None:
     """The inverse of `optimizer_tensors`, without its prefix.
 
     Raises:
         ValueError: a tensor of no parameter, or of another shape or dtype than its parameter: a fused optimiser would
-            write beyond it.
+            write beyond it. Or one that is to be a number of steps, and is none.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = parameters_of(optimizer)
+    parameters = own if parameters is None else parameters
+    place = {id(parameter): index for index, parameter in enumerate(own)}
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition("/")
         if not (index.isdecimal() and str(int(index)) == index and int(index) < len(parameters)):
             raise ValueError(f"optimizer/{name}: expected a parameter's number below {len(parameters)}")
         parameter = parameters[int(index)]
-        if (value.shape, value.dtype) != (parameter.shape, parameter.dtype):
+        like = number() if key in NUMBERS else parameter
+        if (value.shape, value.dtype) != (like.shape, like.dtype):
             raise ValueError(
-                f"optimizer/{name}: expected {parameter.dtype} of shape {tuple(parameter.shape)}, "
+                f"optimizer/{name}: expected {like.dtype} of shape {tuple(like.shape)}, "
                 f"got {value.dtype} of {tuple(value.shape)}"
             )
+        if key == "step" and not 0 <= float(value) < math.inf:
+            raise ValueError(f"optimizer/{name}: expected a number of steps, got {float(value)}")
         # A fused optimiser wants what belongs to a parameter in its layout, which may be channels-last.
-        state.setdefault(int(index), {})[key] = torch.empty_like(parameter).copy_(value)
+        kept = value.clone() if key in NUMBERS else torch.empty_like(parameter).copy_(value)
+        state.setdefault(place[id(parameter)], {})[key] = kept
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -235,10 +260,14 @@ def load_module(path: Path, module: nn.Module, tensors: dict[str, Tensor], prefi
 
 
 def model_file(path: str | Path) -> Path:
-    """What `load_model` takes: a file itself; of a run folder the best checkpoint, where there is one, or the last."""
+    """What `load_model` takes: a file itself; of a run folder the best checkpoint, where there is one, or the last.
+
+    Of a run whose weights are in shards, and have not been joined yet, the last is a folder.
+    """
     path = Path(path)
-    if path.is_dir() and path.name not in (BEST.name, LAST.name):  # which are no run folders
-        path = path / (BEST if (path / BEST).is_file() else LAST)
+    if path.is_dir() and path.name not in (BEST.name, LAST.name) and not (path / REST).is_file():  # no run folders
+        joined = path / (BEST if (path / BEST).is_file() else LAST)
+        path = joined if joined.is_file() else newest(path) or joined
     return path
 
 
@@ -260,6 +289,8 @@ def load_model(
         ModuleNotFoundError: its architecture's library is not installed.
     """
     path = model_file(path)
+    if (path / REST).is_file():
+        return _load_joined(path, device, trust_code=trust_code)
     tensors, info = load_checkpoint(path)
     description = checked_info(path, info, "model")["model"]
     check_trusted(path, description["arch"], trust_code)
@@ -271,6 +302,29 @@ def load_model(
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: describes a model that cannot be made ({error})") from error
     load_module(path, model, stored, f"{group}/")
+    return model.to(device).eval(), info
+
+
+def _load_joined(folder: Path, device: torch.device | str, *, trust_code: bool) -> tuple[ImmunityMoE, dict[str, Any]]:
+    """`load_model` of a checkpoint in shards, which this process reads for itself."""
+    info = load_info(folder / REST)
+    description = info["model"]
+    check_trusted(folder, description["arch"], trust_code)
+    found = outline(folder)
+    group = "ema" if under("ema", found) else "model"
+    stored = under(group, found)
+    check_experts(folder, description, stored, f"{group}/")
+    try:
+        model = described_model(description)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: describes a model that cannot be made ({error})") from error
+    state = model.state_dict()
+    if not isinstance(model.experts, ExpertList):  # each expert's part of the stack
+        stack = under("experts", state, ".")
+        state = {name: value for name, value in state.items() if not name.startswith("experts.")}
+        state |= {f"experts.{i}.{name}": value[i] for name, value in stack.items() for i in range(model.num_experts)}
+    check_tensors(folder, stored, state, f"{group}/")
+    load_shards(folder, {f"{group}/{name}": value for name, value in state.items()}, alone=True)
     return model.to(device).eval(), info
 
 
@@ -289,6 +343,7 @@ def described_model(description: Mapping[str, Any], **options: Any) -> ImmunityM
         "stage": stages_of(description["stage"], arch, experts),
         "image_size": tuple(description["image_size"]),
         "stem": description.get("stem", "cifar"),
+        "channels": description.get("channels", 3),
     }
     if experts == 1:
         return SingleNetwork(arch, classes, **options)
@@ -335,6 +390,7 @@ def check_experts(path: Path, description: Mapping[str, Any], tensors: Mapping[s
             num_classes=description["num_classes"],
             image_size=tuple(description["image_size"]),
             stem=description.get("stem", "cifar"),
+            channels=description.get("channels", 3),
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: describes a model that cannot be made ({error})") from error

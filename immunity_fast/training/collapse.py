@@ -28,17 +28,18 @@ def collapsed(records: Sequence[Mapping[str, float]], images: int) -> float | No
     return None
 
 
-def collapse_line(record: Mapping[str, float], lost: float, best: Path) -> str:
+def collapse_line(record: Mapping[str, float], lost: float, best: Path | None) -> str:
     """The line on a training that has collapsed, by catastrophic overfitting: what is lost, and what may help.
 
     Args:
         record: the epoch's, as metrics.jsonl has it.
         lost: validation accuracy under PGD-10 before, a fraction.
-        best: the checkpoint from before.
+        best: the checkpoint from before; None where nothing is saved.
     """
+    kept = "" if best is None else f" {best} is from before."
     return (
         f"epoch {record['epoch']}: training has collapsed (catastrophic overfitting): validation accuracy under PGD-10 "
         f"fell from {100 * lost:.1f} % to {100 * record['val_pgd10_accuracy_mean']:.1f} % although it is "
-        f"{100 * record['val_fgsm_accuracy_mean']:.1f} % under FGSM. {best} is from before. Try a "
+        f"{100 * record['val_fgsm_accuracy_mean']:.1f} % under FGSM.{kept} Try a "
         "smaller --eps or --lr, fewer epochs, or --adversarial pgd"
     )

@@ -1,5 +1,6 @@
 """What a person sees of a training: a progress bar, a line now and then where there is none, epochs, TensorBoard."""
 
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -10,9 +11,9 @@ import torch
 
 from immunity_fast.runtime import cli, distributed
 from immunity_fast.runtime.compilation import keep_caches
-from immunity_fast.runtime.failures import one_line
+from immunity_fast.runtime.failures import in_units, one_line
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 
 CHECKS = {
     "accuracy": "accuracy",
@@ -20,20 +21,23 @@ CHECKS = {
     "fgsm": "accuracy under FGSM",
     "heatmaps": "the heatmaps",
 }
+logger = logging.getLogger("immunity_fast")
 
 
 class Display:
     """The display of a training for the length of a `with` block; of several processes only the first shows anything.
 
     Args:
-        trainer: where it stands is where the bar begins.
-        run: in whose folder TensorBoard's files are.
+        state: where it stands is where the bar begins.
+        run: in whose folder TensorBoard's files are; None of a training that is not saved.
+        shown: whether a person sees it; otherwise its lines go to the logger "immunity_fast".
     """
 
-    def __init__(self, trainer: Trainer, run: Run) -> None:
-        self.trainer = trainer
-        self.first = distributed.rank() == 0
-        self._board = tensorboard(run, trainer.epoch) if self.first else None
+    def __init__(self, state: TrainingState, run: Run | None, *, shown: bool = True) -> None:
+        self.state = state
+        self.shown = shown
+        self.first = distributed.rank() == 0 and shown
+        self._board = None if run is None or distributed.rank() else tensorboard(run, state.epoch)
         self._progress = cli.progress_bar(enabled=self.first)
         self._began = time.perf_counter()
         self._stepped = False
@@ -44,7 +48,10 @@ class Display:
             opened.enter_context(self._progress)
             opened.enter_context(cli.status_lines(self._status, enabled=self.first))
             self._task = self._progress.add_task(
-                "training", total=self.trainer.steps, completed=self.trainer.step, status=waiting_for(self.trainer)
+                "training",
+                total=self.state.steps,
+                completed=self.state.step,
+                status=waiting_for(self.state, self.first),
             )
             self._open = opened.pop_all()
         return self
@@ -61,9 +68,9 @@ class Display:
         """The bar moves on by a step; of the first one the time is told, where it was compiled."""
         if not self._stepped:
             self._stepped = True
-            synchronize(self.trainer.device)
+            synchronize(self.state.device)
             self._set_status("")
-            if self.first and self.trainer.train_step.compiled:
+            if self.first and self.state.train_step.compiled:
                 self._progress.console.print(f"first step after {time.perf_counter() - self._began:.1f} s")
         self._progress.advance(self._task)
 
@@ -80,7 +87,7 @@ class Display:
         """
         self._board = written_to(self._board, record)
         self._set_status("")
-        self.line(summary(record, self.trainer.config.epochs))
+        self.line(summary(record, self.state.config.epochs))
         for name, reason in record.get("val_not_measured", {}).items():
             self.line(not_measured_line(record["epoch"], name, reason))
         for name, doubt in doubts.items():
@@ -88,19 +95,20 @@ class Display:
 
     def line(self, text: str) -> None:
         """Print a line; the bar stays beneath it."""
-        self._progress.console.print(text)
+        if self.first:
+            self._progress.console.print(text)
+        elif not self.shown:
+            logger.info(text)
 
     def _set_status(self, text: str) -> None:
         self._progress.update(self._task, status=text)
 
     def _status(self) -> str:
         """The line for a log that is no terminal."""
-        trainer = self.trainer
+        state = self.state
         minutes = (time.perf_counter() - self._began) / 60
-        epoch = min(trainer.epoch + 1, trainer.config.epochs)
-        return (
-            f"epoch {epoch}/{trainer.config.epochs}: step {trainer.step:,} of {trainer.steps:,} after {minutes:.0f} min"
-        )
+        epoch = min(state.epoch + 1, state.config.epochs)
+        return f"epoch {epoch}/{state.config.epochs}: step {state.step:,} of {state.steps:,} after {minutes:.0f} min"
 
 
 def summary(record: Mapping[str, float], epochs: int) -> str:
@@ -121,7 +129,17 @@ def summary(record: Mapping[str, float], epochs: int) -> str:
         + ("" if attacked is None else f", {100 * attacked:.1f} % under PGD-10")
         + (f"  mutual information {record['mutual_information']:.2f} nats" if several else "")
         + f"  {record['images_per_second']:.0f} images/s"
+        + _reading(record)
     )
+
+
+def _reading(record: Mapping[str, float]) -> str:
+    """How much of an epoch's time was spent waiting for images, where they are streamed, and the most memory so far."""
+    if "images_waited_share" not in record:
+        return ""
+    waited = f", {100 * record['images_waited_share']:.0f} % of the time waiting for images"
+    peak = record.get("memory_peak_bytes")
+    return waited + ("" if peak is None else f"  {in_units(peak)} of memory at most")
 
 
 def not_measured_line(epoch: int, name: str, reason: str) -> str:
@@ -133,11 +151,11 @@ def not_measured_line(epoch: int, name: str, reason: str) -> str:
     )
 
 
-def waiting_for(trainer: Trainer) -> str:
-    """What the first step will take its time for."""
-    if not trainer.train_step.compiled or trainer.epoch == trainer.config.epochs:
+def waiting_for(state: TrainingState, shown: bool) -> str:
+    """What the first step will take its time for; where it is shown, with a line on it."""
+    if not state.train_step.compiled or state.epoch == state.config.epochs:
         return ""
-    if distributed.rank() == 0:
+    if shown:
         cli.console.print(
             f"compiling the training step: minutes, or seconds where {keep_caches()} has it from an earlier run; "
             "--compile off does without"

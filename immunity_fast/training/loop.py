@@ -2,167 +2,239 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from immunity_fast.runtime import cli, distributed, interrupts
 from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.profiling import profiled
+from immunity_fast.runtime.sharding import local
+from immunity_fast.training.callbacks import Callbacks, StepMetrics
 from immunity_fast.training.checkpoint import save_checkpoint
 from immunity_fast.training.collapse import collapse_line, collapsed
 from immunity_fast.training.display import Display, synchronize
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.sharding import as_ordinary, join, whole_tensors
+from immunity_fast.training.shards import save_shards
+from immunity_fast.training.state import TrainingState
 from immunity_fast.training.validation import training_means, validate
 
+NO_CALLBACKS = Callbacks()
 
-def train(trainer: Trainer, run: Run) -> None:
-    """Train from where the trainer stands to the end; the first process writes records and checkpoints.
 
-    Ctrl-C and SIGTERM stop it behind a step, which is saved, or behind an epoch's checks; one process of several at
-    once.
+def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLBACKS, *, progress: bool = True) -> None:
+    """Train from where the state is to the end; the first process writes records and checkpoints.
+
+    Ctrl-C and SIGTERM stop it behind a step, which is saved, or behind an epoch's checks; of several processes all, at
+    the same step, whichever of them got the signal.
+
+    Args:
+        state: what is trained; `state.history` gets the records.
+        run: where it is saved; None saves nothing.
+        callbacks: are told of it.
+        progress: show a bar and a line an epoch.
 
     Raises:
         cli.InputError: the loss is no longer finite; the last checkpoint is from before.
+        CallbackError: a callback has failed.
         KeyboardInterrupt: it was stopped.
     """
     first = distributed.rank() == 0
-    if first:
-        if not run.checkpoint.is_file():
-            write_checkpoint(trainer, run)
-        run.forget_metrics_after(trainer.epoch)
+    agreement = distributed.Agreement()
+    if run is not None and distributed.of_first(run.last_checkpoint is None):
+        write_checkpoint(state, run)
+    if first and run is not None:
+        run.forget_metrics_after(state.epoch)
+        state.history = run.metrics()
     with (
-        Display(trainer, run) as display,  # after these: on a full disk TensorBoard's thread would print a traceback
-        steps_profiled(trainer, run) as profile,
-        interrupts.deferred(distributed.count() == 1) as asked,  # several would stop at different steps
+        # After these: on a full disk TensorBoard's thread would print a traceback.
+        Display(state, run, shown=progress) as display,
+        steps_profiled(state, run) as profile,
+        interrupts.deferred(run is not None and agreement.possible) as asked,
     ):
-        while trainer.epoch < trainer.config.epochs:
-            images, seconds = take_steps(trainer, run, display, profile, asked)
-            trainer.synchronize()
-            check_finite(trainer, run)
-            trainer.epoch += 1
-            if first:
-                check(trainer, run, display, images, seconds)
-            trainer.sums.zero_()
-            if first:
-                write_checkpoint(trainer, run)
+        callbacks.call("on_fit_start")
+        while state.epoch < state.config.epochs and state.stopped is None:
+            callbacks.call("on_epoch_start")
+            images, seconds = take_steps(
+                state, run, callbacks, display, profile, lambda: agreement.ask(asked[0] if asked else 0)
+            )
+            state.synchronize()
+            check_finite(state, run)
+            state.epoch += 1
+            # Of a model in shards each process has a part, and all are asked.
+            record = check(state, run, display, images, seconds) if first or state.config.shard else None
+            state.sums.zero_()
+            if callbacks.callbacks:
+                callbacks.call("on_epoch_end", distributed.of_first(record))
+                state.stopped = distributed.first_of_any(state.stopped)
+            if state.stopped is not None:
+                display.line(f"epoch {state.epoch}: training ends: {state.stopped}")
+            if run is not None:
+                write_checkpoint(state, run)
+            if first and run is not None:
                 run.diverged.unlink(missing_ok=True)  # what had diverged before has got past it
-            interrupts.stop_if(asked)
+            interrupts.stop_if(agreement.now(asked[0] if asked else 0))
+        if run is not None and state.config.shard and first:
+            display.line(join(run.folder))
+        callbacks.call("on_fit_end")
 
 
-def take_steps(trainer: Trainer, run: Run, display: Display, profile: Any, asked: Sequence[int]) -> tuple[int, float]:
+def take_steps(
+    state: TrainingState,
+    run: Run | None,
+    callbacks: Callbacks,
+    display: Display,
+    profile: Any,
+    asked: Callable[[], int],
+) -> tuple[int, float]:
     """The rest of an epoch's steps, with a checkpoint now and then.
 
     Args:
-        trainer, run: what is trained, and where it is saved.
-        display: is told of each step.
+        state, run: what is trained, and where it is saved.
+        callbacks, display: are told of each step.
         profile: the profiler, is told as well; None where there is none.
-        asked: the signals that have come, see `interrupts.deferred`; the first one stops the training, saved.
+        asked: is called once a step: the signal by which the training is to stop, saved; or 0.
 
     Returns:
         (images seen, seconds).
     """
-    loader, started, images = trainer.loader, time.perf_counter(), 0
-    trainer.model.train()
+    reader = state.dataset.reader
+    if reader is not None:
+        reader.waited = 0.0
+    loader, started, images = state.loader, time.perf_counter(), 0
+    state.model.train()
     for batch in loader:
-        trainer.advance(batch)
-        display.step_taken()
-        images += loader.batch_size
+        measured = state.advance(batch)
+        images += len(batch.labels) * distributed.count()
         if profile is not None:
             profile.step()
-        if loader.position < len(loader) and (asked or trainer.step % trainer.config.checkpoint_every == 0):
-            save(trainer, run)
-            interrupts.stop_if(asked)
-    synchronize(trainer.device)
+        if not state.between_steps:
+            continue
+        display.step_taken()
+        if callbacks.sees_steps:
+            callbacks.call("on_step_end", StepMetrics(measured))
+        signal = asked()
+        if (
+            run is not None
+            and loader.position < len(loader)
+            and (signal or state.step % state.config.checkpoint_every == 0)
+        ):
+            save(state, run)
+            interrupts.stop_if(signal)
+    synchronize(state.device)
     return images, time.perf_counter() - started
 
 
-def check(trainer: Trainer, run: Run, display: Display, images: int, seconds: float) -> None:
+def check(state: TrainingState, run: Run | None, display: Display, images: int, seconds: float) -> dict[str, Any]:
     """Measure a finished epoch on the validation split; write it down, keep the best model, and say what came of it.
 
     Args:
-        trainer, run: what is trained, and where it is saved.
+        state, run: what is trained, and where it is saved.
         display: shows it.
         images, seconds: of the epoch's steps.
+
+    Returns:
+        The epoch's record.
     """
     display.checking()
+    reading = {} if state.dataset.reader is None else state.dataset.reader.measured(seconds)
     record: dict[str, Any] = {
-        "epoch": trainer.epoch,
-        "step": trainer.step,
-        "lr": trainer.lr,
-        **training_means(trainer),
-        **validate(trainer),
+        "epoch": state.epoch,
+        "step": state.step,
+        "lr": state.lr,
+        **training_means(state),
+        **validate(state),
         "images_per_second": images / seconds,
         "seconds": seconds,
+        **reading,
     }
     doubts: dict[str, str] = record.pop("val_doubts", {})
-    run.append_metrics(record)
-    save_best(trainer, run)
+    state.history.append(record)
+    if run is not None:
+        if distributed.rank() == 0:
+            run.append_metrics(record)
+        save_best(state, run)
     display.epoch_checked(record, doubts)
-    lost = collapsed(run.metrics(), min(trainer.config.check_images, len(trainer.dataset.validation)))
+    lost = collapsed(state.history, min(state.config.check_images, len(state.dataset.validation)))
     if lost is not None:
-        display.line(collapse_line(record, lost, run.best_checkpoint))
+        display.line(collapse_line(record, lost, None if run is None else run.best_checkpoint))
+    return record
 
 
-def save_best(trainer: Trainer, run: Run) -> None:
+def save_best(state: TrainingState, run: Run) -> None:
     """In adversarial training, the model of the epoch that was best under PGD on validation images, never test images.
 
     The first of those that are as good. A run that was killed before the epoch's checkpoint comes here again.
     """
-    if trainer.config.adversarial == "off" or not trainer.config.check_images:
+    if state.config.adversarial == "off" or not state.config.check_images:
         return
-    accuracies = [record.get("val_pgd10_accuracy_mean", -1) for record in run.metrics()]
+    accuracies = [record.get("val_pgd10_accuracy_mean", -1) for record in state.history]
+    if state.config.shard:
+        accuracies = distributed.of_first(accuracies)
     if accuracies[-1] >= 0 and accuracies.index(max(accuracies)) == len(accuracies) - 1:
-        tensors = trainer.average.tensors() if trainer.average else trainer.model.state_dict()
-        info = trainer.info() | {"val_pgd10_accuracy_mean": accuracies[-1]}
+        tensors = state.average.tensors() if state.average else state.model.state_dict()
+        if state.config.shard:
+            config = state.config
+            tensors = as_ordinary(whole_tensors(state.model, tensors), config.arch, config.stage, config.experts)
+        if distributed.rank():
+            return
+        info = state.info() | {"val_pgd10_accuracy_mean": accuracies[-1]}
         save_checkpoint(run.best_checkpoint, {f"model/{name}": value for name, value in tensors.items()}, info)
 
 
-def save(trainer: Trainer, run: Run) -> None:
+def save(state: TrainingState, run: Run) -> None:
     """Write a checkpoint between two steps, of what all processes have made the same.
 
     Raises:
         cli.InputError: the loss or a weight is no longer finite; nothing is written.
     """
-    trainer.synchronize()
-    check_finite(trainer, run)
-    if distributed.rank() == 0:
-        write_checkpoint(trainer, run)
+    state.synchronize()
+    check_finite(state, run)
+    write_checkpoint(state, run)
 
 
-def write_checkpoint(trainer: Trainer, run: Run) -> None:
-    """Write the run's checkpoint of the trainer as it stands."""
-    save_checkpoint(run.checkpoint, trainer.tensors(), trainer.info())
-    trainer.saved_step = trainer.step
+def write_checkpoint(state: TrainingState, run: Run) -> None:
+    """Write the run's checkpoint of the state: the first process, or of weights in shards all of them."""
+    if state.config.shard:
+        rest, info = state.rest(), state.info()
+        save_shards(run.folder, state.step, state.shards(), lambda file: save_checkpoint(file, rest, info))
+    elif distributed.rank() == 0:
+        save_checkpoint(run.checkpoint, state.tensors(), state.info())
+    state.saved_step = state.step
 
 
-def steps_profiled(trainer: Trainer, run: Run) -> AbstractContextManager[Any]:
+def steps_profiled(state: TrainingState, run: Run | None) -> AbstractContextManager[Any]:
     """The profiler of some steps, where it was asked for."""
-    if trainer.config.profile and distributed.rank() == 0:
-        return profiled(run.profile, trainer.device)
+    if run is not None and state.config.profile and distributed.rank() == 0:
+        return profiled(run.profile, state.device)
     return nullcontext()
 
 
-def check_finite(trainer: Trainer, run: Run) -> None:
-    """Stop a run whose loss or weights are no longer numbers, before its checkpoint is overwritten.
+def check_finite(state: TrainingState, run: Run | None) -> None:
+    """Stop a training whose loss or weights are no longer numbers, before its checkpoint is overwritten.
 
     Raises:
         cli.InputError: they are not; what is left and may help.
     """
-    if is_finite(trainer):
+    if is_finite(state):
         return
-    lr = trainer.config.lr
+    lr = state.config.lr
+    if run is None:
+        raise cli.InputError(
+            f"the loss became infinite or NaN in epoch {state.epoch + 1}: try a smaller lr or clip_grad_norm"
+        )
     if distributed.rank() == 0:
-        where = {"epoch": trainer.epoch + 1, "step": trainer.step, "lr": lr}
+        where = {"epoch": state.epoch + 1, "step": state.step, "lr": lr}
         write_atomically(run.diverged, json.dumps(where).encode())
     raise cli.InputError(
-        f"the loss became infinite or NaN in epoch {trainer.epoch + 1}; {run.checkpoint} is from before. "
+        f"the loss became infinite or NaN in epoch {state.epoch + 1}; {run.checkpoint} is from before. "
         f"Try a smaller --lr or --clip-grad-norm: {run.resume_command}"
     )
 
 
-def is_finite(trainer: Trainer) -> bool:
+def is_finite(state: TrainingState) -> bool:
     """Whether loss, weights and statistics are all numbers."""
     # The weights too: a gradient can be NaN where the loss, from before its step, is not.
-    return all(bool(tensor.isfinite().all()) for tensor in (trainer.sums, *trainer.model.state_dict().values()))
+    finite = all(bool(local(t).isfinite().all()) for t in (state.sums, *state.model.state_dict().values()))
+    return all(distributed.every(finite)) if state.config.shard else finite

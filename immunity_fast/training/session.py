@@ -7,33 +7,35 @@ import torch
 from immunity_fast.experts import WITH_STEMS, split_names, title
 from immunity_fast.experts.registry import repeated
 from immunity_fast.runtime import cli, distributed, interrupts
-from immunity_fast.runtime.failures import one_line, traceback_note
+from immunity_fast.runtime.failures import in_units, one_line, traceback_note
 from immunity_fast.runtime.modes import evaluating
-from immunity_fast.training.loop import train
-from immunity_fast.training.preparation import MEMORY_ADVICE, Start, prepare
+from immunity_fast.runtime.sharding import local
+from immunity_fast.training.preparation import MEMORY_ADVICE, Start
 from immunity_fast.training.run_evaluation import evaluate_trained
 from immunity_fast.training.run_folder import Run
+from immunity_fast.training.state import TrainingState
 from immunity_fast.training.trainer import Trainer
 
 
 @cli.enough_memory(MEMORY_ADVICE)
-def fit(start: Start) -> tuple[Trainer, Run] | None:
+def fit(start: Start) -> tuple[TrainingState, Run] | None:
     """Train to the end, without the evaluation; the run is locked meanwhile.
 
     Returns:
-        The trainer and the run; None in processes other than the first.
+        The state and the run; None in processes other than the first.
 
     Raises:
         cli.InputError, OSError: what the user gave is wrong, or the loss is no longer finite; one clear line.
         KeyboardInterrupt: it was stopped, and has said how to go on.
     """
-    run = Run(start.folder)
-    trainer: Trainer | None = None
+    trainer = Trainer(start.config, out=start.folder, progress=True)
 
     def stopped() -> str:
+        run = trainer.run or Run(start.folder)
         if not run.config_file.is_file():
             return "interrupted, before anything was written"
-        saved = "" if trainer is None else f"its checkpoint is of step {trainer.saved_step} of {trainer.steps}; "
+        state = trainer.state
+        saved = "" if state is None else f"its checkpoint is of step {state.saved_step} of {state.steps}; "
         return f"interrupted; {saved}go on with: {run.resume_command}"
 
     with interrupts.explained(stopped, distributed.log_in_first(cli.console.print)), ExitStack() as held:
@@ -41,43 +43,45 @@ def fit(start: Start) -> tuple[Trainer, Run] | None:
             device = cli.pick_device(start.config.device)
             distributed.check_environment()
         held.enter_context(distributed.processes(device))
-        main_process = distributed.rank() == 0
-        if start.resume and main_process:
-            held.enter_context(run.locked())
         with cli.input_errors():
-            trainer, run = prepare(*start)
-        if not start.resume and main_process:
-            held.enter_context(run.locked())
-        if main_process:
-            say_what_is_trained(trainer, run)
+            state, run = trainer.prepare(held, resume=start.resume)
+        assert run is not None
+        say_what_is_trained(state, run)
         try:
-            train(trainer, run)
-        except ValueError as error:
+            trainer.train()
+        except (ValueError, OSError) as error:
             raise cli.InputError(f"training stopped: {one_line(error)}; go on with: {run.resume_command}") from error
-    return (trainer, run) if main_process else None
+        return (state, run) if distributed.rank() == 0 else None
 
 
-def say_what_is_trained(trainer: Trainer, run: Run) -> None:
+def say_what_is_trained(state: TrainingState, run: Run) -> None:
     """A line on the experts, the data, the device and the folder; on their weights, stages, and where a run goes on."""
-    config, dataset = trainer.config, trainer.dataset
-    where = f"{trainer.device}" + (f" × {distributed.count()}" if distributed.count() > 1 else "")
+    config, dataset = state.config, state.dataset
+    # Of a model in shards each process has a part, and all are asked.
+    looks = stage_line(state) if config.experts > 1 and (config.shard or distributed.rank() == 0) else None
+    if distributed.rank():
+        return
+    where = f"{state.device}" + (f" × {distributed.count()}" if distributed.count() > 1 else "")
     what = title(config.arch, config.experts) if config.experts > 1 else f"1 × {title(config.arch)}"
+    depth = {1: ", grey", 3: ""}.get(dataset.channels, f" of {dataset.channels} channels")
     cli.console.print(
-        f"{what} on {config.dataset}: {len(dataset.train):,} training, "
-        f"{len(dataset.validation):,} validation, {len(dataset.test):,} test images; {where}; {run.folder}"
+        f"{what} on {config.dataset}: {len(dataset.train):,} training, {len(dataset.validation):,} validation, "
+        f"{len(dataset.test):,} test images{depth}; {where}; {run.folder}"
     )
-    for line in (*stem_lines(trainer), *trainer.beginning.lines):
+    for line in (*stem_lines(state), *state.beginning.lines):
         cli.console.print(line)
-    if config.experts > 1:
-        cli.console.print(stage_line(trainer))
-    if trainer.epoch or trainer.loader.position:
-        cli.console.print(f"going on after epoch {trainer.epoch}, step {trainer.step}")
+    if looks is not None:
+        cli.console.print(looks)
+    if config.shard:
+        cli.console.print(shard_line(state))
+    if state.epoch or state.loader.position:
+        cli.console.print(f"going on after epoch {state.epoch}, step {state.step}")
 
 
-def stage_line(trainer: Trainer) -> str:
+def stage_line(state: TrainingState) -> str:
     """Where Grad-CAM looks in each architecture, and how large its maps are there."""
-    config, model = trainer.config, trainer.model
-    image = torch.zeros(1, 3, *trainer.dataset.image_size, device=trainer.device)
+    config, model = state.config, state.model
+    image = torch.zeros(1, state.dataset.channels, *state.dataset.image_size, device=state.device)
     with evaluating(model), torch.no_grad(), model.gate.switched("off"):
         maps = model.expert_outputs(image)[1]
     stages = (model.stage,) * config.experts if isinstance(model.stage, str) else model.stage
@@ -91,9 +95,19 @@ def stage_line(trainer: Trainer) -> str:
     return f"Grad-CAM looks at {', '.join(places)}"
 
 
-def stem_lines(trainer: Trainer) -> list[str]:
+def shard_line(state: TrainingState) -> str:
+    """How much of the weights this process has."""
+    parameters = list(state.model.parameters())
+    own = sum(local(value).numel() * value.element_size() for value in parameters)
+    size = sum(value.numel() * value.element_size() for value in parameters)
+    count = distributed.count()
+    where = f"in shards over {count} processes" if count > 1 else "in one process, whole"
+    return f"weights lie {where}: {in_units(own)} of {in_units(size)} in each"
+
+
+def stem_lines(state: TrainingState) -> list[str]:
     """That an architecture keeps its own stem, where another was asked for."""
-    config = trainer.config
+    config = state.config
     kept = [title(name) for name in dict.fromkeys(split_names(config.arch)) if name not in WITH_STEMS]
     if config.stem == "auto" or not kept:
         return []
@@ -110,12 +124,12 @@ def fit_and_evaluate(start: Start) -> None:
     trained = fit(start)
     if trained is None:
         return
-    trainer, run = trained
+    state, run = trained
     try:
         with interrupts.explained(
             lambda: f"interrupted; training has ended; go on with: {run.resume_command}", cli.console.print
         ):
-            evaluate_trained(trainer, run)
+            evaluate_trained(state, run)
     except Exception as error:
         dead = " (where the network has died or diverged, only a new run with a smaller --lr helps)"
         raise cli.InputError(

@@ -1,317 +1,137 @@
-"""A training run in memory: what it consists of, and how all of it is saved and taken up again."""
+"""The training of a mixture from Python: what the command `train` does, on any data, with callbacks of one's own."""
 
-import math
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from immunity_fast.data.datasets import ImageDataset
-from immunity_fast.data.loader import Batch, TrainLoader
-from immunity_fast.data.sampling import EVALUATION_BATCH
-from immunity_fast.experts import WITH_STEMS, split_names
-from immunity_fast.experts.stems import chosen_stem
+from immunity_fast.evaluation.results import Results
 from immunity_fast.models.moe import ImmunityMoE
-from immunity_fast.runtime import distributed
-from immunity_fast.runtime.compilation import Compiled, Log, at_size, resolve
-from immunity_fast.runtime.files import abbreviated
-from immunity_fast.runtime.strategies import Strategy, fastest
-from immunity_fast.training.adversarial import InnerAttack
-from immunity_fast.training.beginning import Beginning, begin
-from immunity_fast.training.checkpoint import (
-    check_classes,
-    check_tensors,
-    checked_info,
-    described_model,
-    load_checkpoint,
-    load_module,
-    load_optimizer_tensors,
-    module_tensors,
-    optimizer_tensors,
-    under,
-)
+from immunity_fast.runtime import cli, distributed
+from immunity_fast.training.callbacks import Callback, Callbacks
 from immunity_fast.training.config import TrainConfig
-from immunity_fast.training.ema import WeightAverage
-from immunity_fast.training.optimizer import FusedSGD
-from immunity_fast.training.step import MEASURED, TrainStep, cosine_lr
-
-CUDA_STATE = 16  # bytes of a GPU's generator
+from immunity_fast.training.loop import train
+from immunity_fast.training.preparation import prepare
+from immunity_fast.training.records import Records
+from immunity_fast.training.run_evaluation import evaluate_trained
+from immunity_fast.training.run_folder import Run
+from immunity_fast.training.state import TrainingState
 
 
 class Trainer:
-    """A run in memory: model, optimiser, batches and random states, and where it stands.
-
-    `tensors` and `info` are all of it that a checkpoint holds; `load` takes up from them.
+    """Trains a mixture, or a single network, on a device or, under `torchrun`, on several.
 
     Args:
-        config: the settings.
-        dataset: what is trained on; it is brought to the device.
-        device: where everything is computed.
-        log: what takes lines on code that could not be compiled; None is `warnings.warn`.
-        traceback_file: where the tracebacks of such are appended to.
-        fresh: whether it is a new run, whose experts begin from `config.weights` and apart from each other; or one that
-            `load` takes up.
+        config: the settings; None are the defaults of `TrainConfig`.
+        train: what is trained on; None is what `config.dataset` and `config.data` name.
+        model: what is trained, in place; None is a new one of what `config` names.
+        callbacks: are called in turn, see `Callback`.
+        out: the folder of the run, with its settings, records and checkpoints; None writes nothing.
+        device: instead of `config.device`.
+        progress: show a bar and a line an epoch; otherwise such lines go to the logger "immunity_fast".
 
     Attributes:
-        beginning: what was done to a new run's weights, for the checkpoint and for a person; see `beginning.begin`.
-
-    Raises:
-        ValueError: settings that do not go together.
+        state: the training in memory, once it has been prepared.
+        run: the run's folder, if there is one.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
-        dataset: ImageDataset,
-        device: torch.device,
-        log: Log | None = None,
-        traceback_file: Path | None = None,
+        config: TrainConfig | None = None,
+        train: ImageDataset | None = None,
         *,
-        fresh: bool = True,
+        model: ImmunityMoE | None = None,
+        callbacks: Sequence[Callback] = (),
+        out: str | Path | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
     ) -> None:
-        self.config = config
-        self.device = device
-        self.dataset = dataset.to(device)
-        torch.manual_seed(config.seed)
-        self.description = {
-            "arch": config.arch,
-            "num_experts": config.experts,
-            "num_classes": dataset.num_classes,
-            "stage": config.stage,
-            "image_size": list(dataset.image_size),
-        }
-        stem = chosen_stem(config.stem, dataset.image_size)
-        if stem != "cifar" and any(name in WITH_STEMS for name in split_names(config.arch)):
-            self.description["stem"] = stem
-        self.loader = self._new_loader()
-        self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
-        compiled = resolve(config.compile, device) != "off"
-        strategy = fastest(device.type, config.arch, self.steps if compiled else None)
-        self.model = self._new_model(strategy, dataset)
-        self.beginning = begin(self.model, config) if fresh else Beginning(None, [])
-        if distributed.rank():  # whatever is random in a network: not the same in every process
-            torch.manual_seed(config.seed + 3 + distributed.rank())
-        group = distributed.group()
-        self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name)
-        self.optimizer = FusedSGD(
-            self.model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=True
+        config = TrainConfig() if config is None else config
+        self.config = config if device is None else dataclasses.replace(config, device=str(device))
+        self.state: TrainingState | None = None
+        self.run: Run | None = None
+        self.progress = progress
+        self._data, self._model = train, model
+        self._out = None if out is None else Path(out)
+        self._callbacks = Callbacks(callbacks, self)
+
+    def fit(self, *, resume: bool = False) -> Records:
+        """Train to the end.
+
+        Args:
+            resume: go on with the run in the folder `out`.
+
+        Returns:
+            The epochs' records, as metrics.jsonl has them.
+        """
+        device = cli.pick_device(self.config.device)
+        with ExitStack() as held:
+            held.enter_context(distributed.processes(device))
+            self.prepare(held, resume=resume)
+            self.train()
+        return self.history
+
+    def prepare(self, held: ExitStack, *, resume: bool = False) -> tuple[TrainingState, Run | None]:
+        """Everything before the first step; the run stays locked until `held` ends."""
+        folder = self._out
+        if self.state is not None:
+            return self.state, self.run
+        main_process = distributed.rank() == 0
+        with distributed.together():
+            if resume and folder is not None and main_process:
+                held.enter_context(Run(folder).locked())
+        self.state, self.run = prepare(
+            folder,
+            resume,
+            self.config,
+            dataset=self._data,
+            model=self._model,
+            log=cli.console.print if self.progress else None,
         )
-        self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
-        self.train_step = self._new_step(strategy, log, traceback_file)
-        self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, log, traceback_file)
-        self.fingerprint = dataset.fingerprint()
-        self.epoch = 0  # epochs finished
-        self.saved_step = 0  # optimiser steps that the run's checkpoint has
-        self.sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)  # over the present epoch's steps
+        with distributed.together():
+            if not resume and self.run is not None and main_process:
+                held.enter_context(self.run.locked())
+        return self.state, self.run
 
-    def _new_loader(self) -> TrainLoader:
-        """The training batches, or this process' part of each."""
-        config = self.config
-        return TrainLoader(
-            self.dataset.train,
-            config.batch_size,
-            config.seed + 2,
-            padding=config.crop_padding,
-            degrees=config.rotation,
-            flip=self.dataset.flip if config.flip == "auto" else config.flip == "on",
-            rank=distributed.rank(),
-            processes=distributed.count(),
-        )
+    def train(self) -> None:
+        """Train what has been prepared to the end."""
+        assert self.state is not None
+        train(self.state, self.run, self._callbacks, progress=self.progress)
 
-    def _new_model(self, strategy: Strategy, dataset: ImageDataset) -> ImmunityMoE:
-        """The mixture, or the single network, with random weights; `dataset` is still where it was read."""
-        config = self.config
-        mean, std = channel_statistics(dataset.train.images)
-        options: dict[str, Any] = {
-            "batching": strategy.batching if config.batching == "auto" else config.batching,
-            "mean": mean,
-            "std": std,
-        }
-        if config.experts > 1:
-            options["generator"] = self.gate_generator
-        return described_model(self.description, **options).to(self.device)
+    def evaluate(self) -> Results:
+        """What the command ends with: attacks on test images; tables, figures and the report in the run's folder.
 
-    def _new_step(self, strategy: Strategy, log: Log | None, traceback_file: Path | None) -> TrainStep:
-        """What makes one step of a batch, with the attack in it where training is adversarial."""
-        config = self.config
-        attack = None
-        if config.inner_attack is not None:
-            attack = InnerAttack(
-                self.model,
-                config.inner_attack,
-                amp=config.amp,
-                compile=config.compile,
-                device=self.device,
-                log=log,
-                traceback_file=traceback_file,
-            )
-        return TrainStep(
-            self.model,
-            self.loss_fn,
-            self.optimizer,
-            clip_grad_norm=config.clip_grad_norm,
-            amp=config.amp,
-            double_backprop=strategy.double_backprop if config.double_backprop == "auto" else config.double_backprop,
-            compile=config.compile,
-            log=log,
-            traceback_file=traceback_file,
-            attack=attack,
-            trades_weight=config.trades_weight,
-            group=distributed.group(),
-        )
-
-    @property
-    def step(self) -> int:
-        """How many optimiser steps of the run were taken so far."""
-        return self.epoch * len(self.loader) + self.loader.position
-
-    @property
-    def steps(self) -> int:
-        """How many optimiser steps the whole run takes."""
-        return self.config.epochs * len(self.loader)
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the step that was taken last."""
-        last: float = self.optimizer.param_groups[0]["lr"]
-        return last
-
-    def advance(self, batch: Batch) -> None:
-        """Take the step of the batch that the loader gave last."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = cosine_lr(self.config.lr, self.step - 1, self.steps)
-        self.sums += self.train_step(*batch)
-        if self.average is not None:
-            self.average.update()
-
-    def expert_logits(self, images: Tensor) -> Tensor:
-        """`model.expert_logits` of at most `EVALUATION_BATCH` images, by code that is compiled for one size only."""
-        return at_size(self._expert_logits, images, min(EVALUATION_BATCH, len(self.dataset.validation)))
-
-    def synchronize(self) -> None:
-        """Make what each process has measured on its samples the same in all; before anything is made of it."""
-        self.sums = distributed.mean(self.sums)
-        distributed.average_buffers(self.model)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that the rest of the run depends on, and is a tensor."""
-        random = {"random/torch": torch.get_rng_state(), "random/gate": self.gate_generator.get_state()}
-        if self.device.type == "cuda":
-            random["random/cuda"] = torch.cuda.get_rng_state(self.device)
-        return {
-            **module_tensors("model", self.model),
-            **optimizer_tensors("optimizer", self.optimizer),
-            **{f"loader/{name}": value for name, value in self.loader.state().items()},
-            **{f"scaler/{name}": torch.tensor(value) for name, value in self.train_step.scaler.state_dict().items()},
-            **({f"ema/{name}": value for name, value in self.average.tensors().items()} if self.average else {}),
-            **random,
-            "sums": self.sums,
-        }
-
-    def info(self) -> dict[str, Any]:
-        """What JSON can hold of the run's place and nature."""
-        return {
-            "model": self.description,
-            "data": self.fingerprint,
-            "classes": list(self.dataset.classes),
-            "epoch": self.epoch,
-            "step": self.step,
-            # Parameters that have had a gradient, which need not be all.
-            "momenta": len(optimizer_tensors("optimizer", self.optimizer)),
-            **({} if self.beginning.record is None else {"weights": self.beginning.record}),
-        }
-
-    def load(self, path: Path) -> None:
-        """Take up where a checkpoint was written.
+        Returns:
+            What was found, which a notebook shows as tables; `report` is the file for a browser.
 
         Raises:
-            ValueError: it is not one that this run can have written.
+            ValueError: nothing was trained yet, or nothing was written of it.
         """
-        tensors, info = load_checkpoint(path)
-        checked_info(path, info, "model", "data", "epoch", "step")
-        load_module(path, self.model, under("model", tensors), "model/")
-        if info["model"] != self.description:
-            raise ValueError(f"{path}: expected a model {self.description}, got {info['model']}")
-        if info["data"] != self.fingerprint:
-            raise ValueError(f"{path}: trained on other data than {self.config.dataset} as it is now")
-        check_classes(path, info, self.dataset.classes)
-        if "sums" not in tensors:
-            raise ValueError(f"{path}: a model alone, such as of joined networks: there is no training to go on with")
-        self._check(path, tensors, info)
-        if self.average is not None:
-            self.average.load(under("ema", tensors), info["step"])
-        load_optimizer_tensors(self.optimizer, under("optimizer", tensors))
-        self.loader.load_state(under("loader", tensors))
-        if scaler := under("scaler", tensors):
-            self.train_step.scaler.load_state_dict({name: value.item() for name, value in scaler.items()})
-        random = under("random", tensors)
-        self.gate_generator.set_state(random["gate"])
-        if distributed.rank():  # the states are those of the process that wrote them
-            torch.manual_seed(self.config.seed + 3 + distributed.rank() + info["step"])
-        else:
-            torch.set_rng_state(random["torch"])
-            if self.device.type == "cuda" and "cuda" in random:
-                torch.cuda.set_rng_state(random["cuda"], self.device)
-        self.sums = tensors["sums"].to(self.device)
-        self.epoch = info["epoch"]
-        self.beginning = Beginning(info.get("weights"), [])
+        if self.state is None or self.run is None:
+            raise ValueError("out: expected a Trainer with a folder of its run, which has been trained, got neither")
+        return evaluate_trained(self.state, self.run, printed=False)
 
-    def _check(self, path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        """Check that a checkpoint is as this run would write it at some step.
+    def stop(self, reason: str = "a callback has asked for it") -> None:
+        """End the training after the present epoch, as if it were the last one.
 
-        Raises:
-            ValueError: it is not; by file and entry.
+        Args:
+            reason: is shown and kept.
         """
-        momenta = {
-            f"optimizer/{index}/momentum_buffer": parameter for index, parameter in enumerate(self.model.parameters())
-        }
-        expected = {name: tensor for name, tensor in self.tensors().items() if name not in momenta}
-        there = [name for name in momenta if name in tensors]
-        if len(there) != info.get("momenta", len(there)):
-            lost = "".join(f"; it lacks {name}" for name in momenta if name not in tensors)
-            raise ValueError(f"{path}: has {len(there)} of {info['momenta']} momentum buffers{abbreviated(lost)}")
-        expected |= {name: momenta[name] for name in there}
-        # The state of a GPU's generator is taken up on a GPU alone: a run may go on without one.
-        of_gpu = expected.pop("random/cuda", torch.empty(CUDA_STATE, dtype=torch.uint8))
-        if "random/cuda" in tensors:
-            expected["random/cuda"] = of_gpu
-        check_tensors(path, tensors, expected)
-        for name in ("random/torch", "random/gate", "loader/generator"):
-            check_generator_state(path, name, tensors[name])
-        epoch, step, position = info["epoch"], info["step"], int(tensors["loader/position"])
-        batches, epochs = len(self.loader), self.config.epochs
-        whole = epoch <= epochs and 0 <= position < (batches if epoch < epochs else 1)
-        if not whole or step != epoch * batches + position:
-            raise ValueError(
-                f"{path}: stands at epoch {epoch}, step {step}, loader/position {position}, which is no place in a run "
-                f"of {epochs} epochs of {batches} steps"
-            )
-        for name in ("scaler/scale", "scaler/growth_factor", "scaler/backoff_factor"):
-            if name in tensors and not 0 < float(tensors[name]) < math.inf:
-                raise ValueError(f"{path}: {name}: expected a finite number above 0, got {float(tensors[name])}")
+        assert self.state is not None
+        self.state.stopped = self.state.stopped or reason
 
+    @property
+    def model(self) -> ImmunityMoE:
+        """What is trained."""
+        assert self.state is not None
+        return self.state.model
 
-def check_generator_state(path: Path, name: str, state: Tensor) -> None:
-    """Check that a CPU generator can have this state (5056,), uint8.
-
-    Raises:
-        ValueError: it cannot; by file and entry.
-    """
-    try:
-        torch.Generator().set_state(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: {name} is no state of a generator ({error})") from error
-    # PyTorch takes these two each for itself, and would read beyond its 624 words. 1 and 0 are those of a new seed.
-    left, following = int(state[8:12].view(torch.int32)), int(state[16:24].view(torch.int64))
-    if left + following != 625 and (left, following) != (1, 0):
-        raise ValueError(f"{path}: {name} is no state of a generator (word {following} of 624, {left} left)")
-
-
-def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 images (n, 3, H, W), in units of [0, 1]."""
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
-    levels = torch.arange(256, dtype=torch.float64, device=images.device) / 255
-    mean = counts @ levels / counts.sum(1)
-    variance = counts @ levels.square() / counts.sum(1) - mean.square()
-    return mean.tolist(), variance.clamp_min(0).sqrt().clamp_min(1 / 255).tolist()
+    @property
+    def history(self) -> Records:
+        """The records of the epochs so far, which a notebook shows as a table."""
+        return Records() if self.state is None else Records(self.state.history)

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,41 +18,41 @@ from immunity_fast.evaluation.metrics import correct, heatmap_metrics
 from immunity_fast.functional import log_mixture
 from immunity_fast.runtime.failures import one_line
 from immunity_fast.runtime.modes import frozen
+from immunity_fast.training.state import TrainingState
 from immunity_fast.training.step import MEASURED
-from immunity_fast.training.trainer import Trainer
 
 
-def training_means(trainer: Trainer) -> dict[str, float]:
+def training_means(state: TrainingState) -> dict[str, float]:
     """Means over the finished epoch's batches of what `train_step` measures, and the mutual information they mean."""
-    means = dict(zip(MEASURED, (trainer.sums / len(trainer.loader)).tolist(), strict=True))
-    experts = trainer.config.experts
+    means = dict(zip(MEASURED, (state.sums / len(state.loader)).tolist(), strict=True))
+    experts = state.config.experts
     return means | {"mutual_information": math.log(experts) - means["mutual_information_loss"] / experts}
 
 
-def validate(trainer: Trainer) -> dict[str, Any]:
+def validate(state: TrainingState) -> dict[str, Any]:
     """Accuracies and heatmap measures on the validation split; attacks are on the exact mean and judged on it.
 
     Of the averaged weights, where there are such. A check that cannot be made, of a network that has died, say, ends
     no training: what it measures is left out, and `val_not_measured` names it and the reason. `val_doubts` has what was
     warned of in one that can.
     """
-    gate, epoch = trainer.model.gate, trainer.epoch
+    gate, epoch = state.model.gate, state.epoch
     drawn_from = gate.generator
     # Not what a training step may draw from: how much is checked changes no training.
-    gate.generator = torch.Generator().manual_seed(trainer.config.seed + epoch)
+    gate.generator = torch.Generator().manual_seed(state.config.seed + epoch)
     try:
-        with trainer.average.applied() if trainer.average else nullcontext():
-            return _validate(trainer)
+        with state.average.applied() if state.average else nullcontext():
+            return _validate(state)
     finally:
         gate.generator = drawn_from
 
 
-def _validate(trainer: Trainer) -> dict[str, Any]:
-    trainer.model.eval()
+def _validate(state: TrainingState) -> dict[str, Any]:
+    state.model.eval()
     measured: dict[str, Any] = {}
     missing: dict[str, str] = {}
     doubts: dict[str, str] = {}
-    for name, measure in _checks(trainer).items():
+    for name, measure in _checks(state).items():
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
@@ -67,39 +67,39 @@ def _validate(trainer: Trainer) -> dict[str, Any]:
                 doubts[name] = "; ".join(dict.fromkeys(said))
         except Exception as error:  # hours of training are worth more than any check
             missing[name] = one_line(error)
-    trainer.model.train()
+    state.model.train()
     notes = {"val_not_measured": missing, "val_doubts": doubts}
     return measured | {name: note for name, note in notes.items() if note}
 
 
-def _checks(trainer: Trainer) -> dict[str, Callable[[], dict[str, float]]]:
+def _checks(state: TrainingState) -> dict[str, Callable[[], dict[str, float]]]:
     """What is measured after an epoch, in order, each independent of whether the others can be."""
-    config = trainer.config
-    checked = sample(trainer.dataset.validation, config.check_images)
-    checks: dict[str, Callable[[], dict[str, float]]] = {"accuracy": lambda: _accuracies(trainer)}
-    if len(checked):
+    config = state.config
+    # Read by the first check that needs them: an image that cannot be read costs that check alone.
+    checked = cache(lambda: sample(state.dataset.validation, config.check_images))
+    checks: dict[str, Callable[[], dict[str, float]]] = {"accuracy": lambda: _accuracies(state)}
+    if config.check_images and len(state.dataset.validation):
         starts = torch.Generator().manual_seed(config.seed)
         attacks = {"pgd10": Attack(config.eps, config.eps / 4, steps=10, random_start=True)}
         if config.adversarial != "off":  # against both, the collapse of single-step training shows
             attacks["fgsm"] = Attack(config.eps, config.eps, steps=1)
         for name, attack in attacks.items():
-            checks[name] = partial(_attacked_accuracy, trainer, name, attack, checked, starts)
-        if trainer.model.num_experts > 1:
-            checks["heatmaps"] = lambda: _heatmaps(trainer, checked)
+            checks[name] = partial(_attacked_accuracy, state, name, attack, checked, starts)
+        if state.model.num_experts > 1:
+            checks["heatmaps"] = lambda: _heatmaps(state, checked())
     return checks
 
 
-def _accuracies(trainer: Trainer) -> dict[str, float]:
-    validation = trainer.dataset.validation
+def _accuracies(state: TrainingState) -> dict[str, float]:
+    validation = state.dataset.validation
 
     def expert_logits(images: Tensor) -> Tensor:
-        logits = trainer.expert_logits(images)
+        logits = state.expert_logits(images)
         check_finite(not_finite(logits))  # the largest of such numbers would pass for an answer
         return logits
 
     right = [
-        correct(trainer.model, images, labels, expert_logits)
-        for images, labels in batches(validation, EVALUATION_BATCH)
+        correct(state.model, images, labels, expert_logits) for images, labels in batches(validation, EVALUATION_BATCH)
     ]
     return {
         "val_accuracy_sample": sum(count["sample"] for count in right) / len(validation),
@@ -108,20 +108,20 @@ def _accuracies(trainer: Trainer) -> dict[str, float]:
 
 
 def _attacked_accuracy(
-    trainer: Trainer, name: str, attack: Attack, checked: Split, starts: torch.Generator
+    state: TrainingState, name: str, attack: Attack, images_of: Callable[[], Split], starts: torch.Generator
 ) -> dict[str, float]:
-    model, survived = trainer.model, 0
+    model, survived, checked = state.model, 0, images_of()
 
     def mean_of_gate(images: Tensor) -> Tensor:
-        return log_mixture(trainer.expert_logits(images))
+        return log_mixture(state.expert_logits(images))
 
     for images, labels in batches(checked, EVALUATION_BATCH):
         with frozen(model):
             attacked = attack(mean_of_gate, images, labels, generator=starts)
-        survived += correct(model, attacked, labels, trainer.expert_logits)["mean"]
+        survived += correct(model, attacked, labels, state.expert_logits)["mean"]
     return {f"val_{name}_accuracy_mean": survived / len(checked)}
 
 
-def _heatmaps(trainer: Trainer, checked: Split) -> dict[str, float]:
-    heatmaps = heatmap_metrics(trainer.model, trainer.loss_fn, checked, EVALUATION_BATCH)
+def _heatmaps(state: TrainingState, checked: Split) -> dict[str, float]:
+    heatmaps = heatmap_metrics(state.model, state.loss_fn, checked, EVALUATION_BATCH)
     return {f"val_{name}": value for name, value in heatmaps.items()}

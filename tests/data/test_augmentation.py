@@ -188,7 +188,7 @@ def test_augment_on_a_gpu_takes_a_generator_of_either_device(device: str) -> Non
     ("images", "options", "error", "message"),
     [
         (torch.zeros(2, 3, 8, 8), {}, TypeError, "expected dtype torch.uint8, got torch.float32"),
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), {}, ValueError, r"expected shape \(B, 3, H, W\), got \(3, 8, 8\)"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), {}, ValueError, r"expected shape \(B, C, H, W\), got \(3, 8, 8\)"),
         (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), {}, ValueError, r"expected shape .*, got \(2, 8, 8, 3\)"),
         (random_images(2, 8, 8), {"padding": -1}, ValueError, "padding: expected at least 0 pixels, got -1"),
         (random_images(2, 8, 8), {"degrees": -1.0}, ValueError, "degrees: expected 0 to 180, got -1.0"),

@@ -96,7 +96,7 @@ def test_a_grey_model_gets_grey_images(tmp_path: Path) -> None:
     found, _ = read_picture(saved(tmp_path, pixels), (8, 8), channels=1)
     assert found.shape == (1, 8, 8)
     assert torch.allclose(found, torch.tensor(0.299), atol=0.003)
-    with pytest.raises(ValueError, match="channels: expected a model of images of 1 or 3 channels, got 4"):
+    with pytest.raises(ValueError, match=r"channels: expected 3 \(RGB\) or 1 \(grey\) for image files, got 4"):
         read_picture(tmp_path / "a.png", (8, 8), channels=4)
 
 

@@ -33,7 +33,7 @@ ENDINGS = {
     "txt",
     "zip",
 }
-OTHERS = {"autograd", "output"}  # torch.autograd, and what a network puts out
+OTHERS = {"autograd", "images", "output"}  # torch.autograd, what a network takes, and what it puts out
 
 
 @cache

@@ -23,6 +23,8 @@ import torch
 
 from immunity_fast.evaluation.gate_attackers import KNOWLEDGE
 from immunity_fast.evaluation.runner import ATTACKS, SETS
+from immunity_fast.runtime import completion
+from immunity_fast.runtime.commands import COMMANDS
 from tests.docs.pages import PAGES, Block, blocks, name
 from tests.places import REPOSITORY
 
@@ -120,7 +122,16 @@ def extras() -> set[str]:
 
 def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """That a command is there, and takes what it is given."""
-    program, *rest = words
+    program, *rest = words[: words.index(">")] if ">" in words else words
+    if program == "immunity-fast":
+        command, *rest = rest
+        if command == completion.COMMAND:
+            assert set(rest) <= set(completion.SHELLS), words
+            return
+        if command.startswith("-"):
+            assert command in ("--help", "--version"), words
+            return
+        program, rest = "python", ["-m", f"immunity_fast.{COMMANDS[command].module}", *rest]
     if program == "torchrun":
         assert rest[:1] == ["--nproc-per-node"], words
         program, rest = "python", rest[2:]
@@ -164,9 +175,10 @@ def test_every_command_takes_the_options_it_is_given(
 @pytest.mark.parametrize("block", [block for block in SHELL if is_run(block)], ids=str)
 def test_commands_that_take_no_time_run(block: Block, tmp_path: Path) -> None:
     for words in commands(block):
-        assert words[0] == "python", f"only Python is run here: {words}"
+        assert words[0] in ("python", "immunity-fast"), f"only Python is run here: {words}"
+        given = words[1:] if words[0] == "python" else ["-m", "immunity_fast", *words[1:]]
         subprocess.run(
-            [sys.executable, *words[1:]],
+            [sys.executable, *given],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
             check=True,

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from immunity_fast.functional import gradcam_heatmaps, heatmap_losses
+from immunity_fast.functional import (
+    HeatmapOptions,
+    gradcam_heatmaps,
+    gradients_of_heatmap_losses,
+    heatmap_losses,
+    losses_of_heatmaps,
+)
 from immunity_fast.kernels import heatmap_losses as fused
 from immunity_fast.kernels import heatmaps as fused_heatmaps
 from immunity_fast.kernels import launch
@@ -311,21 +317,47 @@ def test_a_second_derivative_raises(function: Any) -> None:
         torch.autograd.grad(first[0].square().sum(), inputs)
 
 
+@pytest.mark.parametrize(("backend", "kept"), [("torch", [0, 2, 3]), ("torch", [1]), ("torch", []), ("triton", [0, 2])])
+def test_samples_that_do_not_count_are_as_if_not_there(backend: Any, kept: list[int]) -> None:
+    """Values and gradients, also of what is not computed for a graph."""
+    case = CASE._replace(shape=(2, 4, 4, 3, 5), gradients="sums")
+    counted = torch.zeros(4, dtype=torch.bool, device=DEVICE)
+    counted[kept] = True
+    options = HeatmapOptions(size=(5, 6), smoothing=0.1, backend=backend)
+    upstream = normal(4, seed=3).abs()
+    found = []
+    for rows in (slice(None), counted):
+        inputs = leaves([part[:, rows] for part in case.inputs()])
+        mask = counted if rows == slice(None) else None
+        information, stability = losses_of_heatmaps(*inputs, options, counted=mask)
+        slopes = torch.autograd.grad((upstream[rows] * information).sum() + 0.3 * stability, inputs)
+        direct = gradients_of_heatmap_losses(
+            *inputs, upstream[rows], torch.tensor(0.3, device=DEVICE), options, counted=mask
+        )
+        found.append([information, stability, *slopes, *direct])
+    for name, ours, theirs in zip(("MI", "PS", "A", "G") * 2, *found, strict=True):
+        assert error(ours if name == "PS" else ours[..., kept] if name == "MI" else ours[:, kept], theirs) <= 1e-4
+        if name in "AG":
+            assert not ours[:, ~counted].any()
+        elif name == "MI":
+            assert not ours[~counted].any()
+
+
 @pytest.mark.parametrize(("gradients", "samples"), grids.every(2, ("sums", "maps"), (0, 2)))
 def test_ops_are_what_the_compiler_takes_them_for(gradients: str, samples: int) -> None:
     """Schema, fake tensors, autograd registration and dynamic shapes, for the forward and the backward ops."""
     case = CASE._replace(shape=(2, samples, 3, 3, 4), gradients=gradients)
     inputs = leaves(case.inputs())
     parts = ([inputs[0][:1], inputs[0][1:]], [inputs[1][:1], inputs[1][1:]])
-    torch.library.opcheck(fused.heatmap_losses, (*parts, [5, 6], True, 0.01, 0.3, ""))
+    torch.library.opcheck(fused.heatmap_losses, (*parts, [5, 6], True, 0.01, 0.3, "", None))
     torch.library.opcheck(fused_heatmaps.gradcam_heatmaps, (*parts, [5, 6], 0.3))
     activations = [part.detach() for part in parts[0]]
     slopes = [part.detach() for part in parts[1]]
-    saved = fused.heatmap_losses(activations, slopes, [5, 6], True, 0.01, 0.3, "")
+    saved = fused.heatmap_losses(activations, slopes, [5, 6], True, 0.01, 0.3, "", None)
     for needs in itertools.product([False, True], repeat=2):
         torch.library.opcheck(
             fused.heatmap_losses_backward,
-            (normal(samples), None, activations, *saved[2:], True, 0.01, 0.3, torch.float32, *needs),
+            (normal(samples), None, activations, *saved[2:], None, True, 0.01, 0.3, torch.float32, *needs),
         )
         maps, sums, scores = fused_heatmaps.gradcam_heatmaps(activations, slopes, [5, 6], 0.3)
         torch.library.opcheck(

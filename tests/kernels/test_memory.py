@@ -148,8 +148,9 @@ def test_offsets_beyond_two_to_the_31_elements(strides: tuple[int, ...]) -> None
 def test_results_are_written_beyond_two_to_the_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     """∂L/∂A lies as A does if that has no gaps. 2³¹ elements are more than a test has, so one with gaps is forced."""
     inputs = [normal(2, 2, 2, 3, 4, seed=seed, dtype=torch.float16) for seed in (0, 1)]
-    saved = heatmap_losses_op.heatmap_losses([inputs[0]], [inputs[1]], [5, 5], True, 0.01, 0.5, "")
-    arguments = (torch.ones(2), torch.ones(()), [inputs[0]], *saved[2:], True, 0.01, 0.5, torch.float32, True, True)
+    saved = heatmap_losses_op.heatmap_losses([inputs[0]], [inputs[1]], [5, 5], True, 0.01, 0.5, "", None)
+    options = (None, True, 0.01, 0.5, torch.float32, True, True)
+    arguments = (torch.ones(2), torch.ones(()), [inputs[0]], *saved[2:], *options)
     expected = heatmap_losses_op.heatmap_losses_backward(*arguments)[0][0]
     far = _far_apart(torch.full_like(inputs[0], torch.nan), (2**31 + 16, 64, 2**30 + 16, 4, 1))
     monkeypatch.setattr(scores, "empty_grads", lambda _parts, sums, *_: ([far], torch.empty_like(sums)))

@@ -341,8 +341,9 @@ def test_hooks_of_a_step_are_called_once(backend: Any) -> None:
 
 
 def test_anything_but_tensors_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"params: expected tensors, got \['dict'\]"):
-        FusedSGD([{"params": [nn.Parameter(torch.ones(1))]}], 0.1)  # type: ignore[list-item]
+    for params, got in (([3], "int"), ([{"lr": 0.1}], "dict"), ([{"params": ["x"]}], "dict"), ([], "")):
+        with pytest.raises(TypeError, match=rf"params: expected tensors, or groups of them, got \['?{got}'?\]"):
+            FusedSGD(params, 0.1)  # type: ignore[arg-type]
 
 
 def test_clipping_looks_at_all_gradients_whatever_is_updated() -> None:
@@ -366,10 +367,32 @@ def test_settings_that_kernels_do_not_know_are_left_to_torch(change: dict[str, A
     assert not optimizer.clips
 
 
-def test_a_second_group_is_left_to_torch() -> None:
-    optimizer = FusedSGD(_parameters(), 0.1, 0.9, backend="triton")
-    optimizer.add_param_group({"params": [nn.Parameter(normal(3))], "lr": 0.2})
-    assert not optimizer.clips
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+def test_groups_are_what_torch_makes_of_them(max_norm: float | None) -> None:
+    """Each with a rate and a decay of its own; the norm is of all gradients together."""
+    parameters = _parameters(shapes=[(5, 3), (7,), (2, 2), (4,)])
+    twins = _twin(parameters, torch.float64)
+
+    def groups(own: list[nn.Parameter]) -> list[dict[str, Any]]:
+        return [{"params": own[:2], "weight_decay": 0.1}, {"params": own[2:3], "lr": 0.3}, {"params": own[3]}]
+
+    ours = FusedSGD(groups(parameters), 0.1, 0.9, nesterov=True, backend="triton")
+    theirs = torch.optim.SGD(groups(twins), 0.1, 0.9, nesterov=True)
+    for seed in range(3):
+        if seed == 2:  # one that comes later
+            for own, optimizer in ((parameters, ours), (twins, theirs)):
+                own.append(nn.Parameter(normal(3, seed=9).to(own[0].dtype)))
+                optimizer.add_param_group({"params": [own[-1]], "lr": 0.2})
+        _set_gradients(parameters, seed)
+        _set_gradients(twins, seed)
+        assert ours.clips
+        ours.step(max_norm=max_norm)
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(twins, max_norm)
+        theirs.step()
+    for parameter, twin in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(parameter.double(), twin, rtol=1e-5, atol=1e-6)
+    assert ours.state_dict()["state"].keys() == theirs.state_dict()["state"].keys()
 
 
 def test_the_norm_is_the_same_in_every_run_and_exact() -> None:

@@ -29,6 +29,17 @@ def test_to_markdown() -> None:
     )
 
 
+def test_to_html_escapes_texts_and_aligns_numbers() -> None:
+    table = Table("A & B", ["attack", "mean"], [["<b>", "98.1"], ["\udcff", "—"]], note="In <i>.")
+    assert table.to_html() == table._repr_html_()
+    text = table.to_html()
+    assert text.startswith("<table><caption>A &amp; B</caption><thead><tr>")
+    assert '<th style="text-align: right">mean</th>' in text
+    assert '<td style="text-align: left">&lt;b&gt;</td><td style="text-align: right">98.1</td>' in text
+    assert text.endswith("</table><p><small>In &lt;i&gt;.</small></p>")
+    text.encode()  # a path may be no text
+
+
 def test_to_markdown_of_a_table_without_rows() -> None:
     assert Table("", ["a"], []).to_markdown() == "| a   |\n| --- |"
 

@@ -18,7 +18,7 @@ from immunity_fast.training import run_evaluation, session
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.preparation import CHANGEABLE_ON_RESUME, Start
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 from tests.small_runs import arrays, saved, write_data
 
 CONFIG = TrainConfig(
@@ -132,17 +132,17 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, data: Path, monkeypatch: 
     whole = _queue(tmp_path, _job())
     whole.folder = tmp_path / "whole"
     whole.run()
-    advance = Trainer.advance
+    advance = TrainingState.advance
 
-    def killed(trainer: Trainer, batch: Any) -> None:
+    def killed(trainer: TrainingState, batch: Any) -> None:
         if trainer.step == step:
             raise KeyboardInterrupt
         advance(trainer, batch)
 
-    monkeypatch.setattr(Trainer, "advance", killed)
+    monkeypatch.setattr(TrainingState, "advance", killed)
     with pytest.raises(KeyboardInterrupt):
         _queue(tmp_path, _job()).run()
-    monkeypatch.setattr(Trainer, "advance", advance)
+    monkeypatch.setattr(TrainingState, "advance", advance)
     queue = _queue(tmp_path, _job())
     queue.run()
     name = _job().name

@@ -25,8 +25,8 @@ from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.runtime import strategies
 from immunity_fast.runtime.compilation import Compiled, innermost_cause, keep_caches, place_of, resolve
 from immunity_fast.runtime.profiling import RECORDED
+from immunity_fast.training.state import TrainingState
 from immunity_fast.training.step import TrainStep
-from immunity_fast.training.trainer import Trainer
 from tests import grids
 from tests.graphs import captured
 from tests.places import REPOSITORY
@@ -495,7 +495,7 @@ def test_a_profile_is_a_trace_and_a_table(tmp_path: Path) -> None:
 def test_a_run_in_half_precision_is_taken_up_bit_for_bit(amp: str, tmp_path: Path) -> None:
     arguments = options(write_data(tmp_path / "data.npz"), amp=amp, checkpoint_every=1, arch="tests.own_networks:Plain")
     trained([*arguments, "--out", str(tmp_path / "whole")])
-    interrupted((Trainer, "advance"), 8, [*arguments, "--out", str(tmp_path / "run")])
+    interrupted((TrainingState, "advance"), 8, [*arguments, "--out", str(tmp_path / "run")])
     trained(["--resume", str(tmp_path / "run"), "--trust-code"])
     assert saved(tmp_path / "run") == saved(tmp_path / "whole")
     assert ("scaler/scale" in saved(tmp_path / "run")["tensors"]) == (amp == "fp16")

@@ -18,10 +18,11 @@ from immunity_fast import ensemble, evaluate, reproduce, train
 from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.runtime import cli, interrupts
 from immunity_fast.training import ensemble as training_ensemble
-from immunity_fast.training import loop, preparation, session
+from immunity_fast.training import loop, preparation
+from immunity_fast.training import trainer as training_trainer
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 from tests import grids
 from tests.places import REPOSITORY
 from tests.processes import launch
@@ -61,7 +62,7 @@ def test_training_stops_after_a_step_and_goes_on_bit_for_bit(
     trained([*options(data), "--out", str(tmp_path / "whole")])
     run = Run(tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "advance", _signalling(number, 8, Trainer.advance))
+        patch.setattr(TrainingState, "advance", _signalling(number, 8, TrainingState.advance))
         assert _status(train.main, [*options(data), "--out", str(run.folder)]) == STATUS[number]
     output, error = capfd.readouterr()
     assert error == "stopping when this step is done and saved; again: at once\n"
@@ -84,8 +85,8 @@ def test_training_stopped_while_it_checks_keeps_the_epoch(
 def test_a_second_signal_ends_it_and_names_the_last_checkpoint(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    twice = _signalling(signal.SIGTERM, 4, _signalling(signal.SIGTERM, 4, Trainer.advance))
-    monkeypatch.setattr(Trainer, "advance", twice)
+    twice = _signalling(signal.SIGTERM, 4, _signalling(signal.SIGTERM, 4, TrainingState.advance))
+    monkeypatch.setattr(TrainingState, "advance", twice)
     arguments = [*options(data, checkpoint_every=2), "--out", str(tmp_path / "run")]
     assert _status(train.main, arguments) == 143
     assert "its checkpoint is of step 2 of 10; go on with: " in capsys.readouterr().out
@@ -148,7 +149,7 @@ def test_the_other_commands_say_how_to_go_on_once(
     ensemble.main([*runs, "--out", str(joined)])
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(session, "train", _signalling(signal.SIGINT, 1, session.train))
+        patch.setattr(training_trainer, "train", _signalling(signal.SIGINT, 1, training_trainer.train))
         assert _status(reproduce.main, ["table1", "--device", "cpu", "--out", str(tmp_path / "tables")]) == 130
     told = [line for line in capsys.readouterr().out.splitlines() if "interrupted" in line]
     assert told == [
@@ -245,7 +246,7 @@ def test_several_processes_that_are_not_torchrun_s_are_named(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("immunity_fast.runtime.distributed.TIMEOUT", timedelta(seconds=2))
+    monkeypatch.setattr("immunity_fast.runtime.distributed.MEETING", timedelta(seconds=2))
     line = error_line(capsys, train.main, [*options(data), "--out", str(tmp_path / "run")])
     assert expected in line
     assert not (tmp_path / "run").exists()

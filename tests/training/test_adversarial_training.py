@@ -22,7 +22,7 @@ from immunity_fast.training.checkpoint import load_checkpoint, load_model
 from immunity_fast.training.collapse import collapsed
 from immunity_fast.training.config import PRESETS, TrainConfig, add_options
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 from immunity_fast.training.validation import validate
 from tests.adversarial_cases import ATTACK_SETTINGS, CONFIG, METHODS, train_run
 from tests.small_runs import CPU, dataset, error_line, options, split, trained, weights, write_data
@@ -95,16 +95,18 @@ def test_checks_on_validation_images_do_not_change_the_training(changes: dict[st
 def test_fgsm_on_validation_is_for_adversarial_training_alone(method: Any) -> None:
     images = dataset(validation=split(4))
     config = dataclasses.replace(CONFIG, adversarial=method, check_images=3)
-    measured = validate(Trainer(config, images, CPU))
+    measured = validate(TrainingState(config, images, CPU))
     assert "val_pgd10_accuracy_mean" in measured
     assert ("val_fgsm_accuracy_mean" in measured) == (method != "off")
-    without = validate(Trainer(dataclasses.replace(config, check_images=0), images, CPU))
+    without = validate(TrainingState(dataclasses.replace(config, check_images=0), images, CPU))
     assert without.keys() == {"val_accuracy_sample", "val_accuracy_mean"}
 
 
 def test_validation_attacks_within_the_eps_of_the_settings() -> None:
     config = dataclasses.replace(CONFIG, check_images=10)
-    nothing, all_of_it = (validate(Trainer(dataclasses.replace(config, eps=eps), dataset(), CPU)) for eps in (0, 1))
+    nothing, all_of_it = (
+        validate(TrainingState(dataclasses.replace(config, eps=eps), dataset(), CPU)) for eps in (0, 1)
+    )
     for name in ("val_pgd10_accuracy_mean", "val_fgsm_accuracy_mean"):
         assert nothing[name] == nothing["val_accuracy_mean"]
         assert all_of_it[name] <= nothing[name]
@@ -123,7 +125,7 @@ class _Untouchable:
 
 def test_the_test_split_is_never_touched_in_training(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, epochs=2, batch_size=20, check_images=3, ema=0.5)
-    trainer, run = Trainer(config, dataset(), CPU), Run.create(tmp_path / "run", config)
+    trainer, run = TrainingState(config, dataset(), CPU), Run.create(tmp_path / "run", config)
     trainer.dataset = dataclasses.replace(trainer.dataset, test=_Untouchable())  # type: ignore[arg-type]
     loop.train(trainer, run)
     assert run.best_checkpoint.is_file()
@@ -139,7 +141,7 @@ def _script(
     """Have validation find these accuracies; the models that it was to look at."""
     seen: list[dict[str, Tensor]] = []
 
-    def scripted(trainer: Trainer) -> dict[str, float]:
+    def scripted(trainer: TrainingState) -> dict[str, float]:
         seen.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
         epoch = len(seen) - 1
         return {
@@ -319,13 +321,13 @@ def test_the_settings_of_the_attack_are_recorded(tmp_path: Path) -> None:
 def test_without_adversarial_training_there_is_no_attack() -> None:
     assert TrainConfig(eps=0.1, attack_steps=3).inner_attack is None
     assert all(preset.inner_attack is None for preset in PRESETS.values())
-    assert Trainer(dataclasses.replace(CONFIG, adversarial="off"), dataset(), CPU).train_step.attack is None
+    assert TrainingState(dataclasses.replace(CONFIG, adversarial="off"), dataset(), CPU).train_step.attack is None
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_trainer_s_attack_is_that_of_the_settings(method: Any) -> None:
     config = dataclasses.replace(CONFIG, adversarial=method, eps=0.1, attack_gate="mean", trades_weight=2.5)
-    step = Trainer(config, dataset(), CPU).train_step
+    step = TrainingState(config, dataset(), CPU).train_step
     assert step.attack is not None
     assert step.attack.model is step.model
     assert step.attack.settings == InnerAttackSettings(method, 0.1, 2 / 255, 2, "eval", "mean")

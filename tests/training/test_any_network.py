@@ -18,7 +18,7 @@ from immunity_fast.training.preparation import check_trainable, default_name, pr
 from immunity_fast.training.run_evaluation import evaluate_trained
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.session import stage_line, stem_lines
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 from tests.small_runs import CPU, arrays, change_config, error_line, interrupted, options, saved, trained, write_data
 
 PLAIN = "tests.own_networks:Plain"
@@ -93,7 +93,7 @@ def test_a_killed_mixture_goes_on_to_the_same_bits(weights: bool, data: Path, tm
             torch.save(create(arch, 9).state_dict(), tmp_path / f"{name}.pt")
         arguments += ["--weights", f"{tmp_path / 'one.pt'},{tmp_path / 'other.pt'}"]
     trained([*arguments, "--out", str(tmp_path / "whole")])
-    interrupted((Trainer, "advance"), 8, [*arguments, "--out", str(tmp_path / "killed")])
+    interrupted((TrainingState, "advance"), 8, [*arguments, "--out", str(tmp_path / "killed")])
     if weights:
         (tmp_path / "one.pt").unlink()
         (tmp_path / "other.pt").unlink()
@@ -152,7 +152,7 @@ def test_different_networks_are_joined(data: Path, tmp_path: Path, capsys: pytes
     evaluate.main([str(tmp_path / "joined"), "--trust-code", *ATTACKS, "--attackers", "mean"])
 
 
-def _begun(data: Path, tmp_path: Path, **changes: Any) -> tuple[Trainer, str]:
+def _begun(data: Path, tmp_path: Path, **changes: Any) -> tuple[TrainingState, str]:
     folder, resume, config = train.parse([*_options(data, **changes), "--out", str(tmp_path / "run")])
     trainer, _ = prepare(folder, resume, config)
     return trainer, "\n".join(trainer.beginning.lines)

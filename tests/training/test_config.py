@@ -13,9 +13,9 @@ import pytest
 
 from immunity_fast import train
 from immunity_fast.losses import ALPHA, BETA, GAMMA
-from immunity_fast.training.config import PRESETS, TrainConfig, add_options, from_preset
+from immunity_fast.training.config import ADDED, PRESETS, TrainConfig, add_options, from_preset
 from tests.small_runs import error_line
-from tests.typed_settings import FIELDS, GIVEN, option_of
+from tests.typed_settings import BESIDE, FIELDS, GIVEN, option_of
 
 
 def _parse(*arguments: str) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def test_every_setting_is_an_option_that_sets_it_alone(name: str) -> None:
     given = _parse(option_of(name), *typed)
     assert given == {name: meant}
     assert type(given[name]) is type(meant)
-    assert getattr(TrainConfig(**given), name) == meant
+    assert getattr(TrainConfig(**BESIDE.get(name, {}), **given), name) == meant
 
 
 def test_no_option_gives_nothing() -> None:
@@ -103,6 +103,10 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("trades_weight", -1.0),
     ("ema", 1.0),
     ("limit_train", 0),
+    ("channels", 0),
+    ("workers", -1),
+    ("workers", "many"),
+    ("workers", 10**6),
     ("alpha", -1.0),
     ("beta", math.inf),
     ("gamma", math.nan),
@@ -110,8 +114,37 @@ OUT_OF_RANGE: list[tuple[str, Any]] = [
     ("weight_decay", -1e-9),
     ("lr", 0.0),
     ("lr", math.inf),
-    ("momentum", 0.0),
+    ("momentum", -0.1),
     ("momentum", 1.0),
+    ("accumulate", 0),
+    ("betas", (0.9,)),
+    ("betas", (0.9, 1.0)),
+    ("betas", "a,b"),
+    ("betas", (0.9, math.nan)),
+    ("optimizer_eps", -1e-9),
+    ("optimizer_eps", math.inf),
+    ("warmup_epochs", -0.5),
+    ("warmup_epochs", 12.5),
+    ("warmup_epochs", math.nan),
+    ("lr_min", -1e-9),
+    ("lr_min", 0.06),
+    ("milestones", (2, 1)),
+    ("milestones", (0,)),
+    ("milestones", (1, math.inf)),
+    ("milestones", ("x",)),
+    ("lr_factor", 0.0),
+    ("lr_factor", 1.5),
+    ("label_smoothing", -0.1),
+    ("label_smoothing", 1.1),
+    ("label_smoothing", math.nan),
+    ("class_weights", "balance"),
+    ("class_weights", "1,-2"),
+    ("class_weights", "1,,2"),
+    ("class_weights", "1,inf"),
+    ("class_weights", ""),
+    ("ignore_index", -(2**63) - 1),
+    ("mixup", -0.1),
+    ("cutmix", math.inf),
     ("clip_grad_norm", 0.0),
     ("clip_grad_norm", math.nan),
     ("crop_padding", -1),
@@ -137,7 +170,7 @@ def test_every_setting_that_has_a_range_is_tried_out_of_it() -> None:
 @pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE)
 def test_a_value_out_of_range_is_refused_by_its_option_s_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{option_of(name)}: expected .*, got "):
-        TrainConfig(**{name: value})
+        TrainConfig(**BESIDE.get(name, {}) | {name: value})
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -205,7 +238,8 @@ def test_a_run_from_before_has_a_setting_that_is_gone() -> None:
 
 def test_a_run_from_before_lacks_settings_that_are_new() -> None:
     values = TrainConfig(lr=0.5).to_json()
-    del values["stem"], values["weights"], values["perturbation"]
+    for name in ADDED:
+        del values[name]
     assert TrainConfig.from_json(values) == TrainConfig(lr=0.5, stem="cifar")
 
 

@@ -53,11 +53,25 @@ def take(double_backprop, compile, backend):
     images = images.to(next(model.parameters()).dtype)
     measured = distributed.mean(step(images[mine], labels[mine]))
     assert step.compiled == (compile == "on")
-    return measured, {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    if (double_backprop, compile, backend) == ("reverse", "off", "torch"):
+        accumulated(step, images[mine], labels[mine])
+    return measured, gradients
 
+def accumulated(step, images, labels):
+    def taken(*batches):
+        for index, (some, theirs) in enumerate(batches):
+            step(some, theirs, index=index, count=len(batches))
+        return [parameter.grad.clone() for parameter in step.model.parameters() if parameter.grad is not None]
+
+    batches = (images, labels), (images[:2].flip(0), labels[:2]), (images.flip(-1), labels)
+    each = [taken(batch) for batch in batches]
+    found["accumulated"] = taken(*batches), [sum(gradients) / 3 for gradients in zip(*each)]
+
+found = {}
 def main():
     with distributed.processes(torch.device("cpu")):
-        found = {case: take(*case.split("-")) for case in sys.argv[2:]}
+        found.update({case: take(*case.split("-")) for case in sys.argv[2:]})
         if distributed.rank() == 0:
             torch.save(found, sys.argv[1])
 
@@ -101,6 +115,13 @@ def test_two_processes_are_one_with_the_joined_batch(found: dict[str, Any], case
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=tolerance, atol=tolerance * largest, msg=name)
+
+
+@pytest.mark.slow
+def test_accumulated_batches_are_averaged_over_processes_too(found: dict[str, Any]) -> None:
+    together, mean = found["accumulated"]
+    for mine, expected in zip(together, mean, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_run_of_two_processes_goes_on_in_one_and_in_two_again(tmp_path: Path) -> None:

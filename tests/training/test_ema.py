@@ -18,7 +18,7 @@ from immunity_fast.training.checkpoint import load_checkpoint, load_model, under
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.ema import WeightAverage
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 from immunity_fast.training.validation import validate
 from tests import grids
 from tests.small_runs import as_bytes, dataset, interrupted, options, saved, trained, weights, write_data
@@ -187,15 +187,15 @@ CONFIG = TrainConfig(experts=2, batch_size=10, epochs=2, check_images=3, adversa
 def states(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """The model's states before the first step and after each."""
     seen: list[dict[str, Tensor]] = []
-    advance = Trainer.advance
+    advance = TrainingState.advance
 
-    def recorded(trainer: Trainer, *batch: Any) -> None:
+    def recorded(trainer: TrainingState, *batch: Any) -> None:
         if not seen:
             seen.append(_state(trainer.model))
         advance(trainer, *batch)
         seen.append(_state(trainer.model))
 
-    monkeypatch.setattr(Trainer, "advance", recorded)
+    monkeypatch.setattr(TrainingState, "advance", recorded)
     return seen
 
 
@@ -203,15 +203,15 @@ def test_a_run_is_judged_by_its_average(
     states: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     validated: list[dict[str, Tensor]] = []
-    measure: Callable[[Trainer], dict[str, float]] = validation._validate
+    measure: Callable[[TrainingState], dict[str, float]] = validation._validate
 
-    def recorded(trainer: Trainer) -> dict[str, float]:
+    def recorded(trainer: TrainingState) -> dict[str, float]:
         validated.append(_state(trainer.model))
         # The second epoch is not as good as the first.
         return measure(trainer) | {"val_pgd10_accuracy_mean": 0.5 / len(validated)}
 
     monkeypatch.setattr(validation, "_validate", recorded)
-    trainer, run = Trainer(CONFIG, dataset(), CPU), Run.create(tmp_path / "run", CONFIG)
+    trainer, run = TrainingState(CONFIG, dataset(), CPU), Run.create(tmp_path / "run", CONFIG)
     loop.train(trainer, run)
     assert len(states) == 5
     first, second = _averaged(states[:3], 0.6), _averaged(states, 0.6)
@@ -243,7 +243,7 @@ def test_without_an_attack_the_last_average_is_the_model(
 
 
 def test_what_validation_measures_is_that_of_the_average() -> None:
-    trainer, other = (Trainer(dataclasses.replace(CONFIG, ema=ema), dataset(), CPU) for ema in (0.6, None))
+    trainer, other = (TrainingState(dataclasses.replace(CONFIG, ema=ema), dataset(), CPU) for ema in (0.6, None))
     assert trainer.average is not None
     other.model.load_state_dict(trainer.model.state_dict())
     expected = validate(other)
@@ -263,7 +263,7 @@ def test_an_average_changes_nothing_about_the_training(tmp_path: Path) -> None:
     found = []
     for ema in (None, 0.6):
         config = dataclasses.replace(CONFIG, ema=ema)
-        trainer = Trainer(config, dataset(), CPU)
+        trainer = TrainingState(config, dataset(), CPU)
         loop.train(trainer, Run.create(tmp_path / str(ema), config))
         found.append(weights(trainer))
     assert found[0] == found[1]
@@ -276,15 +276,15 @@ def test_an_average_changes_nothing_about_the_training(tmp_path: Path) -> None:
     ("settings", "where", "count", "after"),
     grids.sampled(
         [
-            ({"ema": 0.7}, (Trainer, "advance"), 3, False),
+            ({"ema": 0.7}, (TrainingState, "advance"), 3, False),
             ({"ema": 0.7}, (loop, "validate"), 2, True),
-            ({"adversarial": "pgd"}, (Trainer, "advance"), 4, True),
-            ({"adversarial": "trades", "ema": 0.7, "experts": 1}, (Trainer, "advance"), 2, False),
+            ({"adversarial": "pgd"}, (TrainingState, "advance"), 4, True),
+            ({"adversarial": "trades", "ema": 0.7, "experts": 1}, (TrainingState, "advance"), 2, False),
             ({"adversarial": "fgsm-rs", "attack_gate": "sample", "ema": 0.7}, (loop, "save_best"), 1, True),
             ({"adversarial": "fgsm-rs", "experts": 1}, (loop, "save_best"), 2, False),
         ],
         ordinary=lambda settings, where, *_: (
-            ("adversarial" not in settings and where[0] is Trainer) or settings.get("attack_gate") == "sample"
+            ("adversarial" not in settings and where[0] is TrainingState) or settings.get("attack_gate") == "sample"
         ),
     ),
     ids=["average", "average-validation", "pgd", "trades", "fgsm-rs", "fgsm-rs-single"],

@@ -23,7 +23,7 @@ from immunity_fast.training import checkpoint, loop
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.preparation import CHANGEABLE_ON_RESUME, prepare
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 from tests import grids
 from tests.places import REPOSITORY
 from tests.small_runs import (
@@ -119,7 +119,7 @@ def test_interrupted_at_any_steps_it_ends_the_same(
     # Each stop counts an attempt's own steps; without checkpoints inside an epoch, an attempt starts its epoch anew.
     arguments, folder = options(data, checkpoint_every=every), tmp_path / "run"
     for stop in stops:
-        interrupted((Trainer, "advance"), stop, go_on(folder, arguments))
+        interrupted((TrainingState, "advance"), stop, go_on(folder, arguments))
     trained(go_on(folder, arguments))
     assert saved(folder) == whole
 
@@ -129,7 +129,7 @@ def test_interrupted_at_eight_random_places_it_ends_the_same(whole: dict[str, An
     chance, arguments, folder = random.Random(3), options(data, checkpoint_every=1), tmp_path / "run"
     for _ in range(8):
         stop = chance.choice([1, 1, 1, 2])
-        interrupted((Trainer, "advance"), stop, go_on(folder, arguments), after=True)
+        interrupted((TrainingState, "advance"), stop, go_on(folder, arguments), after=True)
     assert load_checkpoint(Run(folder).checkpoint)[1]["step"] > 0
     trained(go_on(folder, arguments))
     assert saved(folder) == whole
@@ -281,7 +281,7 @@ def test_options_that_repeat_the_settings_are_accepted(half: Path, data: Path, w
 def test_an_interrupt_says_how_to_go_on(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "advance", counted(Trainer.advance, 3, KeyboardInterrupt(), after=False))
+    monkeypatch.setattr(TrainingState, "advance", counted(TrainingState.advance, 3, KeyboardInterrupt(), after=False))
     with pytest.raises(KeyboardInterrupt):
         train.main([*options(data), "--out", str(tmp_path / "run")])
     assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().out
@@ -315,7 +315,7 @@ def test_killed_with_sigkill_at_any_moments_it_ends_the_same(data: Path, tmp_pat
 def test_resuming_a_finished_run_trains_no_more_and_reports_anew(
     run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "advance", None)
+    monkeypatch.setattr(TrainingState, "advance", None)
     results = Run(run).results_file.read_bytes()
     for file in (Run(run).results_file, Run(run).report, run / "figures" / "heatmaps.png"):
         file.unlink()

@@ -26,7 +26,7 @@ from immunity_fast.evaluation.ledger import Ledger
 from immunity_fast.training import checkpoint, loop
 from immunity_fast.training.checkpoint import load_checkpoint, load_info, load_model, save_checkpoint
 from immunity_fast.training.run_folder import Run
-from immunity_fast.training.trainer import Trainer
+from immunity_fast.training.state import TrainingState
 from tests import evaluated, grids
 from tests.small_runs import (
     contents,
@@ -206,7 +206,7 @@ def test_a_network_with_parameters_without_a_gradient_goes_on(data: Path, tmp_pa
     genotype = tmp_path / "cell.json"
     genotype.write_text(json.dumps({"kind": "darts", "normal": cell, "reduce": cell, "channels": 2, "cells": 5}))
     arguments = options(data, arch=genotype, experts=1, beta=0.0, gamma=0.0, stage="stem", epochs=1, checkpoint_every=1)
-    interrupted((Trainer, "advance"), 3, [*arguments, "--out", str(tmp_path / "run")])
+    interrupted((TrainingState, "advance"), 3, [*arguments, "--out", str(tmp_path / "run")])
     tensors, info = load_checkpoint(Run(tmp_path / "run").checkpoint)
     assert 0 < info["momenta"] == sum(name.startswith("optimizer/") for name in tensors)
     trainer, _ = trained(["--resume", str(tmp_path / "run")])

@@ -204,8 +204,8 @@ def test_a_lock_ends_with_its_process(half: Path, finished: Path, tmp_path: Path
     program = (
         "import signal, sys\n"
         "from immunity_fast.runtime import cli; from immunity_fast import train\n"
-        "from immunity_fast.training.trainer import Trainer\n"
-        "Trainer.advance = lambda *_: (print('training', flush=True), signal.pause())\n"
+        "from immunity_fast.training.state import TrainingState\n"
+        "TrainingState.advance = lambda *_: (print('training', flush=True), signal.pause())\n"
         "cli.console.quiet = True\n"
         "cli.run_command(lambda: train.main(sys.argv[1:]))\n"
     )

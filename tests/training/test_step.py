@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
 from immunity_fast.data.augmentation import apply_affine, draw_affine
 from immunity_fast.experts.staged import GlobalAveragePool, split
 from immunity_fast.training.optimizer import FusedSGD
-from immunity_fast.training.step import MEASURED, TrainStep, cosine_lr
+from immunity_fast.training.step import MEASURED, TrainStep
 from tests import oracle
 from tests.tensors import noise
 
@@ -112,21 +111,6 @@ def test_running_statistics_move_once() -> None:
     counts = [value for name, value in model.named_buffers() if name.endswith("num_batches_tracked")]
     assert counts
     assert all((count == 1).all() for count in counts)
-
-
-@pytest.mark.parametrize(
-    ("step", "expected"), [(0, 0.4), (25, 0.2 * (1 + math.sqrt(0.5))), (50, 0.2), (99, 0.4 * 2.467e-4)]
-)
-def test_the_learning_rate_follows_half_a_cosine(step: int, expected: float) -> None:
-    assert cosine_lr(0.4, step, 100) == pytest.approx(expected, rel=1e-3)
-
-
-def test_the_learning_rate_only_falls_and_stays_positive() -> None:
-    rates = [cosine_lr(0.1, step, 37) for step in range(37)]
-    assert rates == sorted(rates, reverse=True)
-    assert rates[0] == 0.1
-    assert rates[-1] > 0
-    assert cosine_lr(0.1, 0, 1) == 0.1
 
 
 # The gradient, in float64, BatchNorm in training mode

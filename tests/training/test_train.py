@@ -24,17 +24,17 @@ from immunity_fast.training import loop
 from immunity_fast.training.checkpoint import load_checkpoint, load_model
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.run_folder import Run
+from immunity_fast.training.state import TrainingState, channel_statistics
 from immunity_fast.training.step import TrainStep
-from immunity_fast.training.trainer import Trainer, channel_statistics
 from immunity_fast.training.validation import training_means, validate
 from tests.adversarial_cases import ATTACK_SETTINGS
 from tests.small_runs import CONFIG, CPU, dataset, error_line, options, saved, split, trained, weights
 
 
-def _train(images: ImageDataset, folder: Path, **changes: Any) -> Trainer:
+def _train(images: ImageDataset, folder: Path, **changes: Any) -> TrainingState:
     """A whole run without a command line."""
     config = dataclasses.replace(CONFIG, **changes)
-    trainer = Trainer(config, images, CPU)
+    trainer = TrainingState(config, images, CPU)
     loop.train(trainer, Run.create(folder, config))
     return trainer
 
@@ -64,21 +64,21 @@ def test_a_log_that_is_no_terminal_has_a_line_now_and_then(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also within an epoch, which may take an hour."""
-    advance, inside = Trainer.advance, list[str]()
+    advance, inside = TrainingState.advance, list[str]()
 
-    def slow(self: Trainer, batch: Any) -> None:
+    def slow(self: TrainingState, batch: Any) -> None:
         advance(self, batch)
         time.sleep(0.5)
         inside.append(capsys.readouterr().out)
 
-    monkeypatch.setattr(Trainer, "advance", slow)
+    monkeypatch.setattr(TrainingState, "advance", slow)
     monkeypatch.setattr(cli, "STATUS_SECONDS", 0.1)
     _train(dataset(), tmp_path / "run")
     assert inside[0].count("epoch 1/1: step 1 of") >= 2
 
 
 def test_every_expert_begins_elsewhere() -> None:
-    state = Trainer(CONFIG, dataset(), CPU).model.experts.state_dict()
+    state = TrainingState(CONFIG, dataset(), CPU).model.experts.state_dict()
     convolutions = [value for value in state.values() if value.dim() == 5]
     assert convolutions
     assert not any(torch.equal(value[0], value[1]) for value in convolutions)
@@ -94,7 +94,7 @@ def test_no_other_split_is_trained_on(part: str, tmp_path: Path) -> None:
 
 
 def test_the_test_split_is_not_looked_at_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(CONFIG, dataset(), CPU)
+    trainer = TrainingState(CONFIG, dataset(), CPU)
     trainer.dataset = dataclasses.replace(trainer.dataset, test=None)  # type: ignore[arg-type]
     loop.train(trainer, Run.create(tmp_path / "run", CONFIG))
     assert trainer.epoch == 1
@@ -115,8 +115,19 @@ EFFECTS: dict[str, Any] = {
     "smoothing": 0.3,
     "score": "probability",
     "detach_weights": True,
+    "label_smoothing": 0.2,
+    "class_weights": "1,2,0.5",
+    "ignore_index": 1,
+    "mixup": 0.4,
+    "cutmix": 1.0,
     "lr": 0.3,
     "momentum": 0.5,
+    "accumulate": 2,
+    "optimizer": "adamw",
+    "schedule": "linear",
+    "warmup_epochs": 0.5,
+    "lr_min": 0.01,
+    "decay": "weights",
     "weight_decay": 0.1,
     "clip_grad_norm": 0.1,
     "crop_padding": 0,
@@ -128,14 +139,17 @@ EFFECTS: dict[str, Any] = {
     "amp": "bf16",
 }
 NO_EFFECT: dict[str, Any] = {"check_images": 4, "attack_images": 3, "checkpoint_every": 1, "ema": 0.5, "profile": True}
-OF_IMAGES = {"preset", "dataset", "data", "image_size", "limit_train"}  # `_train` is given its images
+# `_train` is given its images.
+OF_IMAGES = {"preset", "dataset", "data", "image_size", "channels", "stream", "workers", "limit_train"}
 BEGINNING = {"stem", "weights", "perturbation"}  # with what networks begin: test_any_network.py
-ALIKE = {"device", "compile", "batching", "double_backprop", "float32"}  # the same but for rounding
+# Of other optimisers and schedules than the default: test_optimizers.py, test_schedules.py
+OTHERS = {"betas", "optimizer_eps", "milestones", "lr_factor"}
+ALIKE = {"device", "compile", "batching", "double_backprop", "float32", "shard"}  # the same but for rounding
 
 
 def test_of_every_setting_it_is_known_whether_it_has_an_effect() -> None:
     # ATTACK_SETTINGS: test_adversarial_training.py
-    known = [*EFFECTS, *NO_EFFECT, *OF_IMAGES, *BEGINNING, *ALIKE, *ATTACK_SETTINGS]
+    known = [*EFFECTS, *NO_EFFECT, *OTHERS, *OF_IMAGES, *BEGINNING, *ALIKE, *ATTACK_SETTINGS]
     assert len(known) == len(set(known))
     assert {field.name for field in dataclasses.fields(TrainConfig)} <= set(known)
 
@@ -191,7 +205,7 @@ def test_a_channel_of_one_value_has_a_spread_to_divide_by(value: int) -> None:
 
 def test_the_model_normalises_with_the_training_images_alone() -> None:
     images = dataset()
-    model = Trainer(CONFIG, images, CPU).model
+    model = TrainingState(CONFIG, images, CPU).model
     mean, std = channel_statistics(images.train.images)
     state = model.normalize.state_dict()
     np.testing.assert_allclose(state["mean"].flatten(), mean, rtol=1e-6)
@@ -199,7 +213,7 @@ def test_the_model_normalises_with_the_training_images_alone() -> None:
 
 
 def test_validation_leaves_training_mode_switch_and_generator() -> None:
-    trainer = Trainer(dataclasses.replace(CONFIG, check_images=3), dataset(), CPU)
+    trainer = TrainingState(dataclasses.replace(CONFIG, check_images=3), dataset(), CPU)
     trainer.model.train()
     generator, before = trainer.model.gate.generator, weights(trainer)
     validate(trainer)
@@ -211,7 +225,7 @@ def test_validation_leaves_training_mode_switch_and_generator() -> None:
 
 
 def test_validation_measures_the_validation_split() -> None:
-    trainer = Trainer(dataclasses.replace(CONFIG, check_images=100), dataset(validation=split(9, seed=5)), CPU)
+    trainer = TrainingState(dataclasses.replace(CONFIG, check_images=100), dataset(validation=split(9, seed=5)), CPU)
     measured = validate(trainer)
     images, labels = trainer.dataset.validation.images / 255, trainer.dataset.validation.labels
     with torch.no_grad():
@@ -224,7 +238,7 @@ def test_validation_measures_the_validation_split() -> None:
 
 
 def test_without_images_to_check_only_accuracies_are_measured() -> None:
-    measured = validate(Trainer(CONFIG, dataset(), CPU))
+    measured = validate(TrainingState(CONFIG, dataset(), CPU))
     assert measured.keys() == {"val_accuracy_sample", "val_accuracy_mean"}
 
 
@@ -232,8 +246,8 @@ def test_a_record_holds_the_means_of_its_epoch(tmp_path: Path, monkeypatch: pyte
     steps = []
     take = TrainStep.__call__
 
-    def recorded(*arguments: Any) -> torch.Tensor:
-        steps.append(take(*arguments))
+    def recorded(*arguments: Any, **options: Any) -> torch.Tensor:
+        steps.append(take(*arguments, **options))
         return steps[-1]
 
     monkeypatch.setattr(TrainStep, "__call__", recorded)
@@ -253,9 +267,9 @@ def test_the_learning_rate_falls_over_the_whole_run(tmp_path: Path, monkeypatch:
     rates = []
     take = TrainStep.__call__
 
-    def recorded(step: TrainStep, *batch: Any) -> torch.Tensor:
+    def recorded(step: TrainStep, *batch: Any, **options: Any) -> torch.Tensor:
         rates.extend(group["lr"] for group in step.optimizer.param_groups)
-        return take(step, *batch)
+        return take(step, *batch, **options)
 
     monkeypatch.setattr(TrainStep, "__call__", recorded)
     _train(dataset(), tmp_path / "run", epochs=2, lr=0.04)
@@ -264,7 +278,7 @@ def test_the_learning_rate_falls_over_the_whole_run(tmp_path: Path, monkeypatch:
 
 
 def test_mutual_information_is_0_where_all_look_at_one_place() -> None:
-    trainer = Trainer(CONFIG, dataset(), CPU)
+    trainer = TrainingState(CONFIG, dataset(), CPU)
     p = torch.full((2, 1, 12, 12), 1 / 144)
     trainer.sums[2] = float(reference.mutual_information_loss(p)) * len(trainer.loader)
     assert training_means(trainer)["mutual_information"] == pytest.approx(0, abs=1e-6)

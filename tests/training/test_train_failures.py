@@ -19,8 +19,8 @@ from immunity_fast.training import loop, run_evaluation, validation
 from immunity_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from immunity_fast.training.display import not_measured_line
 from immunity_fast.training.run_folder import Run
+from immunity_fast.training.state import TrainingState
 from immunity_fast.training.step import TrainStep
-from immunity_fast.training.trainer import Trainer
 from immunity_fast.training.validation import validate
 from tests.small_runs import CONFIG, CPU, arrays, dataset, error_line, options, saved, trained, write_data
 
@@ -84,7 +84,7 @@ def test_a_dead_network_is_trained_to_its_end_and_called_dead(
 
 
 def test_outputs_that_are_no_numbers_are_no_accuracy() -> None:
-    trainer = Trainer(dataclasses.replace(CONFIG, check_images=4), dataset(), CPU)
+    trainer = TrainingState(dataclasses.replace(CONFIG, check_images=4), dataset(), CPU)
     for name, parameter in trainer.model.named_parameters():
         if "classifier" in name:
             parameter.data.fill_(3e38)  # finite, but sums of products with it are not
@@ -368,8 +368,10 @@ def test_a_file_cut_off_is_named(data: Path, tmp_path: Path, capsys: pytest.Capt
         ({"arch": "resnet9"}, "--arch"),
         ({"score": "other"}, "--score"),
         ({"limit_train": "0"}, "--limit-train"),
-        ({"limit_train": "41"}, "limit_train"),
-        ({"image_size": "16"}, "image_size"),
+        ({"limit_train": "41"}, "--limit-train"),
+        ({"channels": "0"}, "--channels"),
+        ({"channels": "4"}, "--channels 3"),
+        ({"image_size": "16"}, "--image-size"),
         ({"colour": "red"}, "--colour"),
         ({"dataset": "digits"}, "digits"),
         ({"arch": "densenet121", "batch_size": "1"}, "densenet121"),
@@ -466,7 +468,7 @@ def test_what_an_attack_warns_of_is_a_line(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits so far apart that the softmax has no gradient, which pass for robust."""
-    trainer = Trainer(dataclasses.replace(CONFIG, experts=1, check_images=4), dataset(), CPU)
+    trainer = TrainingState(dataclasses.replace(CONFIG, experts=1, check_images=4), dataset(), CPU)
     for name, parameter in trainer.model.named_parameters():
         if "classifier" in name:
             parameter.data.mul_(1e6)

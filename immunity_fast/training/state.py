@@ -1,0 +1,436 @@
+"""A training run in memory: what it consists of, and how all of it is saved and taken up again."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from immunity_fast.data.datasets import STATISTICS_IMAGES, AnySplit, ImageDataset
+from immunity_fast.data.loader import Batch, TrainLoader
+from immunity_fast.data.mixing import Mixer
+from immunity_fast.data.sampling import EVALUATION_BATCH, sample_order
+from immunity_fast.data.streaming import StreamedSplit
+from immunity_fast.experts import WITH_STEMS, split_names
+from immunity_fast.experts.stems import chosen_stem
+from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.runtime import distributed
+from immunity_fast.runtime.compilation import Compile, Compiled, Log, at_size, resolve
+from immunity_fast.runtime.files import abbreviated
+from immunity_fast.runtime.strategies import Strategy, fastest
+from immunity_fast.training.adversarial import InnerAttack
+from immunity_fast.training.beginning import Beginning, begin
+from immunity_fast.training.checkpoint import (
+    check_classes,
+    check_tensors,
+    checked_info,
+    described_model,
+    load_checkpoint,
+    load_module,
+    load_optimizer_tensors,
+    module_tensors,
+    optimizer_tensors,
+    under,
+)
+from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.decay import parameter_groups
+from immunity_fast.training.ema import WeightAverage
+from immunity_fast.training.optimizers import make_optimizer, possible_state
+from immunity_fast.training.sharding import shard
+from immunity_fast.training.shards import REST, load_shards, outline
+from immunity_fast.training.step import MEASURED, TrainStep
+
+CUDA_STATE = 16  # bytes of a GPU's generator
+IN_SHARDS = ("model", "ema", "optimizer")  # what names of tensors begin with
+
+
+class TrainingState:
+    """A run in memory: model, optimiser, batches and random states, and where it stands.
+
+    `tensors` and `info` are all of it that a checkpoint holds; `load` takes up from them.
+
+    Args:
+        config: the settings.
+        dataset: what is trained on; it is brought to the device.
+        device: where everything is computed.
+        log: what takes lines on code that could not be compiled; None is `warnings.warn`.
+        traceback_file: where the tracebacks of such are appended to.
+        fresh: whether it is a new run, whose experts begin from `config.weights` and apart from each other; or one that
+            `load` takes up.
+        model: what is trained, in place; None is a new one of what the settings name.
+
+    Attributes:
+        beginning: what was done to a new run's weights, for the checkpoint and for a person; see `beginning.begin`.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: ImageDataset,
+        device: torch.device,
+        log: Log | None = None,
+        traceback_file: Path | None = None,
+        *,
+        fresh: bool = True,
+        model: ImmunityMoE | None = None,
+    ) -> None:
+        self.config = config
+        self.device = device
+        dataset = dataset.labelled(config.ignore_index)
+        self.dataset = dataset.to(device)
+        torch.manual_seed(config.seed)
+        self.description = {
+            "arch": config.arch,
+            "num_experts": config.experts,
+            "num_classes": dataset.num_classes,
+            "stage": config.stage,
+            "image_size": list(dataset.image_size),
+        }
+        stem = chosen_stem(config.stem, dataset.image_size)
+        if stem != "cifar" and any(name in WITH_STEMS for name in split_names(config.arch)):
+            self.description["stem"] = stem
+        if dataset.channels != 3:
+            self.description["channels"] = dataset.channels
+        self.loader = self._new_loader()
+        self.mixer = Mixer(config.mixup, config.cutmix, dataset.image_size, -1 - config.seed)
+        self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
+        compiled = resolve(config.compile, device) != "off"
+        strategy = fastest(device.type, config.arch, config.epochs * len(self.loader) if compiled else None)
+        with distributed.together():  # a file of weights may be missing on one machine
+            self.model = self._new_model(strategy, dataset) if model is None else model
+            self.beginning = begin(self.model, config) if fresh else Beginning(None, [])
+        if config.shard:
+            self.model.list_experts_()  # in one process, too: a run has one kind of checkpoint
+            if distributed.count() > 1:
+                shard(self.model, device=device)
+        self.model.to(device)
+        if distributed.rank():  # whatever is random in a network: not the same in every process
+            torch.manual_seed(config.seed + 3 + distributed.rank())
+        group = distributed.group()
+        weights = config.weights_of_classes(dataset.train.labels, dataset.num_classes)
+        self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name, weights).to(device)
+        self.optimizer = make_optimizer(
+            config.optimizer,
+            parameter_groups(self.model, config.weight_decay, config.decay),
+            config.lr,
+            momentum=config.momentum,
+            betas=config.betas,
+            eps=config.optimizer_eps,
+        )
+        self.learning_rate = config.learning_rate(self.steps_per_epoch)
+        self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
+        self.train_step = self._new_step(strategy, log, traceback_file)
+        self._expert_logits = Compiled(self.model.expert_logits, self._compile, device, log, traceback_file)
+        self.fingerprint = dataset.fingerprint()
+        distributed.check_same(
+            "--data",
+            self.fingerprint,
+            f"expected the same images and labels of {config.dataset} in all processes, got others",
+        )
+        self.epoch = 0  # epochs finished
+        self.history: list[dict[str, Any]] = []  # the records of these epochs
+        self.stopped: str | None = None  # why training has ended before its last epoch, if it has
+        self.saved_step = 0  # optimiser steps that the run's checkpoint has
+        self.sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)  # over the present epoch's batches
+        self._of_step = torch.zeros_like(self.sums)  # over the present step's
+
+    def _new_loader(self) -> TrainLoader:
+        """The training batches, or this process' part of each."""
+        config = self.config
+        return TrainLoader(
+            self.dataset.train,
+            config.batch_size,
+            config.seed + 2,
+            padding=config.crop_padding,
+            degrees=config.rotation,
+            flip=self.dataset.flip if config.flip == "auto" else config.flip == "on",
+            rank=distributed.rank(),
+            processes=distributed.count(),
+        )
+
+    def _new_model(self, strategy: Strategy, dataset: ImageDataset) -> ImmunityMoE:
+        """The mixture, or the single network, with random weights; `dataset` is still where it was read."""
+        config = self.config
+        mean, std = channel_statistics(dataset.train)
+        options: dict[str, Any] = {
+            "batching": strategy.batching if config.batching == "auto" else config.batching,
+            "mean": mean,
+            "std": std,
+        }
+        if config.experts > 1:
+            options["generator"] = self.gate_generator
+        return described_model(self.description, **options)
+
+    @property
+    def _compile(self) -> Compile:
+        """FSDP2's gathering is nothing to be compiled."""
+        return "off" if self.config.shard else self.config.compile
+
+    def _new_step(self, strategy: Strategy, log: Log | None, traceback_file: Path | None) -> TrainStep:
+        """What makes one step of a batch, with the attack in it where training is adversarial."""
+        config = self.config
+        attack = None
+        if config.inner_attack is not None:
+            attack = InnerAttack(
+                self.model,
+                config.inner_attack,
+                amp=config.amp,
+                compile=self._compile,
+                device=self.device,
+                log=log,
+                traceback_file=traceback_file,
+            )
+        return TrainStep(
+            self.model,
+            self.loss_fn,
+            self.optimizer,
+            clip_grad_norm=config.clip_grad_norm,
+            amp=config.amp,
+            double_backprop=strategy.double_backprop if config.double_backprop == "auto" else config.double_backprop,
+            compile=self._compile,
+            log=log,
+            traceback_file=traceback_file,
+            attack=attack,
+            trades_weight=config.trades_weight,
+            group=distributed.group(),
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many optimiser steps an epoch has; the last one may have fewer batches than the others."""
+        return -(-len(self.loader) // self.config.accumulate)
+
+    @property
+    def step(self) -> int:
+        """How many optimiser steps of the run were taken so far, or begun."""
+        return self.epoch * self.steps_per_epoch + -(-self.loader.position // self.config.accumulate)
+
+    @property
+    def steps(self) -> int:
+        """How many optimiser steps the whole run takes."""
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether no step has begun of which batches are still to come."""
+        return self.loader.position % self.config.accumulate == 0 or self.loader.position == len(self.loader)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step that was taken last."""
+        last: float = self.optimizer.param_groups[0]["lr"]
+        return last
+
+    def advance(self, batch: Batch) -> Tensor:
+        """Take the step of the batch that the loader gave last, or, of several batches a step, its share of that.
+
+        Returns:
+            What `MEASURED` names, (4,) float64, the mean over the step's batches so far.
+        """
+        number, accumulate = self.loader.position - 1, self.config.accumulate
+        index = number % accumulate
+        count = min(accumulate, len(self.loader) - (number - index))  # an epoch's last step has what is left
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.step - 1)
+        mixing = self.mixer.draw()
+        if mixing is not None:
+            mixing = mixing.to(self.device, non_blocking=True)
+        measured = self.train_step(*batch, mixing, index=index, count=count)
+        self.sums += measured
+        if self.average is not None and index + 1 == count:
+            self.average.update()
+        if count == 1:
+            return measured
+        self._of_step = measured if index == 0 else self._of_step + measured
+        return self._of_step / (index + 1)
+
+    def expert_logits(self, images: Tensor) -> Tensor:
+        """`model.expert_logits` of at most `EVALUATION_BATCH` images, by code that is compiled for one size only."""
+        return at_size(self._expert_logits, images, min(EVALUATION_BATCH, len(self.dataset.validation)))
+
+    def synchronize(self) -> None:
+        """Make what each process has measured on its samples the same in all; before anything is made of it."""
+        self.sums = distributed.mean(self.sums)
+        distributed.average_buffers(self.model)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that the rest of the run depends on, and is a tensor."""
+        random = {"random/torch": torch.get_rng_state(), "random/gate": self.gate_generator.get_state()}
+        if self.mixer.active:
+            random["random/mixing"] = self.mixer.state()
+        if self.device.type == "cuda":
+            random["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            **module_tensors("model", self.model),
+            **optimizer_tensors("optimizer", self.optimizer, self._parameters()),
+            **{f"loader/{name}": value for name, value in self.loader.state().items()},
+            **{f"scaler/{name}": torch.tensor(value) for name, value in self.train_step.scaler.state_dict().items()},
+            **({f"ema/{name}": value for name, value in self.average.tensors().items()} if self.average else {}),
+            **random,
+            "sums": self.sums,
+        }
+
+    def info(self) -> dict[str, Any]:
+        """What JSON can hold of the run's place and nature."""
+        return {
+            "model": self.description,
+            "data": self.fingerprint,
+            **({} if self.dataset.listing is None else {"listing": self.dataset.listing}),
+            "classes": list(self.dataset.classes),
+            "epoch": self.epoch,
+            "step": self.step,
+            # What the optimiser keeps: of parameters that have had a gradient, which need not be all.
+            "momenta": len(optimizer_tensors("optimizer", self.optimizer, self._parameters())),
+            **({} if self.beginning.record is None else {"weights": self.beginning.record}),
+            **({} if self.stopped is None else {"stopped": self.stopped}),
+        }
+
+    def load(self, path: Path) -> None:
+        """Take up where a checkpoint was written.
+
+        Raises:
+            ValueError: it is not one that this run can have written.
+        """
+        shards = path.is_dir()
+        tensors, info = distributed.read_by_first(lambda: load_checkpoint(path / REST if shards else path))
+        checked_info(path, info, "model", "data", "epoch", "step")
+        if shards:
+            tensors |= self._read_shards(path)
+        load_module(path, self.model, under("model", tensors), "model/")
+        if info["model"] != self.description:
+            raise ValueError(f"{path}: expected a model {self.description}, got {info['model']}")
+        if not self.dataset.is_of(info["data"], info.get("listing")):
+            raise ValueError(f"{path}: trained on other data than {self.config.dataset} as it is now")
+        check_classes(path, info, self.dataset.classes)
+        if "sums" not in tensors:
+            raise ValueError(f"{path}: a model alone, such as of joined networks: there is no training to go on with")
+        self._check(path, tensors, info)
+        if self.average is not None:
+            self.average.load(under("ema", tensors), info["step"])
+        load_optimizer_tensors(self.optimizer, under("optimizer", tensors), self._parameters())
+        self.loader.load_state(under("loader", tensors))
+        if scaler := under("scaler", tensors):
+            self.train_step.scaler.load_state_dict({name: value.item() for name, value in scaler.items()})
+        random = under("random", tensors)
+        self.gate_generator.set_state(random["gate"])
+        if self.mixer.active:
+            self.mixer.load_state(random["mixing"])
+        if distributed.rank():  # the states are those of the process that wrote them
+            torch.manual_seed(self.config.seed + 3 + distributed.rank() + info["step"])
+        else:
+            torch.set_rng_state(random["torch"])
+            if self.device.type == "cuda" and "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"], self.device)
+        self.sums = tensors["sums"].to(self.device)
+        self.epoch = info["epoch"]
+        self.stopped = info.get("stopped")
+        self.beginning = Beginning(info.get("weights"), [])
+
+    def shards(self) -> dict[str, Tensor]:
+        """Of `tensors` those that are in shards, where there are such, and what lies beside them in the modules."""
+        return {name: value for name, value in self.tensors().items() if name.split("/")[0] in IN_SHARDS}
+
+    def rest(self) -> dict[str, Tensor]:
+        """Of `tensors` all others."""
+        return {name: value for name, value in self.tensors().items() if name.split("/")[0] not in IN_SHARDS}
+
+    def _read_shards(self, folder: Path) -> dict[str, Tensor]:
+        """What a checkpoint has of `shards`, each process its part; what is none of this run's is without numbers."""
+        with distributed.together():
+            found = outline(folder)
+        own = self.shards()
+        possible = possible_state(self.optimizer, self._parameters())
+        own |= {f"optimizer/{name}": tensor for name, tensor in possible.items()}
+        alike = [name for name, value in found.items() if name in own and own[name].shape == value.shape]
+        filled = {name: torch.zeros_like(own[name]).detach() for name in alike if own[name].dtype == found[name].dtype}
+        load_shards(folder, filled)
+        return found | filled
+
+    def _parameters(self) -> list[Tensor]:
+        """In the order in which checkpoints number them, whatever the optimiser's groups."""
+        return list(self.model.parameters())
+
+    def _check(self, path: Path, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        """Check that a checkpoint is as this run would write it at some step.
+
+        Raises:
+            ValueError: it is not; by file and entry.
+        """
+        possible = possible_state(self.optimizer, self._parameters())
+        momenta = {f"optimizer/{name}": tensor for name, tensor in possible.items()}
+        expected = {name: tensor for name, tensor in self.tensors().items() if name not in momenta}
+        there = [name for name in momenta if name in tensors]
+        if len(there) != info.get("momenta", len(there)):
+            lost = "".join(f"; it lacks {name}" for name in momenta if name not in tensors)
+            what = "momentum buffers" if self.config.optimizer == "sgd" else "tensors of the optimiser"
+            raise ValueError(f"{path}: has {len(there)} of {info['momenta']} {what}{abbreviated(lost)}")
+        of_parameters = {name.split("/")[1] for name in there}
+        for name in momenta:  # of a parameter all or nothing: a fused optimiser would read what is not there
+            if name.split("/")[1] in of_parameters and name not in tensors:
+                raise ValueError(f"{path}: not a whole checkpoint: {name} is missing")
+        expected |= {name: momenta[name] for name in there}
+        # The state of a GPU's generator is taken up on a GPU alone: a run may go on without one.
+        of_gpu = expected.pop("random/cuda", torch.empty(CUDA_STATE, dtype=torch.uint8))
+        if "random/cuda" in tensors:
+            expected["random/cuda"] = of_gpu
+        check_tensors(path, tensors, expected)
+        for name in ("random/torch", "random/gate", "loader/generator", "random/mixing"):
+            if name in tensors:
+                check_generator_state(path, name, tensors[name])
+        epoch, step, position = info["epoch"], info["step"], int(tensors["loader/position"])
+        batches, epochs, accumulate = len(self.loader), self.config.epochs, self.config.accumulate
+        whole = epoch <= epochs and 0 <= position < (batches if epoch < epochs else 1) and position % accumulate == 0
+        if not whole or step != epoch * self.steps_per_epoch + position // accumulate:
+            of_each = f" of {accumulate} batches" if accumulate > 1 else ""
+            raise ValueError(
+                f"{path}: stands at epoch {epoch}, step {step}, loader/position {position}, which is no place in a run "
+                f"of {epochs} epochs of {self.steps_per_epoch} steps{of_each}"
+            )
+        for name in ("scaler/scale", "scaler/growth_factor", "scaler/backoff_factor"):
+            if name in tensors and not 0 < float(tensors[name]) < math.inf:
+                raise ValueError(f"{path}: {name}: expected a finite number above 0, got {float(tensors[name])}")
+
+
+def check_generator_state(path: Path, name: str, state: Tensor) -> None:
+    """Check that a CPU generator can have this state (5056,), uint8.
+
+    Raises:
+        ValueError: it cannot; by file and entry.
+    """
+    try:
+        torch.Generator().set_state(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {name} is no state of a generator ({error})") from error
+    # PyTorch takes these two each for itself, and would read beyond its 624 words. 1 and 0 are those of a new seed.
+    left, following = int(state[8:12].view(torch.int32)), int(state[16:24].view(torch.int64))
+    if left + following != 625 and (left, following) != (1, 0):
+        raise ValueError(f"{path}: {name} is no state of a generator (word {following} of 624, {left} left)")
+
+
+def channel_statistics(images: Tensor | AnySplit) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, in units of [0, 1].
+
+    Args:
+        images: uint8 (n, C, H, W), or a split; of a streamed one a fixed sample of at most `STATISTICS_IMAGES` is
+            looked at.
+    """
+    parts: Iterable[Tensor]
+    if isinstance(images, StreamedSplit):
+        parts = images.stream(torch.split(sample_order(images, STATISTICS_IMAGES), EVALUATION_BATCH))
+    else:
+        parts = [images if isinstance(images, Tensor) else images.images]
+    counts = torch.stack([_levels(part) for part in parts]).sum(0).double()
+    levels = torch.arange(256, dtype=torch.float64, device=counts.device) / 255
+    mean = counts @ levels / counts.sum(1)
+    variance = counts @ levels.square() / counts.sum(1) - mean.square()
+    return mean.tolist(), variance.clamp_min(0).sqrt().clamp_min(1 / 255).tolist()
+
+
+def _levels(images: Tensor) -> Tensor:
+    """How often each channel has each value, int64 (C, 256)."""
+    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
