@@ -17,6 +17,7 @@ TRAIN = [
     "matplotlib>=3.8",
     "numpy>=1.26",
     "pillow>=10",
+    "pyyaml>=6.0.1",  # the first with a wheel for Python 3.12
     "rich>=13",
     "safetensors>=0.4",
     "scikit-learn>=1.3.1",  # the first with a wheel for Python 3.12

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, get_args
 
 from immunity_fast.data.datasets import NAMES as DATASETS
+from immunity_fast.data.datasets import Stream
 from immunity_fast.evaluation.settings import EvaluationSettings, add_options
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.commands import program
@@ -30,6 +31,13 @@ def parse(arguments: list[str] | None) -> tuple[EvaluationSettings, dict[str, An
     group.add_argument("--data", metavar="PATH", help="where the data set lies, or lies now")
     group.add_argument(
         "--image-size", type=int, metavar="INT", help="for module.path:callable on a folder of images: of what side"
+    )
+    group.add_argument("--stream", choices=get_args(Stream), help="how images are read; default: as in training")
+    group.add_argument(
+        "--workers", type=cli.whole_or_word, metavar="INT", help="processes that read images; default: as in training"
+    )
+    group.add_argument(
+        "--channels", type=int, metavar="INT", help="for module.path:callable: of the images; 1: grey [3]"
     )
     group.add_argument(
         "--transfer-from", type=cli.path, metavar="RUN", help="attack this run, too, and transfer its images"

@@ -251,14 +251,14 @@ def checked_class_weights(weights: ClassWeights) -> Tensor | None:
         raise TypeError(f"class_weights: expected a floating-point tensor (K,), got {given.dtype}")
     if given.dim() != 1 or not len(given):
         raise ValueError(f"class_weights: expected shape (K,), one for each class, got shape {tuple(given.shape)}")
-    given = given.detach() if given.is_floating_point() else given.float()
-    if _may_look(given):
-        for index, weight in enumerate(given.tolist()):
+    kept: Tensor = given.detach() if given.is_floating_point() else given.float()
+    if _may_look(kept):
+        for index, weight in enumerate(kept.tolist()):
             if not 0 <= weight < math.inf:
                 raise ValueError(
                     f"class_weights: expected finite numbers of at least 0, got {weight:.4g} for class {index}"
                 )
-    return given
+    return kept
 
 
 def balanced_weights(labels: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:

@@ -45,7 +45,9 @@ def parse(arguments: list[str] | None) -> Start:
     options = vars(parser.parse_args(arguments))
     out, resume, trust_code = options.pop("out"), options.pop("resume"), options.pop("trust_code")
     given, file, preview = options.pop("seeds"), options.pop("config"), options.pop("print_config")
-    settings = {} if file is None else read_settings(file)
+    settings = {} if file is None else read_settings(file, "seeds")
+    of_file = settings.pop("seeds", None)
+    given = of_file if given is None and "seed" not in options else given
     resolve_architecture(settings)
     resolve_architecture(options)
     several = () if given is None else seeds.parse_seeds(given, options)
@@ -70,10 +72,11 @@ def main(arguments: list[str] | None = None) -> None:
         KeyboardInterrupt: it was stopped, and has said how to go on.
     """
     with interrupts.explained(lambda: NOTHING_DONE, distributed.log_in_first(cli.console.print)), cli.input_errors():
-        start = parse(arguments)
+        start = distributed.decided_by_first(lambda: parse(arguments))
         shown = start.config.to_yaml() if isinstance(start, Preview) else None
     if shown is not None:
-        print(shown, end="")
+        if distributed.in_first():
+            print(shown, end="")
     elif isinstance(start, seeds.SeedSet):
         seeds.train_seeds(start)
     else:

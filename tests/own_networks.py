@@ -47,3 +47,19 @@ class Tuple(Plain):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         logits = super().forward(images)
         return logits, logits
+
+
+def of_channels(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """A network for images of any number of channels."""
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+
+def smooth(num_classes: int) -> nn.Module:
+    """A chain without BatchNorm, which processes train as one does; `2` is where to look, and much is behind it."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Tanh(),
+        nn.Sequential(nn.Conv2d(6, 5, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(5 * 25, num_classes)),
+    )

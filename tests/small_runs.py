@@ -24,7 +24,13 @@ from immunity_fast.training.state import TrainingState
 CPU = torch.device("cpu")
 CLASSES = 3
 STEPS = 10  # of a run with `options`: 5 an epoch, 2 epochs
-TIMINGS = ("images_per_second", "seconds")
+TIMINGS = (
+    "images_per_second",
+    "seconds",
+    "images_waited_share",
+    "memory_peak_bytes",
+    "workers_bytes",
+)
 CONFIG = TrainConfig(experts=2, batch_size=4, epochs=1, check_images=0)  # with `dataset`
 
 

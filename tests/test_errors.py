@@ -21,6 +21,7 @@ PARTS = {
     "expected a genotype, got JSON that is nested too deeply",
     "expected an object of settings, got {}",
     "nested too deeply",
+    "--{}",
 }
 
 

@@ -33,6 +33,7 @@ IMAGE_EXTENSIONS = frozenset(
     | {".tga", ".tif", ".tiff", ".webp"}
 )
 _ORIENTATION = 0x0112  # EXIF's tag
+_WITH_ORIENTATION = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow looks for it
 # How a picture that is stored so is brought upright: members of Pillow's Transpose. 1 is upright.
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
@@ -124,14 +125,18 @@ def decode(source: Source, image_size: Size | None = None, channels: int = 3, *,
     return Picture(image, stored)
 
 
-def check_channels(channels: int) -> None:
+def check_channels(channels: int, what: str = "image files") -> None:
     """Check that pictures can have so many channels.
+
+    Args:
+        channels: C.
+        what: is read, for the message.
 
     Raises:
         ValueError: they cannot.
     """
     if channels not in CHANNELS:
-        raise ValueError(f"channels: expected 3 (RGB) or 1 (grey) for image files, got {channels}")
+        raise ValueError(f"channels: expected 3 (RGB) or 1 (grey) for {what}, got {channels}")
 
 
 def is_image_file(file: Path) -> bool:
@@ -194,6 +199,8 @@ def _upright(image: Any, pillow: Any) -> Any:
     image.load()
     if image.format == "TIFF":  # which Pillow has turned while it loaded, as an old one forgets to say
         return image
+    if image.info.keys().isdisjoint(_WITH_ORIENTATION) and not getattr(image, "_exif", None):  # saves some microseconds
+        return image
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # damaged EXIF, of a picture that is whole
@@ -216,7 +223,8 @@ def _converted(image: Any, channels: int, pillow: Any) -> Any:
         image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
     if channels == 1 and image.mode not in ("1", "L", "RGB", "RGBA"):
         image = image.convert("RGB")  # palettes, CMYK and others have no shorter way that is exact
-    return image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _deep(image: Any, pillow: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from immunity_fast.data.augmentation import draw_affine
-from immunity_fast.data.datasets import Split
+from immunity_fast.data.datasets import AnySplit
 
 
 class Batch(NamedTuple):
@@ -29,7 +29,9 @@ class TrainLoader:
 
     An epoch leaves out the last images of its order that do not fill a batch, so that all batches have one size; a
     split smaller than a batch is one batch. All numbers of an epoch are drawn and brought to the device at its start:
-    between two batches nothing waits for the other side, and one launch gathers the images.
+    between two batches nothing waits for the other side, and one launch gathers the images of a split in memory. Those
+    of a streamed split are read ahead, in the order that was drawn here: where an epoch stands, and the generator's
+    state at its start, say all of what is to come, whatever the number of workers.
 
     Args:
         split: what to draw from.
@@ -45,7 +47,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        split: Split,
+        split: AnySplit,
         batch_size: int,
         seed: int,
         *,
@@ -78,10 +80,10 @@ class TrainLoader:
         """The rest of the present epoch, or a whole new one where none has begun."""
         if self.position == 0:
             self._draw_epoch()
-        while self.position < len(self):
+        for images in self.split.stream(self._order[self.position :]):
             index = self.position
             self.position += 1
-            yield Batch(self.split.images[self._order[index]], self._labels[index], self._affine[index])
+            yield Batch(images, self._labels[index], self._affine[index])
         self.position = 0
 
     def _draw_epoch(self) -> None:

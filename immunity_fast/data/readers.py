@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from immunity_fast.data.folders import SPLIT_SEED, TEST_SHARE, ClassFiles, list_folder, split_of
-from immunity_fast.data.images import check_channels, read_image, to_grey
+from immunity_fast.data.folders import SPLIT_SEED, TEST_SHARE, split_of
+from immunity_fast.data.images import check_channels, to_grey
 from immunity_fast.runtime.failures import readable
-from immunity_fast.runtime.memory import check_fits
+from immunity_fast.targets import TargetOptions, read_targets
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 MOST_CHANNELS = 64  # of images, for a hint: a longer last axis is rather a side
@@ -28,22 +28,18 @@ NPZ_VALIDATION = ("val_images", "val_labels")
 
 
 class Parts(NamedTuple):
-    """(images uint8 (n, C, H, W), labels int64 (n,)) of each part, in the order in which they are stored.
-
-    `notes` are lines on what was decided and passed over.
-    """
+    """(images uint8 (n, C, H, W), labels int64 (n,)) of each part, in the order in which they are stored."""
 
     train: Pair
     validation: Pair | None
     test: Pair
     classes: tuple[str, ...]
     flip: bool
-    notes: tuple[str, ...] = ()
 
 
 def read_digits(channels: int = 3) -> Parts:
     """scikit-learn's 1,797 handwritten digits, 8×8 with values 0..16, as 32×32; 20 % of each class is the test."""
-    check_channels(channels)
+    check_channels(channels, "digits")
     datasets = _need("sklearn.datasets", "scikit-learn")
     selection = _need("sklearn.model_selection", "scikit-learn")
     digits = datasets.load_digits()
@@ -62,7 +58,7 @@ def read_cifar(name: str, root: Path, channels: int = 3) -> Parts:
 
     As grey images they are what `images.to_grey` makes of them.
     """
-    check_channels(channels)
+    check_channels(channels, name)
     source = getattr(_need("torchvision.datasets", "torchvision"), name.upper())
     try:
         train, test = source(root, train=True, download=True), source(root, train=False, download=True)
@@ -79,16 +75,22 @@ def read_cifar(name: str, root: Path, channels: int = 3) -> Parts:
     return Parts(pair(train), None, pair(test), tuple(train.classes), flip=True)
 
 
-def read_npz(file: Path, channels: int = 3) -> Parts:
+def read_npz(file: Path, channels: int = 3, ignore_index: int | None = None) -> Parts:
     """An .npz file in MedMNIST's layout.
 
     * `train_images`, `test_images`: uint8 (n, H, W, C) of `channels` channels, or grey (n, H, W) or (n, H, W, 1). Grey
       images are repeated to 3 channels where these are wanted, and of 3 channels become grey where that is, as
       `images.to_grey` says; other numbers of channels are those of the file;
-    * `train_labels`, `test_labels`: any integer dtype, (n,) or (n, 1), from 0;
+    * `train_labels`, `test_labels`: any integer dtype, (n,) or (n, 1), from 0; or probabilities, floating-point (n, K);
     * `val_images`, `val_labels`, which may be called `valid_…` or `validation_…`, too, and may be missing;
     * names in any capitalisation, such as `Train_images`; `training_…` and `testing_…` are understood;
-    * `classes`: names, a string array (K,); without it K is the highest training label + 1.
+    * `classes`: names, a string array (K,); without it K is the highest training label + 1, or as many as there are
+      probabilities.
+
+    Args:
+        file: the file.
+        channels: C.
+        ignore_index: the label of images that have none, and of probabilities the value of such an image's whole row.
 
     Raises:
         FileNotFoundError: no such file.
@@ -100,7 +102,7 @@ def read_npz(file: Path, channels: int = 3) -> Parts:
         if f"{part}_images" in arrays:
             images[part] = _npz_images(file, f"{part}_images", arrays[f"{part}_images"], channels)
             labels[part] = _npz_labels(file, f"{part}_labels", arrays[f"{part}_labels"], expected=len(images[part]))
-    classes = _npz_classes(file, arrays.get("classes"), labels["train"])
+    classes = _npz_classes(file, arrays.get("classes"), labels["train"], ignore_index)
     size = tuple(images["train"].shape[2:])
     pairs = {}
     for part in images:
@@ -108,13 +110,7 @@ def read_npz(file: Path, channels: int = 3) -> Parts:
             raise ValueError(
                 f"{file}: {part}_images: expected train_images' (H, W) = {size}, got {tuple(images[part].shape[2:])}"
             )
-        low, high = int(labels[part].min()), int(labels[part].max())
-        if low < 0 or high >= len(classes):
-            raise ValueError(
-                f"{file}: {part}_labels: expected values 0 to {len(classes) - 1} for {len(classes)} classes, "
-                f"got from {low} to {high}"
-            )
-        pairs[part] = images[part], torch.from_numpy(labels[part].astype(np.int64))
+        pairs[part] = images[part], _npz_targets(file, f"{part}_labels", labels[part], len(classes), ignore_index)
     return Parts(pairs["train"], pairs.get("val"), pairs["test"], classes, flip=False)
 
 
@@ -195,10 +191,13 @@ def _npz_images(file: Path, key: str, array: NDArray[Any], channels: int) -> Ten
 
 def _npz_labels(file: Path, key: str, array: NDArray[Any], *, expected: int) -> NDArray[Any]:
     """Labels (n,), of the stored dtype: their range is yet to be checked, and int64 cannot hold every uint64."""
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{file}: {key}: expected integers, got dtype {array.dtype}")
+    soft = array.dtype.kind == "f" and array.ndim == 2 and array.shape[1] > 1
+    if array.dtype.kind not in "iu" and not soft:
+        raise ValueError(
+            f"{file}: {key}: expected integers, or probabilities (n, K), got dtype {array.dtype}, shape {array.shape}"
+        )
     labels = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
-    if labels.ndim != 1:
+    if labels.ndim != 1 and not soft:
         raise ValueError(
             f"{file}: {key}: expected shape (n,) or (n, 1), one class for each image, got shape {array.shape}"
         )
@@ -207,13 +206,37 @@ def _npz_labels(file: Path, key: str, array: NDArray[Any], *, expected: int) -> 
     return labels
 
 
-def _npz_classes(file: Path, names: NDArray[Any] | None, train_labels: NDArray[Any]) -> tuple[str, ...]:
+def _npz_targets(file: Path, key: str, labels: NDArray[Any], classes: int, ignore_index: int | None) -> Tensor:
+    """Labels int64 (n,), or probabilities float32 (n, K), once they are such of K classes, or of none."""
+    if labels.ndim == 2:
+        options = TargetOptions(ignore_index=ignore_index)
+        targets = torch.from_numpy(labels.astype(np.float32))
+        try:
+            read_targets(targets, len(targets), classes, options, name=key)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        return targets
+    known = labels if ignore_index is None else labels[labels != ignore_index]
+    low, high = (int(known.min()), int(known.max())) if len(known) else (0, 0)
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{file}: {key}: expected values 0 to {classes - 1} for {classes} classes, got from {low} to {high}"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _npz_classes(
+    file: Path, names: NDArray[Any] | None, train_labels: NDArray[Any], ignore_index: int | None
+) -> tuple[str, ...]:
     if names is not None:
         if names.ndim != 1 or names.dtype.kind != "U":
             raise ValueError(f"{file}: classes: expected strings (K,), got shape {names.shape}, dtype {names.dtype}")
         classes = tuple(readable(str(name)) for name in names)
+    elif train_labels.ndim == 2:
+        classes = tuple(str(label) for label in range(train_labels.shape[1]))
     else:
-        count = int(train_labels.max()) + 1
+        known = train_labels if ignore_index is None else train_labels[train_labels != ignore_index]
+        count = int(known.max()) + 1 if len(known) else 0
         # One label gone wrong, an identifier for instance, must not make a network of a billion classes.
         if count > len(train_labels):
             raise ValueError(
@@ -224,66 +247,6 @@ def _npz_classes(file: Path, names: NDArray[Any] | None, train_labels: NDArray[A
     if len(classes) < 2:
         raise ValueError(f"{file}: expected at least 2 classes, got {len(classes)}")
     return classes
-
-
-def read_folder(root: Path, image_size: int | None, channels: int = 3) -> Parts:
-    """A folder of images, one folder a class, as `folders.list_folder` finds them.
-
-    All images must have one size, unless `image_size` (pixels) has each one's short side scaled to it and the centre
-    square cropped. What becomes of each is what `images.read_image` says.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: wrong content, with the file or folder, what was expected and what it has.
-    """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
-    check_channels(channels)
-    found = list_folder(root)
-    first = next(iter(found.train.values()))[0]
-
-    def pair(files: ClassFiles) -> Pair:
-        return _read_images(files, image_size, channels, first)
-
-    return Parts(
-        pair(found.train),
-        None if found.validation is None else pair(found.validation),
-        pair(found.test),
-        tuple(map(readable, found.train)),
-        flip=False,
-        notes=found.notes,
-    )
-
-
-def _read_images(files: ClassFiles, image_size: int | None, channels: int, first: str) -> Pair:
-    """Images and labels of all files.
-
-    Raises:
-        ValueError: an image has another size than the file `first`.
-    """
-    count = sum(map(len, files.values()))
-    if image_size is not None:  # before a single one is made so large
-        _check_memory(count, image_size, image_size, channels)
-    height, width = read_image(first, image_size, channels).shape[:2]
-    _check_memory(count, height, width, channels)
-    images = torch.empty(count, channels, height, width, dtype=torch.uint8)
-    labels: list[int] = []
-    for label, found in enumerate(files.values()):
-        for file in found:
-            image = read_image(file, image_size, channels)
-            if image.shape[:2] != (height, width):
-                raise ValueError(
-                    f"{readable(file)}: expected {width}×{height} pixels as {readable(first)} has, got "
-                    f"{image.shape[1]}×{image.shape[0]}; image_size (--image-size) brings all images to one size"
-                )
-            images[len(labels)] = torch.from_numpy(image).permute(2, 0, 1)
-            labels.append(label)
-    return images, torch.tensor(labels)
-
-
-def _check_memory(count: int, height: int, width: int, channels: int) -> None:
-    what = f"{count:,} images of {width}×{height} pixels"
-    check_fits(channels * count * height * width, torch.device("cpu"), what, "a smaller --image-size, or fewer images")
 
 
 def _need(module: str, package: str) -> ModuleType:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from immunity_fast.data.augmentation import to_float
-from immunity_fast.data.datasets import Split
+from immunity_fast.data.datasets import AnySplit, Split
 from immunity_fast.data.folders import SPLIT_SEED
 
 # Images at once: they bound memory, and no result depends on them but by rounding.
@@ -22,18 +22,20 @@ def attack_batch(device: torch.device) -> int:
     return ATTACK_BATCH.get(device.type, ATTACK_BATCH["cuda"])
 
 
-def batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(split: AnySplit, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(images (B, C, H, W) in [0, 1], labels (B,)) of a split in order, `size` at a time, the rest last."""
-    for start in range(0, len(split), size):
-        yield to_float(split.images[start : start + size]), split.labels[start : start + size]
+    starts = range(0, len(split), size)
+    rows = [torch.arange(start, min(start + size, len(split))) for start in starts]
+    for start, images in zip(starts, split.stream(rows), strict=True):
+        yield to_float(images), split.labels[start : start + size]
 
 
-def sample(split: Split, count: int) -> Split:
-    """A fixed random sample of at most `count` images: a stored order may be sorted by class."""
-    indices = sample_order(split, count).to(split.labels.device)
-    return Split(split.images[indices], split.labels[indices])
+def sample(split: AnySplit, count: int) -> Split:
+    """A fixed random sample of at most `count` images, in memory: a stored order may be sorted by class."""
+    indices = sample_order(split, count)
+    return Split(split.read(indices), split.labels[indices.to(split.labels.device)])
 
 
-def sample_order(split: Split, count: int) -> Tensor:
+def sample_order(split: AnySplit, count: int) -> Tensor:
     """The indices of `sample`'s images, int64 on the CPU; of a larger sample they are the first."""
     return torch.from_numpy(np.random.RandomState(SPLIT_SEED).permutation(len(split))[:count])

@@ -158,9 +158,8 @@ def _draw(image: Tensor, heatmaps: Tensor, found: dict[str, Any], file: Path) ->
         if answer["predicted"] != found["class"]:
             lines.append(f"{found['class']} {_percent(answer['probability_of_class'])}")
         titles.append("\n".join(lines))
-    picture = image.expand(3, -1, -1) if len(image) == 1 else image
     label = f"{found['image']}\nheatmaps for: {found['class']}"
-    heatmap_figure(picture[None], heatmaps[:, None], [label], file, titles)
+    heatmap_figure(image[None], heatmaps[:, None], [label], file, titles)
 
 
 def _check_apart(folder: Path, files: Sequence[Path]) -> None:

@@ -38,6 +38,7 @@ def load_trained(
     needs_safetensors("loading a model")
     from immunity_fast.models.moe import ImmunityMoE
     from immunity_fast.training.checkpoint import BEST, LAST, load_info, load_model, model_file, not_finite
+    from immunity_fast.training.shards import REST, newest
 
     if (path / CONFIG).is_file() and (path / WEIGHTS).is_file():
         if checkpoint is not None:
@@ -47,14 +48,18 @@ def load_trained(
         model = ImmunityMoE.from_pretrained(path, device=device, trust_code=trust_code)
         model.gate.switch = "mean"
         return model
+    last = path / LAST
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise FileNotFoundError(f"{path}: there is no run (no {CONFIG}) in this folder")
-        if not any((path / file).is_file() for file in (BEST, LAST)):
+        shards = newest(path)
+        if shards is None and not any((path / file).is_file() for file in (BEST, LAST)):
             raise FileNotFoundError(f"{path}: this run has no checkpoint yet; train it first")
-        if (path / LAST).is_file():
-            _warn_if_unfinished(path, load_info(path / LAST)["epoch"])
-    file = model_file({None: path, "best": path / BEST, "last": path / LAST}[checkpoint])
+        if shards is not None or (path / LAST).is_file():
+            _warn_if_unfinished(path, load_info(path / LAST if shards is None else shards / REST)["epoch"])
+        if shards is not None and not (path / LAST).is_file():
+            last = shards
+    file = model_file({None: path, "best": path / BEST, "last": last}[checkpoint])
     model, info = load_model(file, device, trust_code=trust_code)
     if (wrong := not_finite(model.state_dict())) is not None:
         raise ValueError(f"{file}: expected finite weights, got some that are NaN or infinite ({wrong})")

@@ -62,7 +62,7 @@ def attacker(
         expert_logits: what computes the model's, if compiled code is to; None is `model.expert_logits`.
 
     Returns:
-        (images (B, 3, H, W), labels (B,)) to log-probabilities (B, K), or (draws, B, K). Where they are random, or the
+        (images (B, C, H, W), labels (B,)) to log-probabilities (B, K), or (draws, B, K). Where they are random, or the
         mean of what is, an attribute `exact_judge` tells an attack what fools the mixture for good.
 
     Raises:

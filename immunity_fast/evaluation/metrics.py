@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from immunity_fast.attacks.mixtures import trained_gate
-from immunity_fast.data.datasets import Split
+from immunity_fast.data.datasets import AnySplit
 from immunity_fast.data.sampling import batches
 from immunity_fast.evaluation.gate_attackers import answered_rightly
 from immunity_fast.functional import label_scores
@@ -28,7 +28,7 @@ def correct(
 
     Args:
         model: in evaluation mode. Its switch does not matter.
-        images: (B, 3, H, W) in [0, 1].
+        images: (B, C, H, W) in [0, 1].
         labels: (B,) integers in 0..K−1.
         expert_logits: what computes the model's, if compiled code is to; None is `model.expert_logits`.
 
@@ -59,7 +59,7 @@ def expert_maps(model: ImmunityMoE, loss: FusedImmunityLoss, images: Tensor, lab
     Args:
         model: whose mode stays as it is.
         loss: its options of heatmaps are taken.
-        images: (B, 3, H, W) in [0, 1].
+        images: (B, C, H, W) in [0, 1].
         labels: (B,) the classes that the heatmaps are for.
 
     Returns:
@@ -114,7 +114,7 @@ def heatmap_sums(model: ImmunityMoE, loss: FusedImmunityLoss, images: Tensor, la
     Args:
         model: of N ≥ 2 experts.
         loss: see `expert_maps`.
-        images: (B, 3, H, W) in [0, 1].
+        images: (B, C, H, W) in [0, 1].
         labels: (B,) true classes.
     """
     experts = model.num_experts
@@ -149,7 +149,7 @@ def combined(parts: Sequence[HeatmapSums]) -> dict[str, float]:
     }
 
 
-def heatmap_metrics(model: ImmunityMoE, loss: FusedImmunityLoss, split: Split, batch_size: int) -> dict[str, float]:
+def heatmap_metrics(model: ImmunityMoE, loss: FusedImmunityLoss, split: AnySplit, batch_size: int) -> dict[str, float]:
     """What `combined` measures, over a split, for its true labels, in the mode the model is in.
 
     Args:

@@ -31,7 +31,7 @@ from immunity_fast.attacks import (
 from immunity_fast.attacks.autoattack import DRAWS
 from immunity_fast.attacks.projections import Norm
 from immunity_fast.data.augmentation import to_float
-from immunity_fast.data.datasets import Split
+from immunity_fast.data.datasets import AnySplit
 from immunity_fast.data.sampling import EVALUATION_BATCH, sample_order
 from immunity_fast.evaluation.ledger import Ledger, key_of
 from immunity_fast.evaluation.metrics import heatmap_sums
@@ -193,7 +193,7 @@ class Evaluation:
     def __init__(
         self,
         target: TargetModel,
-        test: Split,
+        test: AnySplit,
         plan: Plan,
         ledger: Ledger,
         *,
@@ -284,13 +284,13 @@ class Evaluation:
 
         Args:
             row: of any kind but the curves.
-            images: (B, 3, H, W) in [0, 1].
+            images: (B, C, H, W) in [0, 1].
             labels: (B,) integers in 0..K−1.
             seed: of all chance.
             unmoved: where `BoundAttack.unmoved` (B,) of an attack by gradients is appended to.
 
         Returns:
-            (B, 3, H, W).
+            (B, C, H, W).
         """
         plan = self.plan
         generator = torch.Generator().manual_seed(seed)
@@ -336,7 +336,7 @@ class Evaluation:
         return BoundAttack(attack, outputs, judge=judge, elsewhere=self._compared)
 
     def _images(self, chosen: Tensor) -> Tensor:
-        return to_float(self.test.images[chosen.to(self.test.labels.device)])
+        return to_float(self.test.read(chosen))
 
     def _piece(self, row: Row, chosen: Tensor, seed: int) -> dict[str, Any]:
         images, labels = self._images(chosen), self.test.labels[chosen.to(self.test.labels.device)]

@@ -49,14 +49,14 @@ class TargetModel(Protocol):
             generator: of what is random in it.
 
         Returns:
-            (images (B, 3, H, W), labels (B,)) to outputs (B, K), or (draws, B, K).
+            (images (B, C, H, W), labels (B,)) to outputs (B, K), or (draws, B, K).
         """
 
     def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         """Judge the answers for some images.
 
         Args:
-            images: (B, 3, H, W) in [0, 1].
+            images: (B, C, H, W) in [0, 1].
             labels: (B,) integers in 0..K−1.
             generator: of the judges that are random.
 
@@ -78,7 +78,7 @@ class TargetModel(Protocol):
         """A hash of the weights, where there are any that can be seen."""
 
     def answers_hash(self, images: Tensor) -> str:
-        """A hash of what is answered for some images (B, 3, H, W), nothing random in it.
+        """A hash of what is answered for some images (B, C, H, W), nothing random in it.
 
         It tells apart what the weights do not: functions, plain attributes, hooks. Outputs are rounded to 8 bits, so
         that another number of threads or another device seldom makes another model of one; a difference that shows
@@ -165,7 +165,7 @@ class NetworkTarget(TargetModel):
     """Any network; the baseline of an ensemble, or a user's own.
 
     Args:
-        model: images (B, 3, H, W) in [0, 1] to logits or log-probabilities (B, K); of an output object or a dictionary
+        model: images (B, C, H, W) in [0, 1] to logits or log-probabilities (B, K); of an output object or a dictionary
             its `logits` are taken, of a tuple its first.
         num_classes: K.
         name: part of the fingerprint, for what has no weights that could be compared.
@@ -235,12 +235,13 @@ def _logits(model: Model) -> Model:
     return outputs
 
 
-def load_callable(place: str, num_classes: int) -> Model:
+def load_callable(place: str, num_classes: int, channels: int = 3) -> Model:
     """What `module.path:callable` names.
 
     Args:
         place: a network, or a class or function that makes one, which is called as `--arch` calls it.
         num_classes: K, for what takes it.
+        channels: of the images, likewise.
 
     Returns:
         The network, in evaluation mode if it is a module.
@@ -256,7 +257,7 @@ def load_callable(place: str, num_classes: int) -> Model:
     found = imported(place)
     if not callable(found):
         raise ValueError(f"{place}: expected a network or a function that makes one, got {type(found).__name__}")
-    model = found if isinstance(found, nn.Module) else called(place, found, num_classes)
+    model = found if isinstance(found, nn.Module) else called(place, found, num_classes, channels)
     if not callable(model):
         raise ValueError(f"{place}: expected it to make a network, got {type(model).__name__}")
     return model.eval() if isinstance(model, nn.Module) else model

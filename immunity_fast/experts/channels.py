@@ -20,15 +20,15 @@ def adapted(weight: Tensor, channels: int) -> Tensor:
         channels: C.
 
     Raises:
-        ValueError: neither C' nor C is 1, and C' is not 3 either.
+        ValueError: C' is neither 1 nor 3.
     """
     had = weight.shape[1]
     if channels == had:
         return weight
-    if channels == 1:
-        return weight.sum(1, keepdim=True)
     if had not in (1, 3):
         raise ValueError(f"weight: expected one for images of 1 or 3 channels, got {had}")
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
     repeated = weight.repeat(1, math.ceil(channels / had), 1, 1)[:, :channels]
     return repeated * (had / channels)
 
@@ -66,6 +66,6 @@ def is_stem(own: Tensor, given: Tensor, channels: int) -> bool:
     return (
         own.dim() == given.dim() == 4
         and own.shape[1] == channels != given.shape[1]
-        and (given.shape[1] in (1, 3) or channels == 1)
+        and given.shape[1] in (1, 3)
         and (own.shape[0], *own.shape[2:]) == (given.shape[0], *given.shape[2:])
     )

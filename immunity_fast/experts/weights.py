@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from immunity_fast.experts.channels import adapted, is_stem
+
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training scripts keep a state dict
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 # Of what an expert has no use for: torchvision's auxiliary classifiers, and the normalisation of `ImmunityMoE.unstack`.
@@ -72,11 +74,15 @@ class Fitted(NamedTuple):
         tensors: by the expert's names; those of a head that was replaced are not among them.
         replaced: the names of that head.
         classes: how many the file's head has; 0 where it has none.
+        adapted: the name of what was made for other channels of the images, see `channels.adapted`; "" where none was.
+        channels: those that the file's network takes, where one was.
     """
 
     tensors: dict[str, Tensor]
     replaced: tuple[str, ...]
     classes: int
+    adapted: str = ""
+    channels: int = 0
 
 
 def read(path: str | os.PathLike[str]) -> WeightsFile:
@@ -129,16 +135,18 @@ def translated(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_translated(arch, rules, name): value for name, value in tensors.items()}
 
 
-def fitted(file: WeightsFile, arch: str, own: Mapping[str, Tensor], num_classes: int) -> Fitted:
+def fitted(file: WeightsFile, arch: str, own: Mapping[str, Tensor], num_classes: int, channels: int = 3) -> Fitted:
     """The weights of one network as an expert's.
 
-    A classifier head of another number of classes, or none, is left out: the expert keeps its own.
+    A classifier head of another number of classes, or none, is left out: the expert keeps its own. A first convolution
+    for other channels of the images becomes one for these, see `channels.adapted`.
 
     Args:
         file: of one network.
         arch: the expert's architecture, for the message and for torchvision's names of ours.
         own: the expert's tensors by name.
         num_classes: K.
+        channels: of the images.
 
     Raises:
         ValueError: anything else is missing, unexpected, or of another shape; one line with the first of each.
@@ -147,6 +155,11 @@ def fitted(file: WeightsFile, arch: str, own: Mapping[str, Tensor], num_classes:
     if not own.keys() & given.keys():
         given = {name.removeprefix("expert."): value for name, value in given.items()}  # of `ImmunityMoE.unstack`
     given = {name: value for name, value in given.items() if name in own or not _IGNORED.match(name)}
+    deep = ("", 0)
+    first = next((name for name in own if name in given and given[name].shape != own[name].shape), "")
+    if first and is_stem(own[first], given[first], channels):
+        deep = first, given[first].shape[1]
+        given[first] = adapted(given[first], channels)
     missing = [name for name in own if name not in given and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in given if name not in own]
     misshaped = [name for name in given if name in own and given[name].shape != own[name].shape]
@@ -155,10 +168,10 @@ def fitted(file: WeightsFile, arch: str, own: Mapping[str, Tensor], num_classes:
     rows = {len(given[name]) for name in head}
     if head == misshaped and not missing and not unexpected and len(rows) <= 1:
         kept = {name: value for name, value in given.items() if name not in head}
-        return Fitted(kept, tuple(head), rows.pop() if rows else num_classes)
+        return Fitted(kept, tuple(head), rows.pop() if rows else num_classes, *deep)
     of_last = [name for name in missing if name.rpartition(".")[0] == last and len(own[name]) == num_classes]
     if missing and missing == of_last and not misshaped and not unexpected:
-        return Fitted(given, tuple(missing), 0)
+        return Fitted(given, tuple(missing), 0, *deep)
     wrong = []
     if missing:
         wrong.append(f"without {_listed(missing)}")

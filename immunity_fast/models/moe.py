@@ -615,6 +615,19 @@ class ImmunityMoE(nn.Module):
             return modules
         return [prepended(copy.deepcopy(self.normalize), module) for module in modules]
 
+    def list_experts_(self) -> None:
+        """Hold the experts as N modules of their own, which run one after another, instead of as one stack; in place.
+
+        What the model computes stays the same; names in its `state_dict` become `experts.0.…`, `experts.1.…`, and
+        parameters are new ones, so an optimiser is made after it. Experts in a list are sharded one by one.
+        """
+        if isinstance(self.experts, ExpertList):
+            return
+        experts = ExpertList(self._networks())
+        experts.training = self.experts.training  # the parts of each expert have modes of their own
+        self.experts = experts
+        self._halves = None
+
     def deterministic(self) -> "ExactMean":
         """The mixture by the exact mean of its gate, as a module of its own, which shares all parameters.
 
@@ -657,7 +670,7 @@ class ImmunityMoE(nn.Module):
     def _normalized(self, images: Tensor) -> Tensor:
         if not isinstance(images, Tensor) or not images.is_floating_point():
             raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {kind_given(images)}")
-        if images.dim() != 4:
+        if images.dim() != 4 or images.shape[1] != self.channels:
             raise ValueError(f"images: expected shape (B, {self.channels}, H, W), got {tuple(images.shape)}")
         normalized: Tensor = self.normalize(images)
         return normalized

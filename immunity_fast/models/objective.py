@@ -6,11 +6,12 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from immunity_fast.arguments import Experts
 from immunity_fast.losses import Classification, FusedImmunityLoss, ImmunityTerms
 from immunity_fast.runtime.compilation import eagerly
+from immunity_fast.runtime.sharding import gathered_again, is_sharded
 from immunity_fast.runtime.strategies import DoubleBackprop
 
 
@@ -99,7 +100,11 @@ def _by_autograd(
     classification: Classification | None,
 ) -> tuple[Tensor, ImmunityTerms]:
     keeps_graph = torch.is_grad_enabled()
-    with torch.enable_grad():  # which Grad-CAM wants of a validation's loss, too
+    assert isinstance(model, nn.Module)
+    # Gradients, which Grad-CAM wants of a validation's loss, too; and of weights in shards, which it takes twice.
+    with torch.enable_grad(), gathered_again(model):
+        if is_sharded(model) and not images.requires_grad:
+            images = images.detach().requires_grad_()  # FSDP2 frees a network behind its backward pass, if it sees it
         logits, activations, gate = model.expert_outputs(images, detach_weights=loss_fn.detach_weights)
         loss, terms = loss_fn(logits, activations, labels, gate, return_terms=True, classification=classification)
     return (loss, terms) if keeps_graph else (loss.detach(), ImmunityTerms(*(term.detach() for term in terms)))

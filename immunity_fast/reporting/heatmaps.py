@@ -12,7 +12,7 @@ from matplotlib.textpath import text_to_path
 from torch import Tensor
 
 from immunity_fast.reporting.canvas import Canvas, Cell
-from immunity_fast.reporting.overlay import COLORMAP, grey_of, overlaid, state_of
+from immunity_fast.reporting.overlay import COLORMAP, as_rgb, grey_of, overlaid, state_of
 from immunity_fast.reporting.style import DPI, FONT_SIZE, INK, drawable, save_png
 
 CELL = 256  # pixels, about the longer side of one picture in the heatmap figure
@@ -32,7 +32,7 @@ def heatmap_figure(
     marked "not finite".
 
     Args:
-        images: (n, 3, H, W), floats in [0, 1].
+        images: (n, C, H, W), floats in [0, 1]; where C is not 3 their mean over the channels is shown.
         heatmaps: (N, n, H, W), ≥ 0, one an expert and image, unnormalised.
         row_labels: n texts, such as "cat → dog"; long ones are wrapped.
         path: the PNG file to write.
@@ -63,8 +63,8 @@ def attacked_heatmap_figure(
     maximum, as there.
 
     Args:
-        clean: (n, 3, H, W), floats in [0, 1].
-        attacked: (n, 3, H, W), floats in [0, 1], in the order of `clean`.
+        clean: (n, C, H, W), floats in [0, 1].
+        attacked: (n, C, H, W), floats in [0, 1], in the order of `clean`.
         clean_heatmaps: (N, n, H, W), ≥ 0, one an expert and clean image, unnormalised.
         attacked_heatmaps: (N, n, H, W), ≥ 0, those of the attacked images.
         row_labels: n pairs of texts, of the clean image and of the attacked one, such as ("clean\\ncat → cat",
@@ -90,13 +90,13 @@ def attacked_heatmap_figure(
 
 
 def check_heatmaps(images: Tensor, heatmaps: Tensor, names: tuple[str, str] = ("images", "heatmaps")) -> None:
-    """Check that images are (n, 3, H, W) and heatmaps (N, n, H, W), none of them 0.
+    """Check that images are (n, C, H, W) and heatmaps (N, n, H, W), none of them 0.
 
     Raises:
         ValueError: they are not; by these names.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(f"{names[0]}: expected shape (n, 3, H, W), none of them 0, got {tuple(images.shape)}")
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"{names[0]}: expected shape (n, C, H, W), none of them 0, got {tuple(images.shape)}")
     count, _, height, width = images.shape
     if heatmaps.ndim != 4 or heatmaps.shape[0] == 0 or heatmaps.shape[1:] != (count, height, width):
         expected = f"(N, {count}, {height}, {width}), N ≥ 1, to fit {names[0]} {tuple(images.shape)}"
@@ -113,7 +113,7 @@ def draw_heatmaps(
 ) -> None:
     """`heatmap_figure`, its arguments checked, with a wider gap after each `group` rows where group > 1."""
     count, _, height, width = images.shape
-    pictures = images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    pictures = as_rgb(images.detach().float().clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy())
     maps = heatmaps.detach().float().cpu().numpy()
     greys = grey_of(pictures)
     if titles is None:

@@ -9,6 +9,15 @@ import numpy as np
 COLORMAP = "inferno"
 
 
+def as_rgb(picture: np.ndarray) -> np.ndarray:
+    """Pictures (…, H, W, C) as they are shown, (…, H, W, 3), of the same values: red, green and blue as they are, of
+    any other channels their mean in grey."""
+    if picture.shape[-1] == 3:
+        return picture
+    grey: np.ndarray = picture.mean(-1, keepdims=True).repeat(3, -1)
+    return grey
+
+
 def grey_of(picture: np.ndarray) -> np.ndarray:
     """Brightness (…, H, W) of pictures (…, H, W, 3), both in [0, 1]."""
     grey: np.ndarray = picture @ np.array([0.299, 0.587, 0.114], dtype=picture.dtype)

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from immunity_fast.data.datasets import Split
+from immunity_fast.data.datasets import AnySplit, Split
 from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample_order
 from immunity_fast.evaluation.metrics import expert_maps
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.reporting.overlay import as_rgb
 from immunity_fast.runtime.modes import evaluating
 
 
@@ -24,7 +25,7 @@ class Gallery:
 
     Args:
         title: what the model is, such as "Immunity"; "" for no heading.
-        images: uint8 (n, 3, H, W).
+        images: uint8 (n, C, H, W).
         labels: integers (n,), each in 0..K−1.
         classes: K names.
         heatmaps: floats (N, n, H, W), ≥ 0, Grad-CAM of each expert for the label, eq. (3), not normalised; one that has
@@ -46,8 +47,8 @@ class Gallery:
 
     def __post_init__(self) -> None:
         images, labels, classes = self.images, self.labels, len(self.classes)
-        if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape or images.dtype != torch.uint8:
-            raise ValueError(f"images: expected uint8 of shape (n, 3, H, W), none of them 0, got {_kind(images)}")
+        if images.ndim != 4 or 0 in images.shape or images.dtype != torch.uint8:
+            raise ValueError(f"images: expected uint8 of shape (n, C, H, W), none of them 0, got {_kind(images)}")
         count, _, height, width = images.shape
         if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(f"labels: expected integers of shape ({count},), got {_kind(labels)}")
@@ -75,7 +76,7 @@ class Gallery:
 
 def collect(
     model: ImmunityMoE | Sequence[ImmunityMoE],
-    split: Split,
+    split: AnySplit,
     classes: Sequence[str],
     count: int,
     loss: FusedImmunityLoss,
@@ -109,7 +110,7 @@ def collect(
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
     chosen = choose(split, count)
-    height, width = split.images.shape[-2:]
+    height, width = split.image_size
     seen = copy.copy(loss)  # a module's copy has attributes of its own, and the caller's keeps its size
     seen.size = (height, width)
     parts = [_measure(each, chosen, seen) for each in models]
@@ -129,7 +130,7 @@ def collect(
     )
 
 
-def choose(split: Split, count: int) -> Split:
+def choose(split: AnySplit, count: int) -> Split:
     """At most `count` images, as many of each class as can be, in the order of the classes; see `collect`."""
     order = sample_order(split, len(split))
     labels = split.labels.cpu()[order].numpy()
@@ -138,7 +139,7 @@ def choose(split: Split, count: int) -> Split:
         ranks[labels == label] = np.arange((labels == label).sum())
     first = np.argsort(ranks, kind="stable")[:count]
     shown = order[first[np.argsort(labels[first], kind="stable")]].to(split.labels.device)
-    return Split(split.images[shown], split.labels[shown])
+    return Split(split.read(shown), split.labels[shown])
 
 
 def _measure(model: ImmunityMoE, split: Split, loss: FusedImmunityLoss) -> tuple[Tensor, Tensor]:
@@ -178,9 +179,8 @@ def to_array(heatmap: Tensor) -> np.ndarray:
 
 
 def picture_of(image: Tensor) -> np.ndarray:
-    """uint8 (3, H, W) → floats in [0, 1], (H, W, 3)."""
-    picture: np.ndarray = image.permute(1, 2, 0).numpy() / 255
-    return picture
+    """uint8 (C, H, W) → floats in [0, 1], (H, W, 3); see `overlay.as_rgb`."""
+    return as_rgb(image.permute(1, 2, 0).numpy() / 255)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -60,7 +60,8 @@ def _row(galleries: Sequence[Gallery], row: int) -> dict[str, Any]:
     """What the page says of one image."""
     first = galleries[0]
     label = int(first.labels[row])
-    grey = np.round(255 * grey_of(picture_of(first.images[row]))).astype(np.uint8)
+    picture = picture_of(first.images[row])
+    grey = np.round(255 * grey_of(picture)).astype(np.uint8)
     groups = []
     for gallery in galleries:
         experts = []
@@ -74,7 +75,7 @@ def _row(galleries: Sequence[Gallery], row: int) -> dict[str, Any]:
         groups.append({"experts": experts, "mean": _prediction(gallery, gallery.mixture[row], label)})
     return {
         "name": first.classes[label],
-        "image": _png(Image.fromarray(first.images[row].permute(1, 2, 0).contiguous().numpy())),
+        "image": _png(Image.fromarray(np.round(255 * picture).astype(np.uint8))),
         "grey": _png(Image.fromarray(grey)),
         "groups": groups,
     }

@@ -118,11 +118,12 @@ class Queue:
         self.done: dict[Job, Done] = {}
         self.failures: dict[Job, str] = {}
         # A file may have other content than when a run was done. And what is wrong with the data is better said once.
-        self._data: dict[tuple[str, int | None], str] = {}
+        self._data: dict[tuple[str, int | None, int], str] = {}
         for config in (job.config for job in self.jobs):
-            place = config.dataset, config.image_size
+            place = _place(config)
             if place not in self._data:
-                self._data[place] = fingerprint(load(config.dataset, data, image_size=config.image_size).test)
+                found = load(config.dataset, data, image_size=config.image_size, channels=config.channels)
+                self._data[place] = fingerprint(found.test)
 
     def run(self, *, wait: bool = True) -> bool:
         """Do what is not done, first what no other process is at; then wait for the others, unless that is not wanted.
@@ -190,7 +191,7 @@ class Queue:
             results=results,
             settings={k: v for k, v in run.config().to_json().items() if k not in ("data", "device")},
             commands=commands,
-            data=self._data[job.config.dataset, job.config.image_size],
+            data=self._data[_place(job.config)],
             device=describe(cli.pick_device(self.device)),
             versions={"python": platform.python_version(), "torch": torch.__version__},
             training_seconds=sum(record["seconds"] for each in trained for record in each.metrics()),
@@ -258,7 +259,12 @@ class Queue:
             found = Done(**record)
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
             return None  # not done, or not by this version
-        return found if found.data == self._data[job.config.dataset, job.config.image_size] else None
+        return found if found.data == self._data[_place(job.config)] else None
+
+
+def _place(config: TrainConfig) -> tuple[str, int | None, int]:
+    """What the images of a job depend on; where they lie is the queue's."""
+    return config.dataset, config.image_size, config.channels
 
 
 def checksum(record: dict[str, Any]) -> str:

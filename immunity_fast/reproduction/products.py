@@ -119,7 +119,9 @@ def figure2(experiments: Experiments) -> Product:
         if not made:
             device = cli.pick_device(queue.device)
             config = entries[0].jobs[0].config
-            dataset = load(config.dataset, queue.data, image_size=config.image_size).to(device)
+            dataset = load(config.dataset, queue.data, image_size=config.image_size, channels=config.channels).to(
+                device
+            )
             for entry in entries:
                 job = entry.jobs[0]
                 if job in queue.done:

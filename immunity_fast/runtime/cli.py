@@ -127,6 +127,14 @@ def number(text: str) -> float:
         raise ValueError(f"{text}: a fraction of zero") from None
 
 
+def whole_or_word(text: str) -> int | str:
+    """A whole number of a command line, or a word such as auto, for argparse."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 @contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
     """Running out of memory in a `with` block or a decorated function, on any device, is one line: what to "try"."""

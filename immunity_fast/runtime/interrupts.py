@@ -1,6 +1,6 @@
-"""Ctrl-C, SIGTERM and a terminal that is closed: a command ends with a line that says how to go on, and its status.
+"""Ctrl-C, SIGTERM, SIGUSR1 and a terminal that is closed: a command ends with a line on how to go on, and its status.
 
-A command raises `KeyboardInterrupt` for all three, at once, or `deferred` to where its state can be saved.
+A command raises `KeyboardInterrupt` for all of them, at once, or `deferred` to where its state can be saved.
 Nothing here imports more than the standard library, because it comes first.
 """
 
@@ -10,13 +10,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-# A terminal's, a scheduler's, and that of a terminal that is closed; the last is not known everywhere.
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# A terminal's, a scheduler's, that of a terminal that is closed, and what schedulers are often told to send before the
+# time is over; the last two are not known everywhere.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 _commands = 0  # that run, one within another
 
@@ -63,16 +64,21 @@ def raised() -> Iterator[None]:
 def deferred(wanted: bool = True) -> Iterator[list[int]]:
     """A list of the signals that have come in a `with` block, which is to look at it; a second one ends it at once.
 
+    Not under torchrun, which passes on what the process may have got already, and in the end kills what does not stop.
     Where `wanted` is false, or in a thread, the list stays empty, and signals are what they were.
     """
     asked: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if asked:
+        if asked and not launched:
             _raise(number, frame)
         asked.append(number)
-        # Not by way of a stream, in the middle of whose writing this may be.
-        os.write(2, b"stopping when this step is done and saved; again: at once\n")
+        if len(asked) == 1 and os.environ.get("LOCAL_RANK", "0") == "0":
+            # Not by way of a stream, in the middle of whose writing this may be.
+            again = b"" if launched else b"; again: at once"
+            os.write(2, b"stopping when this step is done and saved" + again + b"\n")
+
+    launched = bool(os.environ.get("TORCHELASTIC_RUN_ID"))
 
     before = _handle(note) if wanted else {}
     try:
@@ -81,10 +87,10 @@ def deferred(wanted: bool = True) -> Iterator[list[int]]:
         _give_back(before)
 
 
-def stop_if(asked: Sequence[int]) -> None:
-    """`KeyboardInterrupt` where a signal was `deferred` to here."""
-    if asked:
-        _raise(asked[0], None)
+def stop_if(number: int) -> None:
+    """`KeyboardInterrupt` where a signal, by its number, was `deferred` to here; none where that is 0."""
+    if number:
+        _raise(number, None)
 
 
 @contextmanager

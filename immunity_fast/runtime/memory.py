@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from immunity_fast.runtime.failures import in_units
 
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+_CGROUPS_USED = (Path("/sys/fs/cgroup/memory.current"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"))
 
 
 def total(device: torch.device) -> int | None:
@@ -28,6 +30,40 @@ def total(device: torch.device) -> int | None:
 
         limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])
     return min((limit for limit in limits if limit > 0), default=None)
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes of a device that are free now; of a CPU what this process may still take. None where that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = [limit for limit in (total(device),) if limit is not None]
+    with suppress(ValueError, OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
+    for limit, used in zip(_CGROUPS, _CGROUPS_USED, strict=True):
+        with suppress(ValueError, OSError):
+            free.append(int(limit.read_text()) - int(used.read_text()))
+    return max(0, min(free)) if free else None
+
+
+def peak() -> int | None:
+    """The most bytes that this process has had in memory so far; None where that is not known."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+    return None
+
+
+def private(pids: Iterable[int]) -> int | None:
+    """Bytes that processes have in memory now and share with no other; None where that is not known."""
+    found = 0
+    try:
+        for pid in pids:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
+            found += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def check_fits(size: float, device: torch.device, what: str, instead: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime.compilation import Compile, Log
 from immunity_fast.runtime.modes import evaluating, frozen
 from immunity_fast.runtime.precision import Amp, accumulation_dtype, autocast
+from immunity_fast.targets import hard_labels
 
 Adversarial = Literal["off", "pgd", "trades", "fgsm-rs"]
 BatchNormMode = Literal["eval", "train"]
@@ -96,11 +97,17 @@ class InnerAttack:
         """Whether the attack's step is compiled, or will be at its first call."""
         return self._attack.compiled
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial images (B, 3, H, W) of `images`, floating-point in [0, 1], and their labels (B,)."""
+    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Adversarial images (B, C, H, W) of `images`, floating-point in [0, 1], and their targets.
+
+        These are labels (B,), or probabilities (B, K). The divergence from these has the gradient of their
+        cross-entropy −Σ_k t_k log ŷ_k. Samples that are ignored are attacked, too, whatever that makes of them.
+        """
+        labels = hard_labels(targets)
         with frozen(self.model), attacked_mode(self.model, self.settings):
             if self.settings.method != "trades":
-                return self._attack(images, labels, trusted=True)
+                probabilities = targets.clamp_min(0) if targets.dim() == 2 else None
+                return self._attack(images, labels, reference=probabilities, trusted=True)
             with torch.no_grad():
                 reference = self._outputs(images, labels).softmax(-1)
             start = images + TRADES_START * torch.randn_like(images)
@@ -136,20 +143,22 @@ def trades_losses(
     labels: Tensor,
     alpha: float,
     weight: float,
+    cross_entropy: Callable[[Tensor, Tensor | None, Tensor, float], Tensor] = mixture_cross_entropy,
 ) -> Tensor:
     """TRADES' loss (arXiv 1901.08573, eq. 5) in the place of eq. (2): cross-entropy of the clean images, and λ times
     the KL divergence of the adversarial output from the clean one; both of the mixture and, by α, of each expert.
 
     Args:
         clean, adversarial: (logits (N, B, K), gate (B, N)) of the same images.
-        labels: (B,) integers.
+        labels: (B,) integers, or (B, K) probabilities.
         alpha: weight of the experts' own.
         weight: λ; the authors' 1/λ.
+        cross_entropy: (logits, gate, labels, alpha) to (B,), which is eq. (2), smoothed or weighted, say.
 
     Returns:
         (B,) in nats, differentiable in both.
     """
-    losses = mixture_cross_entropy(*clean, labels, alpha)
+    losses = cross_entropy(*clean, labels, alpha)
     drift = divergence(mixture_log_probabilities(*clean), mixture_log_probabilities(*adversarial))
     if alpha > 0:
         dtype = accumulation_dtype(clean[0])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from immunity_fast.experts import split_names, title
+from immunity_fast.experts.channels import adapted, is_stem
 from immunity_fast.experts.registry import repeated
 from immunity_fast.experts.symmetry import identical_tensors, perturb_tensors_
 from immunity_fast.experts.weights import Fitted, WeightsFile, experts_of, fitted, read
@@ -121,17 +122,20 @@ def _load_mixture(model: ImmunityMoE, file: WeightsFile, config: TrainConfig) ->
     names, replaced = repeated(config.arch, len(own)), []
     head = None
     for name, tensors, expert in zip(names, given, own, strict=True):
-        fits = _fitted(file._replace(tensors=tensors), name, expert, model.num_classes)
+        fits = _fitted(file._replace(tensors=tensors), name, expert, model)
         _write(expert, fits.tensors)
         replaced += [each for each in fits.replaced if each not in replaced]
-        head = fits if fits.replaced else head
+        head = fits if fits.replaced or fits.adapted else head
     gate = {name.removeprefix("gate."): value for name, value in file.tensors.items() if name.startswith("gate.")}
     mine = model.gate.state_dict()
+    for name, value in mine.items():
+        if name in gate and is_stem(value, gate[name], model.channels):
+            gate[name] = adapted(gate[name], model.channels)
     fitting = gate.keys() == mine.keys() and all(gate[name].shape == value.shape for name, value in mine.items())
     if fitting:
         _write(mine, gate)
     what = "and the gate begin" if fitting else "begin"
-    return [_line(f"the {len(own)} experts {what}", file, head, model.num_classes)], replaced
+    return [_line(f"the {len(own)} experts {what}", file, head, model)], replaced
 
 
 def _load_networks(
@@ -151,18 +155,18 @@ def _load_networks(
             file = file._replace(tensors=alone[0], mixture=False)
         group = list(range(index, len(own), len(names)))
         for number in group:
-            fits = _fitted(file, name, own[number], model.num_classes)
+            fits = _fitted(file, name, own[number], model)
             _write(own[number], fits.tensors)
         replaced += [each for each in fits.replaced if each not in replaced]
         begins = f"{title(name, len(group))} begins" if len(group) == 1 else f"{title(name, len(group))} begin"
-        lines.append(_line(begins, file, fits, model.num_classes))
+        lines.append(_line(begins, file, fits, model))
         same.append(group)
     return lines, replaced, same
 
 
-def _fitted(file: WeightsFile, name: str, own: Mapping[str, Tensor], num_classes: int) -> Fitted:
+def _fitted(file: WeightsFile, name: str, own: Mapping[str, Tensor], model: ImmunityMoE) -> Fitted:
     try:
-        return fitted(file, title(name), own, num_classes)
+        return fitted(file, title(name), own, model.num_classes, model.channels)
     except ValueError as error:
         raise ValueError(f"--weights: {error}") from error
 
@@ -178,11 +182,15 @@ def _parameters(model: ImmunityMoE, own: Mapping[str, Tensor], index: int) -> di
     return {name: own[name] for name, _ in holder.named_parameters()}
 
 
-def _line(who: str, file: WeightsFile, fits: Fitted | None, num_classes: int) -> str:
+def _line(who: str, file: WeightsFile, fits: Fitted | None, model: ImmunityMoE) -> str:
     line = f"{who} from {file.path} (sha256 {file.sha256[:12]}…)"
     if fits is not None and fits.replaced:
         had = f"of {fits.classes} classes" if fits.classes else "that it does not have"
-        line += f"; its classifier head {had} is replaced by a fresh one of {num_classes} ({', '.join(fits.replaced)})"
+        line += f"; its classifier head {had} is replaced by a fresh one of "
+        line += f"{model.num_classes} ({', '.join(fits.replaced)})"
+    if fits is not None and fits.adapted:
+        how = "summed to" if model.channels == 1 else "spread over"
+        line += f"; its first convolution, of {fits.channels} channels, is {how} {model.channels} ({fits.adapted})"
     return line
 
 

@@ -20,9 +20,12 @@ from torch.optim import Optimizer
 from immunity_fast.experts import split_names
 from immunity_fast.experts.registry import check_trusted, repeated
 from immunity_fast.models.described import expert_tensors
+from immunity_fast.models.expert_list import ExpertList
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 from immunity_fast.runtime.files import abbreviated, is_number, parse_json, write_atomically
+from immunity_fast.runtime.sharding import local
 from immunity_fast.training.optimizers import NUMBERS, number, parameters_of
+from immunity_fast.training.shards import REST, load_shards, newest, outline
 
 FORMAT = 2
 LAST = Path("checkpoints") / "last.safetensors"  # in a run folder
@@ -173,7 +176,7 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], expected: Mapping[s
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first of the tensors that holds NaN or an infinite number, if one does."""
-    return next((name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())), None)
+    return next((name for name, tensor in tensors.items() if not bool(local(tensor).isfinite().all())), None)
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -257,10 +260,14 @@ def load_module(path: Path, module: nn.Module, tensors: dict[str, Tensor], prefi
 
 
 def model_file(path: str | Path) -> Path:
-    """What `load_model` takes: a file itself; of a run folder the best checkpoint, where there is one, or the last."""
+    """What `load_model` takes: a file itself; of a run folder the best checkpoint, where there is one, or the last.
+
+    Of a run whose weights are in shards, and have not been joined yet, the last is a folder.
+    """
     path = Path(path)
-    if path.is_dir() and path.name not in (BEST.name, LAST.name):  # which are no run folders
-        path = path / (BEST if (path / BEST).is_file() else LAST)
+    if path.is_dir() and path.name not in (BEST.name, LAST.name) and not (path / REST).is_file():  # no run folders
+        joined = path / (BEST if (path / BEST).is_file() else LAST)
+        path = joined if joined.is_file() else newest(path) or joined
     return path
 
 
@@ -282,6 +289,8 @@ def load_model(
         ModuleNotFoundError: its architecture's library is not installed.
     """
     path = model_file(path)
+    if (path / REST).is_file():
+        return _load_joined(path, device, trust_code=trust_code)
     tensors, info = load_checkpoint(path)
     description = checked_info(path, info, "model")["model"]
     check_trusted(path, description["arch"], trust_code)
@@ -293,6 +302,29 @@ def load_model(
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: describes a model that cannot be made ({error})") from error
     load_module(path, model, stored, f"{group}/")
+    return model.to(device).eval(), info
+
+
+def _load_joined(folder: Path, device: torch.device | str, *, trust_code: bool) -> tuple[ImmunityMoE, dict[str, Any]]:
+    """`load_model` of a checkpoint in shards, which this process reads for itself."""
+    info = load_info(folder / REST)
+    description = info["model"]
+    check_trusted(folder, description["arch"], trust_code)
+    found = outline(folder)
+    group = "ema" if under("ema", found) else "model"
+    stored = under(group, found)
+    check_experts(folder, description, stored, f"{group}/")
+    try:
+        model = described_model(description)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder}: describes a model that cannot be made ({error})") from error
+    state = model.state_dict()
+    if not isinstance(model.experts, ExpertList):  # each expert's part of the stack
+        stack = under("experts", state, ".")
+        state = {name: value for name, value in state.items() if not name.startswith("experts.")}
+        state |= {f"experts.{i}.{name}": value[i] for name, value in stack.items() for i in range(model.num_experts)}
+    check_tensors(folder, stored, state, f"{group}/")
+    load_shards(folder, {f"{group}/{name}": value for name, value in state.items()}, alone=True)
     return model.to(device).eval(), info
 
 

@@ -7,14 +7,20 @@ import os
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from immunity_fast.arguments import Score
+from immunity_fast.data.datasets import LISTED, Stream
 from immunity_fast.data.datasets import NAMES as DATASETS
+from immunity_fast.data.streaming import Workers
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve, split_names
 from immunity_fast.experts.registry import FORMS, check_form
@@ -27,6 +33,7 @@ from immunity_fast.runtime.compilation import Compile
 from immunity_fast.runtime.files import abbreviated, write_atomically
 from immunity_fast.runtime.precision import Amp, Float32
 from immunity_fast.runtime.strategies import Batching, DoubleBackprop
+from immunity_fast.targets import balanced_weights
 from immunity_fast.training import config_file
 from immunity_fast.training.adversarial import Adversarial, BatchNormMode, InnerAttackSettings
 from immunity_fast.training.decay import Decay
@@ -34,15 +41,22 @@ from immunity_fast.training.optimizers import KINDS, OPTIMISERS, Optimiser, chec
 from immunity_fast.training.schedules import FACTORS, LearningRate, Schedule
 
 Flip = Literal["auto", "on", "off"]
+MOST_WORKERS = 1024  # processes that read images: more are a mistake
 
 
 # Settings that are gone, and the value with which they change nothing: runs from before have them in config.json.
 REMOVED = {"weight_scale": "channels"}
 # Settings that runs from before do not have in config.json, and what these were trained with.
 ADDED = {
+    "label_smoothing": 0.0,
+    "class_weights": None,
+    "ignore_index": None,
+    "mixup": 0.0,
+    "cutmix": 0.0,
     "stem": "cifar",
     "weights": None,
     "perturbation": PERTURBATION,
+    "channels": 3,
     "optimizer": "sgd",
     "accumulate": 1,
     "betas": None,
@@ -53,6 +67,9 @@ ADDED = {
     "lr_min": 0.0,
     "milestones": None,
     "lr_factor": None,
+    "shard": False,
+    "stream": "auto",
+    "workers": "auto",
 }
 # What is another's where a setting is: another optimiser has rates of its own, another schedule numbers of its own.
 BELONGING = {
@@ -93,8 +110,24 @@ class TrainConfig:
 
     preset: str = _data("quickstart", "settings to start from; the other options change single ones")
     dataset: str = _data("digits", "what to train on", DATASETS)
-    data: str | None = _data(None, "file (npz), folder of images (folder), or download folder (cifar10, cifar100)")
-    image_size: int | None = _data(None, "for --dataset folder: scale and crop images to this many pixels a side")
+    data: str | None = _data(
+        None,
+        "file (npz), folder of images (folder), archives such as train-{000..009}.tar or their folder (webdataset), "
+        "what save_to_disk wrote or a folder of parquet files (huggingface), or download folder (cifar10, cifar100)",
+    )
+    image_size: int | None = _data(
+        None, "for folder, webdataset and huggingface: scale and crop images to this many pixels a side"
+    )
+    channels: int = _data(
+        3,
+        "channels of the images and of the networks' first convolution; 1: grey, which coloured images are converted "
+        "to; npz: any number that it has",
+    )
+    stream: Stream = _data(
+        "auto",
+        "for the same: read images when they are needed; off: hold them all in memory; auto: where they do not fit",
+    )
+    workers: int | str = _data("auto", "processes that read images; 0: none besides this one; auto: one a core")
     limit_train: int | None = _data(None, "use so many training images")
     arch: str = _model(
         "resnet8",
@@ -128,6 +161,13 @@ class TrainConfig:
     smoothing: float = _loss(0.01, "smoothing of the heatmaps' distributions")
     score: Score = _loss("logit", "what Grad-CAM differentiates")
     detach_weights: bool = _loss(False, "treat Grad-CAM's weights as constants: cheaper, approximate gradient")
+    label_smoothing: float = _loss(0.0, "of cross-entropy: this much of each target goes to all classes alike")
+    class_weights: str | None = _loss(
+        None, "what the classes weigh in cross-entropy: one number each with commas between, or balanced"
+    )
+    ignore_index: int | None = _loss(
+        None, "label of images that count for nothing; of probabilities the value of a whole row; default: all count"
+    )
     adversarial: Adversarial = _attack("off", "train on attacked images")
     eps: float = _attack(8 / 255, "Linf radius of the training's and the epoch's attacks")
     attack_alpha: float = _attack(2 / 255, "step of the training's attack; fgsm-rs takes 1.25 eps")
@@ -161,12 +201,19 @@ class TrainConfig:
     crop_padding: int = _images(4, "random crops move by up to so many pixels")
     rotation: float = _images(15.0, "random rotations turn by up to so many degrees")
     flip: Flip = _images("auto", "mirror half of the images; auto: where the data set is known to allow it")
+    mixup: float = _images(0.0, "alpha of MixUp, which blends images and their labels; 0: none")
+    cutmix: float = _images(
+        0.0, "alpha of CutMix, which pastes a box of one into the other; 0: none; with both each batch has one of them"
+    )
     device: str = _speed("auto", "cpu, cuda, cuda:1, …; auto: CUDA if there is any")
     compile: Compile = _speed("auto", "compile the step; max: try kernels out, takes long; auto: on, on a GPU")
     batching: Batching = _speed("auto", "how the experts run at once; auto: what was measured to be faster")
     double_backprop: DoubleBackprop = _speed("auto", "how to differentiate Grad-CAM, both exact; auto: likewise")
     amp: Amp = _speed("off", "half precision for convolutions and products")
     float32: Float32 = _speed("tf32", "factors of a GPU's float32 convolutions and products in training")
+    shard: bool = _speed(
+        False, "weights in shards, one in each process of torchrun: for experts that are too large for one device"
+    )
     profile: bool = _output(False, "write a trace of some steps and a table of operators to the run folder")
     check_images: int = _output(256, "validation images attacked by PGD-10 after each epoch; 0: none")
     attack_images: int = _output(1000, "test images attacked at the end of the run")
@@ -189,6 +236,13 @@ class TrainConfig:
         several = f", as many as --arch names, {', '.join(split_names(self.arch))}" if names > 1 else ""
         _check(self, "experts", self.experts >= names, f"at least {names}{several}")
         _check(self, "perturbation", 0 <= self.perturbation < math.inf, "a finite number of at least 0")
+        number = isinstance(self.workers, int) and not isinstance(self.workers, bool)
+        _check(
+            self,
+            "workers",
+            self.workers == "auto" or (number and 0 <= int(self.workers) <= MOST_WORKERS),
+            f"auto or 0 to {MOST_WORKERS} processes",
+        )
         _check(self, "limit_train", self.limit_train is None or self.limit_train >= 1, "at least 1")
         for name in ("alpha", "beta", "gamma", "smoothing", "weight_decay"):
             _check(self, name, 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
@@ -200,11 +254,14 @@ class TrainConfig:
         _check(self, "lr", 0 < self.lr < math.inf, "a finite number above 0")
         _check(self, "momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
         self._check_optimizer()
+        self._check_shards()
         self._check_schedule()
         _check(self, "clip_grad_norm", self.clip_grad_norm is None or self.clip_grad_norm > 0, "a number above 0")
         for name in ("crop_padding", "check_images"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
+        self._check_targets()
         _check(self, "seed", self.seed >= 0, "0 to 2⁶³ − 1")
+        _check(self, "channels", self.channels >= 1, "at least 1")
         _check(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1 pixel")
         _check(self, "rotation", 0 <= self.rotation <= 180, "0 to 180 degrees")
         for option in dataclasses.fields(self):
@@ -215,7 +272,8 @@ class TrainConfig:
             _check(self, option.name, not choices or value in choices, f"one of {', '.join(choices)}")
 
     def _check_optimizer(self) -> None:
-        two = _are_numbers(self.betas) and len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        betas = self.betas or ()
+        two = _are_numbers(betas) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
         _check(self, "betas", self.betas is None or two, "two numbers of at least 0 and below 1, such as 0.9,0.999")
         eps = self.optimizer_eps
         _check(self, "optimizer_eps", eps is None or 0 <= eps < math.inf, "a finite number of at least 0")
@@ -254,8 +312,62 @@ class TrainConfig:
             self.lr_factor,
         )
 
-    def loss_fn(self, image_size: tuple[int, int], group_name: str = "") -> FusedImmunityLoss:
-        """The loss of these settings, with heatmaps of the images' size (H, W), for a process group or this process."""
+    def _check_shards(self) -> None:
+        """Check what weights in shards cannot do."""
+        if self.shard:
+            _check(self, "adversarial", self.adversarial != "trades", "off, pgd or fgsm-rs with --shard")
+            _check(self, "amp", self.amp != "fp16", "off or bf16 with --shard")
+            _check(self, "compile", self.compile in ("auto", "off"), "auto or off with --shard")
+            _check(self, "batching", self.batching != "vmap", "auto or loop with --shard")
+
+    def _check_targets(self) -> None:
+        for name in ("mixup", "cutmix"):
+            _check(self, name, 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
+        _check(self, "label_smoothing", 0 <= self.label_smoothing <= 1, "0 to 1")
+        _check(self, "ignore_index", self.ignore_index is None or self.ignore_index > -(2**63), "a 64-bit integer")
+        given: Any = self.class_weights
+        if given is not None and not isinstance(given, str):  # as a person writes them in Python
+            with suppress(TypeError):
+                object.__setattr__(self, "class_weights", ",".join(f"{float(weight):g}" for weight in given))
+        if self.class_weights not in (None, "balanced"):
+            _check(self, "class_weights", self._weights() is not None, "balanced, or numbers ≥ 0 with commas between")
+
+    def _weights(self) -> list[float] | None:
+        """The class weights that are given as numbers; None where they are no such numbers."""
+        try:
+            weights = [float(word) for word in str(self.class_weights).split(",")]
+        except ValueError:
+            return None
+        return weights if all(0 <= weight < math.inf for weight in weights) else None
+
+    def weights_of_classes(self, labels: Tensor, classes: int) -> Tensor | None:
+        """(K,) class weights for training labels (n,), or probabilities (n, K).
+
+        Raises:
+            ValueError: numbers of another number of classes.
+        """
+        if self.class_weights is None:
+            return None
+        if self.class_weights == "balanced":
+            return balanced_weights(labels, classes, self.ignore_index)
+        weights = self._weights() or []
+        if len(weights) != classes:
+            raise ValueError(
+                f"--class-weights: expected {classes}, one for each class, or balanced, got {len(weights)}, "
+                f"{self.class_weights}"
+            )
+        return torch.tensor(weights)
+
+    def loss_fn(
+        self, image_size: tuple[int, int], group_name: str = "", class_weights: Tensor | None = None
+    ) -> FusedImmunityLoss:
+        """The loss of these settings, with heatmaps of the images' size (H, W).
+
+        Args:
+            image_size: (H, W).
+            group_name: of a process group; "" is this process alone.
+            class_weights: of `weights_of_classes`.
+        """
         return FusedImmunityLoss(
             self.alpha,
             self.beta,
@@ -265,7 +377,15 @@ class TrainConfig:
             score=self.score,
             detach_weights=self.detach_weights,
             group_name=group_name,
+            label_smoothing=self.label_smoothing,
+            class_weights=class_weights,
+            ignore_index=self.ignore_index,
         )
+
+    @property
+    def worker_processes(self) -> Workers:
+        """`workers` for what reads images."""
+        return "auto" if isinstance(self.workers, str) else self.workers
 
     @property
     def inner_attack(self) -> InnerAttackSettings | None:
@@ -363,10 +483,14 @@ class TrainConfig:
         return cls(**values)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path, *more: str) -> dict[str, Any]:
     """The settings that a file of YAML or JSON, or a run's folder, has; by name, each in the type of its own.
 
     A whole config.json of an earlier version stands for what it stood for then.
+
+    Args:
+        path: of the file.
+        more: names besides, whose values are given as they are read.
 
     Raises:
         FileNotFoundError, OSError: it cannot be read.
@@ -379,7 +503,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         if values.pop(name, only) != only:
             raise ValueError(f"{path}: {name}: expected {only}, the only one left, got another")
     for name in values:
-        if name not in hints:
+        if name not in hints and name not in more:
             near = config_file.suggestion(name, list(hints))
             raise ValueError(f"{path}: {name}: expected the name of a setting, got one that there is not{near}")
     if hints.keys() - ADDED.keys() <= values.keys():
@@ -430,6 +554,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             kind = next(kind for kind in (float, int, str) if kind in _plain_types(hints[option.name]))
             keywords["type"] = cli.number if kind is float else kind
             keywords["metavar"] = kind.__name__.upper()
+            if hints[option.name] == int | str:
+                keywords["type"] = cli.whole_or_word
         groups[option.metadata["group"]].add_argument(f"--{option.name.replace('_', '-')}", **keywords)
 
 
@@ -461,7 +587,7 @@ def from_preset(changes: Mapping[str, Any], file: Mapping[str, Any] = MappingPro
         raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, got {abbreviated(name)}")
     values: dict[str, Any] = dict(vars(PRESETS[name]))
     for layer in (file, changes):
-        values = values | _following(values, layer) | layer
+        values = values | {**_following(values, layer), **layer}
     momentum = changes.get("momentum")
     if values["optimizer"] in KINDS and momentum:  # which a whole run's settings have as 0 where there is none
         try:
@@ -510,7 +636,7 @@ def check_data(dataset: str | None, data: str | None) -> None:
     Raises:
         ValueError: the path is missing.
     """
-    if dataset in ("npz", "folder") and data is None:
+    if (dataset == "npz" or dataset in LISTED) and data is None:
         raise ValueError(f"--data: missing; --dataset {dataset} needs the path of what it reads")
 
 

@@ -92,9 +92,9 @@ def to_yaml(groups: Mapping[str, Mapping[str, Any]]) -> str:
 
 def suggestion(name: str, known: Sequence[str]) -> str:
     """What is nearest to an unknown name, as the end of a message."""
-    near = get_close_matches(name, known, n=1, cutoff=0.6)
-    parts = [other for other in known if name in other.split("_") or other in name.split("_")]
-    found = near or parts
+    within = [other for other in known if name in other.split("_")]
+    around = [other for other in known if other in name.split("_")]
+    found = within or get_close_matches(name, known, n=1, cutoff=0.6) or around
     return f"; did you mean {found[0]}?" if found else "; --help lists them"
 
 
@@ -122,6 +122,8 @@ def converted(value: Any, kinds: Sequence[type], choices: Sequence[str] = ()) ->
         value = _number(value)
     if isinstance(value, float) and float not in kinds and int in kinds and value.is_integer():
         return int(value)
+    if type(value) is int and float in kinds and abs(value) < 2**63:
+        return float(value)
     return value
 
 

@@ -11,7 +11,7 @@ import torch
 
 from immunity_fast.runtime import cli, distributed
 from immunity_fast.runtime.compilation import keep_caches
-from immunity_fast.runtime.failures import one_line
+from immunity_fast.runtime.failures import in_units, one_line
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
 
@@ -129,7 +129,17 @@ def summary(record: Mapping[str, float], epochs: int) -> str:
         + ("" if attacked is None else f", {100 * attacked:.1f} % under PGD-10")
         + (f"  mutual information {record['mutual_information']:.2f} nats" if several else "")
         + f"  {record['images_per_second']:.0f} images/s"
+        + _reading(record)
     )
+
+
+def _reading(record: Mapping[str, float]) -> str:
+    """How much of an epoch's time was spent waiting for images, where they are streamed, and the most memory so far."""
+    if "images_waited_share" not in record:
+        return ""
+    waited = f", {100 * record['images_waited_share']:.0f} % of the time waiting for images"
+    peak = record.get("memory_peak_bytes")
+    return waited + ("" if peak is None else f"  {in_units(peak)} of memory at most")
 
 
 def not_measured_line(epoch: int, name: str, reason: str) -> str:

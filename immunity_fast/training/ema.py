@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 
 from immunity_fast.arguments import Backend
 from immunity_fast.functional import HAS_TRITON
+from immunity_fast.runtime.sharding import local
 
 if HAS_TRITON:
     from immunity_fast.kernels import multi_tensor
@@ -44,13 +45,17 @@ class WeightAverage:
         """Move the average towards the module's present weights, after a step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        state = self.module.state_dict(keep_vars=True)  # which makes no new tensors
+        # Which makes no new tensors. Of weights in shards each process averages its own part.
+        state = {name: local(value) for name, value in self.module.state_dict(keep_vars=True).items()}
         left = self._launch(state, 1 - decay)
         averaged = [name for name in left if state[name].is_floating_point()]
         if averaged:
-            torch._foreach_lerp_([self.average[n] for n in averaged], [state[n] for n in averaged], 1 - decay)
+            torch._foreach_lerp_([self._own(n) for n in averaged], [state[n] for n in averaged], 1 - decay)
         for name in left.keys() - set(averaged):
-            self.average[name].copy_(state[name])
+            self._own(name).copy_(state[name])
+
+    def _own(self, name: str) -> Tensor:
+        return local(self.average[name])
 
     def _launch(self, state: dict[str, Tensor], weight: float) -> dict[str, Tensor]:
         """Average in one launch what the kernel takes; returns what it does not."""
@@ -58,7 +63,7 @@ class WeightAverage:
             self._fitting = self._lay_out(state)
         rows = []
         for name in self._fitting:
-            average, value = self.average[name], state[name]
+            average, value = self._own(name), state[name]
             if not _alike(average, value) or not multi_tensor.same_strides(average, value):  # the module has changed
                 self._fitting = None
                 return self._launch(state, weight)
@@ -70,7 +75,7 @@ class WeightAverage:
             self._table = multi_tensor.Table(value.device)
         self._table.set(rows)
         multi_tensor.lerp(self._table, weight)
-        increment_version([self.average[name] for name in self._fitting])
+        increment_version([self._own(name) for name in self._fitting])
         return {name: value for name, value in state.items() if name not in self._fitting}
 
     def _lay_out(self, state: dict[str, Tensor]) -> dict[str, None]:
@@ -82,9 +87,10 @@ class WeightAverage:
             words = not value.dtype.is_floating_point and value.element_size() % 4 == 0
             on_device = value.is_cuda or self._backend == "triton"
             kind = value.dtype == torch.float32 or words
-            if on_device and kind and multi_tensor.fits([value]) and _alike(self.average[name], value):
+            if on_device and kind and multi_tensor.fits([value]) and _alike(self._own(name), value):
                 found[name] = None
-                if not multi_tensor.same_strides(self.average[name], value):
+                in_shards = self._own(name) is not self.average[name]
+                if not in_shards and not multi_tensor.same_strides(self.average[name], value):
                     self.average[name] = torch.empty_like(value).copy_(self.average[name])
         return found
 

@@ -118,9 +118,13 @@ def _check_alike(folder: Path, info: dict[str, Any], first: Path, wanted: dict[s
     Raises:
         ValueError: they cannot; by what differs.
     """
-    for name, words in (("num_classes", "number of classes"), ("image_size", "image size")):
-        if info["model"][name] != wanted["model"][name]:
-            had, expected = (str(each["model"][name]) for each in (info, wanted))
+    for name, words in (
+        ("num_classes", "number of classes"),
+        ("image_size", "image size"),
+        ("channels", "channels of the images"),
+    ):
+        had, expected = (str(each["model"].get(name, 3)) for each in (info, wanted))
+        if had != expected:
             raise ValueError(f"{folder}: {words}: expected that of {first}, {expected}, got {had}")
     if info.get("classes") != wanted.get("classes"):
         raise ValueError(f"{folder}: trained on other classes than {first}")

@@ -2,18 +2,21 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from immunity_fast.runtime import cli, distributed, interrupts
 from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.profiling import profiled
+from immunity_fast.runtime.sharding import local
 from immunity_fast.training.callbacks import Callbacks, StepMetrics
 from immunity_fast.training.checkpoint import save_checkpoint
 from immunity_fast.training.collapse import collapse_line, collapsed
 from immunity_fast.training.display import Display, synchronize
 from immunity_fast.training.run_folder import Run
+from immunity_fast.training.sharding import as_ordinary, join, whole_tensors
+from immunity_fast.training.shards import save_shards
 from immunity_fast.training.state import TrainingState
 from immunity_fast.training.validation import training_means, validate
 
@@ -23,8 +26,8 @@ NO_CALLBACKS = Callbacks()
 def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLBACKS, *, progress: bool = True) -> None:
     """Train from where the state is to the end; the first process writes records and checkpoints.
 
-    Ctrl-C and SIGTERM stop it behind a step, which is saved, or behind an epoch's checks; one process of several at
-    once.
+    Ctrl-C and SIGTERM stop it behind a step, which is saved, or behind an epoch's checks; of several processes all, at
+    the same step, whichever of them got the signal.
 
     Args:
         state: what is trained; `state.history` gets the records.
@@ -38,41 +41,52 @@ def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLB
         KeyboardInterrupt: it was stopped.
     """
     first = distributed.rank() == 0
+    agreement = distributed.Agreement()
+    if run is not None and distributed.of_first(run.last_checkpoint is None):
+        write_checkpoint(state, run)
     if first and run is not None:
-        if not run.checkpoint.is_file():
-            write_checkpoint(state, run)
         run.forget_metrics_after(state.epoch)
         state.history = run.metrics()
     with (
         # After these: on a full disk TensorBoard's thread would print a traceback.
         Display(state, run, shown=progress) as display,
         steps_profiled(state, run) as profile,
-        # Several would stop at different steps.
-        interrupts.deferred(distributed.count() == 1 and run is not None) as asked,
+        interrupts.deferred(run is not None and agreement.possible) as asked,
     ):
         callbacks.call("on_fit_start")
         while state.epoch < state.config.epochs and state.stopped is None:
             callbacks.call("on_epoch_start")
-            images, seconds = take_steps(state, run, callbacks, display, profile, asked)
+            images, seconds = take_steps(
+                state, run, callbacks, display, profile, lambda: agreement.ask(asked[0] if asked else 0)
+            )
             state.synchronize()
             check_finite(state, run)
             state.epoch += 1
-            record = check(state, run, display, images, seconds) if first else None
+            # Of a model in shards each process has a part, and all are asked.
+            record = check(state, run, display, images, seconds) if first or state.config.shard else None
             state.sums.zero_()
             if callbacks.callbacks:
                 callbacks.call("on_epoch_end", distributed.of_first(record))
                 state.stopped = distributed.first_of_any(state.stopped)
             if state.stopped is not None:
                 display.line(f"epoch {state.epoch}: training ends: {state.stopped}")
-            if first and run is not None:
+            if run is not None:
                 write_checkpoint(state, run)
+            if first and run is not None:
                 run.diverged.unlink(missing_ok=True)  # what had diverged before has got past it
-            interrupts.stop_if(asked)
+            interrupts.stop_if(agreement.now(asked[0] if asked else 0))
+        if run is not None and state.config.shard and first:
+            display.line(join(run.folder))
         callbacks.call("on_fit_end")
 
 
 def take_steps(
-    state: TrainingState, run: Run | None, callbacks: Callbacks, display: Display, profile: Any, asked: Sequence[int]
+    state: TrainingState,
+    run: Run | None,
+    callbacks: Callbacks,
+    display: Display,
+    profile: Any,
+    asked: Callable[[], int],
 ) -> tuple[int, float]:
     """The rest of an epoch's steps, with a checkpoint now and then.
 
@@ -80,11 +94,14 @@ def take_steps(
         state, run: what is trained, and where it is saved.
         callbacks, display: are told of each step.
         profile: the profiler, is told as well; None where there is none.
-        asked: the signals that have come, see `interrupts.deferred`; the first one stops the training, saved.
+        asked: is called once a step: the signal by which the training is to stop, saved; or 0.
 
     Returns:
         (images seen, seconds).
     """
+    reader = state.dataset.reader
+    if reader is not None:
+        reader.waited = 0.0
     loader, started, images = state.loader, time.perf_counter(), 0
     state.model.train()
     for batch in loader:
@@ -97,13 +114,14 @@ def take_steps(
         display.step_taken()
         if callbacks.sees_steps:
             callbacks.call("on_step_end", StepMetrics(measured))
+        signal = asked()
         if (
             run is not None
             and loader.position < len(loader)
-            and (asked or state.step % state.config.checkpoint_every == 0)
+            and (signal or state.step % state.config.checkpoint_every == 0)
         ):
             save(state, run)
-            interrupts.stop_if(asked)
+            interrupts.stop_if(signal)
     synchronize(state.device)
     return images, time.perf_counter() - started
 
@@ -120,6 +138,7 @@ def check(state: TrainingState, run: Run | None, display: Display, images: int, 
         The epoch's record.
     """
     display.checking()
+    reading = {} if state.dataset.reader is None else state.dataset.reader.measured(seconds)
     record: dict[str, Any] = {
         "epoch": state.epoch,
         "step": state.step,
@@ -128,11 +147,13 @@ def check(state: TrainingState, run: Run | None, display: Display, images: int, 
         **validate(state),
         "images_per_second": images / seconds,
         "seconds": seconds,
+        **reading,
     }
     doubts: dict[str, str] = record.pop("val_doubts", {})
     state.history.append(record)
     if run is not None:
-        run.append_metrics(record)
+        if distributed.rank() == 0:
+            run.append_metrics(record)
         save_best(state, run)
     display.epoch_checked(record, doubts)
     lost = collapsed(state.history, min(state.config.check_images, len(state.dataset.validation)))
@@ -149,8 +170,15 @@ def save_best(state: TrainingState, run: Run) -> None:
     if state.config.adversarial == "off" or not state.config.check_images:
         return
     accuracies = [record.get("val_pgd10_accuracy_mean", -1) for record in state.history]
+    if state.config.shard:
+        accuracies = distributed.of_first(accuracies)
     if accuracies[-1] >= 0 and accuracies.index(max(accuracies)) == len(accuracies) - 1:
         tensors = state.average.tensors() if state.average else state.model.state_dict()
+        if state.config.shard:
+            config = state.config
+            tensors = as_ordinary(whole_tensors(state.model, tensors), config.arch, config.stage, config.experts)
+        if distributed.rank():
+            return
         info = state.info() | {"val_pgd10_accuracy_mean": accuracies[-1]}
         save_checkpoint(run.best_checkpoint, {f"model/{name}": value for name, value in tensors.items()}, info)
 
@@ -163,13 +191,16 @@ def save(state: TrainingState, run: Run) -> None:
     """
     state.synchronize()
     check_finite(state, run)
-    if distributed.rank() == 0:
-        write_checkpoint(state, run)
+    write_checkpoint(state, run)
 
 
 def write_checkpoint(state: TrainingState, run: Run) -> None:
-    """Write the run's checkpoint of the state."""
-    save_checkpoint(run.checkpoint, state.tensors(), state.info())
+    """Write the run's checkpoint of the state: the first process, or of weights in shards all of them."""
+    if state.config.shard:
+        rest, info = state.rest(), state.info()
+        save_shards(run.folder, state.step, state.shards(), lambda file: save_checkpoint(file, rest, info))
+    elif distributed.rank() == 0:
+        save_checkpoint(run.checkpoint, state.tensors(), state.info())
     state.saved_step = state.step
 
 
@@ -205,4 +236,5 @@ def check_finite(state: TrainingState, run: Run | None) -> None:
 def is_finite(state: TrainingState) -> bool:
     """Whether loss, weights and statistics are all numbers."""
     # The weights too: a gradient can be NaN where the loss, from before its step, is not.
-    return all(bool(tensor.isfinite().all()) for tensor in (state.sums, *state.model.state_dict().values()))
+    finite = all(bool(local(t).isfinite().all()) for t in (state.sums, *state.model.state_dict().values()))
+    return all(distributed.every(finite)) if state.config.shard else finite

@@ -13,6 +13,7 @@ from torch.optim import SGD
 from immunity_fast.arguments import Backend
 from immunity_fast.functional import HAS_TRITON
 from immunity_fast.runtime.precision import begin_momentum
+from immunity_fast.runtime.sharding import local
 
 if HAS_TRITON:
     from immunity_fast.kernels import multi_tensor
@@ -180,10 +181,13 @@ def _listed(params: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
 def fuses(parameters: list[Tensor]) -> bool:
     """Whether PyTorch's fused implementation is right, which takes a tensor for a piece of memory, gaps and all."""
     return all(
-        parameter.device.type in ("cpu", "cuda") and torch.ops.aten.is_non_overlapping_and_dense(parameter)
+        parameter.device.type in ("cpu", "cuda")
+        and local(parameter) is parameter  # of weights in shards it would take a part for the whole
+        and torch.ops.aten.is_non_overlapping_and_dense(parameter)
         for parameter in parameters
     )
 
 
 def _fit(parameters: list[Tensor]) -> bool:
-    return multi_tensor.fits(parameters) and all(parameter.dtype == torch.float32 for parameter in parameters)
+    whole = all(local(parameter) is parameter for parameter in parameters)
+    return whole and multi_tensor.fits(parameters) and all(value.dtype == torch.float32 for value in parameters)

@@ -66,7 +66,7 @@ def make_optimizer(
     *,
     momentum: float | None = None,
     weight_decay: float | None = None,
-    betas: tuple[float, float] | None = None,
+    betas: Sequence[float] | None = None,
     eps: float | None = None,
 ) -> Optimizer:
     """An optimiser by its name, in the implementation that waits for nothing where there is one.
@@ -95,7 +95,7 @@ def make_optimizer(
         return FusedSGD(params, rate, velocity or 0.0, weight_decay=decay, nesterov=bool(velocity))
     options: dict[str, Any] = {"lr": rate, "weight_decay": decay}
     if betas is not None:
-        options["betas"] = betas
+        options["betas"] = tuple(betas)
     if eps is not None:
         options["eps"] = eps
     if kind.momentum is not None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from datetime import datetime
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from immunity_fast.data.datasets import ImageDataset, load
+from immunity_fast.data.datasets import LISTED, ImageDataset, load
 from immunity_fast.experts import NAMES, create, title
 from immunity_fast.experts.registry import check_trusted, counted, file_title, split_names
 from immunity_fast.experts.stems import chosen_stem
@@ -30,10 +31,12 @@ from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
 
 # Settings that may differ when a run goes on: where, and by which of several exact ways.
-CHANGEABLE_ON_RESUME = ("data", "device", "compile", "batching", "double_backprop", "profile")
+CHANGEABLE_ON_RESUME = ("data", "stream", "workers", "device", "compile", "batching", "double_backprop", "profile")
 # Those that may differ as well once the loss has diverged: without it, no run could ever go on from there.
 CHANGEABLE_AFTER_DIVERGENCE = ("lr", "clip_grad_norm")
-MEMORY_ADVICE = "a smaller --batch-size, fewer --experts, a smaller --arch or smaller images"
+MEMORY_ADVICE = (
+    "a smaller --batch-size, fewer --experts, a smaller --arch, smaller images, --stream on or fewer --workers"
+)
 
 
 class Start(NamedTuple):
@@ -53,7 +56,8 @@ def begin(config: TrainConfig, out: Path | None = None) -> Start:
 
     Args:
         config: its settings.
-        out: its folder; None is one that is named after the settings and the time, in runs/.
+        out: its folder; None is one that is named after the settings and the time, in runs/. With the run of a process
+            that torchrun has started again, it goes on.
 
     Raises:
         ValueError: settings that do not go together.
@@ -63,9 +67,16 @@ def begin(config: TrainConfig, out: Path | None = None) -> Start:
         raise ValueError("--flip on: a mirrored digit is another sign; leave it out for --dataset digits")
     if out is None:
         out = Run.free_name(Path("runs") / f"{default_name(config)}{datetime.now():%Y%m%d-%H%M%S}")
+    elif restarted() and Run(out).config_file.is_file() and Run(out).config() == config:
+        return Start(out, True, config)
     else:
         Run.check_free(out)
     return Start(out, False, config)
+
+
+def restarted() -> bool:
+    """Whether torchrun has started these processes again, with the words of the first time, after one had failed."""
+    return (os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0") != "0"
 
 
 def go_on(folder: Path, changes: Mapping[str, Any], *, trust_code: bool = False) -> Start:
@@ -120,38 +131,76 @@ def prepare(
     device = cli.pick_device(config.device)
     if dataset is None:
         check_data(config.dataset, config.data)
-        if config.dataset == "folder" and config.image_size is not None:  # before all images are made so large
+        if config.dataset in LISTED and config.image_size is not None:  # before all images are made so large
             check_trainable(config, (config.image_size, config.image_size), 2, 2, device)
-        with distributed.first_of_all():  # a data set that is missing is downloaded once
-            dataset = load(config.dataset, config.data, limit_train=config.limit_train, image_size=config.image_size)
+        # A data set that is missing is downloaded once, and once more on each machine that does not see that.
+        with distributed.together(), distributed.first_of_all():
+            dataset = load_data(config, device)
+    if dataset.channels != config.channels:  # of a data set of the user's, which is as it is
+        config = dataclasses.replace(config, channels=dataset.channels)
     if model is None:
-        check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
+        with distributed.together():  # one machine may have less memory than another
+            check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
     set_float32(config.float32)
     run = None if folder is None else Run(folder)
     # A run that was killed before its first checkpoint begins anew.
-    fresh = run is None or not (resume and run.checkpoint.is_file())
+    last = None if run is None or not resume else distributed.of_first(run.last_checkpoint)
+    fresh = last is None
     tracebacks = None if run is None else run.tracebacks
     state = TrainingState(config, dataset, device, log, tracebacks, fresh=fresh, model=model)
     if folder is None or run is None:
         return state, None
+    first = distributed.rank() == 0  # which alone has to see the run's folder
     if not resume:
-        if distributed.rank():
-            return state, run
-        return state, Run.create(folder, config, numbered=is_default(folder, config))
-    run = Run.open(folder)
-    if run.checkpoint.is_file():
-        state.load(run.checkpoint)
+        with distributed.together():
+            if first:
+                run = Run.create(folder, config, numbered=is_default(folder, config))
+        return state, Run(distributed.of_first(run.folder))
+    with distributed.together():
+        if first:
+            Run.open(folder)
+    if last is not None:
+        state.load(last)
         state.saved_step = state.step
-        wrong = not_finite(state.tensors())
+        wrong = distributed.first_of_any(not_finite(state.tensors()))
         if wrong is not None:  # momentum and averages too: from these the next step would make the same of the weights
             raise ValueError(
-                f"{run.checkpoint}: holds weights that are NaN or infinite, from which nothing can go on "
+                f"{last}: holds weights that are NaN or infinite, from which nothing can go on "
                 f"({wrong}); begin a new run, with a smaller --lr"
             )
-    run.check_goes_on(state.epoch)
-    state.history = run.metrics()[: state.epoch]
-    save_changed_settings(run, config)
+    with distributed.together():
+        if first:
+            run.check_goes_on(state.epoch)
+            state.history = run.metrics()[: state.epoch]
+            save_changed_settings(run, config)
+    state.history = distributed.of_first(state.history)
     return state, run
+
+
+def load_data(config: TrainConfig, device: torch.device, data: str | None = None) -> ImageDataset:
+    """The data set of some settings, on the CPU, or streamed; where it was a choice, a line says which.
+
+    Args:
+        config: the settings.
+        device: where it will be used.
+        data: where it lies now; None is where the settings say.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: see `datasets.load`; a setting that is wrong is called as its option.
+    """
+    names = ("limit_train", "image_size", "channels", "ignore_index", "stream")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    options["workers"] = config.worker_processes
+    try:
+        dataset = load(config.dataset, data or config.data, device=device, **options)
+    except ValueError as error:
+        name, _, rest = str(error).partition(": ")
+        if name not in options:
+            raise
+        raise ValueError(f"--{name.replace('_', '-')}: {rest}") from error
+    for note in dataset.notes if distributed.rank() == 0 else ():
+        cli.console.print(note)
+    return dataset
 
 
 def save_changed_settings(run: Run, config: TrainConfig) -> None:
@@ -162,7 +211,7 @@ def save_changed_settings(run: Run, config: TrainConfig) -> None:
         for name in CHANGEABLE_AFTER_DIVERGENCE
         if getattr(config, name) != getattr(begun, name)
     }
-    if changed and distributed.rank() == 0:
+    if changed:
         now = dataclasses.replace(begun, **changed)
         write_atomically(run.config_file, json.dumps(now.to_json(), indent=2).encode())
         run.diverged.unlink(missing_ok=True)
@@ -194,7 +243,7 @@ def check_trainable(
     # Weights, their gradients and what the optimiser keeps of them, in float32; and half of what the layers put out,
     # which is kept for the backward pass, in half precision at least.
     kept = len([name for name in KINDS[config.optimizer].state if name not in NUMBERS])
-    size = 4 * (2 + kept) * weights + values / distributed.count()
+    size = 4 * (2 + kept) * weights / (distributed.count() if config.shard else 1) + values / distributed.count()
     what = f"{title(config.arch, config.experts)}, {batch} images of {height}×{width} a step,"
     check_fits(size, device, what, MEMORY_ADVICE)
 
@@ -221,22 +270,23 @@ def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_class
 
     stem = chosen_stem(config.stem, image_size)
     try:
-        expert = outline(name, num_classes, image_size, stem).train()
+        expert = outline(name, num_classes, image_size, stem, config.channels).train()
         for module in expert.modules():
             if not list(module.children()):
                 module.register_forward_hook(count)
         try:
-            output = expert(torch.empty(batch, 3, height, width, device="meta"))
+            output = expert(torch.empty(batch, config.channels, height, width, device="meta"))
         except Exception:  # whatever its code makes of tensors without values
             if name in NAMES or name.startswith("{"):
                 raise
             # Two images, for BatchNorm's sake, stand for the others.
-            values, expert = 0, create(name, num_classes, stem=stem, image_size=image_size).train()
+            values = 0
+            expert = create(name, num_classes, stem=stem, image_size=image_size, channels=config.channels).train()
             for module in expert.modules():
                 if not list(module.children()):
                     module.register_forward_hook(count)
             with torch.no_grad():
-                output = expert(torch.zeros(min(batch, 2), 3, height, width))
+                output = expert(torch.zeros(min(batch, 2), config.channels, height, width))
             values = values * batch // min(batch, 2)
     except ModuleNotFoundError:
         raise
@@ -244,8 +294,10 @@ def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_class
         if out_of_memory(error) is not None:
             raise
         reason = " ".join(str(error).split())
+        depth = "" if config.channels == 3 else f"{config.channels} × "
         raise ValueError(
-            f"--arch {title(name)}: cannot be trained on images of {height}×{width}, {batch} at a time ({reason})"
+            f"--arch {title(name)}: cannot be trained on images of {depth}{height}×{width}, {batch} at a time "
+            f"({reason})"
         ) from error
     logits = logits_of(output)
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or logits.shape[1] != num_classes:

@@ -5,13 +5,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from immunity_fast.attacks import Model
-from immunity_fast.data.datasets import ImageDataset, load
+from immunity_fast.data.datasets import LISTED, ImageDataset, Stream, load
 from immunity_fast.data.sampling import EVALUATION_BATCH, attack_batch
+from immunity_fast.data.streaming import Workers
 from immunity_fast.evaluation.pipeline import evaluate
 from immunity_fast.evaluation.report import About, Outputs
 from immunity_fast.evaluation.results import Results
@@ -25,12 +26,13 @@ from immunity_fast.runtime.compilation import Compile, Compiled, at_size, keep_c
 from immunity_fast.runtime.modes import frozen
 from immunity_fast.training.checkpoint import check_classes, load_info, load_model, model_file, not_finite, same_weights
 from immunity_fast.training.config import TrainConfig, check_data
+from immunity_fast.training.preparation import load_data
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
 
 DRAWS = 20  # of a gate, for EOT
 IMAGES = 1000  # that are attacked of a network that has no run, and so no setting of one
-MEMORY_ADVICE = "another --device, fewer --draws, or smaller networks"
+MEMORY_ADVICE = "--stream on, fewer --workers, another --device, fewer --draws, or smaller networks"
 WhichCheckpoint = Literal["best", "last"]
 
 # What a training run ends with: minutes on a CPU. The command finds out more.
@@ -52,6 +54,9 @@ def evaluate_named(
     dataset: str | None = None,
     data: str | None = None,
     image_size: int | None = None,
+    channels: int | None = None,
+    stream: Stream | None = None,
+    workers: Workers | None = None,
     transfer_from: Path | None = None,
     checkpoint: WhichCheckpoint | None = None,
     out: Path | None = None,
@@ -65,8 +70,9 @@ def evaluate_named(
         place: a run's folder, or a network as module.path:callable.
         settings: what is to be found out.
         device: where.
-        dataset, image_size: of a network; a run has its own.
+        dataset, image_size, channels: of a network; a run has its own.
         data: where the data set lies; None is where the run has it, or the data set's default.
+        stream, workers: see `datasets.load`; None is as a run was trained, or "auto".
         transfer_from, out, again: see `evaluate_folder`.
         checkpoint, compile: of a run; see `evaluate_folder`.
         trust_code: of a run and of `transfer_from`; see `evaluate_folder`.
@@ -75,6 +81,7 @@ def evaluate_named(
         ValueError, OSError, ModuleNotFoundError: what was given is wrong; one clear line.
     """
     check_whole("image_size", image_size, 1)
+    check_whole("channels", channels, 1)
     settings.check_installed()
     if names_callable(place):
         for name, value in (("dataset", dataset), ("out", out)):
@@ -83,12 +90,23 @@ def evaluate_named(
         assert dataset is not None
         assert out is not None
         check_data(dataset, data)
-        images = load(dataset, data, image_size=image_size).to(device)
+        images = load(
+            dataset,
+            data,
+            image_size=image_size,
+            channels=3 if channels is None else channels,
+            stream=stream or "auto",
+            workers="auto" if workers is None else workers,
+            device=device,
+        )
+        for note in images.notes:
+            cli.console.print(note)
+        images = images.to(device)
         evaluate_callable(
             place, images, settings, device, out, transfer_from=transfer_from, again=again, trust_code=trust_code
         )
         return
-    for name, given in (("dataset", dataset), ("image_size", image_size)):
+    for name, given in (("dataset", dataset), ("image_size", image_size), ("channels", channels)):
         if given is not None:
             if not Path(place).exists():
                 raise FileNotFoundError(f"{place}: there is no such run; a network is named as module.path:callable")
@@ -98,6 +116,8 @@ def evaluate_named(
         settings,
         device,
         data=data,
+        stream=stream,
+        workers=workers,
         transfer_from=transfer_from,
         checkpoint=checkpoint,
         out=out,
@@ -136,7 +156,7 @@ def evaluate_callable(
     Raises:
         ValueError, OSError: what was given is wrong; one clear line.
     """
-    model = load_callable(place, dataset.num_classes)
+    model = load_callable(place, dataset.num_classes, dataset.channels)
     if isinstance(model, torch.nn.Module):
         model.to(device)
     other = None if transfer_from is None else load_other(transfer_from, None, model, dataset, device, trust_code)
@@ -146,7 +166,14 @@ def evaluate_callable(
         target = MixtureTarget(model, dataset.num_classes, draws=settings.draws or DRAWS, transfer=transfer)
     else:
         target = NetworkTarget(model, dataset.num_classes, name=place, draws=settings.draws, transfer=transfer)
-    plan = settings.plan(target.attackers, dataset.image_size, images=IMAGES, seed=0, chunk=attack_batch(device))
+    plan = settings.plan(
+        target.attackers,
+        dataset.image_size,
+        images=IMAGES,
+        seed=0,
+        chunk=attack_batch(device),
+        channels=dataset.channels,
+    )
     about = About(
         title=f"{place} on {dataset.name}",
         lead=f"{place}, judged on {len(dataset.test):,} test images.",
@@ -164,10 +191,10 @@ def other_size_named(dataset: ImageDataset) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if dataset.name != "folder" or "expected a network that takes images" not in str(error):
+        if dataset.name not in LISTED or "expected a network that takes images" not in str(error):
             raise
         said = str(error).removeprefix("model: ")
-        raise ValueError(f"model: {said}; or --image-size N brings the images of a folder to N×N pixels") from error
+        raise ValueError(f"model: {said}; or --image-size N brings all images to N×N pixels") from error
 
 
 @cli.enough_memory(MEMORY_ADVICE)
@@ -177,6 +204,8 @@ def evaluate_folder(
     device: torch.device,
     *,
     data: str | None = None,
+    stream: Stream | None = None,
+    workers: Workers | None = None,
     transfer_from: Path | None = None,
     checkpoint: WhichCheckpoint | None = None,
     out: Path | None = None,
@@ -191,6 +220,7 @@ def evaluate_folder(
         settings: what is to be found out.
         device: where.
         data: where the data set lies now; None is where it lay.
+        stream, workers: how its images are read now; None is as they were read in training.
         transfer_from: another run, whose adversarial images are tried on this one.
         checkpoint: whose model; None is the best, where there is one.
         out: the folder that is written to; None is the run's.
@@ -203,9 +233,9 @@ def evaluate_folder(
     """
     run = Run.open(folder)
     config = run.config()
-    dataset = load(
-        config.dataset, data or config.data, limit_train=config.limit_train, image_size=config.image_size
-    ).to(device)
+    changes: dict[str, Any] = {"stream": stream, "workers": workers}
+    config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+    dataset = load_data(config, device, data).to(device)
     file = model_file({None: run.folder, "best": run.best_checkpoint, "last": run.checkpoint}[checkpoint])
     model = load_trained(run, config, file, dataset, device, trust_code)
     transfer = None if transfer_from is None else load_other(transfer_from, folder, model, dataset, device, trust_code)
@@ -225,6 +255,7 @@ def evaluate_folder(
         images=config.attack_images,
         seed=config.seed,
         chunk=attack_batch(device),
+        channels=dataset.channels,
     )
     with broken_weights_named(model, file):
         evaluate_run(run, target, dataset, config, plan, outputs_in(folder, again))
@@ -256,7 +287,7 @@ def load_trained(
     trained = run.epochs_trained()
     if (info["model"]["arch"], info["model"]["num_experts"]) != (config.arch, config.experts):
         raise ValueError(f"{file}: of another run: {info['model']}")
-    if info["model"]["num_classes"] != dataset.num_classes or info.get("data") != dataset.fingerprint():
+    if info["model"]["num_classes"] != dataset.num_classes or not dataset.is_of(info.get("data"), info.get("listing")):
         if info.get("data") != load_info(run.checkpoint)["data"]:
             raise ValueError(f"{file}: of another run, which was trained on other data")
         raise ValueError(f"data: expected those that {run.folder} was trained on, got others")
@@ -296,6 +327,11 @@ def load_other(
             raise ValueError(
                 f"{place}: it was trained on {config.dataset}, whose classes are not those of {dataset.name}"
             )
+    channels = info["model"].get("channels", 3)
+    if channels != dataset.channels:
+        raise ValueError(
+            f"{place}: it was trained on images of {channels} channels, and these data have {dataset.channels}"
+        )
     classes = info["model"]["num_classes"]
     if classes != dataset.num_classes:
         raise ValueError(f"{place}: it was trained on {classes} classes, and these data have {dataset.num_classes}")

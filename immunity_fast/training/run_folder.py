@@ -17,6 +17,7 @@ from immunity_fast.runtime.files import append_line, is_number, locked_folder, p
 from immunity_fast.training.checkpoint import BEST, LAST, load_info
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.optimizers import KINDS
+from immunity_fast.training.shards import REST, newest
 
 # What entries of a record were called in earlier versions, and are now.
 RENAMED = {"val_accuracy_switching": "val_accuracy_sample"}
@@ -39,6 +40,21 @@ class Run:
         self.profile = folder / "profile"
         self.diverged = folder / "diverged.json"  # where a run's loss is no number, which then is no record's
         self.tracebacks = folder / TRACEBACKS
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """What a training goes on from: a file, or a folder of shards; None where there is none yet."""
+        shards = newest(self.folder)
+        return shards if shards is not None else self.checkpoint if self.checkpoint.is_file() else None
+
+    def _last_info(self) -> dict[str, Any]:
+        """What the last checkpoint says of the run.
+
+        Raises:
+            ValueError, OSError: it cannot be read, or there is none.
+        """
+        last = self.last_checkpoint
+        return load_info(last / REST if last is not None and last.is_dir() else self.checkpoint)
 
     @property
     def resume_command(self) -> str:
@@ -187,7 +203,7 @@ class Run:
         records = len(self.metrics())
         trained = [self.metrics_file] * bool(records)
         trained += [file for file in (self.best_checkpoint, self.results_file, self.report) if file.exists()]
-        if not self.checkpoint.is_file() and trained:
+        if self.last_checkpoint is None and trained:
             left = trained[0]
             raise ValueError(
                 f"{self.checkpoint}: there is no such checkpoint, although {left} shows that the run was trained; "
@@ -201,7 +217,7 @@ class Run:
 
     def has_ended(self, epochs: int) -> bool:
         """Whether so many epochs are all of the run's: as many as it was to have, or it was stopped early."""
-        return epochs >= self.config().epochs or "stopped" in load_info(self.checkpoint)
+        return epochs >= self.config().epochs or "stopped" in self._last_info()
 
     def check_ended(self, epochs: int, place: object = None) -> None:
         """Check that so many epochs are all of the run's.
@@ -221,7 +237,7 @@ class Run:
         Raises:
             ValueError, OSError: settings or checkpoint cannot be read, or do not go together.
         """
-        config, info = self.config(), load_info(self.checkpoint)
+        config, info = self.config(), self._last_info()
         if (info["model"]["arch"], info["model"]["num_experts"]) != (config.arch, config.experts):
             raise ValueError(f"{self.checkpoint}: of another run: {info['model']}")
         if not info["epoch"] <= min(config.epochs, info["step"]):

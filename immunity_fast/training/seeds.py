@@ -59,6 +59,10 @@ class SeedSet(Start):
         made.seeds, made.trust_code = tuple(seeds), trust_code
         return made
 
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """For pickle, by which the first of several processes tells the others."""
+        return (*self, self.seeds, self.trust_code)
+
     def run(self, seed: int) -> Run:
         """The run of a seed, whether it is there or not."""
         return Run(self.folder / f"seed-{seed}")

@@ -7,8 +7,9 @@ import torch
 from immunity_fast.experts import WITH_STEMS, split_names, title
 from immunity_fast.experts.registry import repeated
 from immunity_fast.runtime import cli, distributed, interrupts
-from immunity_fast.runtime.failures import one_line, traceback_note
+from immunity_fast.runtime.failures import in_units, one_line, traceback_note
 from immunity_fast.runtime.modes import evaluating
+from immunity_fast.runtime.sharding import local
 from immunity_fast.training.preparation import MEMORY_ADVICE, Start
 from immunity_fast.training.run_evaluation import evaluate_trained
 from immunity_fast.training.run_folder import Run
@@ -45,11 +46,10 @@ def fit(start: Start) -> tuple[TrainingState, Run] | None:
         with cli.input_errors():
             state, run = trainer.prepare(held, resume=start.resume)
         assert run is not None
-        if distributed.rank() == 0:
-            say_what_is_trained(state, run)
+        say_what_is_trained(state, run)
         try:
             trainer.train()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise cli.InputError(f"training stopped: {one_line(error)}; go on with: {run.resume_command}") from error
         return (state, run) if distributed.rank() == 0 else None
 
@@ -57,16 +57,23 @@ def fit(start: Start) -> tuple[TrainingState, Run] | None:
 def say_what_is_trained(state: TrainingState, run: Run) -> None:
     """A line on the experts, the data, the device and the folder; on their weights, stages, and where a run goes on."""
     config, dataset = state.config, state.dataset
+    # Of a model in shards each process has a part, and all are asked.
+    looks = stage_line(state) if config.experts > 1 and (config.shard or distributed.rank() == 0) else None
+    if distributed.rank():
+        return
     where = f"{state.device}" + (f" × {distributed.count()}" if distributed.count() > 1 else "")
     what = title(config.arch, config.experts) if config.experts > 1 else f"1 × {title(config.arch)}"
+    depth = {1: ", grey", 3: ""}.get(dataset.channels, f" of {dataset.channels} channels")
     cli.console.print(
-        f"{what} on {config.dataset}: {len(dataset.train):,} training, "
-        f"{len(dataset.validation):,} validation, {len(dataset.test):,} test images; {where}; {run.folder}"
+        f"{what} on {config.dataset}: {len(dataset.train):,} training, {len(dataset.validation):,} validation, "
+        f"{len(dataset.test):,} test images{depth}; {where}; {run.folder}"
     )
     for line in (*stem_lines(state), *state.beginning.lines):
         cli.console.print(line)
-    if config.experts > 1:
-        cli.console.print(stage_line(state))
+    if looks is not None:
+        cli.console.print(looks)
+    if config.shard:
+        cli.console.print(shard_line(state))
     if state.epoch or state.loader.position:
         cli.console.print(f"going on after epoch {state.epoch}, step {state.step}")
 
@@ -74,7 +81,7 @@ def say_what_is_trained(state: TrainingState, run: Run) -> None:
 def stage_line(state: TrainingState) -> str:
     """Where Grad-CAM looks in each architecture, and how large its maps are there."""
     config, model = state.config, state.model
-    image = torch.zeros(1, 3, *state.dataset.image_size, device=state.device)
+    image = torch.zeros(1, state.dataset.channels, *state.dataset.image_size, device=state.device)
     with evaluating(model), torch.no_grad(), model.gate.switched("off"):
         maps = model.expert_outputs(image)[1]
     stages = (model.stage,) * config.experts if isinstance(model.stage, str) else model.stage
@@ -86,6 +93,16 @@ def stage_line(state: TrainingState) -> str:
     several = len(set(names)) > 1
     places = [f"{place} in {title(name)}" if several else place for (name, _), place in seen.items()]
     return f"Grad-CAM looks at {', '.join(places)}"
+
+
+def shard_line(state: TrainingState) -> str:
+    """How much of the weights this process has."""
+    parameters = list(state.model.parameters())
+    own = sum(local(value).numel() * value.element_size() for value in parameters)
+    size = sum(value.numel() * value.element_size() for value in parameters)
+    count = distributed.count()
+    where = f"in shards over {count} processes" if count > 1 else "in one process, whole"
+    return f"weights lie {where}: {in_units(own)} of {in_units(size)} in each"
 
 
 def stem_lines(state: TrainingState) -> list[str]:

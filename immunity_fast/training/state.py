@@ -1,20 +1,23 @@
 """A training run in memory: what it consists of, and how all of it is saved and taken up again."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from immunity_fast.data.datasets import ImageDataset
+from immunity_fast.data.datasets import STATISTICS_IMAGES, AnySplit, ImageDataset
 from immunity_fast.data.loader import Batch, TrainLoader
-from immunity_fast.data.sampling import EVALUATION_BATCH
+from immunity_fast.data.mixing import Mixer
+from immunity_fast.data.sampling import EVALUATION_BATCH, sample_order
+from immunity_fast.data.streaming import StreamedSplit
 from immunity_fast.experts import WITH_STEMS, split_names
 from immunity_fast.experts.stems import chosen_stem
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime import distributed
-from immunity_fast.runtime.compilation import Compiled, Log, at_size, resolve
+from immunity_fast.runtime.compilation import Compile, Compiled, Log, at_size, resolve
 from immunity_fast.runtime.files import abbreviated
 from immunity_fast.runtime.strategies import Strategy, fastest
 from immunity_fast.training.adversarial import InnerAttack
@@ -35,9 +38,12 @@ from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.decay import parameter_groups
 from immunity_fast.training.ema import WeightAverage
 from immunity_fast.training.optimizers import make_optimizer, possible_state
+from immunity_fast.training.sharding import shard
+from immunity_fast.training.shards import REST, load_shards, outline
 from immunity_fast.training.step import MEASURED, TrainStep
 
 CUDA_STATE = 16  # bytes of a GPU's generator
+IN_SHARDS = ("model", "ema", "optimizer")  # what names of tensors begin with
 
 
 class TrainingState:
@@ -75,6 +81,7 @@ class TrainingState:
     ) -> None:
         self.config = config
         self.device = device
+        dataset = dataset.labelled(config.ignore_index)
         self.dataset = dataset.to(device)
         torch.manual_seed(config.seed)
         self.description = {
@@ -87,16 +94,26 @@ class TrainingState:
         stem = chosen_stem(config.stem, dataset.image_size)
         if stem != "cifar" and any(name in WITH_STEMS for name in split_names(config.arch)):
             self.description["stem"] = stem
+        if dataset.channels != 3:
+            self.description["channels"] = dataset.channels
         self.loader = self._new_loader()
+        self.mixer = Mixer(config.mixup, config.cutmix, dataset.image_size, -1 - config.seed)
         self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
         compiled = resolve(config.compile, device) != "off"
         strategy = fastest(device.type, config.arch, config.epochs * len(self.loader) if compiled else None)
-        self.model = self._new_model(strategy, dataset) if model is None else model.to(device)
-        self.beginning = begin(self.model, config) if fresh else Beginning(None, [])
+        with distributed.together():  # a file of weights may be missing on one machine
+            self.model = self._new_model(strategy, dataset) if model is None else model
+            self.beginning = begin(self.model, config) if fresh else Beginning(None, [])
+        if config.shard:
+            self.model.list_experts_()  # in one process, too: a run has one kind of checkpoint
+            if distributed.count() > 1:
+                shard(self.model, device=device)
+        self.model.to(device)
         if distributed.rank():  # whatever is random in a network: not the same in every process
             torch.manual_seed(config.seed + 3 + distributed.rank())
         group = distributed.group()
-        self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name)
+        weights = config.weights_of_classes(dataset.train.labels, dataset.num_classes)
+        self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name, weights).to(device)
         self.optimizer = make_optimizer(
             config.optimizer,
             parameter_groups(self.model, config.weight_decay, config.decay),
@@ -108,8 +125,13 @@ class TrainingState:
         self.learning_rate = config.learning_rate(self.steps_per_epoch)
         self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
         self.train_step = self._new_step(strategy, log, traceback_file)
-        self._expert_logits = Compiled(self.model.expert_logits, config.compile, device, log, traceback_file)
+        self._expert_logits = Compiled(self.model.expert_logits, self._compile, device, log, traceback_file)
         self.fingerprint = dataset.fingerprint()
+        distributed.check_same(
+            "--data",
+            self.fingerprint,
+            f"expected the same images and labels of {config.dataset} in all processes, got others",
+        )
         self.epoch = 0  # epochs finished
         self.history: list[dict[str, Any]] = []  # the records of these epochs
         self.stopped: str | None = None  # why training has ended before its last epoch, if it has
@@ -134,7 +156,7 @@ class TrainingState:
     def _new_model(self, strategy: Strategy, dataset: ImageDataset) -> ImmunityMoE:
         """The mixture, or the single network, with random weights; `dataset` is still where it was read."""
         config = self.config
-        mean, std = channel_statistics(dataset.train.images)
+        mean, std = channel_statistics(dataset.train)
         options: dict[str, Any] = {
             "batching": strategy.batching if config.batching == "auto" else config.batching,
             "mean": mean,
@@ -142,7 +164,12 @@ class TrainingState:
         }
         if config.experts > 1:
             options["generator"] = self.gate_generator
-        return described_model(self.description, **options).to(self.device)
+        return described_model(self.description, **options)
+
+    @property
+    def _compile(self) -> Compile:
+        """FSDP2's gathering is nothing to be compiled."""
+        return "off" if self.config.shard else self.config.compile
 
     def _new_step(self, strategy: Strategy, log: Log | None, traceback_file: Path | None) -> TrainStep:
         """What makes one step of a batch, with the attack in it where training is adversarial."""
@@ -153,7 +180,7 @@ class TrainingState:
                 self.model,
                 config.inner_attack,
                 amp=config.amp,
-                compile=config.compile,
+                compile=self._compile,
                 device=self.device,
                 log=log,
                 traceback_file=traceback_file,
@@ -165,7 +192,7 @@ class TrainingState:
             clip_grad_norm=config.clip_grad_norm,
             amp=config.amp,
             double_backprop=strategy.double_backprop if config.double_backprop == "auto" else config.double_backprop,
-            compile=config.compile,
+            compile=self._compile,
             log=log,
             traceback_file=traceback_file,
             attack=attack,
@@ -210,10 +237,15 @@ class TrainingState:
         count = min(accumulate, len(self.loader) - (number - index))  # an epoch's last step has what is left
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.step - 1)
-        measured = self.train_step(*batch, index=index, count=count)
+        mixing = self.mixer.draw()
+        if mixing is not None:
+            mixing = mixing.to(self.device, non_blocking=True)
+        measured = self.train_step(*batch, mixing, index=index, count=count)
         self.sums += measured
         if self.average is not None and index + 1 == count:
             self.average.update()
+        if count == 1:
+            return measured
         self._of_step = measured if index == 0 else self._of_step + measured
         return self._of_step / (index + 1)
 
@@ -229,6 +261,8 @@ class TrainingState:
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the rest of the run depends on, and is a tensor."""
         random = {"random/torch": torch.get_rng_state(), "random/gate": self.gate_generator.get_state()}
+        if self.mixer.active:
+            random["random/mixing"] = self.mixer.state()
         if self.device.type == "cuda":
             random["random/cuda"] = torch.cuda.get_rng_state(self.device)
         return {
@@ -246,6 +280,7 @@ class TrainingState:
         return {
             "model": self.description,
             "data": self.fingerprint,
+            **({} if self.dataset.listing is None else {"listing": self.dataset.listing}),
             "classes": list(self.dataset.classes),
             "epoch": self.epoch,
             "step": self.step,
@@ -261,12 +296,15 @@ class TrainingState:
         Raises:
             ValueError: it is not one that this run can have written.
         """
-        tensors, info = load_checkpoint(path)
+        shards = path.is_dir()
+        tensors, info = distributed.read_by_first(lambda: load_checkpoint(path / REST if shards else path))
         checked_info(path, info, "model", "data", "epoch", "step")
+        if shards:
+            tensors |= self._read_shards(path)
         load_module(path, self.model, under("model", tensors), "model/")
         if info["model"] != self.description:
             raise ValueError(f"{path}: expected a model {self.description}, got {info['model']}")
-        if info["data"] != self.fingerprint:
+        if not self.dataset.is_of(info["data"], info.get("listing")):
             raise ValueError(f"{path}: trained on other data than {self.config.dataset} as it is now")
         check_classes(path, info, self.dataset.classes)
         if "sums" not in tensors:
@@ -280,6 +318,8 @@ class TrainingState:
             self.train_step.scaler.load_state_dict({name: value.item() for name, value in scaler.items()})
         random = under("random", tensors)
         self.gate_generator.set_state(random["gate"])
+        if self.mixer.active:
+            self.mixer.load_state(random["mixing"])
         if distributed.rank():  # the states are those of the process that wrote them
             torch.manual_seed(self.config.seed + 3 + distributed.rank() + info["step"])
         else:
@@ -290,6 +330,26 @@ class TrainingState:
         self.epoch = info["epoch"]
         self.stopped = info.get("stopped")
         self.beginning = Beginning(info.get("weights"), [])
+
+    def shards(self) -> dict[str, Tensor]:
+        """Of `tensors` those that are in shards, where there are such, and what lies beside them in the modules."""
+        return {name: value for name, value in self.tensors().items() if name.split("/")[0] in IN_SHARDS}
+
+    def rest(self) -> dict[str, Tensor]:
+        """Of `tensors` all others."""
+        return {name: value for name, value in self.tensors().items() if name.split("/")[0] not in IN_SHARDS}
+
+    def _read_shards(self, folder: Path) -> dict[str, Tensor]:
+        """What a checkpoint has of `shards`, each process its part; what is none of this run's is without numbers."""
+        with distributed.together():
+            found = outline(folder)
+        own = self.shards()
+        possible = possible_state(self.optimizer, self._parameters())
+        own |= {f"optimizer/{name}": tensor for name, tensor in possible.items()}
+        alike = [name for name, value in found.items() if name in own and own[name].shape == value.shape]
+        filled = {name: torch.zeros_like(own[name]).detach() for name in alike if own[name].dtype == found[name].dtype}
+        load_shards(folder, filled)
+        return found | filled
 
     def _parameters(self) -> list[Tensor]:
         """In the order in which checkpoints number them, whatever the optimiser's groups."""
@@ -319,8 +379,9 @@ class TrainingState:
         if "random/cuda" in tensors:
             expected["random/cuda"] = of_gpu
         check_tensors(path, tensors, expected)
-        for name in ("random/torch", "random/gate", "loader/generator"):
-            check_generator_state(path, name, tensors[name])
+        for name in ("random/torch", "random/gate", "loader/generator", "random/mixing"):
+            if name in tensors:
+                check_generator_state(path, name, tensors[name])
         epoch, step, position = info["epoch"], info["step"], int(tensors["loader/position"])
         batches, epochs, accumulate = len(self.loader), self.config.epochs, self.config.accumulate
         whole = epoch <= epochs and 0 <= position < (batches if epoch < epochs else 1) and position % accumulate == 0
@@ -351,10 +412,25 @@ def check_generator_state(path: Path, name: str, state: Tensor) -> None:
         raise ValueError(f"{path}: {name} is no state of a generator (word {following} of 624, {left} left)")
 
 
-def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of uint8 images (n, 3, H, W), in units of [0, 1]."""
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
-    levels = torch.arange(256, dtype=torch.float64, device=images.device) / 255
+def channel_statistics(images: Tensor | AnySplit) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, in units of [0, 1].
+
+    Args:
+        images: uint8 (n, C, H, W), or a split; of a streamed one a fixed sample of at most `STATISTICS_IMAGES` is
+            looked at.
+    """
+    parts: Iterable[Tensor]
+    if isinstance(images, StreamedSplit):
+        parts = images.stream(torch.split(sample_order(images, STATISTICS_IMAGES), EVALUATION_BATCH))
+    else:
+        parts = [images if isinstance(images, Tensor) else images.images]
+    counts = torch.stack([_levels(part) for part in parts]).sum(0).double()
+    levels = torch.arange(256, dtype=torch.float64, device=counts.device) / 255
     mean = counts @ levels / counts.sum(1)
     variance = counts @ levels.square() / counts.sum(1) - mean.square()
     return mean.tolist(), variance.clamp_min(0).sqrt().clamp_min(1 / 255).tolist()
+
+
+def _levels(images: Tensor) -> Tensor:
+    """How often each channel has each value, int64 (C, 256)."""
+    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])

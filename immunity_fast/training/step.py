@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from immunity_fast.data.augmentation import apply_affine
+from immunity_fast.data.mixing import apply_mixing
 from immunity_fast.losses import Classification, FusedImmunityLoss
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.models.objective import loss_and_terms
@@ -23,6 +24,7 @@ from immunity_fast.models.stacking import channels_last_
 from immunity_fast.runtime import strategies
 from immunity_fast.runtime.compilation import Compile, Compiled, Log
 from immunity_fast.runtime.precision import Amp, autocast, begin_momentum, grad_scaler
+from immunity_fast.runtime.sharding import is_sharded
 from immunity_fast.runtime.strategies import DoubleBackprop
 from immunity_fast.training.adversarial import InnerAttack, trades_losses
 from immunity_fast.training.optimizer import FusedSGD
@@ -83,7 +85,7 @@ class TrainStep:
         compiled = partial(Compiled, choice=compile, device=device, log=log, traceback_file=traceback_file)
         self.objective = _Objective(model, loss_fn, amp, double_backprop, device, compiled, trades)
         self._forward: nn.Module = self.objective
-        if group is not None:
+        if group is not None and not is_sharded(model):  # whose backward pass averages gradients by itself
             self._forward = _distributed(self.objective, group)
         self._has_run_compiled = False
         optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -96,25 +98,32 @@ class TrainStep:
         return self.objective.function.active
 
     def __call__(
-        self, images: Tensor, labels: Tensor, affine: Tensor | None = None, *, index: int = 0, count: int = 1
+        self,
+        images: Tensor,
+        labels: Tensor,
+        affine: Tensor | None = None,
+        mixing: Tensor | None = None,
+        *,
+        index: int = 0,
+        count: int = 1,
     ) -> Tensor:
         """Update the model, in training mode; of several batches that make one update, behind the last.
 
         Args:
-            images: (B, 3, H, W) floating-point in [0, 1]; or uint8, where `affine` is given.
-            labels: (B,) integers.
+            images: (B, C, H, W) floating-point in [0, 1]; or uint8, where `affine` is given.
+            labels: (B,) integers, or (B, K) probabilities.
             affine: (5, B), of `augmentation.draw_affine`; None leaves the images as they are.
+            mixing: (6,), of `mixing.draw_mixing`, by which images are mixed then; None does not mix.
             index, count: this is batch 0..count−1 of so many, the mean of whose gradients makes one update.
 
         Returns:
             (4,) float64 on the model's device: what `MEASURED` names, of this batch, before the update.
         """
-        batch: tuple[Tensor | None, ...] = (images, labels, affine)
+        batch: tuple[Tensor | None, ...] = (images, labels, affine, mixing)
         if self.attack is not None:
-            if affine is not None:
-                images = apply_affine(images, affine)
+            images, labels = self.objective.augmented(images, labels, affine, mixing)
             clean = images if self.objective.trades_weight is not None else None
-            batch = (self.attack(images, labels), labels, None, clean)
+            batch = (self.attack(images, labels), labels, None, None, clean)
         backward = self._first_compiled_step if self.compiled and not self._has_run_compiled else self._backward
         measured = backward(batch, index, count)
         if index + 1 == count:
@@ -140,9 +149,12 @@ class TrainStep:
         """Add a batch's share of the gradient to that of the batches before it; between them processes do not meet."""
         if index == 0:
             self.optimizer.zero_grad(set_to_none=True)
-        alone = index + 1 < count and isinstance(self._forward, DistributedDataParallel)
-        with self._forward.no_sync() if alone else nullcontext():
-            loss, measured = self._forward(*batch)
+        forward: Any = self._forward
+        alone: AbstractContextManager[None] = nullcontext()
+        if index + 1 < count and isinstance(forward, DistributedDataParallel):
+            alone = forward.no_sync()
+        with alone:
+            loss, measured = forward(*batch)
             scaled = self.scaler.scale(loss)
             if self._share is None or self._share[1] != count or self._share[0].dtype != scaled.dtype:
                 self._share = torch.full_like(scaled, 1 / count), count
@@ -187,16 +199,30 @@ class _Objective(nn.Module):
         self.function = compiled(self._loss)
 
     def forward(
-        self, images: Tensor, labels: Tensor, affine: Tensor | None = None, clean: Tensor | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        affine: Tensor | None = None,
+        mixing: Tensor | None = None,
+        clean: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self.function(images, labels, affine, clean)
+        result: tuple[Tensor, Tensor] = self.function(images, labels, affine, mixing, clean)
         return result
 
-    def _loss(
-        self, images: Tensor, labels: Tensor, affine: Tensor | None, clean: Tensor | None
+    def augmented(
+        self, images: Tensor, labels: Tensor, affine: Tensor | None, mixing: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """Images and targets of a batch as they are learned from."""
         if affine is not None:
             images = apply_affine(images, affine)
+        if mixing is None:
+            return images, labels
+        return apply_mixing(images, labels, mixing, self.model.num_classes, self.loss_fn.ignore_index)
+
+    def _loss(
+        self, images: Tensor, labels: Tensor, affine: Tensor | None, mixing: Tensor | None, clean: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        images, labels = self.augmented(images, labels, affine, mixing)
         if self.device.type == "cuda":
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast(self.amp, self.device):
@@ -221,7 +247,7 @@ class _Objective(nn.Module):
         alpha = self.loss_fn.alpha if self.model.num_experts > 1 else 0.0
 
         def losses(logits: Tensor, gate: Tensor | None) -> Tensor:
-            return trades_losses(outputs, (logits, gate), labels, alpha, weight)
+            return trades_losses(outputs, (logits, gate), labels, alpha, weight, self.loss_fn.class_losses)
 
         return losses
 

@@ -82,8 +82,9 @@ class Trainer:
         if self.state is not None:
             return self.state, self.run
         main_process = distributed.rank() == 0
-        if resume and folder is not None and main_process:
-            held.enter_context(Run(folder).locked())
+        with distributed.together():
+            if resume and folder is not None and main_process:
+                held.enter_context(Run(folder).locked())
         self.state, self.run = prepare(
             folder,
             resume,
@@ -92,8 +93,9 @@ class Trainer:
             model=self._model,
             log=cli.console.print if self.progress else None,
         )
-        if not resume and self.run is not None and main_process:
-            held.enter_context(self.run.locked())
+        with distributed.together():
+            if not resume and self.run is not None and main_process:
+                held.enter_context(self.run.locked())
         return self.state, self.run
 
     def train(self) -> None:

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -75,9 +75,10 @@ def _validate(state: TrainingState) -> dict[str, Any]:
 def _checks(state: TrainingState) -> dict[str, Callable[[], dict[str, float]]]:
     """What is measured after an epoch, in order, each independent of whether the others can be."""
     config = state.config
-    checked = sample(state.dataset.validation, config.check_images)
+    # Read by the first check that needs them: an image that cannot be read costs that check alone.
+    checked = cache(lambda: sample(state.dataset.validation, config.check_images))
     checks: dict[str, Callable[[], dict[str, float]]] = {"accuracy": lambda: _accuracies(state)}
-    if len(checked):
+    if config.check_images and len(state.dataset.validation):
         starts = torch.Generator().manual_seed(config.seed)
         attacks = {"pgd10": Attack(config.eps, config.eps / 4, steps=10, random_start=True)}
         if config.adversarial != "off":  # against both, the collapse of single-step training shows
@@ -85,7 +86,7 @@ def _checks(state: TrainingState) -> dict[str, Callable[[], dict[str, float]]]:
         for name, attack in attacks.items():
             checks[name] = partial(_attacked_accuracy, state, name, attack, checked, starts)
         if state.model.num_experts > 1:
-            checks["heatmaps"] = lambda: _heatmaps(state, checked)
+            checks["heatmaps"] = lambda: _heatmaps(state, checked())
     return checks
 
 
@@ -107,9 +108,9 @@ def _accuracies(state: TrainingState) -> dict[str, float]:
 
 
 def _attacked_accuracy(
-    state: TrainingState, name: str, attack: Attack, checked: Split, starts: torch.Generator
+    state: TrainingState, name: str, attack: Attack, images_of: Callable[[], Split], starts: torch.Generator
 ) -> dict[str, float]:
-    model, survived = state.model, 0
+    model, survived, checked = state.model, 0, images_of()
 
     def mean_of_gate(images: Tensor) -> Tensor:
         return log_mixture(state.expert_logits(images))

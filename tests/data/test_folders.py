@@ -141,6 +141,15 @@ def test_images_without_class_folders_are_named(tmp_path: Path) -> None:
         list_folder(tmp_path)
 
 
+def test_a_split_without_class_folders_is_named(tmp_path: Path) -> None:
+    classes(tmp_path / "train")
+    touch(*(tmp_path / "val" / f"ILSVRC_{index}.JPEG" for index in range(3)))
+    with pytest.raises(
+        ValueError, match=r"val: expected the 2 classes .* \(passed over: 3 .jpeg in no class's folder\)"
+    ):
+        list_folder(tmp_path)
+
+
 def test_a_data_set_has_the_notes(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image", reason="the reader of images")
     classes(tmp_path)
@@ -148,5 +157,6 @@ def test_a_data_set_has_the_notes(tmp_path: Path) -> None:
         image.new("RGB", (4, 6), (number, 0, 0)).save(file)
     touch(tmp_path / "a" / "1.txt")
     dataset = load("folder", tmp_path)
-    assert dataset.notes == (f"{tmp_path}: passed over 1 .txt",)
+    kept = "10 images of 4×6 take 720 bytes decoded: kept in memory"
+    assert dataset.notes == (f"{tmp_path}: passed over 1 .txt", kept)
     assert dataset.to("cpu").notes == dataset.notes

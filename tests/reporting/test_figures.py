@@ -14,6 +14,7 @@ from torch import Tensor
 
 from immunity_fast.reporting.curves import PANELS, robustness_figure, training_curves
 from immunity_fast.reporting.heatmaps import attacked_heatmap_figure, heatmap_figure
+from immunity_fast.reporting.overlay import as_rgb, grey_of
 from immunity_fast.reporting.style import COLORS, drawable
 from tests import pictures
 from tests.pictures import assert_no_text_is_hidden, near, pixels
@@ -113,7 +114,7 @@ def test_labels_with_dollar_signs_and_long_labels_are_drawn(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("images", "heatmaps", "labels", "message"),
     [
-        ((2, 1, 8, 8), (3, 2, 8, 8), 2, r"images: expected shape \(n, 3, H, W\).*\(2, 1, 8, 8\)"),
+        ((2, 0, 8, 8), (3, 2, 8, 8), 2, r"images: expected shape \(n, C, H, W\).*\(2, 0, 8, 8\)"),
         ((0, 3, 8, 8), (3, 0, 8, 8), 0, r"images: .*\(0, 3, 8, 8\)"),
         ((2, 3, 8, 8), (3, 2, 4, 4), 2, r"heatmaps: expected shape \(N, 2, 8, 8\).*got \(3, 2, 4, 4\)"),
         ((2, 3, 8, 8), (0, 2, 8, 8), 2, r"heatmaps: .*got \(0, 2, 8, 8\)"),
@@ -360,7 +361,7 @@ def test_labels_of_attacked_images_may_be_any_text(tmp_path: Path, drawn: list[F
 @pytest.mark.parametrize(
     ("argument", "shape", "message"),
     [
-        (0, (2, 1, 8, 8), r"clean: expected shape \(n, 3, H, W\).*got \(2, 1, 8, 8\)"),
+        (0, (2, 0, 8, 8), r"clean: expected shape \(n, C, H, W\).*got \(2, 0, 8, 8\)"),
         (1, (1, 3, 8, 8), r"attacked: expected .* \(2, 3, 8, 8\), got \(1, 3, 8, 8\)"),
         (1, (2, 3, 8, 9), r"attacked: expected .*got \(2, 3, 8, 9\)"),
         (2, (3, 2, 4, 4), r"clean_heatmaps: expected shape \(N, 2, 8, 8\), N ≥ 1, to fit clean .*got \(3, 2, 4, 4\)"),
@@ -407,3 +408,12 @@ def test_a_font_with_the_characters_is_used_where_there_is_one(monkeypatch: pyte
     assert drawable([f"a{character}"]) == ([f"a{character}"], [*usual, name])
     monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if font.name != name])
     assert drawable([f"a{character}"]) == (["a□"], usual)
+
+
+def test_images_of_any_channels_are_shown() -> None:
+    values = np.random.default_rng(0).random((2, 5, 6, 4))
+    assert np.array_equal(as_rgb(values[..., :3]), values[..., :3])
+    for channels in (1, 2, 4):
+        mean = values[..., :channels].sum(-1) / channels
+        np.testing.assert_allclose(as_rgb(values[..., :channels]), np.stack([mean] * 3, -1), rtol=1e-14)
+        np.testing.assert_allclose(grey_of(as_rgb(values[..., :channels])), mean, rtol=1e-12)

@@ -404,7 +404,7 @@ def test_long_names_dollar_signs_and_many_experts_are_drawn(tmp_path: Path) -> N
     [
         ({"images": torch.zeros(3, 3, 12, 16)}, r"images: expected uint8 .* got float32 of shape \(3, 3, 12, 16\)"),
         ({"images": torch.zeros(0, 3, 12, 16, dtype=torch.uint8)}, r"images: .*none of them 0"),
-        ({"images": torch.zeros(3, 1, 12, 16, dtype=torch.uint8)}, r"images: .*\(3, 1, 12, 16\)"),
+        ({"images": torch.zeros(3, 0, 12, 16, dtype=torch.uint8)}, r"images: .*\(3, 0, 12, 16\)"),
         ({"labels": torch.zeros(2, dtype=torch.int64)}, r"labels: expected integers of shape \(3,\)"),
         ({"labels": torch.zeros(3)}, r"labels: .*got float32"),
         ({"labels": torch.tensor([0, 1, 3])}, r"labels: expected each in \[0, 3\).*got 0 to 3"),

@@ -171,15 +171,15 @@ def test_images_beyond_memory_are_refused_before_one_is_made(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = _photos(tmp_path / "photos")
-    monkeypatch.setattr("immunity_fast.data.readers.read_image", None)
+    monkeypatch.setattr("immunity_fast.data.streaming.read_image", None)
     if command == "train":
         arguments = ["--dataset", "folder", "--data", str(photos), "--image-size", "100000", "--device", "cpu"]
         line = error_line(capsys, train.main, [*arguments, "--out", str(tmp_path / "run")])
         assert "100000×100000" in line
         assert not (tmp_path / "run").exists()
     monkeypatch.setattr(memory, "total", lambda device: 10**6)
-    with pytest.raises(ValueError, match=r"^6 images of 1000×1000 pixels would take at least 17.2 MiB"):
-        load("folder", photos, image_size=1000)
+    with pytest.raises(ValueError, match=r"^8 images of 1000×1000 pixels would take at least 22.9 MiB"):
+        load("folder", photos, image_size=1000, stream="off")
 
 
 # What has run out of memory

@@ -115,6 +115,11 @@ EFFECTS: dict[str, Any] = {
     "smoothing": 0.3,
     "score": "probability",
     "detach_weights": True,
+    "label_smoothing": 0.2,
+    "class_weights": "1,2,0.5",
+    "ignore_index": 1,
+    "mixup": 0.4,
+    "cutmix": 1.0,
     "lr": 0.3,
     "momentum": 0.5,
     "accumulate": 2,
@@ -134,11 +139,12 @@ EFFECTS: dict[str, Any] = {
     "amp": "bf16",
 }
 NO_EFFECT: dict[str, Any] = {"check_images": 4, "attack_images": 3, "checkpoint_every": 1, "ema": 0.5, "profile": True}
-OF_IMAGES = {"preset", "dataset", "data", "image_size", "limit_train"}  # `_train` is given its images
+# `_train` is given its images.
+OF_IMAGES = {"preset", "dataset", "data", "image_size", "channels", "stream", "workers", "limit_train"}
 BEGINNING = {"stem", "weights", "perturbation"}  # with what networks begin: test_any_network.py
 # Of other optimisers and schedules than the default: test_optimizers.py, test_schedules.py
 OTHERS = {"betas", "optimizer_eps", "milestones", "lr_factor"}
-ALIKE = {"device", "compile", "batching", "double_backprop", "float32"}  # the same but for rounding
+ALIKE = {"device", "compile", "batching", "double_backprop", "float32", "shard"}  # the same but for rounding
 
 
 def test_of_every_setting_it_is_known_whether_it_has_an_effect() -> None:
@@ -278,6 +284,7 @@ def test_mutual_information_is_0_where_all_look_at_one_place() -> None:
     assert training_means(trainer)["mutual_information"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.usefixtures("whole_end")
 def test_a_run_folder_holds_what_the_command_promises(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
