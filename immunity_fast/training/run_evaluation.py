@@ -166,7 +166,14 @@ def evaluate_callable(
         target = MixtureTarget(model, dataset.num_classes, draws=settings.draws or DRAWS, transfer=transfer)
     else:
         target = NetworkTarget(model, dataset.num_classes, name=place, draws=settings.draws, transfer=transfer)
-    plan = settings.plan(target.attackers, dataset.image_size, images=IMAGES, seed=0, chunk=attack_batch(device))
+    plan = settings.plan(
+        target.attackers,
+        dataset.image_size,
+        images=IMAGES,
+        seed=0,
+        chunk=attack_batch(device),
+        channels=dataset.channels,
+    )
     about = About(
         title=f"{place} on {dataset.name}",
         lead=f"{place}, judged on {len(dataset.test):,} test images.",
@@ -248,6 +255,7 @@ def evaluate_folder(
         images=config.attack_images,
         seed=config.seed,
         chunk=attack_batch(device),
+        channels=dataset.channels,
     )
     with broken_weights_named(model, file):
         evaluate_run(run, target, dataset, config, plan, outputs_in(folder, again))

@@ -284,6 +284,7 @@ def test_mutual_information_is_0_where_all_look_at_one_place() -> None:
     assert training_means(trainer)["mutual_information"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.usefixtures("whole_end")
 def test_a_run_folder_holds_what_the_command_promises(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
