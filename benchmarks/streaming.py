@@ -2,7 +2,7 @@
 
     python -m benchmarks.streaming --out benchmarks/results/streaming_cpu.json
 
-The images are made for it: a folder of JPEGs of 224×224 pixels, about 15 KB each, of noise whose octaves fall off as
+The images are made for it: a folder of JPEGs of 224×224 pixels, about 10 KB each, of noise whose octaves fall off as
 those of photographs do. Each turn is an epoch in a process of its own, whose memory, with its workers', is looked at
 from outside. Nothing is trained: what is measured is how fast batches of uint8 (B, 3, 224, 224) come, shuffled, and how
 much of the processors that took, which on a machine with other work to do says more than the clock.
