@@ -81,7 +81,7 @@ def test_archives_are_streamed_by_their_index(
     dataset.reader.close()  # type: ignore[union-attr]
 
 
-def test_a_pattern_of_training_archives_alone_gives_up_a_test_split(tmp_path: Path) -> None:
+def test_training_archives_alone_give_up_a_test_split(tmp_path: Path) -> None:
     write_shards(tmp_path)
     for given in (str(tmp_path / "train-{000..001}.tar"), str(tmp_path / "train-*.tar")):
         dataset = load("webdataset", given, image_size=SIZE)
@@ -132,7 +132,7 @@ def test_samples_are_grouped_by_the_name_before_the_first_dot(tmp_path: Path) ->
     assert listed.train.source.name(3) == f"{file}: a.b/3"
 
 
-def test_archives_of_the_webdataset_library_are_read_as_it_reads_them(tmp_path: Path) -> None:
+def test_archives_are_read_as_the_webdataset_library_does(tmp_path: Path) -> None:
     library = pytest.importorskip("webdataset", reason="other people's reader and writer of archives")
     with library.TarWriter(str(tmp_path / "train-0.tar")) as writer:
         for number in range(9):
