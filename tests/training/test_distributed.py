@@ -18,12 +18,23 @@ from tests.processes import failing_after, launch
 from tests.small_runs import options, saved, trained, write_data
 from tests.wrapped import small_mixture
 
-# Double backprop, compiling, the kernels' backend.
+# Double backprop, compiling, the kernels' backend; weighted: labels of which more are missing in one process.
 CASES = grids.sampled(
-    ["reverse-off-torch", "forward-off-torch", "reverse-off-triton", "forward-off-triton", "reverse-on-torch"],
-    ordinary=lambda case: case in ("forward-off-torch", "reverse-off-triton", "reverse-on-torch"),
+    [
+        "reverse-off-torch",
+        "forward-off-torch",
+        "reverse-off-triton",
+        "forward-off-triton",
+        "reverse-on-torch",
+        "reverse-off-torch-weighted",
+        "forward-off-triton-weighted",
+        "soft-off-torch-weighted",
+    ],
+    ordinary=lambda case: case != "reverse-off-triton",
 )
 SIDE, SIZE = 10, (6, 7)  # of images, of heatmaps
+LABELS = [0, 1, 2, 0, 1, 2]
+MISSING = [0, -100, 2, -100, -100, 1]
 # Each process takes its half of the batch, and the first writes what came out. BatchNorm is in evaluation mode: in
 # training mode it would normalise with the statistics of half a batch. Compiled as a GPU has it, with `vmap`.
 WORKER = """
@@ -37,18 +48,20 @@ from tests.wrapped import small_mixture as mixture
 SIDE, SIZE = 10, (6, 7)
 real_compile = torch.compile
 torch.compile = lambda function, **_: real_compile(function, fullgraph=True, dynamic=False, backend="eager")
-def take(double_backprop, compile, backend):
+def take(double_backprop, compile, backend, targets=""):
     torch.manual_seed(0)
     model = mixture("vmap" if compile == "on" else "auto")
     model = (model if backend == "triton" else model.double()).eval()
     model.gate.switch = "off"
     group = distributed.group()
-    loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-2, size=SIZE, backend=backend, group_name=group.group_name)
-    step = TrainStep(
-        model, loss_fn, SGD(model.parameters(), 0.0), double_backprop=double_backprop, compile=compile, group=group
-    )
+    options = {"class_weights": [1.0, 3.0, 0.5], "label_smoothing": 0.1} if targets else {}
+    loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-2, size=SIZE, backend=backend, group_name=group.group_name, **options)
+    way = "reverse" if double_backprop == "soft" else double_backprop
+    step = TrainStep(model, loss_fn, SGD(model.parameters(), 0.0), double_backprop=way, compile=compile, group=group)
     images = torch.rand(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    labels = torch.tensor(MISSING if targets else LABELS)
+    if double_backprop == "soft":
+        labels = torch.where(labels[:, None] < 0, -100.0, torch.arange(18.0).view(6, 3).sin().softmax(-1))
     mine = slice(3 * distributed.rank(), 3 * distributed.rank() + 3)
     images = images.to(next(model.parameters()).dtype)
     measured = distributed.mean(step(images[mine], labels[mine]))
@@ -84,18 +97,24 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """Of each case that is asked for what was measured, and the gradients."""
     out = tmp_path_factory.mktemp("distributed") / "out.pt"
     items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
-    launch("-c", WORKER, str(out), *(item.callspec.params["case"] for item in items if "found" in item.fixturenames))
+    cases = {item.callspec.params["case"] for item in items if "case" in getattr(item, "fixturenames", ())}
+    cases.add("reverse-off-torch")  # which accumulates, too
+    launch("-c", f"{LABELS=}; {MISSING=}\n{WORKER}", str(out), *sorted(cases))
     return dict(torch.load(out))
 
 
-def _alone(dtype: torch.dtype) -> tuple[list[float], dict[str, torch.Tensor]]:
+def _alone(dtype: torch.dtype, case: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = small_mixture().to(dtype).eval()
     model.gate.switch = "off"
     images = torch.rand(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    weighted = "weighted" in case
+    labels = torch.tensor(MISSING if weighted else LABELS)
+    options: dict[str, Any] = {"class_weights": [1.0, 3.0, 0.5], "label_smoothing": 0.1} if weighted else {}
+    if "soft" in case:
+        labels = torch.where(labels[:, None] < 0, -100.0, torch.arange(18.0).view(6, 3).sin().softmax(-1))
     logits, activations, gate = model.expert_outputs(images)
-    loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-2, size=SIZE)
+    loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-2, size=SIZE, **options)
     loss, terms = loss_fn(logits, activations, labels, gate, return_terms=True)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -107,7 +126,7 @@ def _alone(dtype: torch.dtype) -> tuple[list[float], dict[str, torch.Tensor]]:
 def test_two_processes_are_one_with_the_joined_batch(found: dict[str, Any], case: str) -> None:
     measured, gradients = found[case]
     dtype, tolerance = (torch.float32, 1e-4) if "triton" in case else (torch.float64, 1e-9)
-    expected, wanted = _alone(dtype)
+    expected, wanted = _alone(dtype, case)
     assert dict(zip(MEASURED, measured.tolist(), strict=True)) == pytest.approx(
         dict(zip(MEASURED, expected, strict=True)), rel=tolerance
     )
