@@ -40,3 +40,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.small_runs import write_data
 
     return write_data(tmp_path_factory.mktemp("data") / "data.npz")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ends_of_runs_are_short() -> Iterator[None]:
+    """In this process; where figures and attacks are the matter, a test takes `whole_end`."""
+    from tests import sketches
+
+    with sketches.short():
+        yield
+
+
+@pytest.fixture
+def whole_end() -> Iterator[None]:
+    """What a trained run ends with is attacked and drawn as it is for a user."""
+    from tests import sketches
+
+    with sketches.whole():
+        yield

@@ -27,6 +27,7 @@ from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.preparation import Start
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
+from tests import sketches
 
 KEYS = [f"piece {number}" for number in range(12)]
 WORK = 0.001  # seconds
@@ -186,4 +187,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with sketches.short():
+        main()

@@ -21,7 +21,7 @@ from immunity_fast.functional import (
     mixture_cross_entropy,
     mixture_log_probabilities,
 )
-from tests import oracle
+from tests import grids, oracle
 from tests.oracle import assert_matches
 from tests.tensors import normal
 
@@ -170,7 +170,7 @@ def test_lists_of_tensors_give_what_stacked_tensors_give() -> None:
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("size", [None, (4, 3), (1, 2)])
+@pytest.mark.parametrize("size", [None, (3, 2), (1, 2)])
 def test_gradcheck_and_gradgradcheck_where_maps_are_positive(normalize: bool, size: tuple[int, int] | None) -> None:
     leaves = (normal(2, 2, 2, 2, 3).exp().requires_grad_(), normal(2, 2, 2, 2, 3, seed=1).exp().requires_grad_())
 
@@ -539,11 +539,17 @@ def test_one_tensor_that_stands_for_two_experts_is_named(how: str) -> None:
         function(list(maps), [slopes[0]] * 3)  # type: ignore[operator]  # gradients may agree
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-@pytest.mark.parametrize("summed", [True, False])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_maps_with_channels_last_are_those_with_channels_first(stacked: bool, summed: bool, backend: Any) -> None:
-    maps, slopes = normal(3, 2, 4, 5, 6, dtype=torch.float32), normal(3, 2, 4, 5, 6, seed=1, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("backend", "summed", "stacked"),
+    grids.grid(
+        ("torch", "triton"),
+        (True, False),
+        (True, False),
+        ordinary=lambda backend, summed, stacked: backend == "torch" or summed == stacked,
+    ),
+)
+def test_maps_with_channels_last_are_those_with_channels_first(backend: Any, summed: bool, stacked: bool) -> None:
+    maps, slopes = normal(3, 2, 4, 3, 4, dtype=torch.float32), normal(3, 2, 4, 3, 4, seed=1, dtype=torch.float32)
     gradients = slopes.sum((-2, -1)) if summed else slopes
     of_information, of_stability = normal(2, seed=2).float(), torch.tensor(0.3)
     found = []
@@ -554,7 +560,7 @@ def test_maps_with_channels_last_are_those_with_channels_first(stacked: bool, su
             leaves[1] = gradients.movedim(-3, -1).contiguous()
         inputs = [leaf.requires_grad_() for leaf in leaves]
         given = inputs if stacked else [list(leaf) for leaf in inputs]
-        options: Any = {"size": (7, 8), "backend": backend, "layout": layout}
+        options: Any = {"size": (4, 5), "backend": backend, "layout": layout}
         heatmaps = gradcam_heatmaps(*given, **options)
         information, stability = heatmap_losses(*given, **options)
         loss = (information * of_information).sum() + stability * of_stability

@@ -16,6 +16,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "image_size": (["64"], 64),
     "channels": (["1"], 1),
     "stream": (["off"], "off"),
+    "shard": ([], True),
     "workers": (["3"], 3),
     "limit_train": (["100"], 100),
     "arch": (["densenet121"], "densenet121"),

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
+from immunity_fast.runtime.strategies import Batching
 
 KINDS = ("chain", "whole", "different")
 SAMPLES = 6
@@ -41,6 +42,16 @@ def _chain() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(36, 3),
     )
+
+
+def small_mixture(batching: Batching = "auto") -> ImmunityMoE:
+    """Three experts with BatchNorm on both sides of the cut, for images of 10×10."""
+
+    def expert() -> nn.Sequential:
+        trunk = [nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Tanh()]
+        return nn.Sequential(*trunk, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+
+    return ImmunityMoE.from_experts([expert() for _ in range(3)], stage="2", image_size=10, batching=batching)
 
 
 def mixture(kind: str) -> ImmunityMoE:

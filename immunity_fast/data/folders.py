@@ -75,11 +75,8 @@ def list_folder(root: Path) -> Folder:
         _pass_over_beside(root, parts, passed_over)
         train = _classes(where, passed_over)
         validation, test = (
-            _classes(parts[name], passed_over) if name in parts else None for name in ("validation", "test")
+            _same_classes(parts[name], train, passed_over) if name in parts else None for name in ("validation", "test")
         )
-        for name, files in (("validation", validation), ("test", test)):
-            if files is not None:
-                _check_classes(parts[name], files, train)
     if len(train) < 2:
         raise ValueError(f"{where}: expected at least 2 class folders, got {len(train)}{_instead(passed_over)}")
     if test is None:
@@ -214,13 +211,24 @@ def _instead(passed_over: Counter[str]) -> str:
     return f" (passed over: {said(passed_over)})" if passed_over else ""
 
 
-def _check_classes(folder: Path, files: ClassFiles, train: ClassFiles) -> None:
+def _same_classes(folder: Path, train: ClassFiles, passed_over: Counter[str]) -> ClassFiles:
+    """The image files of each class of another split than `train`.
+
+    Raises:
+        ValueError: it has not the same classes, or one without an image.
+    """
+    inside: Counter[str] = Counter()
+    files = _classes(folder, inside)
     different = sorted(files.keys() ^ train.keys())
     if different:
         state = "none of" if different[0] in train else "also"
+        # ImageNet's validation images come in one folder.
+        why = "" if files else _instead(inside)
         raise ValueError(
-            f"{folder}: expected the {len(train)} classes of train, got {state} the class {different[0]!r}"
+            f"{folder}: expected the {len(train)} classes of train, got {state} the class {different[0]!r}{why}"
         )
+    passed_over.update(inside)
+    return files
 
 
 def _test_cut(root: Path, files: ClassFiles) -> tuple[ClassFiles, ClassFiles]:

@@ -33,6 +33,7 @@ IMAGE_EXTENSIONS = frozenset(
     | {".tga", ".tif", ".tiff", ".webp"}
 )
 _ORIENTATION = 0x0112  # EXIF's tag
+_WITH_ORIENTATION = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow looks for it
 # How a picture that is stored so is brought upright: members of Pillow's Transpose. 1 is upright.
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
@@ -198,6 +199,8 @@ def _upright(image: Any, pillow: Any) -> Any:
     image.load()
     if image.format == "TIFF":  # which Pillow has turned while it loaded, as an old one forgets to say
         return image
+    if image.info.keys().isdisjoint(_WITH_ORIENTATION) and not getattr(image, "_exif", None):  # saves some microseconds
+        return image
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # damaged EXIF, of a picture that is whole
@@ -220,7 +223,8 @@ def _converted(image: Any, channels: int, pillow: Any) -> Any:
         image = pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image)
     if channels == 1 and image.mode not in ("1", "L", "RGB", "RGBA"):
         image = image.convert("RGB")  # palettes, CMYK and others have no shorter way that is exact
-    return image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _deep(image: Any, pillow: Any) -> Any:

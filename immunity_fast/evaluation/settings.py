@@ -90,7 +90,14 @@ class EvaluationSettings:
                 check_installed(attack)
 
     def plan(
-        self, attackers: Sequence[str], image_size: tuple[int, int], *, images: int, seed: int, chunk: int
+        self,
+        attackers: Sequence[str],
+        image_size: tuple[int, int],
+        *,
+        images: int,
+        seed: int,
+        chunk: int,
+        channels: int = 3,
     ) -> Plan:
         """What these settings mean for a network.
 
@@ -100,6 +107,7 @@ class EvaluationSettings:
             images: how many are attacked where `limit` says nothing.
             seed: where `seed` says nothing.
             chunk: images at once.
+            channels: of the images.
 
         Raises:
             ValueError: the network has no such attacker, or no two images are as far apart as the radius.
@@ -118,7 +126,7 @@ class EvaluationSettings:
             chunk=chunk,
         )
         height, width = image_size
-        diagonal = math.sqrt(3 * height * width)
+        diagonal = math.sqrt(channels * height * width)
         if plan.norm == "L2" and plan.radius > diagonal:
             raise ValueError(
                 f"--eps: expected at most {diagonal:.4g}, as far as black is from white in L2 in images of "

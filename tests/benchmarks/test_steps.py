@@ -18,7 +18,9 @@ from tests.places import REPOSITORY
 CASE = StepCase("resnet8", None, 4, amp="off")
 
 
-@pytest.mark.parametrize("loss", [FULL, DETACHED, CROSS_ENTROPY])
+@pytest.mark.parametrize(
+    "loss", [FULL, *(pytest.param(loss, marks=pytest.mark.exhaustive) for loss in (DETACHED, CROSS_ENTROPY))]
+)
 def test_every_way_takes_the_naive_step(loss: str) -> None:
     """Compiled ways take minutes, and are checked when they are measured."""
     step, naive = CASE.naive_step(loss)

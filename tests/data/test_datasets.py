@@ -539,6 +539,21 @@ def test_folder_validation_is_the_one_that_is_there(tmp_path: Path) -> None:
     check_error(ValueError, [str(tmp_path), "got val and valid"], lambda: load("folder", tmp_path))
 
 
+def test_npz_names_in_any_capitalisation(tmp_path: Path) -> None:
+    content = arrays(val=4)
+    names = {"train": "Training", "val": "VALID", "test": "Test"}
+    renamed = {
+        f"{names[key[: key.index('_')]]}{key[key.index('_') :].title()}": value for key, value in content.items()
+    }
+    same, found = load("npz", write_npz(tmp_path, content)), load("npz", write_npz(tmp_path, renamed))
+    assert found.fingerprint() == same.fingerprint()
+    check_error(
+        ValueError,
+        ["it has Test_… and test_…, and one is enough"],
+        lambda: load("npz", write_npz(tmp_path, renamed | {"test_images": content["test_images"]})),
+    )
+
+
 NOT_UTF8 = pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere take UTF-8 alone")
 
 

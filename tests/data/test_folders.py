@@ -141,6 +141,15 @@ def test_images_without_class_folders_are_named(tmp_path: Path) -> None:
         list_folder(tmp_path)
 
 
+def test_a_split_without_class_folders_is_named(tmp_path: Path) -> None:
+    classes(tmp_path / "train")
+    touch(*(tmp_path / "val" / f"ILSVRC_{index}.JPEG" for index in range(3)))
+    with pytest.raises(
+        ValueError, match=r"val: expected the 2 classes .* \(passed over: 3 .jpeg in no class's folder\)"
+    ):
+        list_folder(tmp_path)
+
+
 def test_a_data_set_has_the_notes(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image", reason="the reader of images")
     classes(tmp_path)

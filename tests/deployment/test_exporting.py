@@ -18,6 +18,7 @@ from immunity_fast import ImmunityMoE
 from immunity_fast.deployment import exporting
 from immunity_fast.deployment.exporting import METADATA, description
 from immunity_fast.models.moe import SingleNetwork
+from tests import grids
 
 FORMATS = ("onnx", "torch.export", "torchscript")
 NAMES = ("cat", 'dog \\ "fox"', "ÿ")
@@ -97,8 +98,7 @@ def answers(model: ImmunityMoE, x: Tensor, gate: str = "mean") -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("gate", ["mean", "off"])
+@pytest.mark.parametrize(("format", "gate"), grids.every(2, FORMATS, ("mean", "off")))
 def test_a_file_answers_as_the_model_for_any_batch(format: Any, gate: Any, tmp_path: Path) -> None:
     """Batches of N, of one and of others: a graph must not take their number for that of the experts."""
     needs(format)
@@ -135,7 +135,7 @@ def test_it_says_what_it_is() -> None:
     assert [plain[name] for name in ("classes", "mean", "std", "arch")] == ["null", "null", "null", ""]
 
 
-@pytest.mark.parametrize("format", FORMATS[1:])
+@pytest.mark.parametrize("format", grids.sampled(FORMATS[1:], ordinary=lambda format: format == "torchscript"))
 def test_one_network_and_different_ones_too(format: Any, tmp_path: Path) -> None:
     different = stirred(ImmunityMoE.from_experts([network(), _with_shapes()], stage=["2", "conv"], image_size=(16, 20)))
     for model in (mixture(num_experts=1), different):
@@ -162,6 +162,7 @@ def _with_shapes() -> nn.Module:
     return Shaped()
 
 
+@pytest.mark.exhaustive  # of `make test`, examples/export.py is it
 def test_an_architecture_of_ours_too(tmp_path: Path) -> None:
     """Others were tried by hand, in all three formats: each takes a minute or more."""
     needs("onnx")

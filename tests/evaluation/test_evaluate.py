@@ -162,6 +162,7 @@ def test_the_report_shows_the_results(finished: Path) -> None:
     assert report.count("data:image/png;base64,") == 3
 
 
+@pytest.mark.usefixtures("whole_end")
 def test_results_lie_elsewhere_too_and_the_run_stays_untouched(run: Run, tmp_path: Path) -> None:
     before, out = file_bytes(run.folder), tmp_path / "made" / "elsewhere"
     evaluate.main([str(run.folder), *FEW, "--limit", "3", "--out", str(out)])

@@ -50,6 +50,16 @@ def test_a_plan_has_the_settings_and_for_the_rest_the_run_s() -> None:
         assert getattr(plan, name) == CHANGED[name]
 
 
+def test_the_widest_radius_in_l2_is_that_of_the_images() -> None:
+    settings = EvaluationSettings(norm="L2", eps=10.0)
+    for channels, fits in ((1, False), (3, True)):  # the corners of an 8×8 image are √(64·C) apart
+        if fits:
+            settings.plan(("mean",), (8, 8), images=1, seed=0, chunk=1, channels=channels)
+        else:
+            with pytest.raises(ValueError, match="--eps: expected at most 8, as far as black is from white"):
+                settings.plan(("mean",), (8, 8), images=1, seed=0, chunk=1, channels=channels)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

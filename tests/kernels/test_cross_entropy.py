@@ -68,7 +68,7 @@ def _run(case: Mixture, inputs: list[Tensor], labels: Tensor, backend: Any) -> t
     return losses, torch.autograd.grad(losses, inputs, upstream, materialize_grads=True)
 
 
-@seeded(40)
+@seeded(12)
 @given(mixtures)
 def test_loss_and_gradients_are_as_exact_as_float32_can_be(case: Mixture) -> None:
     inputs, labels = case.inputs()

@@ -22,7 +22,7 @@ from immunity_fast.functional import (
 from immunity_fast.kernels import heatmap_losses as fused
 from immunity_fast.kernels import heatmaps as fused_heatmaps
 from immunity_fast.kernels import launch
-from tests import oracle
+from tests import grids, oracle
 from tests.kernels.cases import (
     DEVICE,
     LAYOUTS,
@@ -127,9 +127,10 @@ def test_heatmaps_and_gradients_of_many_cases(case: Maps) -> None:
 CASE = Maps((3, 2, 5, 4, 6), (7, 9), contiguous, "maps", False, torch.float32, True, 0.01, "channels", 0)
 
 
-@pytest.mark.parametrize("activation_scale", [1e-30, 1.0, 1e30])
-@pytest.mark.parametrize("gradient_scale", [1e-30, 1.0, 1e30])
-@pytest.mark.parametrize("smoothing", [0.0, 0.01])
+@pytest.mark.parametrize(
+    ("activation_scale", "gradient_scale", "smoothing"),
+    grids.every(3, (1e-30, 1.0, 1e30), (1e-30, 1.0, 1e30), (0.0, 0.01)),
+)
 def test_extreme_magnitudes_equal_float64(activation_scale: float, gradient_scale: float, smoothing: float) -> None:
     inputs = leaves([normal(2, 2, 3, 3, 4) * activation_scale, normal(2, 2, 3, 3, 4, seed=1) * gradient_scale])
     exact = leaves([leaf.cpu() for leaf in inputs], torch.float64)
@@ -160,10 +161,10 @@ DEAD: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("dead", DEAD)
-@pytest.mark.parametrize("smoothing", [0.0, 0.01])
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("experts", [slice(0, 1), slice(0, 2)], ids=["one", "all"])
+@pytest.mark.parametrize(
+    ("dead", "smoothing", "normalize", "experts"),
+    grids.every(2, DEAD, (0.0, 0.01), (True, False), (slice(0, 1), slice(0, 2))),
+)
 def test_dead_maps_are_uniform_and_have_no_gradient(
     dead: str, smoothing: float, normalize: bool, experts: slice
 ) -> None:
@@ -219,9 +220,11 @@ def test_nan_does_not_pass_for_a_dead_map(broken: str) -> None:
     assert gradcam_heatmaps(activations, gradients, backend="triton")[0, 1].isnan().any()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 1, 3, 33, 40), (2, 1, 40, 17, 16), (2, 1, 150, 3, 3), (2, 1, 3, 1, 70)], ids=str)
-def test_maps_larger_than_a_tile_and_many_channels(layout: Any, shape: tuple[int, int, int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    grids.every(4, [(2, 1, 3, 33, 40), (2, 1, 40, 17, 16), (2, 1, 150, 3, 3), (2, 1, 3, 1, 70)], LAYOUTS),
+)
+def test_maps_larger_than_a_tile_and_many_channels(shape: tuple[int, int, int, int, int], layout: Any) -> None:
     _check_losses(CASE._replace(shape=shape, layout=layout, size=(8, 8)), BOTH)
 
 
@@ -340,8 +343,7 @@ def test_samples_that_do_not_count_are_as_if_not_there(backend: Any, kept: list[
             assert not ours[~counted].any()
 
 
-@pytest.mark.parametrize("gradients", ["maps", "sums"])
-@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize(("gradients", "samples"), grids.every(2, ("sums", "maps"), (0, 2)))
 def test_ops_are_what_the_compiler_takes_them_for(gradients: str, samples: int) -> None:
     """Schema, fake tensors, autograd registration and dynamic shapes, for the forward and the backward ops."""
     case = CASE._replace(shape=(2, samples, 3, 3, 4), gradients=gradients)

@@ -13,6 +13,7 @@ from benchmarks import traffic
 from immunity_fast.functional import gradcam_heatmaps, heatmap_losses, mixture_cross_entropy
 from immunity_fast.kernels import heatmap_losses as heatmap_losses_op
 from immunity_fast.kernels import scores
+from tests import grids
 from tests.kernels.cases import DENSE, DEVICE, LAYOUTS, error, leaves, normal
 
 if DEVICE.type == "cuda":
@@ -28,9 +29,12 @@ def _counts(launches: list[memory.Launch], kind: str, tensor: Tensor) -> Tensor:
     return torch.stack([each.counts(kind, tensor) for each in launches]).sum(0)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 2, 37, 5, 6), (2, 1, 3, 33, 40), (2, 1, 40, 17, 17)], ids=str)
-@pytest.mark.parametrize("function", [heatmap_losses, gradcam_heatmaps])
+@pytest.mark.parametrize(
+    ("function", "shape", "layout"),
+    grids.every(
+        3, [heatmap_losses, gradcam_heatmaps], [(2, 2, 37, 5, 6), (2, 1, 3, 33, 40), (2, 1, 40, 17, 17)], LAYOUTS
+    ),
+)
 def test_each_activation_and_gradient_is_read_once_in_place(function: Any, shape: Any, layout: Any) -> None:
     inputs = leaves([layout(normal(*shape, seed=seed)) for seed in (0, 1)])
     with memory.watched() as launches:

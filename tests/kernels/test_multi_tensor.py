@@ -17,6 +17,7 @@ from immunity_fast.training.checkpoint import load_optimizer_tensors, optimizer_
 from immunity_fast.training.ema import WeightAverage
 from immunity_fast.training.optimizer import FusedSGD
 from immunity_fast.training.step import TrainStep
+from tests import grids
 from tests.kernels.cases import DEVICE, assert_as_exact_as, channels_last, normal
 
 if DEVICE.type == "cpu":
@@ -80,9 +81,7 @@ def reach_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 # SGD
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("max_norm", [None, 1.0, 1e4])
+@pytest.mark.parametrize(("layout", "options", "max_norm"), grids.every(3, LAYOUTS, OPTIONS, (None, 1.0, 1e4)))
 def test_steps_are_those_of_torch(layout: Any, options: dict[str, Any], max_norm: float | None) -> None:
     parameters = _parameters(layout)
     ours = FusedSGD(parameters, 0.1, **options, backend="triton")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from immunity_fast.reporting.curves import PANELS, robustness_figure, training_curves
 from immunity_fast.reporting.heatmaps import attacked_heatmap_figure, heatmap_figure
+from immunity_fast.reporting.overlay import as_rgb, grey_of
 from immunity_fast.reporting.style import COLORS, drawable
 from tests import pictures
 from tests.pictures import assert_no_text_is_hidden, near, pixels
@@ -407,3 +408,12 @@ def test_a_font_with_the_characters_is_used_where_there_is_one(monkeypatch: pyte
     assert drawable([f"a{character}"]) == ([f"a{character}"], [*usual, name])
     monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if font.name != name])
     assert drawable([f"a{character}"]) == (["a□"], usual)
+
+
+def test_images_of_any_channels_are_shown() -> None:
+    values = np.random.default_rng(0).random((2, 5, 6, 4))
+    assert np.array_equal(as_rgb(values[..., :3]), values[..., :3])
+    for channels in (1, 2, 4):
+        mean = values[..., :channels].sum(-1) / channels
+        np.testing.assert_allclose(as_rgb(values[..., :channels]), np.stack([mean] * 3, -1), rtol=1e-14)
+        np.testing.assert_allclose(grey_of(as_rgb(values[..., :channels])), mean, rtol=1e-12)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from immunity_fast.reporting.style import COLORS
 from immunity_fast.reproduction.charts import Panel, dot_chart, sweep_figure
-from tests import pictures
+from tests import grids, pictures
 from tests.pictures import assert_no_text_is_hidden, near, pixels
 
 drawn = pictures.drawn
@@ -200,8 +200,10 @@ def test_figures_are_the_same_each_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("values", [[math.nan], [0.0], [1e6, 0], [1e-30, 1e30], [-5, 1e4], [-3, -4e3], [0, math.inf]])
+@pytest.mark.parametrize(
+    ("values", "log"),
+    grids.every(2, [[math.nan], [0.0], [1e6, 0], [1e-30, 1e30], [-5, 1e4], [-3, -4e3], [0, math.inf]], [False, True]),
+)
 def test_both_survive_any_value(tmp_path: Path, drawn: list[Figure], values: list[float], log: bool) -> None:
     dot_chart([one_row(values, log=log, spread=3.0)], tmp_path / "d.png")
     points = [(float(i), value, 3.0) for i, value in enumerate(values)]

@@ -42,7 +42,11 @@ def _options(data: Path, **changes: Any) -> list[str]:
 
 @pytest.mark.parametrize(
     ("arch", "stage"),
-    [(f"resnet8,{PLAIN}", ("layer1", "norm")), (PLAIN, "norm"), ("timm:test_resnet,resnet8", "layer1")],
+    [
+        (f"resnet8,{PLAIN}", ("layer1", "norm")),
+        (PLAIN, "norm"),
+        pytest.param("timm:test_resnet,resnet8", "layer1", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_run_of_any_networks_is_evaluated(arch: str, stage: object, data: Path, tmp_path: Path) -> None:
     if "timm:" in arch:
@@ -81,7 +85,7 @@ def test_networks_of_libraries_take_a_step(arch: str, size: int, stage: str, tmp
     assert stage in stage_line(trainer)
 
 
-@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("weights", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_a_killed_mixture_goes_on_to_the_same_bits(weights: bool, data: Path, tmp_path: Path) -> None:
     arguments = _options(data, arch=f"resnet8,{PLAIN}", experts=3, checkpoint_every=1, stage="layer2,second", ema=0.5)
     if weights:
@@ -200,8 +204,14 @@ def test_equal_experts_of_the_user_s_code_are_parted(data: Path, tmp_path: Path)
     }
 
 
-def test_a_mixture_begins_from_a_mixture(data: Path, tmp_path: Path) -> None:
-    _, source = trained([*_options(data, arch="resnet8", experts=2, epochs=1), "--out", str(tmp_path / "source")])
+@pytest.fixture(scope="module")
+def source(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A mixture of two, from whose weights others begin; it is only read."""
+    out = tmp_path_factory.mktemp("source") / "run"
+    return trained([*_options(data, arch="resnet8", experts=2, epochs=1), "--out", str(out)])[1]
+
+
+def test_a_mixture_begins_from_a_mixture(source: Run, data: Path, tmp_path: Path) -> None:
     tensors, _ = load_checkpoint(source.checkpoint)
     trainer, lines = _begun(data, tmp_path, arch="resnet8", experts=2, weights=source.checkpoint)
     assert lines.startswith("the 2 experts and the gate begin from ")
@@ -226,9 +236,13 @@ def test_a_mixture_begins_from_a_mixture(data: Path, tmp_path: Path) -> None:
     ],
 )
 def test_weights_that_do_not_fit_are_a_line(
-    changes: dict[str, Any], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, Any],
+    message: str,
+    source: Run,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    _, source = trained([*_options(data, arch="resnet8", experts=2, epochs=1), "--out", str(tmp_path / "source")])
     changes = {"experts": 2, "arch": "resnet8", "weights": "{w}"} | changes
     changes["weights"] = changes["weights"].format(w=source.checkpoint)
     line = error_line(capsys, train.main, [*_options(data, **changes), "--out", str(tmp_path / "run")])

@@ -9,16 +9,30 @@ from typing import Any
 import pytest
 import torch
 
-from immunity_fast import FusedImmunityLoss, ImmunityMoE
+from immunity_fast import FusedImmunityLoss
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.step import MEASURED
+from tests import grids
 from tests.processes import failing_after, launch
 from tests.small_runs import options, saved, trained, write_data
+from tests.wrapped import small_mixture
 
 # Double backprop, compiling, the kernels' backend; weighted: labels of which more are missing in one process.
-CASES = ["reverse-off-torch", "forward-off-torch", "reverse-off-triton", "forward-off-triton", "reverse-on-torch"]
-CASES += ["reverse-off-torch-weighted", "forward-off-triton-weighted", "soft-off-torch-weighted"]
+CASES = grids.sampled(
+    [
+        "reverse-off-torch",
+        "forward-off-torch",
+        "reverse-off-triton",
+        "forward-off-triton",
+        "reverse-on-torch",
+        "reverse-off-torch-weighted",
+        "forward-off-triton-weighted",
+        "soft-off-torch-weighted",
+    ],
+    ordinary=lambda case: case != "reverse-off-triton",
+)
+SIDE, SIZE = 10, (6, 7)  # of images, of heatmaps
 LABELS = [0, 1, 2, 0, 1, 2]
 MISSING = [0, -100, 2, -100, -100, 1]
 # Each process takes its half of the batch, and the first writes what came out. BatchNorm is in evaluation mode: in
@@ -27,22 +41,24 @@ WORKER = """
 import sys
 import torch
 from torch.optim import SGD
-from immunity_fast import FusedImmunityLoss, ImmunityMoE; from immunity_fast.runtime import distributed
+from immunity_fast import FusedImmunityLoss; from immunity_fast.runtime import distributed
 from immunity_fast.training.step import TrainStep
+from tests.wrapped import small_mixture as mixture
 
+SIDE, SIZE = 10, (6, 7)
 real_compile = torch.compile
-torch.compile = lambda function, **_: real_compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+torch.compile = lambda function, **_: real_compile(function, fullgraph=True, dynamic=False, backend="eager")
 def take(double_backprop, compile, backend, targets=""):
     torch.manual_seed(0)
-    model = ImmunityMoE("resnet8", 3, 3, image_size=12, batching="vmap" if compile == "on" else "auto")
+    model = mixture("vmap" if compile == "on" else "auto")
     model = (model if backend == "triton" else model.double()).eval()
     model.gate.switch = "off"
     group = distributed.group()
     options = {"class_weights": [1.0, 3.0, 0.5], "label_smoothing": 0.1} if targets else {}
-    loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-2, size=(11, 13), backend=backend, group_name=group.group_name, **options)
+    loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-2, size=SIZE, backend=backend, group_name=group.group_name, **options)
     way = "reverse" if double_backprop == "soft" else double_backprop
     step = TrainStep(model, loss_fn, SGD(model.parameters(), 0.0), double_backprop=way, compile=compile, group=group)
-    images = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    images = torch.rand(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     labels = torch.tensor(MISSING if targets else LABELS)
     if double_backprop == "soft":
         labels = torch.where(labels[:, None] < 0, -100.0, torch.arange(18.0).view(6, 3).sin().softmax(-1))
@@ -77,25 +93,28 @@ main()  # what holds the process group ends here: at the interpreter's end its t
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of each case what was measured, and the gradients."""
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of each case that is asked for what was measured, and the gradients."""
     out = tmp_path_factory.mktemp("distributed") / "out.pt"
-    launch("-c", f"{LABELS=}; {MISSING=}\n{WORKER}", str(out), *CASES)
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    cases = {item.callspec.params["case"] for item in items if "case" in getattr(item, "fixturenames", ())}
+    cases.add("reverse-off-torch")  # which accumulates, too
+    launch("-c", f"{LABELS=}; {MISSING=}\n{WORKER}", str(out), *sorted(cases))
     return dict(torch.load(out))
 
 
 def _alone(dtype: torch.dtype, case: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    model = ImmunityMoE("resnet8", 3, 3, image_size=12).to(dtype).eval()
+    model = small_mixture().to(dtype).eval()
     model.gate.switch = "off"
-    images = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    images = torch.rand(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
     weighted = "weighted" in case
     labels = torch.tensor(MISSING if weighted else LABELS)
     options: dict[str, Any] = {"class_weights": [1.0, 3.0, 0.5], "label_smoothing": 0.1} if weighted else {}
     if "soft" in case:
         labels = torch.where(labels[:, None] < 0, -100.0, torch.arange(18.0).view(6, 3).sin().softmax(-1))
     logits, activations, gate = model.expert_outputs(images)
-    loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-2, size=(11, 13), **options)
+    loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-2, size=SIZE, **options)
     loss, terms = loss_fn(logits, activations, labels, gate, return_terms=True)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -136,7 +155,8 @@ def test_a_run_of_two_processes_goes_on_in_one_and_in_two_again(tmp_path: Path) 
         trained(["--resume", str(folder)])
     run = Run(folder)
     assert load_checkpoint(run.checkpoint)[1]["step"] == 10
-    printed = launch("-m", "immunity_fast.train", "--resume", str(folder))
+    end = "import sys; from tests.processes import shortly_ended; shortly_ended(sys.argv[1:])"
+    printed = launch("-c", end, "--resume", str(folder))
     assert "UnsynchronisedWarning" not in printed
     assert "cpu × 2" in printed
     assert printed.count("Test accuracy") == 1

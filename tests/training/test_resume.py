@@ -24,6 +24,7 @@ from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.preparation import CHANGEABLE_ON_RESUME, prepare
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
+from tests import grids
 from tests.places import REPOSITORY
 from tests.small_runs import (
     STEPS,
@@ -69,12 +70,18 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.fixture
-def half(data: Path, tmp_path: Path) -> Path:
-    """A run that was killed in the middle of its second epoch."""
-    folder = half_trained(data, tmp_path / "half")
+@pytest.fixture(scope="module")
+def killed_once(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed in the middle of its second epoch; tests take copies."""
+    folder = half_trained(data, tmp_path_factory.mktemp("runs") / "half")
     assert load_checkpoint(Run(folder).checkpoint)[1]["step"] == 7
     return folder
+
+
+@pytest.fixture
+def half(killed_once: Path, tmp_path: Path) -> Path:
+    """A copy of the run that was killed."""
+    return Path(shutil.copytree(killed_once, tmp_path / "half"))
 
 
 # Bit for bit
@@ -96,13 +103,13 @@ def test_a_checkpoint_holds_all_that_a_training_goes_on_with(whole: dict[str, An
 @pytest.mark.parametrize(
     ("every", "stops"),
     [
-        (1, (1,)),
-        (1, (6,)),
-        (1, (1, 1, 1)),
+        pytest.param(1, (1,), marks=pytest.mark.exhaustive),
+        pytest.param(1, (6,), marks=pytest.mark.exhaustive),
+        pytest.param(1, (1, 1, 1), marks=pytest.mark.exhaustive),
         (1, (2, 4, 3)),
         (2, (4, 2)),
-        (3, (10,)),
-        (500, (3,)),
+        pytest.param(3, (10,), marks=pytest.mark.exhaustive),
+        pytest.param(500, (3,), marks=pytest.mark.exhaustive),
         (500, (8, 2, 5)),
     ],
 )
@@ -128,9 +135,15 @@ def test_interrupted_at_eight_random_places_it_ends_the_same(whole: dict[str, An
     assert saved(folder) == whole
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("where", [(loop, "validate"), (Run, "append_metrics")], ids=lambda where: where[1])
+@pytest.mark.parametrize(
+    ("where", "count", "after"),
+    grids.grid(
+        ((loop, "validate"), (Run, "append_metrics")),
+        (1, 2),
+        (False, True),
+        ordinary=lambda where, count, after: (where[0] is Run) + (count == 2) + after in (0, 2),
+    ),
+)
 def test_interrupted_between_steps_it_ends_the_same(
     where: tuple[Any, str], count: int, after: bool, whole: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:
@@ -141,11 +154,25 @@ def test_interrupted_between_steps_it_ends_the_same(
 
 
 @pytest.mark.parametrize(
-    ("function", "after"),
-    [("fsync", False), ("replace", False), ("replace", True)],
-    ids=["not flushed", "not renamed", "renamed"],
+    ("count", "function", "after"),
+    grids.sampled(
+        [
+            (count, *way)
+            for count in (1, 2, 3, 8)
+            for way in (("fsync", False), ("replace", False), ("replace", True))  # not flushed, not renamed, renamed
+        ],
+        ordinary=lambda *cell: (
+            cell
+            in [
+                (1, "replace", True),
+                (2, "fsync", False),
+                (3, "replace", False),
+                (8, "fsync", False),
+                (8, "replace", True),
+            ]
+        ),
+    ),
 )
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_killed_while_writing_it_ends_the_same(
     count: int, function: str, after: bool, whole: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:
@@ -262,7 +289,7 @@ def test_an_interrupt_says_how_to_go_on(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded PyTorch")
-@pytest.mark.parametrize("kills", [4, pytest.param(10, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.exhaustive)])
 def test_killed_with_sigkill_at_any_moments_it_ends_the_same(data: Path, tmp_path: Path, kills: int) -> None:
     command = [sys.executable, "-m", "tests.killing", str(tmp_path), str(data), "0", str(kills)]
     # One thread: faster for images this small, and none but the main one is lost in a fork.
@@ -307,7 +334,7 @@ def fails_with_no_space(count: int, function: Callable[..., Any]) -> Callable[..
     return counted(function, count, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), after=False)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 9])
+@pytest.mark.parametrize("count", grids.sampled([2, 3, 4, 9], ordinary=lambda count: count in (2, 9)))
 def test_on_a_full_disk_it_stops_with_one_line_and_goes_on_later(
     count: int,
     whole: dict[str, Any],
@@ -354,20 +381,20 @@ def test_a_disk_too_full_for_a_record_leaves_a_run_that_goes_on(
     assert saved(folder) == whole
 
 
-def test_files_that_may_not_grow_stop_it_with_one_line(whole: dict[str, Any], data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("resource")
-    # The first checkpoint, which has no momentum, is half as large as those after a step: room for it alone.
-    program = (
-        "import resource, sys\n"
-        "from immunity_fast.runtime import cli; from immunity_fast import train\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
-        "cli.run_command(lambda: train.main(sys.argv[1:]))\n"
-    )
+def test_files_that_may_not_grow_stop_it_with_one_line(
+    whole: dict[str, Any], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resource = pytest.importorskip("resource")
     folder = tmp_path / "run"
-    command = [sys.executable, "-c", program, *options(data, checkpoint_every=1), "--out", str(folder)]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert ended.stderr == f"error: [Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}: '{Run(folder).checkpoint}'\n"
+    arguments = [*options(data, checkpoint_every=1), "--out", str(folder)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The first checkpoint, which has no momentum, is half as large as those after a step: room for it alone.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        line = error_line(capsys, train.main, arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert line == f"error: [Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}: '{Run(folder).checkpoint}'\n"
     assert load_checkpoint(Run(folder).checkpoint)[1]["step"] == 0
     assert not list(folder.rglob("*.unfinished"))
     trained(["--resume", str(folder)])
