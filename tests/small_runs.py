@@ -15,7 +15,7 @@ from torch import Tensor
 from immunity_fast import train
 from immunity_fast.data.datasets import ImageDataset, Split
 from immunity_fast.runtime import cli
-from immunity_fast.training import loop, preparation
+from immunity_fast.training import Trainer
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.run_folder import Run
@@ -73,9 +73,11 @@ def options(data: Path, **changes: Any) -> list[str]:
 def trained(arguments: list[str]) -> tuple[TrainingState, Run]:
     """What the command `train` does, but for the evaluation at its end."""
     folder, resume, config = train.parse(arguments)
-    trainer, run = preparation.prepare(folder, resume, config)
-    loop.train(trainer, run)
-    return trainer, run
+    trainer = Trainer(config, out=folder, progress=True)
+    trainer.fit(resume=resume)
+    assert trainer.state is not None
+    assert trainer.run is not None
+    return trainer.state, trainer.run
 
 
 class Killed(BaseException):

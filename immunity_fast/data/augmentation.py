@@ -7,15 +7,29 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 
+def check_uint8(images: Tensor) -> None:
+    """Check that images are stored as such are.
+
+    Raises:
+        TypeError: they are not.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images: expected dtype torch.uint8, got {images.dtype}")
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 images of any shape as float32 in [0, 1].
 
     Raises:
         TypeError: images of another dtype.
     """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images: expected dtype torch.uint8, got {images.dtype}")
+    check_uint8(images)
     return images.to(torch.float32) / 255
+
+
+def as_float(images: Tensor) -> Tensor:
+    """uint8 images as `to_float` has them, floating-point ones, which are in [0, 1] already, as float32."""
+    return images.to(torch.float32) if images.is_floating_point() else to_float(images)
 
 
 def augment(
@@ -37,6 +51,7 @@ def augment(
         TypeError: images that are not uint8.
         ValueError: images of another shape, a negative padding, or degrees outside [0, 180].
     """
+    check_uint8(images)
     return apply_affine(images, draw_affine(len(images), generator, padding=padding, degrees=degrees, flip=flip))
 
 
@@ -85,6 +100,7 @@ def warp(images: Tensor, shifts: Tensor, degrees: Tensor, mirrored: Tensor) -> T
         TypeError: images that are not uint8.
         ValueError: images of another shape.
     """
+    check_uint8(images)
     return apply_affine(images, _affine(shifts, degrees, mirrored))
 
 
@@ -99,14 +115,14 @@ def apply_affine(images: Tensor, affine: Tensor) -> Tensor:
     """`warp` by numbers that `draw_affine` has drawn.
 
     Args:
-        images: uint8 (B, C, H, W).
+        images: uint8 (B, C, H, W), or floating-point in [0, 1].
         affine: (5, B), on any device.
 
     Returns:
         float32 (B, C, H, W) in [0, 1], on the images' device.
 
     Raises:
-        TypeError: images that are not uint8.
+        TypeError: images of another dtype.
         ValueError: images or numbers of another shape.
     """
     if images.ndim != 4 or (images.shape[3] in (1, 3) and images.shape[1] > 3):  # or with their channels last
@@ -119,5 +135,5 @@ def apply_affine(images: Tensor, affine: Tensor) -> Tensor:
     x = (torch.arange(width, device=images.device, dtype=torch.float32) - (width - 1) / 2) * sign
     y = (torch.arange(height, device=images.device, dtype=torch.float32) - (height - 1) / 2)[:, None]
     grid = torch.stack([(cos * x - sin * y + right) * (2 / width), (sin * x + cos * y + down) * (2 / height)], dim=-1)
-    moved = grid_sample(to_float(images), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    moved = grid_sample(as_float(images), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return moved.clamp_(0, 1)  # bilinear weights may add up to a rounding error more than 1

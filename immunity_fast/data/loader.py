@@ -16,12 +16,13 @@ class Batch(NamedTuple):
     Args:
         images: uint8 (B, C, H, W), not augmented.
         labels: (B,) integers.
-        affine: (5, B), by which `augmentation.apply_affine` augments the images.
+        affine: (5, B), by which `augmentation.apply_affine` augments the images; None of those that stay as they
+            are, floating-point in [0, 1].
     """
 
     images: Tensor
     labels: Tensor
-    affine: Tensor
+    affine: Tensor | None
 
 
 class TrainLoader:
@@ -87,16 +88,23 @@ class TrainLoader:
         self.position = 0
 
     def _draw_epoch(self) -> None:
-        device = self.split.labels.device
+        device = self._device
         self._at_start = self._generator.get_state()
         order = torch.randperm(len(self.split), generator=self._generator)
         used = len(self) * self.batch_size
         affine = draw_affine(used, self._generator, padding=self.padding, degrees=self.degrees, flip=self.flip)
         parts = (len(self), self.processes, self.batch_size // self.processes)
         self._order = order[:used].view(parts)[:, self.rank].to(device)
-        self._labels = self.split.labels[self._order]
+        self._labels = self._labels_of(self._order)
         # A batch's numbers lie together: then they are a view, and nothing is launched for them.
         self._affine = affine.view(5, *parts)[:, :, self.rank].movedim(1, 0).contiguous().to(device)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.split.labels.device
+
+    def _labels_of(self, order: Tensor) -> Tensor:
+        return self.split.labels[order]
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the batches to come depend on."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from immunity_fast.data.augmentation import to_float
+from immunity_fast.data.augmentation import as_float
 from immunity_fast.data.datasets import AnySplit, Split
 from immunity_fast.data.folders import SPLIT_SEED
 
@@ -27,7 +27,7 @@ def batches(split: AnySplit, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     starts = range(0, len(split), size)
     rows = [torch.arange(start, min(start + size, len(split))) for start in starts]
     for start, images in zip(starts, split.stream(rows), strict=True):
-        yield to_float(images), split.labels[start : start + size]
+        yield as_float(images), split.labels[start : start + size]
 
 
 def sample(split: AnySplit, count: int) -> Split:

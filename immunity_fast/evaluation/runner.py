@@ -30,7 +30,7 @@ from immunity_fast.attacks import (
 )
 from immunity_fast.attacks.autoattack import DRAWS
 from immunity_fast.attacks.projections import Norm
-from immunity_fast.data.augmentation import to_float
+from immunity_fast.data.augmentation import as_float
 from immunity_fast.data.datasets import AnySplit
 from immunity_fast.data.sampling import EVALUATION_BATCH, sample_order
 from immunity_fast.evaluation.ledger import Ledger, key_of
@@ -336,7 +336,7 @@ class Evaluation:
         return BoundAttack(attack, outputs, judge=judge, elsewhere=self._compared)
 
     def _images(self, chosen: Tensor) -> Tensor:
-        return to_float(self.test.read(chosen))
+        return as_float(self.test.read(chosen))
 
     def _piece(self, row: Row, chosen: Tensor, seed: int) -> dict[str, Any]:
         images, labels = self._images(chosen), self.test.labels[chosen.to(self.test.labels.device)]

@@ -203,6 +203,19 @@ def log_in_first(log: Callable[[str], Any]) -> Callable[[str], Any]:
     return log if in_first() else lambda _: None
 
 
+def check_alone(call: str) -> None:
+    """Check that no other process is to train along that this one does not know yet.
+
+    Args:
+        call: what makes them known to each other.
+
+    Raises:
+        RuntimeError: there are others.
+    """
+    if _world_size() > 1 and not _several():
+        raise RuntimeError(f"{_world_size()} processes train together, which {call}() is to begin before anything else")
+
+
 def group() -> dist.ProcessGroup | None:
     """All processes; None where there is one."""
     return dist.group.WORLD if _several() else None

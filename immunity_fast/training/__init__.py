@@ -7,8 +7,16 @@ from typing import Any
 _PLACES = {
     "Callback": "callbacks",
     "CallbackError": "callbacks",
+    "Checkpoint": "callbacks",
+    "CSVLogger": "loggers",
+    "EarlyStopping": "callbacks",
+    "LambdaCallback": "callbacks",
+    "Logger": "loggers",
+    "MLflowLogger": "loggers",
+    "TensorBoardLogger": "loggers",
     "TrainConfig": "config",
     "Trainer": "trainer",
+    "WandbLogger": "loggers",
     "parameter_groups": "decay",
 }
 __all__ = list(_PLACES)

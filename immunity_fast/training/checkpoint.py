@@ -6,6 +6,7 @@ dtype before anything is made of it.
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from immunity_fast.data.own import NAME as OWN
 from immunity_fast.experts import split_names
 from immunity_fast.experts.registry import check_trusted, repeated
 from immunity_fast.models.described import expert_tensors
@@ -115,6 +117,10 @@ def _is_weights(value: Any) -> bool:
     )
 
 
+def _is_monitored(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_number, value.values()))
+
+
 # What a checkpoint says of its run, and whether a value can be that. Earlier versions wrote no "classes", "momenta" and
 # "weights"; of a model they did not write "stem", which was "cifar", and "channels" is written where they are not 3.
 # "stopped" is why a run ended before its last epoch.
@@ -127,7 +133,9 @@ INFO: dict[str, Callable[[Any], bool]] = {
     "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "weights": _is_weights,
     "stopped": lambda value: isinstance(value, str),
-    "val_pgd10_accuracy_mean": lambda value: type(value) is float and 0 <= value <= 1,
+    "val_pgd10_accuracy_mean": lambda value: type(value) is float and 0 <= value <= 1,  # now one of "monitored"
+    "monitored": _is_monitored,
+    "callbacks": lambda value: isinstance(value, list) and all(isinstance(each, list) for each in value),
 }
 
 
@@ -259,7 +267,7 @@ def load_module(path: Path, module: nn.Module, tensors: dict[str, Tensor], prefi
     module.load_state_dict(tensors)
 
 
-def model_file(path: str | Path) -> Path:
+def model_file(path: str | os.PathLike[str]) -> Path:
     """What `load_model` takes: a file itself; of a run folder the best checkpoint, where there is one, or the last.
 
     Of a run whose weights are in shards, and have not been joined yet, the last is a folder.
@@ -293,6 +301,11 @@ def load_model(
         return _load_joined(path, device, trust_code=trust_code)
     tensors, info = load_checkpoint(path)
     description = checked_info(path, info, "model")["model"]
+    if description["arch"] == OWN:
+        raise ValueError(
+            f"{path}: expected an architecture that has a name, got a network that only Python code has: "
+            "Trainer.from_run(…, model=…) has it, or Trainer.load_weights"
+        )
     check_trusted(path, description["arch"], trust_code)
     group = "ema" if under("ema", tensors) else "model"
     stored = under(group, tensors)

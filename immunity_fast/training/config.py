@@ -20,6 +20,7 @@ from torch import Tensor
 from immunity_fast.arguments import Score
 from immunity_fast.data.datasets import LISTED, Stream
 from immunity_fast.data.datasets import NAMES as DATASETS
+from immunity_fast.data.own import NAME as OWN
 from immunity_fast.data.streaming import Workers
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve, split_names
@@ -37,6 +38,8 @@ from immunity_fast.targets import balanced_weights
 from immunity_fast.training import config_file
 from immunity_fast.training.adversarial import Adversarial, BatchNormMode, InnerAttackSettings
 from immunity_fast.training.decay import Decay
+from immunity_fast.training.loggers import LOGGERS, names_of
+from immunity_fast.training.monitoring import DIRECTIONS, SHORT
 from immunity_fast.training.optimizers import KINDS, OPTIMISERS, Optimiser, check_has
 from immunity_fast.training.schedules import FACTORS, LearningRate, Schedule
 
@@ -70,6 +73,9 @@ ADDED = {
     "shard": False,
     "stream": "auto",
     "workers": "auto",
+    "early_stopping": None,
+    "monitor": None,
+    "loggers": "tensorboard",
 }
 # What is another's where a setting is: another optimiser has rates of its own, another schedule numbers of its own.
 BELONGING = {
@@ -217,6 +223,18 @@ class TrainConfig:
     profile: bool = _output(False, "write a trace of some steps and a table of operators to the run folder")
     check_images: int = _output(256, "validation images attacked by PGD-10 after each epoch; 0: none")
     attack_images: int = _output(1000, "test images attacked at the end of the run")
+    early_stopping: int | None = _output(
+        None, "stop after so many epochs in a row in which what is monitored was not better; default: do not"
+    )
+    monitor: str | None = _output(
+        None,
+        f"what early stopping watches, and what says which epoch is the best: {', '.join(DIRECTIONS)}; default: "
+        "accuracy on validation images, in adversarial training under PGD-10",
+    )
+    loggers: str = _output(
+        "tensorboard",
+        f"where an epoch's numbers go as well: {', '.join(LOGGERS)}, several with commas between, or none",
+    )
     checkpoint_every: int = _output(500, "steps between checkpoints; the end of an epoch always writes one")
 
     def __post_init__(self) -> None:
@@ -229,7 +247,7 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "checkpoint_every", "attack_images"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         try:
-            check_form(self.arch)
+            check_form(ARCHITECTURES[0] if self.arch == OWN else self.arch)
         except ValueError as error:
             raise ValueError(f"--arch: {str(error).removeprefix('name: ')}") from error
         names = len(split_names(self.arch))
@@ -259,6 +277,10 @@ class TrainConfig:
         _check(self, "clip_grad_norm", self.clip_grad_norm is None or self.clip_grad_norm > 0, "a number above 0")
         for name in ("crop_padding", "check_images"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
+        _check(self, "early_stopping", self.early_stopping is None or self.early_stopping >= 1, "at least 1 epoch")
+        _check(self, "monitor", self.monitored in (None, *DIRECTIONS), f"one of {', '.join(DIRECTIONS)}")
+        _check(self, "monitor", _measures(self, self.monitored), "what is measured with these settings")
+        names_of(self.loggers)
         self._check_targets()
         _check(self, "seed", self.seed >= 0, "0 to 2⁶³ − 1")
         _check(self, "channels", self.channels >= 1, "at least 1")
@@ -269,7 +291,8 @@ class TrainConfig:
             value = getattr(self, option.name)
             if isinstance(value, int):  # more is no 64-bit integer, which tensors and generators take
                 _check(self, option.name, value < 2**63, "0 to 2⁶³ − 1" if option.name == "seed" else "less than 2⁶³")
-            _check(self, option.name, not choices or value in choices, f"one of {', '.join(choices)}")
+            own = option.name == "dataset" and value == OWN  # which only code can give
+            _check(self, option.name, not choices or value in choices or own, f"one of {', '.join(choices)}")
 
     def _check_optimizer(self) -> None:
         betas = self.betas or ()
@@ -400,6 +423,15 @@ class TrainConfig:
             self.attack_batchnorm,
             self.attack_gate,
         )
+
+    @property
+    def monitored(self) -> str | None:
+        """By which number of the records the best epoch is chosen; None where none is."""
+        if self.monitor is not None:
+            return SHORT.get(self.monitor, self.monitor)
+        if self.adversarial != "off" and self.check_images:
+            return "val_pgd10_accuracy_mean"
+        return None if self.early_stopping is None else "val_accuracy_mean"
 
     def options(self) -> list[str]:
         """The options of `immunity_fast.train` that mean these settings."""
@@ -636,6 +668,11 @@ def check_data(dataset: str | None, data: str | None) -> None:
     Raises:
         ValueError: the path is missing.
     """
+    if dataset == OWN:
+        raise ValueError(
+            "--dataset own: expected the data that this run was begun with, which only Python code has: "
+            "Trainer.from_run(…, train=…)"
+        )
     if (dataset == "npz" or dataset in LISTED) and data is None:
         raise ValueError(f"--data: missing; --dataset {dataset} needs the path of what it reads")
 
@@ -655,6 +692,15 @@ def _plain_types(hint: Any) -> tuple[type, ...]:
     if typing.get_origin(hint) is tuple:
         return (list, tuple)
     return (int, float) if hint is float else (hint,)
+
+
+def _measures(config: TrainConfig, name: str | None) -> bool:
+    """Whether an epoch's record of these settings will have such an entry."""
+    if name is None or not name.startswith("val_") or name.startswith("val_accuracy"):
+        return True
+    if "fgsm" in name and config.adversarial == "off":
+        return False
+    return config.check_images > 0 and ("pgd" in name or "fgsm" in name or config.experts > 1)
 
 
 def _are_numbers(values: Any) -> bool:

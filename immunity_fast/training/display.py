@@ -1,9 +1,9 @@
-"""What a person sees of a training: a progress bar, a line now and then where there is none, epochs, TensorBoard."""
+"""What a person sees of a training: a progress bar, a line now and then where there is none, epochs."""
 
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -11,8 +11,7 @@ import torch
 
 from immunity_fast.runtime import cli, distributed
 from immunity_fast.runtime.compilation import keep_caches
-from immunity_fast.runtime.failures import in_units, one_line
-from immunity_fast.training.run_folder import Run
+from immunity_fast.runtime.failures import in_units
 from immunity_fast.training.state import TrainingState
 
 CHECKS = {
@@ -29,15 +28,13 @@ class Display:
 
     Args:
         state: where it stands is where the bar begins.
-        run: in whose folder TensorBoard's files are; None of a training that is not saved.
         shown: whether a person sees it; otherwise its lines go to the logger "immunity_fast".
     """
 
-    def __init__(self, state: TrainingState, run: Run | None, *, shown: bool = True) -> None:
+    def __init__(self, state: TrainingState, *, shown: bool = True) -> None:
         self.state = state
         self.shown = shown
         self.first = distributed.rank() == 0 and shown
-        self._board = None if run is None or distributed.rank() else tensorboard(run, state.epoch)
         self._progress = cli.progress_bar(enabled=self.first)
         self._began = time.perf_counter()
         self._stepped = False
@@ -60,9 +57,6 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._open.__exit__(kind, error, traceback)
-        if kind is None and self._board is not None:
-            with suppress(Exception):
-                self._board.close()
 
     def step_taken(self) -> None:
         """The bar moves on by a step; of the first one the time is told, where it was compiled."""
@@ -79,13 +73,12 @@ class Display:
         self._set_status("checking on the validation split")
 
     def epoch_checked(self, record: Mapping[str, Any], doubts: Mapping[str, str]) -> None:
-        """An epoch's record in a line and in TensorBoard, and a line on each check that failed or that is in doubt.
+        """An epoch's record in a line, and a line on each check that failed or that is in doubt.
 
         Args:
             record: as metrics.jsonl has it.
             doubts: of what check which warning.
         """
-        self._board = written_to(self._board, record)
         self._set_status("")
         self.line(summary(record, self.state.config.epochs))
         for name, reason in record.get("val_not_measured", {}).items():
@@ -99,6 +92,13 @@ class Display:
             self._progress.console.print(text)
         elif not self.shown:
             logger.info(text)
+
+    def warn(self, text: str) -> None:
+        """Print a line on what has gone wrong; where nobody sees it, the logger has it as a warning."""
+        if self.shown:
+            self.line(text)
+        else:
+            logger.warning(text)
 
     def _set_status(self, text: str) -> None:
         self._progress.update(self._task, status=text)
@@ -161,36 +161,6 @@ def waiting_for(state: TrainingState, shown: bool) -> str:
             "--compile off does without"
         )
     return "compiling the training step"
-
-
-def tensorboard(run: Run, epoch: int) -> Any:
-    """TensorBoard's writer, or None where it is not installed, or does not work.
-
-    It tells readers to drop what a killed process has written of epochs after `epoch`, which are trained again.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(run.tensorboard), purge_step=epoch + 1)
-    except ImportError:
-        return None
-    except Exception as error:
-        cli.console.print(f"going on without TensorBoard: {one_line(error)}")
-        return None
-
-
-def written_to(board: Any, record: Mapping[str, Any]) -> Any:
-    """TensorBoard with an epoch's numbers; None, and a line, where it fails: it is the least of what a run writes."""
-    if board is None:
-        return None
-    try:
-        for name, value in record.items():
-            if isinstance(value, (int, float)):
-                board.add_scalar(name, value, record["epoch"])
-    except Exception as error:
-        cli.console.print(f"going on without TensorBoard: {one_line(error)}")
-        return None
-    return board
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from immunity_fast.runtime import cli, distributed, interrupts
@@ -14,16 +15,27 @@ from immunity_fast.training.callbacks import Callbacks, StepMetrics
 from immunity_fast.training.checkpoint import save_checkpoint
 from immunity_fast.training.collapse import collapse_line, collapsed
 from immunity_fast.training.display import Display, synchronize
+from immunity_fast.training.loggers import Logger, Loggers
+from immunity_fast.training.monitoring import Monitor, best_epoch
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.sharding import as_ordinary, join, whole_tensors
 from immunity_fast.training.shards import save_shards
 from immunity_fast.training.state import TrainingState
 from immunity_fast.training.validation import training_means, validate
 
-NO_CALLBACKS = Callbacks()
+
+class DivergedError(cli.InputError, FloatingPointError):
+    """The loss, or a weight, is no longer a number."""
 
 
-def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLBACKS, *, progress: bool = True) -> None:
+def train(
+    state: TrainingState,
+    run: Run | None,
+    callbacks: Callbacks | None = None,
+    loggers: Sequence[Logger] = (),
+    *,
+    progress: bool = True,
+) -> None:
     """Train from where the state is to the end; the first process writes records and checkpoints.
 
     Ctrl-C and SIGTERM stop it behind a step, which is saved, or behind an epoch's checks; of several processes all, at
@@ -33,23 +45,27 @@ def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLB
         state: what is trained; `state.history` gets the records.
         run: where it is saved; None saves nothing.
         callbacks: are told of it.
+        loggers: get each epoch's numbers, in the first process.
         progress: show a bar and a line an epoch.
 
     Raises:
-        cli.InputError: the loss is no longer finite; the last checkpoint is from before.
+        DivergedError: the loss is no longer finite; the last checkpoint is from before.
+        NoPlaceError: a logger needs a run's folder, and there is none.
         CallbackError: a callback has failed.
         KeyboardInterrupt: it was stopped.
     """
     first = distributed.rank() == 0
+    callbacks = Callbacks() if callbacks is None else callbacks
     agreement = distributed.Agreement()
     if run is not None and distributed.of_first(run.last_checkpoint is None):
-        write_checkpoint(state, run)
+        write_checkpoint(state, run, callbacks)
     if first and run is not None:
         run.forget_metrics_after(state.epoch)
         state.history = run.metrics()
     with (
+        Display(state, shown=progress) as display,
         # After these: on a full disk TensorBoard's thread would print a traceback.
-        Display(state, run, shown=progress) as display,
+        logging_to(loggers if first else (), state, run, display) as log,
         steps_profiled(state, run) as profile,
         interrupts.deferred(run is not None and agreement.possible) as asked,
     ):
@@ -64,6 +80,8 @@ def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLB
             state.epoch += 1
             # Of a model in shards each process has a part, and all are asked.
             record = check(state, run, display, images, seconds) if first or state.config.shard else None
+            if record is not None:
+                log.log(record, state.epoch)
             state.sums.zero_()
             if callbacks.callbacks:
                 callbacks.call("on_epoch_end", distributed.of_first(record))
@@ -71,7 +89,7 @@ def train(state: TrainingState, run: Run | None, callbacks: Callbacks = NO_CALLB
             if state.stopped is not None:
                 display.line(f"epoch {state.epoch}: training ends: {state.stopped}")
             if run is not None:
-                write_checkpoint(state, run)
+                write_checkpoint(state, run, callbacks)
             if first and run is not None:
                 run.diverged.unlink(missing_ok=True)  # what had diverged before has got past it
             stop_if(agreement.now(asked[0] if asked else 0))
@@ -120,7 +138,7 @@ def take_steps(
             and loader.position < len(loader)
             and (signal or state.step % state.config.checkpoint_every == 0)
         ):
-            save(state, run)
+            save(state, run, callbacks)
             stop_if(signal)
     synchronize(state.device)
     return images, time.perf_counter() - started
@@ -163,35 +181,46 @@ def check(state: TrainingState, run: Run | None, display: Display, images: int, 
 
 
 def save_best(state: TrainingState, run: Run) -> None:
-    """In adversarial training, the model of the epoch that was best under PGD on validation images, never test images.
+    """The model of the epoch that was best by what is monitored on validation images, never test images, as a file.
 
     The first of those that are as good. A run that was killed before the epoch's checkpoint comes here again.
     """
-    if state.config.adversarial == "off" or not state.config.check_images:
+    if state.config.monitored is None:
         return
-    accuracies = [record.get("val_pgd10_accuracy_mean", -1) for record in state.history]
+    monitor, history = Monitor(state.config.monitored), state.history
     if state.config.shard:
-        accuracies = distributed.of_first(accuracies)
-    if accuracies[-1] >= 0 and accuracies.index(max(accuracies)) == len(accuracies) - 1:
-        tensors = state.average.tensors() if state.average else state.model.state_dict()
-        if state.config.shard:
-            config = state.config
-            tensors = as_ordinary(whole_tensors(state.model, tensors), config.arch, config.stage, config.experts)
-        if distributed.rank():
-            return
-        info = state.info() | {"val_pgd10_accuracy_mean": accuracies[-1]}
-        save_checkpoint(run.best_checkpoint, {f"model/{name}": value for name, value in tensors.items()}, info)
+        history = distributed.of_first(list(history))
+    best = best_epoch(monitor, history)
+    if best is not None and best == len(history) - 1:
+        save_model(state, run.best_checkpoint, {monitor.name: history[best][monitor.name]})
 
 
-def save(state: TrainingState, run: Run) -> None:
+def save_model(state: TrainingState, path: Path, monitored: Mapping[str, float] | None = None) -> None:
+    """Write the model alone, or the average of its weights, where there is one.
+
+    Args:
+        state: whose model; where its weights are in shards, all processes call this.
+        path: the file, which the first process writes.
+        monitored: by what the epoch was chosen.
+    """
+    tensors, config = state.weights(), state.config
+    if config.shard:
+        tensors = as_ordinary(whole_tensors(state.model, tensors), config.arch, config.stage, config.experts)
+    if distributed.rank():
+        return
+    info = state.info() | ({} if monitored is None else {"monitored": dict(monitored)})
+    save_checkpoint(path, {f"model/{name}": value for name, value in tensors.items()}, info)
+
+
+def save(state: TrainingState, run: Run, callbacks: Callbacks) -> None:
     """Write a checkpoint between two steps, of what all processes have made the same.
 
     Raises:
-        cli.InputError: the loss or a weight is no longer finite; nothing is written.
+        DivergedError: the loss or a weight is no longer finite; nothing is written.
     """
     state.synchronize()
     check_finite(state, run)
-    write_checkpoint(state, run)
+    write_checkpoint(state, run, callbacks)
 
 
 def stop_if(signal: int) -> None:
@@ -201,14 +230,31 @@ def stop_if(signal: int) -> None:
         interrupts.stop_if(signal)
 
 
-def write_checkpoint(state: TrainingState, run: Run) -> None:
-    """Write the run's checkpoint of the state: the first process, or of weights in shards all of them."""
+def write_checkpoint(state: TrainingState, run: Run, callbacks: Callbacks) -> None:
+    """Write the run's checkpoint of the state and of what callbacks have gathered.
+
+    The first process does, or of weights in shards all of them.
+    """
+    listed, of_callbacks = callbacks.state()
+    info = state.info() | ({"callbacks": listed} if listed else {})
+    kept = {f"callbacks/{name}": tensor for name, tensor in of_callbacks.items()}
     if state.config.shard:
-        rest, info = state.rest(), state.info()
+        rest = state.rest() | kept
         save_shards(run.folder, state.step, state.shards(), lambda file: save_checkpoint(file, rest, info))
     elif distributed.rank() == 0:
-        save_checkpoint(run.checkpoint, state.tensors(), state.info())
+        save_checkpoint(run.checkpoint, state.tensors() | kept, info)
     state.saved_step = state.step
+
+
+@contextmanager
+def logging_to(loggers: Sequence[Logger], state: TrainingState, run: Run | None, display: Display) -> Iterator[Loggers]:
+    """The loggers of a training, open for the length of a `with` block."""
+    log = Loggers(loggers, display.warn)
+    try:
+        log.open(None if run is None else run.folder, state.epoch, state.config.to_json())
+        yield log
+    finally:
+        log.close()
 
 
 def steps_profiled(state: TrainingState, run: Run | None) -> AbstractContextManager[Any]:
@@ -222,19 +268,19 @@ def check_finite(state: TrainingState, run: Run | None) -> None:
     """Stop a training whose loss or weights are no longer numbers, before its checkpoint is overwritten.
 
     Raises:
-        cli.InputError: they are not; what is left and may help.
+        DivergedError: they are not; what is left and may help.
     """
     if is_finite(state):
         return
     lr = state.config.lr
     if run is None:
-        raise cli.InputError(
+        raise DivergedError(
             f"the loss became infinite or NaN in epoch {state.epoch + 1}: try a smaller lr or clip_grad_norm"
         )
     if distributed.rank() == 0:
         where = {"epoch": state.epoch + 1, "step": state.step, "lr": lr}
         write_atomically(run.diverged, json.dumps(where).encode())
-    raise cli.InputError(
+    raise DivergedError(
         f"the loss became infinite or NaN in epoch {state.epoch + 1}; {run.checkpoint} is from before. "
         f"Try a smaller --lr or --clip-grad-norm: {run.resume_command}"
     )

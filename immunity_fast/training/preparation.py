@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from immunity_fast.data.datasets import LISTED, ImageDataset, load
+from immunity_fast.data.own import NAME as OWN
 from immunity_fast.experts import NAMES, create, title
 from immunity_fast.experts.registry import check_trusted, counted, file_title, split_names
 from immunity_fast.experts.stems import chosen_stem
@@ -31,7 +32,10 @@ from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
 
 # Settings that may differ when a run goes on: where, and by which of several exact ways.
-CHANGEABLE_ON_RESUME = ("data", "stream", "workers", "device", "compile", "batching", "double_backprop", "profile")
+CHANGEABLE_ON_RESUME = (
+    *("data", "stream", "workers", "device", "compile", "batching", "double_backprop", "profile"),
+    "loggers",
+)
 # Those that may differ as well once the loss has diverged: without it, no run could ever go on from there.
 CHANGEABLE_AFTER_DIVERGENCE = ("lr", "clip_grad_norm")
 MEMORY_ADVICE = (
@@ -94,12 +98,28 @@ def go_on(folder: Path, changes: Mapping[str, Any], *, trust_code: bool = False)
     run = Run.open(folder)
     config = run.config()
     check_trusted(run.config_file, config.arch, trust_code)
+    check_changes(run, config, changes)
+    return Start(folder, True, dataclasses.replace(config, **changes))
+
+
+def check_changes(run: Run, config: TrainConfig, changes: Mapping[str, Any], *, option: bool = True) -> None:
+    """Check that a run can go on with some settings.
+
+    Args:
+        run: the run.
+        config: with what it was begun.
+        changes: settings by name.
+        option: whether they are options of a command line.
+
+    Raises:
+        ValueError: a setting that would make another run of it.
+    """
     changeable = CHANGEABLE_ON_RESUME + (CHANGEABLE_AFTER_DIVERGENCE if run.diverged.is_file() else ())
     for name, value in changes.items():
         if name not in changeable and value != getattr(config, name):
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} {value}: the run in {folder} was begun with {option} {getattr(config, name)}")
-    return Start(folder, True, dataclasses.replace(config, **changes))
+            called, sign = (f"--{name.replace('_', '-')}", " ") if option else (name, "=")
+            begun = getattr(config, name)
+            raise ValueError(f"{called}{sign}{value}: the run in {run.folder} was begun with {called}{sign}{begun}")
 
 
 def prepare(
@@ -139,6 +159,7 @@ def prepare(
     if dataset.channels != config.channels:  # of a data set of the user's, which is as it is
         config = dataclasses.replace(config, channels=dataset.channels)
     if model is None:
+        check_own(config)
         with distributed.together():  # one machine may have less memory than another
             check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
     set_float32(config.float32)
@@ -175,6 +196,18 @@ def prepare(
             save_changed_settings(run, config)
     state.history = distributed.of_first(state.history)
     return state, run
+
+
+def check_own(config: TrainConfig) -> None:
+    """Check that settings name a network and data that can be made of their names.
+
+    Raises:
+        ValueError: they are the user's own, which only Python code has.
+    """
+    if config.arch == OWN:
+        raise ValueError(
+            "model: expected the model of your own that this run was begun with, got none: Trainer.from_run(…, model=…)"
+        )
 
 
 def load_data(config: TrainConfig, device: torch.device, data: str | None = None) -> ImageDataset:

@@ -1,7 +1,9 @@
 """An evaluation from the names that a command gives: of a run's folder, or of a network that Python can import."""
 
+import copy
 import dataclasses
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 from immunity_fast.attacks import Model
 from immunity_fast.data.datasets import LISTED, ImageDataset, Stream, load
+from immunity_fast.data.own import NAME as OWN
 from immunity_fast.data.sampling import EVALUATION_BATCH, attack_batch
 from immunity_fast.data.streaming import Workers
 from immunity_fast.evaluation.pipeline import evaluate
@@ -24,7 +27,17 @@ from immunity_fast.models.moe import ExactMean, ImmunityMoE
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compile, Compiled, at_size, keep_caches
 from immunity_fast.runtime.modes import frozen
-from immunity_fast.training.checkpoint import check_classes, load_info, load_model, model_file, not_finite, same_weights
+from immunity_fast.training.checkpoint import (
+    check_classes,
+    load_checkpoint,
+    load_info,
+    load_model,
+    load_module,
+    model_file,
+    not_finite,
+    same_weights,
+    under,
+)
 from immunity_fast.training.config import TrainConfig, check_data
 from immunity_fast.training.preparation import load_data
 from immunity_fast.training.run_folder import Run
@@ -233,6 +246,12 @@ def evaluate_folder(
     """
     run = Run.open(folder)
     config = run.config()
+    if OWN in (config.dataset, config.arch):
+        what = "data" if config.dataset == OWN else "a network"
+        raise ValueError(
+            f"{folder}: expected a run whose settings name what it was trained with, got {what} that only Python code "
+            "has: Trainer.from_run(…).evaluate()"
+        )
     changes: dict[str, Any] = {"stream": stream, "workers": workers}
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
     dataset = load_data(config, device, data).to(device)
@@ -437,29 +456,45 @@ def about_run(run: Run, config: TrainConfig, dataset: ImageDataset) -> About:
     )
 
 
-def evaluate_trained(state: TrainingState, run: Run, *, printed: bool = True) -> Results:
-    """What a run ends with: attacks on test images, tables, figures and the report.
+def evaluate_trained(state: TrainingState, run: Run | None, *, printed: bool = True) -> Results:
+    """What a run ends with: attacks on test images, tables, figures and the report; without a run the results alone.
 
     Args:
         state: trained to its end.
-        run: its folder.
+        run: its folder; None keeps no file.
         printed: print the tables.
 
     Returns:
         `evaluation.results.results`.
     """
     config = state.config
-    # Its code, if any, this process has trained. The best one, or the average of the weights, if there is.
-    model, _ = load_model(run.folder, state.device, trust_code=True)
     plan = dataclasses.replace(
         AFTER_TRAINING, images=config.attack_images, seed=config.seed, chunk=attack_batch(state.device)
     )
     if config.experts == 1:  # nothing about a gate to know
         plan = dataclasses.replace(plan, attackers=None)
-    target = target_of(
-        model, state.dataset.num_classes, compile=config.compile, tracebacks=Outputs(run.folder).tracebacks
-    )
+    classes, model = state.dataset.num_classes, trained_model(state, run)
+    if run is None:
+        with tempfile.TemporaryDirectory() as folder:
+            target = target_of(model, classes, compile=config.compile)
+            return evaluate_run(Run(Path(folder)), target, state.dataset, config, plan, printed=printed)
+    target = target_of(model, classes, compile=config.compile, tracebacks=Outputs(run.folder).tracebacks)
     return evaluate_run(run, target, state.dataset, config, plan, printed=printed)
+
+
+def trained_model(state: TrainingState, run: Run | None) -> ImmunityMoE:
+    """The model that a training has ended with: the run's best one, or the average of the weights, where there is."""
+    if run is not None and state.config.arch != OWN:
+        # Its code, if any, this process has trained.
+        return load_model(run.folder, state.device, trust_code=True)[0]
+    model, weights = copy.deepcopy(state.model), state.weights()
+    if run is not None:
+        file = model_file(run.folder)
+        tensors, _ = load_checkpoint(file)
+        weights = under("ema", tensors) or under("model", tensors)
+        load_module(file, model, weights, "model/")
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def outputs_in(folder: Path, again: bool) -> Outputs:

@@ -28,7 +28,8 @@ def fit(start: Start) -> tuple[TrainingState, Run] | None:
         cli.InputError, OSError: what the user gave is wrong, or the loss is no longer finite; one clear line.
         KeyboardInterrupt: it was stopped, and has said how to go on.
     """
-    trainer = Trainer(start.config, out=start.folder, progress=True)
+    with cli.input_errors():
+        trainer = Trainer(start.config, out=start.folder, progress=True)
 
     def stopped() -> str:
         run = trainer.run or Run(start.folder)

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunity_fast.data.datasets import STATISTICS_IMAGES, AnySplit, ImageDataset
+from immunity_fast.data.datasets import STATISTICS_IMAGES, AnySplit, ImageDataset, Split
 from immunity_fast.data.loader import Batch, TrainLoader
 from immunity_fast.data.mixing import Mixer
+from immunity_fast.data.own import Batches, Items, statistics
+from immunity_fast.data.own_loader import BatchLoader, ItemLoader
 from immunity_fast.data.sampling import EVALUATION_BATCH, sample_order
 from immunity_fast.data.streaming import StreamedSplit
 from immunity_fast.experts import WITH_STEMS, split_names
@@ -84,21 +86,12 @@ class TrainingState:
         dataset = dataset.labelled(config.ignore_index)
         self.dataset = dataset.to(device)
         torch.manual_seed(config.seed)
-        self.description = {
-            "arch": config.arch,
-            "num_experts": config.experts,
-            "num_classes": dataset.num_classes,
-            "stage": config.stage,
-            "image_size": list(dataset.image_size),
-        }
-        stem = chosen_stem(config.stem, dataset.image_size)
-        if stem != "cifar" and any(name in WITH_STEMS for name in split_names(config.arch)):
-            self.description["stem"] = stem
-        if dataset.channels != 3:
-            self.description["channels"] = dataset.channels
+        self.description = self._describe(dataset, model)
         self.loader = self._new_loader()
         self.mixer = Mixer(config.mixup, config.cutmix, dataset.image_size, -1 - config.seed)
         self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
+        if model is not None:  # its gate draws from what the checkpoint has
+            self.gate_generator = model.gate.generator = model.gate.generator or self.gate_generator
         compiled = resolve(config.compile, device) != "off"
         strategy = fastest(device.type, config.arch, config.epochs * len(self.loader) if compiled else None)
         with distributed.together():  # a file of weights may be missing on one machine
@@ -112,7 +105,9 @@ class TrainingState:
         if distributed.rank():  # whatever is random in a network: not the same in every process
             torch.manual_seed(config.seed + 3 + distributed.rank())
         group = distributed.group()
-        weights = config.weights_of_classes(dataset.train.labels, dataset.num_classes)
+        weights = None
+        if config.class_weights is not None:  # or a data set would be read for its labels
+            weights = config.weights_of_classes(dataset.train.labels, dataset.num_classes)
         self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name, weights).to(device)
         self.optimizer = make_optimizer(
             config.optimizer,
@@ -135,28 +130,57 @@ class TrainingState:
         self.epoch = 0  # epochs finished
         self.history: list[dict[str, Any]] = []  # the records of these epochs
         self.stopped: str | None = None  # why training has ended before its last epoch, if it has
+        self.saved_callbacks: tuple[list[Any], dict[str, Tensor]] = ([], {})  # that the checkpoint has
         self.saved_step = 0  # optimiser steps that the run's checkpoint has
         self.sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)  # over the present epoch's batches
         self._of_step = torch.zeros_like(self.sums)  # over the present step's
 
-    def _new_loader(self) -> TrainLoader:
+    def _describe(self, dataset: ImageDataset, model: ImmunityMoE | None) -> dict[str, Any]:
+        """What a checkpoint says of the model, so that it can be made again."""
+        config = self.config
+        description: dict[str, Any] = {
+            "arch": config.arch,
+            "num_experts": config.experts,
+            "num_classes": dataset.num_classes,
+            "stage": config.stage,
+            "image_size": list(dataset.image_size),
+        }
+        stem: str | None = chosen_stem(config.stem, dataset.image_size)
+        if model is not None:
+            stages = (model.stage,) if isinstance(model.stage, str) else model.stage
+            description["stage"] = ",".join(stages[: len(split_names(model.arch))] if model.arch else stages)
+            stem = model.stem or "cifar"
+        if stem != "cifar" and any(name in WITH_STEMS for name in split_names(config.arch)):
+            description["stem"] = stem
+        if dataset.channels != 3:
+            description["channels"] = dataset.channels
+        return description
+
+    def _new_loader(self) -> TrainLoader | BatchLoader:
         """The training batches, or this process' part of each."""
         config = self.config
-        return TrainLoader(
-            self.dataset.train,
-            config.batch_size,
-            config.seed + 2,
-            padding=config.crop_padding,
-            degrees=config.rotation,
-            flip=self.dataset.flip if config.flip == "auto" else config.flip == "on",
-            rank=distributed.rank(),
-            processes=distributed.count(),
-        )
+        train: Any = self.dataset.train
+        flip = self.dataset.flip if config.flip == "auto" else config.flip == "on"
+        augment: dict[str, Any] = {"padding": config.crop_padding, "degrees": config.rotation, "flip": flip}
+        allowed: dict[str, Any] = {"classes": self.dataset.num_classes, "ignore_index": config.ignore_index}
+        if isinstance(train, Batches):
+            wanted = augment if getattr(self.dataset, "augment", False) else None
+            return BatchLoader(train, config.seed + 2, augment=wanted, rank=distributed.rank(), **allowed)
+        options = augment | {"rank": distributed.rank(), "processes": distributed.count()}
+        if isinstance(train, Items):
+            return ItemLoader(train, config.batch_size, config.seed + 2, **allowed, **options)
+        return TrainLoader(train, config.batch_size, config.seed + 2, **options)
 
     def _new_model(self, strategy: Strategy, dataset: ImageDataset) -> ImmunityMoE:
         """The mixture, or the single network, with random weights; `dataset` is still where it was read."""
         config = self.config
-        mean, std = channel_statistics(dataset.train)
+        train: Any = dataset.train
+        if isinstance(train, (Items, Batches)):
+            mean, std = statistics(train.sample(STATISTICS_IMAGES))
+        elif isinstance(train, Split) and train.images.is_floating_point():
+            mean, std = statistics([train.images])
+        else:
+            mean, std = channel_statistics(train)
         options: dict[str, Any] = {
             "batching": strategy.batching if config.batching == "auto" else config.batching,
             "mean": mean,
@@ -253,6 +277,10 @@ class TrainingState:
         """`model.expert_logits` of at most `EVALUATION_BATCH` images, by code that is compiled for one size only."""
         return at_size(self._expert_logits, images, min(EVALUATION_BATCH, len(self.dataset.validation)))
 
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors, or the average of them, where there is one: what is evaluated."""
+        return self.model.state_dict() if self.average is None else self.average.tensors()
+
     def synchronize(self) -> None:
         """Make what each process has measured on its samples the same in all; before anything is made of it."""
         self.sums = distributed.mean(self.sums)
@@ -309,6 +337,8 @@ class TrainingState:
         check_classes(path, info, self.dataset.classes)
         if "sums" not in tensors:
             raise ValueError(f"{path}: a model alone, such as of joined networks: there is no training to go on with")
+        self.saved_callbacks = info.get("callbacks", []), under("callbacks", tensors)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("callbacks/")}
         self._check(path, tensors, info)
         if self.average is not None:
             self.average.load(under("ema", tensors), info["step"])
@@ -374,12 +404,16 @@ class TrainingState:
             if name.split("/")[1] in of_parameters and name not in tensors:
                 raise ValueError(f"{path}: not a whole checkpoint: {name} is missing")
         expected |= {name: momenta[name] for name in there}
+        if isinstance(self.loader, BatchLoader):  # the state of somebody else's loader, which is as it likes
+            expected = {name: tensor for name, tensor in expected.items() if not name.startswith("loader/own")}
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("loader/own")}
         # The state of a GPU's generator is taken up on a GPU alone: a run may go on without one.
         of_gpu = expected.pop("random/cuda", torch.empty(CUDA_STATE, dtype=torch.uint8))
         if "random/cuda" in tensors:
             expected["random/cuda"] = of_gpu
         check_tensors(path, tensors, expected)
-        for name in ("random/torch", "random/gate", "loader/generator", "random/mixing"):
+        generators = (name for name in tensors if name.startswith("loader/generator"))
+        for name in ("random/torch", "random/gate", "random/mixing", *generators):
             if name in tensors:
                 check_generator_state(path, name, tensors[name])
         epoch, step, position = info["epoch"], info["step"], int(tensors["loader/position"])

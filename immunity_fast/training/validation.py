@@ -12,7 +12,7 @@ from torch import Tensor
 
 from immunity_fast.attacks import Attack
 from immunity_fast.attacks.checks import check_finite, not_finite
-from immunity_fast.data.datasets import Split
+from immunity_fast.data.datasets import AnySplit, Split
 from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample
 from immunity_fast.evaluation.metrics import correct, heatmap_metrics
 from immunity_fast.functional import log_mixture
@@ -29,30 +29,35 @@ def training_means(state: TrainingState) -> dict[str, float]:
     return means | {"mutual_information": math.log(experts) - means["mutual_information_loss"] / experts}
 
 
-def validate(state: TrainingState) -> dict[str, Any]:
+def validate(state: TrainingState, split: AnySplit | None = None) -> dict[str, Any]:
     """Accuracies and heatmap measures on the validation split; attacks are on the exact mean and judged on it.
 
     Of the averaged weights, where there are such. A check that cannot be made, of a network that has died, say, ends
     no training: what it measures is left out, and `val_not_measured` names it and the reason. `val_doubts` has what was
     warned of in one that can.
+
+    Args:
+        state: what is trained.
+        split: what is looked at, on its device; None is the validation split. Of no images nothing is measured.
     """
+    split = state.dataset.validation if split is None else split
     gate, epoch = state.model.gate, state.epoch
     drawn_from = gate.generator
     # Not what a training step may draw from: how much is checked changes no training.
     gate.generator = torch.Generator().manual_seed(state.config.seed + epoch)
     try:
         with state.average.applied() if state.average else nullcontext():
-            return _validate(state)
+            return _validate(state, split)
     finally:
         gate.generator = drawn_from
 
 
-def _validate(state: TrainingState) -> dict[str, Any]:
+def _validate(state: TrainingState, split: AnySplit) -> dict[str, Any]:
     state.model.eval()
     measured: dict[str, Any] = {}
     missing: dict[str, str] = {}
     doubts: dict[str, str] = {}
-    for name, measure in _checks(state).items():
+    for name, measure in _checks(state, split).items():
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
@@ -72,13 +77,15 @@ def _validate(state: TrainingState) -> dict[str, Any]:
     return measured | {name: note for name, note in notes.items() if note}
 
 
-def _checks(state: TrainingState) -> dict[str, Callable[[], dict[str, float]]]:
+def _checks(state: TrainingState, split: AnySplit) -> dict[str, Callable[[], dict[str, float]]]:
     """What is measured after an epoch, in order, each independent of whether the others can be."""
     config = state.config
+    if not len(split):
+        return {}
     # Read by the first check that needs them: an image that cannot be read costs that check alone.
-    checked = cache(lambda: sample(state.dataset.validation, config.check_images))
-    checks: dict[str, Callable[[], dict[str, float]]] = {"accuracy": lambda: _accuracies(state)}
-    if config.check_images and len(state.dataset.validation):
+    checked = cache(lambda: sample(split, config.check_images))
+    checks: dict[str, Callable[[], dict[str, float]]] = {"accuracy": lambda: _accuracies(state, split)}
+    if config.check_images:
         starts = torch.Generator().manual_seed(config.seed)
         attacks = {"pgd10": Attack(config.eps, config.eps / 4, steps=10, random_start=True)}
         if config.adversarial != "off":  # against both, the collapse of single-step training shows
@@ -90,9 +97,7 @@ def _checks(state: TrainingState) -> dict[str, Callable[[], dict[str, float]]]:
     return checks
 
 
-def _accuracies(state: TrainingState) -> dict[str, float]:
-    validation = state.dataset.validation
-
+def _accuracies(state: TrainingState, validation: AnySplit) -> dict[str, float]:
     def expert_logits(images: Tensor) -> Tensor:
         logits = state.expert_logits(images)
         check_finite(not_finite(logits))  # the largest of such numbers would pass for an answer

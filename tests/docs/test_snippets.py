@@ -128,7 +128,6 @@ def _without_torchrun_s(words: list[str]) -> list[str]:
     return [*(["-m"] if given.module else []), given.training_script, *given.training_script_args]
 
 
-
 def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """That a command is there, and takes what it is given."""
     program, *rest = words[: words.index(">")] if ">" in words else words

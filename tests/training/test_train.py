@@ -142,6 +142,7 @@ NO_EFFECT: dict[str, Any] = {"check_images": 4, "attack_images": 3, "checkpoint_
 # `_train` is given its images.
 OF_IMAGES = {"preset", "dataset", "data", "image_size", "channels", "stream", "workers", "limit_train"}
 BEGINNING = {"stem", "weights", "perturbation"}  # with what networks begin: test_any_network.py
+OF_TRAINER = {"early_stopping", "monitor", "loggers"}  # test_trainer.py, test_callbacks.py, test_loggers.py
 # Of other optimisers and schedules than the default: test_optimizers.py, test_schedules.py
 OTHERS = {"betas", "optimizer_eps", "milestones", "lr_factor"}
 ALIKE = {"device", "compile", "batching", "double_backprop", "float32", "shard"}  # the same but for rounding
@@ -149,7 +150,7 @@ ALIKE = {"device", "compile", "batching", "double_backprop", "float32", "shard"}
 
 def test_of_every_setting_it_is_known_whether_it_has_an_effect() -> None:
     # ATTACK_SETTINGS: test_adversarial_training.py
-    known = [*EFFECTS, *NO_EFFECT, *OTHERS, *OF_IMAGES, *BEGINNING, *ALIKE, *ATTACK_SETTINGS]
+    known = [*EFFECTS, *NO_EFFECT, *OTHERS, *OF_IMAGES, *BEGINNING, *OF_TRAINER, *ALIKE, *ATTACK_SETTINGS]
     assert len(known) == len(set(known))
     assert {field.name for field in dataclasses.fields(TrainConfig)} <= set(known)
 
