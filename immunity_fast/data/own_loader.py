@@ -134,11 +134,12 @@ class BatchLoader:
         assert self._pending is not None
         (state,) = self._pending
         self._pending = None
+        now = torch.get_rng_state()
         if not self.position:  # at an epoch's end
             if state is not None:
-                self.loader.load_state_dict(state)
+                next(self._loaded(state), None)  # which is the end of the epoch before
+                torch.set_rng_state(now)
             return self._begun()
-        now = torch.get_rng_state()
         start = self._at_start
         self._set_states(start)
         batches = self._begun() if state is None else self._loaded(state)

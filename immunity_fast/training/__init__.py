@@ -8,6 +8,7 @@ _PLACES = {
     "Callback": "callbacks",
     "CallbackError": "callbacks",
     "Checkpoint": "callbacks",
+    "ImmunityLightningModule": "lightning",
     "CSVLogger": "loggers",
     "EarlyStopping": "callbacks",
     "LambdaCallback": "callbacks",

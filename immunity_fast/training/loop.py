@@ -42,7 +42,7 @@ def train(
     the same step, whichever of them got the signal.
 
     Args:
-        state: what is trained; `state.history` gets the records.
+        state: what is trained, whose history gets the records.
         run: where it is saved; None saves nothing.
         callbacks: are told of it.
         loggers: get each epoch's numbers, in the first process.
