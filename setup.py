@@ -13,6 +13,7 @@ EXPORT = ["onnx>=1.17", "onnxscript>=0.6"]  # torch 2.11's exporter asks onnxscr
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]  # what runs a notebook without a browser
 HUB = ["huggingface_hub>=0.25", "safetensors>=0.4"]
 LOGGERS = ["mlflow-skinny>=3.1", "wandb>=0.19"]
+STREAMING = ["datasets>=3.0", "torchdata>=0.11"]  # tables of Hugging Face's; loaders whose place can be saved
 TRAIN = [
     "jinja2>=3.1",
     "matplotlib>=3.8",
@@ -38,6 +39,7 @@ TEST = [
     "pytest-benchmark>=5",
     "pytest-xdist>=3.0.2",
     "pytorch-lightning>=2.6",
+    "torchdata>=0.11",
 ]
 DOCS = [*TRAIN, *ATTACKS, "furo>=2024.8.6", "myst-parser>=4", "sphinx>=7.3"]
 # Other people's networks, wrappers and attacks, which only tests and examples use, in the versions of constraints.txt;
@@ -46,10 +48,12 @@ OTHERS = [
     "accelerate>=1.15",
     "adversarial-robustness-toolbox>=1.20",
     "captum>=0.9",
-    *LOGGERS,
+    "datasets>=3.0",
     "foolbox>=3.3.4",
+    *LOGGERS,
     "timm>=1.0.31",
     "transformers>=5.24",
+    "webdataset>=1.0",
 ]
 DEV = [*TEST, *DOCS, *OTHERS, "build>=1.2", "mypy>=1.10", "ruff>=0.6"]
 
@@ -107,6 +111,7 @@ setup(
         "export": EXPORT,
         "hub": HUB,
         "loggers": LOGGERS,
+        "streaming": STREAMING,
         "notebook": NOTEBOOK,
         "test": TEST,
         "docs": DOCS,

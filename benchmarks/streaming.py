@@ -2,7 +2,7 @@
 
     python -m benchmarks.streaming --out benchmarks/results/streaming_cpu.json
 
-The images are made for it: a folder of JPEGs of 224×224 pixels, about 15 KB each, of noise whose octaves fall off as
+The images are made for it: a folder of JPEGs of 224×224 pixels, about 10 KB each, of noise whose octaves fall off as
 those of photographs do. Each turn is an epoch in a process of its own, whose memory, with its workers', is looked at
 from outside. Nothing is trained: what is measured is how fast batches of uint8 (B, 3, 224, 224) come, shuffled, and how
 much of the processors that took, which on a machine with other work to do says more than the clock.
@@ -29,6 +29,7 @@ from benchmarks.outcomes import write
 from benchmarks.record import header
 
 SIDE, CLASSES = 224, 100
+TEXTURE, TEXTURES = 640, 50
 OTHERS = 100  # validation and test images
 LOOK = 0.5  # seconds between two looks at a process' memory
 Way: TypeAlias = tuple[Iterator[torch.Tensor], Callable[[], None]]  # batches, and what ends their workers
@@ -56,25 +57,29 @@ def main() -> None:
 
 
 def make_images(folder: Path, count: int) -> None:
-    """A folder of JPEGs as `immunity_fast` and torchvision read it."""
+    """A folder of JPEGs as `immunity_fast` and torchvision read it: parts of some large textures, no two the same."""
     from PIL import Image
 
+    random = np.random.default_rng(0)
+    textures = [texture(random) for _ in range(TEXTURES)]
     for part, number in (("train", count), ("val", OTHERS), ("test", OTHERS)):
         for name in range(CLASSES):
             (folder / part / f"{name:03d}").mkdir(parents=True, exist_ok=True)
         for index in range(number):
-            pixels = picture(np.random.default_rng([len(part), index]))
-            Image.fromarray(pixels).save(folder / part / f"{index % CLASSES:03d}" / f"{index:06d}.jpg", quality=85)
+            top, left = random.integers(0, TEXTURE - SIDE, 2)
+            pixels = textures[random.integers(TEXTURES)][top : top + SIDE, left : left + SIDE, random.permutation(3)]
+            file = folder / part / f"{index % CLASSES:03d}" / f"{index:06d}.jpg"
+            Image.fromarray(np.ascontiguousarray(pixels)).save(file, quality=85)
 
 
-def picture(random: np.random.Generator) -> Any:
-    """Noise of several octaves, each coarser one stronger, as in photographs; uint8 (224, 224, 3)."""
+def texture(random: np.random.Generator) -> Any:
+    """Noise of several octaves, each coarser one stronger, as in photographs; uint8 (TEXTURE, TEXTURE, 3)."""
     from PIL import Image
 
-    total = np.zeros((SIDE, SIDE, 3), np.float32)
-    for side in (4, 8, 16, 32, 64, 128):
+    total = np.zeros((TEXTURE, TEXTURE, 3), np.float32)
+    for side in (8, 16, 32, 64, 128, 256, 512):
         octave = Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
-        total += np.asarray(octave.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32) / side**0.5
+        total += np.asarray(octave.resize((TEXTURE, TEXTURE), Image.Resampling.BICUBIC), np.float32) / side**0.5
     low, high = total.min(), total.max()
     return (255 * (total - low) / (high - low)).astype(np.uint8)
 

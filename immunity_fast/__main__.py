@@ -48,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     called = called_from(sys.argv[0]) if arguments is None else CONSOLE
     with called_as(called), interrupts.ended_quietly():
-        run(words, called)
+        try:
+            run(words, called)
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left goes when Python ends
+            sys.exit(128 + 13)  # as shells count SIGPIPE
 
 
 def run(words: list[str], called: str) -> NoReturn:
@@ -82,7 +86,7 @@ def run(words: list[str], called: str) -> NoReturn:
 
 def ended(text: str) -> NoReturn:
     """Print what was asked for, and end."""
-    print(text)
+    sys.stdout.write(f"{text}\n")  # at once: print writes the end of the line for itself
     sys.exit(0)
 
 

@@ -101,7 +101,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Plan, Outputs]]:
     """Instead of evaluating: (target, plan, outputs) of each evaluation."""
     calls: list[tuple[Any, Plan, Outputs]] = []
     monkeypatch.setattr(
-        run_evaluation, "evaluate", lambda target, _, plan, outputs, *__: calls.append((target, plan, outputs)) or {}
+        run_evaluation,
+        "evaluate",
+        lambda target, _, plan, outputs, *__, **___: calls.append((target, plan, outputs)) or {},
     )
     return calls
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import product
+from itertools import count, product
 from typing import Any
 
 import pytest
@@ -36,3 +36,9 @@ def every(step: int, *axes: Iterable[Any]) -> list[Any]:
         values = [values[index] for values, index in zip(lists, place, strict=True)]
         made.append(pytest.param(*values, marks=() if sum(place) % step == 0 else pytest.mark.exhaustive))
     return made
+
+
+def each(step: int, cells: Iterable[Any]) -> list[Any]:
+    """Each `step`-th cell is ordinary, from the first."""
+    place = count()
+    return sampled(cells, lambda *_: next(place) % step == 0)

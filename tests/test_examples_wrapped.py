@@ -41,3 +41,19 @@ def test_attack_libraries_are_listed_with_what_they_report(
     assert "clean accuracy, exact mean:" in shown
     for name in ("immunity_fast", "torchattacks", "foolbox", "art"):
         assert re.search(rf"^{name} +(is not installed|(\d+\.\d % *){{3}})$", shown, re.MULTILINE), shown
+
+
+def test_shards_of_two_processes_end_where_one_process_does() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    shown = subprocess.run(
+        [*command, str(REPOSITORY / "examples" / "sharded.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    ).stdout
+    moved, apart = (float(number) for number in re.findall(r"\d\.\de[+-]\d\d", shown))
+    assert moved > 1e-3
+    assert apart < 1e-10
+    assert re.search(r"process 1 of 2 keeps 55,\d{3} of 111,393 weights", shown)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from immunity_fast.data.cuts import cut_test, cut_validation
-from immunity_fast.data.folders import ClassFiles, list_folder
+from immunity_fast.data.folders import TEST_SHARE, ClassFiles, list_folder
 from immunity_fast.data.huggingface import list_huggingface
 from immunity_fast.data.images import check_channels, read_image
 from immunity_fast.data.readers import Parts, read_cifar, read_digits, read_npz
@@ -245,6 +245,9 @@ def load(
         check_channels(channels)
         shape = None if image_size is None else (image_size, image_size)
         listed, notes = _list(name, path)
+        if listed.test is None:
+            share = f"{100 * TEST_SHARE:.0f} % of each class"
+            notes += (f"{path}: no test split, so {share} of the training images are it, the same ones for every run",)
         training, *others = _cut_listed(listed, name, path, limit_train)
         cut = (training, *(_with_labels(part, ignore_index) for part in others))
         decoder = _decoder(cut, listed.train.source, shape, channels)

@@ -157,7 +157,7 @@ class Members(Source):
 
     def encoded(self, index: int) -> bytes:
         archive, offset, size = map(int, self._places[index])
-        content = os.pread(self._descriptor(archive), size, offset)
+        content = _read(self._descriptor(archive), size, offset)
         if len(content) != size:
             raise ValueError(f"{self.name(index)}: expected {size} bytes, got {len(content)}: the archive has changed")
         return content
@@ -166,7 +166,7 @@ class Members(Source):
         if archive not in self._open:
             if len(self._open) >= OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[archive] = os.open(self._archives[archive], os.O_RDONLY)
+            self._open[archive] = os.open(self._archives[archive], os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._open.move_to_end(archive)
         return self._open[archive]
 
@@ -186,6 +186,14 @@ class Members(Source):
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():
             os.close(descriptor)
+
+
+def _read(descriptor: int, size: int, offset: int) -> bytes:
+    """Some bytes of a file, of which forked processes have the same descriptor and each its own place."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)  # Windows, where no process is forked
+    return os.read(descriptor, size)
 
 
 def listing(source: Source, labels: Tensor, shape: tuple[int, ...]) -> str:

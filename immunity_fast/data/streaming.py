@@ -6,6 +6,7 @@ What comes is what a split in memory would hold, bit for bit, whatever the numbe
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -140,8 +141,10 @@ class Reader:
         """
         if not self.workers:
             for row in rows:
+                began = time.perf_counter()
                 batch = self._empty(len(row), pinned)
                 self.decoder(Task(source, row), batch.numpy())
+                self.waited += time.perf_counter() - began
                 yield batch
             return
         kept: list[Indices] = []

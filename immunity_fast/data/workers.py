@@ -79,7 +79,7 @@ class Pool:
         shape = (slots, *slot)
         forked = context.get_start_method() == "fork"
         self._memory = shared(shape, forked=forked)
-        self._array: Images | None = as_array(self._memory, shape)
+        self._arrays = [as_array(self._memory, shape)]  # one, or none once it is closed
         self._free = list(range(slots))
         self._done: dict[int, tuple[int, int | Exception]] = {}  # by ticket: slot, and images or what went wrong
         self._ticket = 0
@@ -87,7 +87,8 @@ class Pool:
         self._pipes: list[connection.Connection] = []
         self._sent: list[deque[_Sent]] = []
         # Before `multiprocessing` ends daemons at exit, by a signal that workers do not listen to.
-        self._end = util.Finalize(self, _close, (self._processes, self._pipes, self._memory), exitpriority=20)
+        held = (self._processes, self._pipes, self._memory, self._arrays)
+        self._end = util.Finalize(self, _close, held, exitpriority=20)
         try:
             for _ in range(workers):
                 ours, theirs = context.Pipe()
@@ -117,7 +118,6 @@ class Pool:
 
     def close(self) -> None:
         """End the workers, and give the memory back."""
-        self._array = None
         self._end()
 
     def run(self, tasks: Iterable[Any]) -> Iterator[Images]:
@@ -145,9 +145,8 @@ class Pool:
                     self._free.append(slot)
                     self._drain()
                     raise found
-                assert self._array is not None
                 try:
-                    yield self._array[slot, :found]
+                    yield self._arrays[0][slot, :found]
                 finally:
                     self._free.append(slot)
         except GeneratorExit:
@@ -316,7 +315,8 @@ def _how_it_ended(code: int | None) -> str:
     return f"was killed by {name}{why.get(name, '')}"
 
 
-def _close(processes: list[Any], pipes: list[connection.Connection], memory: Any) -> None:
+def _close(processes: list[Any], pipes: list[connection.Connection], memory: Any, arrays: list[Images]) -> None:
+    arrays.clear()  # or the memory could not be given back
     for pipe in pipes:
         with suppress(OSError, ValueError):
             pipe.send(None)

@@ -17,8 +17,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -74,6 +72,8 @@ def processes(device: torch.device) -> Iterator[None]:
         yield
         return
     global _groups
+    from torch.distributed.distributed_c10d import PrefixStore  # which not every PyTorch has
+
     with _finding_each_other():
         _groups += 1
         places = _told(f"device {_groups}", (socket.gethostname(), str(device)))
@@ -111,6 +111,8 @@ def _meeting(patience: timedelta | None = None) -> Any:
     """The store in which all processes write and read, once all of them have come; RuntimeError where they do not."""
     global _store
     if _store is None:
+        from torch.distributed.rendezvous import rendezvous  # which not every PyTorch has
+
         patience = patience or MEETING
         store, rank, _ = next(rendezvous("env://", timeout=patience))
         store.set(f"here/{rank}", "yes")
@@ -244,15 +246,16 @@ def first_of_all() -> Iterator[None]:
     """
     turn = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
     for _ in range(turn):
-        _barrier()
+        barrier()
     try:
         yield
     finally:  # also where it fails: the others would wait for this one
         for _ in range(turn, 2):
-            _barrier()
+            barrier()
 
 
-def _barrier() -> None:
+def barrier() -> None:
+    """Until all processes have come here."""
     if _several():
         dist.barrier()
 

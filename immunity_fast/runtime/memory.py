@@ -42,8 +42,17 @@ def available(device: torch.device) -> int | None:
         free.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
     for limit, used in zip(_CGROUPS, _CGROUPS_USED, strict=True):
         with suppress(ValueError, OSError):
-            free.append(int(limit.read_text()) - int(used.read_text()))
+            free.append(int(limit.read_text()) - int(used.read_text()) + _cached_files(used.parent))
     return max(0, min(free)) if free else None
+
+
+def _cached_files(group: Path) -> int:
+    """Bytes of files that a container keeps in memory as long as nothing else needs it, and counts as used."""
+    found = 0
+    with suppress(ValueError, OSError):
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        found = sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
+    return found
 
 
 def peak() -> int | None:

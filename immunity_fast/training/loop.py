@@ -92,7 +92,7 @@ def train(
                 write_checkpoint(state, run, callbacks)
             if first and run is not None:
                 run.diverged.unlink(missing_ok=True)  # what had diverged before has got past it
-            interrupts.stop_if(agreement.now(asked[0] if asked else 0))
+            stop_if(agreement.now(asked[0] if asked else 0))
         if run is not None and state.config.shard and first:
             display.line(join(run.folder))
         callbacks.call("on_fit_end")
@@ -139,7 +139,7 @@ def take_steps(
             and (signal or state.step % state.config.checkpoint_every == 0)
         ):
             save(state, run, callbacks)
-            interrupts.stop_if(signal)
+            stop_if(signal)
     synchronize(state.device)
     return images, time.perf_counter() - started
 
@@ -221,6 +221,13 @@ def save(state: TrainingState, run: Run, callbacks: Callbacks) -> None:
     state.synchronize()
     check_finite(state, run)
     write_checkpoint(state, run, callbacks)
+
+
+def stop_if(signal: int) -> None:
+    """`KeyboardInterrupt` in all processes by a signal that one has got, once all that is to be saved is; 0 is none."""
+    if signal:
+        distributed.barrier()  # where one process ends, a scheduler may end the others
+        interrupts.stop_if(signal)
 
 
 def write_checkpoint(state: TrainingState, run: Run, callbacks: Callbacks) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from immunity_fast.data import sources
 from immunity_fast.data.datasets import ImageDataset, load
+from immunity_fast.data.images import read_image
 from immunity_fast.data.shards import expanded, list_shards, part_of
 from tests.photos import CLASSES, photo, write_folder, write_shards, write_tar
 
@@ -80,12 +81,15 @@ def test_archives_are_streamed_by_their_index(
     dataset.reader.close()  # type: ignore[union-attr]
 
 
-def test_a_pattern_of_training_archives_alone_gives_up_a_test_split(tmp_path: Path) -> None:
+def test_training_archives_alone_give_up_a_test_split(tmp_path: Path) -> None:
     write_shards(tmp_path)
     for given in (str(tmp_path / "train-{000..001}.tar"), str(tmp_path / "train-*.tar")):
         dataset = load("webdataset", given, image_size=SIZE)
         assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (22, 2, 6)
         assert dataset.test.labels.bincount().tolist() == [2, 2, 2]
+        assert dataset.notes[0].startswith(
+            f"{given}: no test split, so 20 % of each class of the training images are it"
+        )
     for part in ("train", "val", "test"):
         (tmp_path / part).mkdir()
         for file in tmp_path.glob(f"{part}-*.tar"):
@@ -126,6 +130,19 @@ def test_samples_are_grouped_by_the_name_before_the_first_dot(tmp_path: Path) ->
     assert listed.train.source.encoded(3) == photo(3, kind="JPEG")
     assert listed.train.source.sizes().tolist() == [len(photo(n, kind="JPEG")) for n in range(8)]
     assert listed.train.source.name(3) == f"{file}: a.b/3"
+
+
+def test_archives_are_read_as_the_webdataset_library_does(tmp_path: Path) -> None:
+    library = pytest.importorskip("webdataset", reason="other people's reader and writer of archives")
+    with library.TarWriter(str(tmp_path / "train-0.tar")) as writer:
+        for number in range(9):
+            writer.write({"__key__": f"{number:04d}", "png": photo(number), "cls": number % 3, "json": {"id": number}})
+    read = list(library.WebDataset(str(tmp_path / "train-0.tar"), shardshuffle=False).decode("rgb8"))
+    found = list_shards(str(tmp_path)).train
+    assert [each["cls"] for each in read] == found.labels.tolist() == [0, 1, 2] * 3
+    assert [each["__key__"].encode() for each in read] == [found.source.key(number) for number in range(9)]
+    for number, each in enumerate(read):
+        assert (each["png"] == read_image(found.source.encoded(number))).all()
 
 
 def test_a_member_with_a_long_name_is_found(tmp_path: Path) -> None:

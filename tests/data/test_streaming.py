@@ -167,7 +167,7 @@ def test_statistics_are_those_of_the_split_in_memory(
 # What tells data from others
 
 
-def test_a_listing_is_the_same_streamed_or_not_and_wherever_it_lies(
+def test_a_listing_is_the_same_streamed_or_not_and_when_moved(
     folder: Path, by_two: ImageDataset, resident: ImageDataset, tmp_path: Path
 ) -> None:
     moved = load("folder", shutil.copytree(folder, tmp_path / "moved"), image_size=SIZE, stream="on", workers=0)
@@ -296,3 +296,11 @@ def test_a_file_that_has_gone_is_named(folder: Path, tmp_path: Path) -> None:
         shutil.rmtree(copied / "test")
         with pytest.raises(FileNotFoundError, match=str(copied / "test")):
             dataset.test.read(np.arange(3))
+
+
+def test_grey_images_are_streamed_as_such(folder: Path) -> None:
+    resident = load("folder", folder, image_size=SIZE, channels=1)
+    for dataset in _streamed(folder, 2, channels=1):
+        assert dataset.channels == 1
+        assert torch.equal(dataset.train.read(slice(None)), resident.train.read(slice(None)))
+        assert dataset.train.read(slice(3)).shape == (3, 1, SIZE, SIZE)

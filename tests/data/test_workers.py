@@ -101,7 +101,7 @@ def test_a_run_that_is_given_up_leaves_nothing_behind(pool: Pool) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_to_the_whole_group_leave_workers_to_their_parent(pool: Pool, number: int) -> None:
+def test_signals_to_the_group_leave_workers_to_their_parent(pool: Pool, number: int) -> None:
     assert _values(pool.run([1, 2, 3])) == [(1, 1), (2, 2, 2), (3,)]
     for pid in pool.pids:
         os.kill(pid, number)
@@ -133,7 +133,7 @@ def _runs(pid: int) -> bool:
         return False
 
 
-def test_spawned_workers_do_the_same_and_give_their_memory_back(tmp_path: Path) -> None:
+def test_spawned_workers_do_the_same_and_leave_no_memory(tmp_path: Path) -> None:
     """What they run is the package's own: a spawned process cannot import this file."""
     file = tmp_path / "one.png"
     file.write_bytes(photo(3))

@@ -120,6 +120,14 @@ def extras() -> set[str]:
     return set(found["extras_require"])
 
 
+def _without_torchrun_s(words: list[str]) -> list[str]:
+    """What torchrun is to run, behind its own options, which its own parser has to know."""
+    from torch.distributed.run import get_args_parser
+
+    given = get_args_parser().parse_args(words)
+    return [*(["-m"] if given.module else []), given.training_script, *given.training_script_args]
+
+
 def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """That a command is there, and takes what it is given."""
     program, *rest = words[: words.index(">")] if ">" in words else words
@@ -133,8 +141,11 @@ def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             return
         program, rest = "python", ["-m", f"immunity_fast.{COMMANDS[command].module}", *rest]
     if program == "torchrun":
-        assert rest[:1] == ["--nproc-per-node"], words
-        program, rest = "python", rest[2:]
+        program, rest = "python", _without_torchrun_s(rest)
+    if program == "sbatch":
+        script = next(index for index, word in enumerate(rest) if word.endswith(".sh"))
+        assert (REPOSITORY / rest[script]).is_file(), words
+        program, rest = "python", ["-m", "immunity_fast.train", *rest[script + 1 :]]
     if program in ("python", "python3") and rest[:3] == ["-m", "pip", "install"]:
         program, rest = "pip", rest[2:]
     if program == "pip":

@@ -17,6 +17,7 @@ import pytest
 
 import immunity_fast
 from immunity_fast import __main__ as console
+from immunity_fast.data.datasets import NAMES as DATASETS
 from immunity_fast.runtime import commands, completion, interrupts
 from tests import command_options
 from tests.places import REPOSITORY
@@ -147,6 +148,21 @@ def test_a_signal_while_importing_is_a_word_and_its_status(tmp_path: Path) -> No
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "interrupted\n")
 
 
+def test_a_reader_that_has_enough_ends_it_without_a_word(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as nobody:
+        done = subprocess.run(
+            [sys.executable, "-u", "-m", "immunity_fast", "--help"],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            stdout=nobody,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 # How it was called
 
 
@@ -272,7 +288,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["tr"], ["train"]),
         ([""], sorted(console.LINES)),
-        (["train", "--dataset", ""], ["cifar10", "cifar100", "digits", "folder", "npz"]),
+        (["train", "--dataset", ""], sorted(DATASETS)),
         (["train", "--dataset", "npz", "--pre"], ["--preset"]),
         (["train", "--arch", "robnet_l"], ["robnet_large", "robnet_large_v2"]),
         (["train", "--resume", ""], ["runs"]),

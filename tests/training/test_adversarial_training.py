@@ -198,7 +198,7 @@ def test_without_attacks_in_training_and_checks_there_is_no_best(changes: dict[s
 def test_the_command_evaluates_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = _script(monkeypatch, [0.5, 0.4], [0.5, 0.5])
     evaluated = []
-    monkeypatch.setattr(run_evaluation, "evaluate_run", lambda _run, target, *_rest: evaluated.append(target.model))
+    monkeypatch.setattr(run_evaluation, "evaluate_run", lambda _run, target, *_, **__: evaluated.append(target.model))
     changes = {"adversarial": "fgsm-rs", "check_images": 4, "batch_size": 32}
     train.main([*options(write_data(tmp_path / "data.npz"), **changes), "--out", str(tmp_path / "run")])
     assert len(evaluated) == 1

@@ -232,7 +232,7 @@ def test_without_an_attack_the_last_average_is_the_model(
     states: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluated = []
-    monkeypatch.setattr(run_evaluation, "evaluate_run", lambda _run, target, *_rest: evaluated.append(target.model))
+    monkeypatch.setattr(run_evaluation, "evaluate_run", lambda _run, target, *_, **__: evaluated.append(target.model))
     arguments = options(write_data(tmp_path / "data.npz"), epochs=1, batch_size=20, ema=0.6)
     train.main([*arguments, "--out", str(tmp_path / "run")])
     expected = _averaged(states, 0.6)

@@ -27,7 +27,7 @@ from immunity_fast.training import checkpoint, loop
 from immunity_fast.training.checkpoint import load_checkpoint, load_info, load_model, save_checkpoint
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
-from tests import evaluated
+from tests import evaluated, grids
 from tests.small_runs import (
     contents,
     error_line,
@@ -163,7 +163,9 @@ UNFIT: list[tuple[Change, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("how", "named"), UNFIT, ids=[f"{number} {named}" for number, (_, named) in enumerate(UNFIT)])
+@pytest.mark.parametrize(
+    ("how", "named"), grids.each(3, UNFIT), ids=[f"{number} {named}" for number, (_, named) in enumerate(UNFIT)]
+)
 def test_a_checkpoint_that_no_run_has_written_is_refused(
     how: Change, named: str, half: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,13 +351,12 @@ BAD_LINES += [b'{"epoch": 1, "val_not_measured": ["x"]}', b'{"epoch": 1, "val_no
 BAD_LINES += [b'{"epoch": 1, "loss": []}', b'{"epoch": 1, "loss": 1' + b"0" * 400 + b"}", b'{"epoch": 1, "a": ' + DEEP]
 
 
-@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize(("command", "number"), grids.every(3, ("train", "evaluate"), range(len(BAD_LINES))))
 def test_a_line_that_is_no_record_is_named(
-    command: str, line: bytes, finished: Run, capsys: pytest.CaptureFixture[str]
+    command: str, number: int, finished: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = finished.metrics_file.read_bytes().splitlines()
-    finished.metrics_file.write_bytes(line + b"\n" + lines[1] + b"\n")
+    finished.metrics_file.write_bytes(BAD_LINES[number] + b"\n" + lines[1] + b"\n")
     before = contents(finished.folder)
     main, arguments = (train.main, ["--resume"]) if command == "train" else (evaluate.main, FEW)
     message = error_line(capsys, main, [*arguments, str(finished.folder)])

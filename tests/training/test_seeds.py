@@ -132,7 +132,7 @@ def test_the_deviation_is_the_statistics_module_s() -> None:
     assert spread({"a": 0.25}) == {"mean": 0.25, "std": None, "values": {"a": 0.25}}
 
 
-def test_a_seed_that_diverges_does_not_keep_the_others_from_their_end(
+def test_a_seed_that_diverges_does_not_stop_the_others(
     training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "set"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +150,33 @@ def test_a_worker_that_dies_is_one_line_that_says_how_to_go_on(
     records = Run(out).metrics()
     assert "was killed by SIGKILL" in records[0]["val_not_measured"]["accuracy"]
     assert "val_accuracy_mean" not in records[0]
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_is_really_killed_resumes_to_the_same_bits(folder: Path, resident: Path, tmp_path: Path) -> None:
+    """By SIGKILL, in its second epoch, in a process that starts as a user's does; its workers end, too."""
+    out = tmp_path / "run"
+    program = (
+        "import os, sys, signal\n"
+        "from immunity_fast import train\n"
+        "from immunity_fast.training.state import TrainingState\n"
+        "own = TrainingState.advance\n"
+        "def advance(self, batch):\n"
+        "    if self.step == 5:\n"
+        "        print(*self.dataset.reader.pids(), flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return own(self, batch)\n"
+        "TrainingState.advance = advance\n"
+        "train.main(sys.argv[1:])\n"
+    )
+    words = [*_options(folder, stream="on", workers=2), "--out", str(out)]
+    ended = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    workers = [Path("/proc", pid) for pid in ended.stdout.splitlines()[-1].split()]
+    until = time.monotonic() + 20
+    while any(worker.exists() for worker in workers) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(workers) == 2
+    assert not any(worker.exists() for worker in workers)
+    trained(["--resume", str(out), "--workers", "1"])
+    assert _written(out) == _written(resident)

@@ -1,0 +1,48 @@
+"""How much memory there is, is free, and is used."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from immunity_fast.runtime import memory
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says")
+
+
+def test_what_is_free_is_less_than_there_is() -> None:
+    total, free = memory.total(CPU), memory.available(CPU)
+    assert total is not None
+    assert free is not None
+    assert 0 < free < total
+
+
+def test_a_container_s_files_in_memory_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has read of a large data set would else let the next one seem not to fit."""
+    for name, text in (("memory.max", "5000000"), ("memory.current", "4000000")):
+        (tmp_path / name).write_text(text, encoding="ascii")
+    monkeypatch.setattr(memory, "_CGROUPS", (tmp_path / "memory.max",))
+    monkeypatch.setattr(memory, "_CGROUPS_USED", (tmp_path / "memory.current",))
+    assert memory.available(CPU) == 1000000
+    stat = "anon 1000000\nactive_file 500000\ninactive_file 2500000\nshmem 7\n"
+    (tmp_path / "memory.stat").write_text(stat, encoding="ascii")
+    assert memory.available(CPU) == 4000000
+    (tmp_path / "memory.max").write_text("max", encoding="ascii")
+    free = memory.available(CPU)
+    assert free is None or free > 4000000
+
+
+def test_what_processes_have_is_counted() -> None:
+    peak, own = memory.peak(), memory.private([os.getpid()])
+    assert peak is not None
+    assert own is not None
+    assert 0 < own < peak
+    block = torch.ones(1 << 25, dtype=torch.uint8)
+    assert memory.private([os.getpid()]) > own + len(block) // 2
+    assert memory.private([]) == 0
+    assert memory.private([0]) is None
