@@ -12,8 +12,8 @@ ATTACKS = ["torchattacks>=3.5,<3.6"]  # whose internals attacks/autoattack.py re
 EXPORT = ["onnx>=1.17", "onnxscript>=0.6"]  # torch 2.11's exporter asks onnxscript for an interface that 0.6 brought
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]  # what runs a notebook without a browser
 HUB = ["huggingface_hub>=0.25", "safetensors>=0.4"]
-LOGGERS = ["mlflow-skinny>=3.1", "wandb>=0.19"]
 STREAMING = ["datasets>=3.0", "torchdata>=0.11"]  # tables of Hugging Face's; loaders whose place can be saved
+LOGGERS = ["mlflow-skinny>=3.1", "wandb>=0.19"]
 TRAIN = [
     "jinja2>=3.1",
     "matplotlib>=3.8",
@@ -49,8 +49,8 @@ OTHERS = [
     "adversarial-robustness-toolbox>=1.20",
     "captum>=0.9",
     "datasets>=3.0",
-    "foolbox>=3.3.4",
     *LOGGERS,
+    "foolbox>=3.3.4",
     "timm>=1.0.31",
     "transformers>=5.24",
     "webdataset>=1.0",
@@ -110,8 +110,8 @@ setup(
         "attacks": ATTACKS,
         "export": EXPORT,
         "hub": HUB,
-        "loggers": LOGGERS,
         "streaming": STREAMING,
+        "loggers": LOGGERS,
         "notebook": NOTEBOOK,
         "test": TEST,
         "docs": DOCS,

@@ -89,6 +89,7 @@ def calls() -> Iterator[tuple[str, Any]]:
     for shape in MAPS[:2]:
         yield f"{shape} bf16 summed", functools.partial(losses, 32, shape, torch.bfloat16, False, "sums")
         yield f"{shape} bf16 list", functools.partial(losses, 32, shape, torch.bfloat16, False, "list")
+        yield f"{shape} bf16 masked", functools.partial(losses, 32, shape, torch.bfloat16, False, "masked")
     for shape, layout in itertools.product((LARGE_MAPS, *ODD_MAPS), layouts):
         yield f"{shape} bf16 {layout}", functools.partial(losses, 1, shape, torch.bfloat16, layouts[layout], "maps")
     yield f"{LARGE_MAPS} fp32 sliced", functools.partial(losses, 3, LARGE_MAPS, torch.float32, False, "sliced")
@@ -109,13 +110,13 @@ def losses(samples: int, shape: tuple[int, int, int], dtype: torch.dtype, channe
     if form == "sliced":  # no axis is contiguous, rows do not follow each other
         activations = [part[..., 1::2] for part in activations]
     gradients = [part[..., 0, 0].contiguous() if form == "sums" else part for part in activations]
-    for counted in (None, untouched((samples,), torch.float32)):
-        information, stability, *saved = heatmap_losses.heatmap_losses(
-            activations, gradients, size, True, 0.01, 0.5, "", counted
-        )
-        heatmap_losses.heatmap_losses_backward(
-            information, stability, activations, *saved, counted, True, 0.01, 0.5, dtype, True, True
-        )
+    counted = untouched((samples,), torch.float32) if form == "masked" else None
+    information, stability, *saved = heatmap_losses.heatmap_losses(
+        activations, gradients, size, True, 0.01, 0.5, "", counted
+    )
+    heatmap_losses.heatmap_losses_backward(
+        information, stability, activations, *saved, counted, True, 0.01, 0.5, dtype, True, True
+    )
     maps, *saved = heatmaps.gradcam_heatmaps(activations, gradients, size, 0.5)
     heatmaps.gradcam_heatmaps_backward(maps, activations, *saved, 0.5, dtype, True, True)
 

@@ -196,7 +196,7 @@ def _ours(case: StepCase, choices: tuple[Any, Any], amp: Any, batches: Iterator[
     average = WeightAverage(model, DECAY)
     step = TrainStep(
         model,
-        FusedImmunityLoss(size=(SIDE, SIDE)),
+        FusedImmunityLoss(size=(SIDE, SIDE), ignore_index=None),  # as a run has it
         FusedSGD(model.parameters(), 1e-3, 0.9, weight_decay=5e-4, nesterov=True),
         clip_grad_norm=MAX_NORM,
         amp=amp,

@@ -128,7 +128,7 @@ class StepCase:
             return _plain_step(model, images, labels, **options), model
         step = TrainStep(
             model,
-            FusedImmunityLoss(size=(self.side, self.side), detach_weights=loss == DETACHED),
+            FusedImmunityLoss(size=(self.side, self.side), detach_weights=loss == DETACHED, ignore_index=None),
             _optimizer(model),
             double_backprop=way.double_backprop,  # type: ignore[arg-type]
             **options,

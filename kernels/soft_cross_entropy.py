@@ -196,7 +196,7 @@ def soft_mixture_cross_entropy(
                 logits, *logits.stride(), gate, *gate.stride(), coefficients, *coefficients.stride(),
                 losses, statistics, samples, classes, alpha,
                 EXPERTS=experts, BLOCK_EXPERTS=block_experts, BLOCK_CLASSES=block_classes,
-                num_warps=_num_warps(block_experts, block_classes),
+                num_warps=_num_warps(block_experts, block_classes), **launch.SAME_BITS,
             )  # fmt: skip
     return losses, statistics
 
@@ -262,7 +262,7 @@ def soft_mixture_cross_entropy_backward(
                 grad_coefficients if needs_coefficients else None, samples, classes, alpha,
                 NEEDS_COEFFICIENTS=needs_coefficients,
                 EXPERTS=experts, BLOCK_EXPERTS=block_experts, BLOCK_CLASSES=block_classes,
-                num_warps=_num_warps(block_experts, block_classes),
+                num_warps=_num_warps(block_experts, block_classes), **launch.SAME_BITS,
             )  # fmt: skip
     return grad_logits, grad_gate.to(gate.dtype), grad_coefficients
 

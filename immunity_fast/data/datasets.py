@@ -157,7 +157,7 @@ def _labelled(part: str, split: AnySplit, ignore_index: int | None) -> AnySplit:
     labels = split.labels
     if ignore_index is not None:
         known = (labels != ignore_index).flatten(1).any(1) if labels.dim() == 2 else labels != ignore_index
-        if not bool(known.any()):
+        if len(labels) and not bool(known.any()):
             raise ValueError(f"{part}: expected images with labels, got {len(labels)} of {ignore_index} alone")
         if not bool(known.all()):
             split = Split(split.images[known], labels[known])

@@ -52,7 +52,8 @@ class Results(dict[str, Any]):
 
     def _repr_html_(self) -> str:
         """What a notebook shows of it."""
-        return "".join(table.to_html() for table in tables(self)) + (f"<p>{escape(self._place())}</p>")
+        place = f"<p>{escape(self._place())}</p>" if self.report else ""
+        return "".join(table.to_html() for table in tables(self)) + place
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """IPython's text of it: what is kept beside the HTML in a notebook's file."""

@@ -133,8 +133,36 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
 
     Gives whether it is held, which, without waiting, it is not where another process holds it.
     """
-    with path.open("a+b") as file:
-        yield _lock(file.fileno(), wait=wait)
+    with _opened(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as descriptor:
+        yield _lock(descriptor, wait=wait)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    """A file's descriptor, for the length of a `with` block.
+
+    Processes that are forked meanwhile, such as those that read images, let go of it: a lock ends with the last one who
+    has its descriptor.
+    """
+    descriptor = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o666)
+    _opened_here.add(descriptor)
+    try:
+        yield descriptor
+    finally:
+        if descriptor in _opened_here:
+            _opened_here.discard(descriptor)
+            os.close(descriptor)
+
+
+def _let_go() -> None:
+    for descriptor in _opened_here:
+        os.close(descriptor)
+    _opened_here.clear()
+
+
+_opened_here: set[int] = set()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -144,14 +172,11 @@ def locked_folder(folder: Path) -> Iterator[bool]:
     Where the system locks no folders (Windows, NFS), a file in it is locked, which stays.
     """
     if fcntl is not None:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
+        with _opened(folder, os.O_RDONLY) as descriptor:
             held = _flock(descriptor)
             if held is not None:
                 yield held
                 return
-        finally:
-            os.close(descriptor)
     with locked(folder / "run.lock", wait=False) as held:
         yield held
 

@@ -108,8 +108,9 @@ def begin_set(config: TrainConfig, out: Path | None, seeds: Sequence[int]) -> Se
     """Settle where a new set lies, as `begin` does of a run; nothing is written.
 
     Raises:
-        ValueError, FileExistsError: see `begin`.
+        ValueError, FileExistsError: see `begin`; or several processes are to train.
     """
+    _check_alone()
     start = begin(config, out)
     return SeedSet(start.folder, False, start.config, seeds)
 
@@ -131,8 +132,10 @@ def go_on_with_set(
         trust_code: see `go_on`.
 
     Raises:
-        ValueError: its file is none of a set, or a setting would make other runs of it; or code is not trusted.
+        ValueError: its file is none of a set, or a setting would make other runs of it; or code is not trusted, or
+            several processes are to train.
     """
+    _check_alone()
     file = folder / FILE
     try:
         found = parse_json(file.read_bytes())
@@ -163,7 +166,6 @@ def train_seeds(start: SeedSet) -> None:
     """
     first = distributed.log_in_first(cli.console.print)
     with interrupts.explained(lambda: f"interrupted; go on with: {start.resume_command}", first):
-        _check_alone()
         _write_set(start)
         failed: dict[int, str] = {}
         for number, seed in enumerate(start.seeds, start=1):
@@ -360,12 +362,11 @@ def _check_alone() -> None:
     """Check that no other process trains with this one.
 
     Raises:
-        cli.InputError: one does.
+        ValueError: one does, or the environment is none of torchrun's.
     """
-    with cli.input_errors():
-        distributed.check_environment()
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            raise ValueError("--seeds: expected one process, got several of torchrun; give it one --seed a run")
+    distributed.check_environment()
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError("--seeds: expected one process, got several of torchrun; give it one --seed a run")
 
 
 def _write_set(start: SeedSet) -> None:

@@ -233,6 +233,19 @@ def test_tables_as_markdown_have_every_cell(whole: Evaluation) -> None:
             assert any(all(cell in line for cell in row) for line in lines)
 
 
+def test_a_notebook_shows_the_tables_and_where_the_report_is(whole: Evaluation) -> None:
+    found = results(whole)
+    html = found._repr_html_()
+    assert html.count("<table>") == len(tables(found)) == len(found.tables())
+    assert "report" not in html
+    found.report = Path("runs/<a>/report.html")
+    assert found._repr_html_().endswith("<p>report: runs/&lt;a&gt;/report.html</p>")
+    pretty = pytest.importorskip("IPython.lib.pretty", reason="which prints values in notebooks")
+    text = pretty.pretty(found)
+    assert text.startswith(tables(found)[0].to_markdown())
+    assert text.endswith("report: runs/<a>/report.html")
+
+
 def test_a_network_has_one_column(tmp_path: Path) -> None:
     evaluation = evaluation_of(
         tmp_path / "l", replace(PLAN, attackers=None, masking_images=0), NetworkTarget(brightness, 3)

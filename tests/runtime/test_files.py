@@ -214,6 +214,30 @@ def test_a_lock_is_one_process_and_ends_with_it(folder: bool, tmp_path: Path) ->
 
 
 @needs_locks
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_forked_process_does_not_hold_a_lock(folder: bool, tmp_path: Path) -> None:
+    """One that reads images, say, which may end a moment after the one that was killed."""
+    place = tmp_path if folder else tmp_path / "lock"
+    (hearing, telling), (waiting, ending) = os.pipe(), os.pipe()
+    with locked_folder(place) if folder else locked(place, wait=False) as mine:
+        assert mine
+        child = os.fork()
+        if not child:
+            os.close(ending)
+            os.write(telling, b".")
+            os.read(waiting, 1)
+            os._exit(0)
+        os.read(hearing, 1)
+    with locked_folder(place) if folder else locked(place, wait=False) as again:
+        assert again
+    os.close(ending)
+    os.waitpid(child, 0)
+    for descriptor in (hearing, telling, waiting):
+        os.close(descriptor)
+
+
+@needs_locks
 def test_where_folders_have_no_locks_a_file_in_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flock, folders = files.fcntl.flock, []
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from immunity_fast.training import TrainConfig, Trainer
 from immunity_fast.training.records import Records
 
 EPOCHS = [
@@ -40,3 +41,11 @@ def test_a_notebook_shows_the_table_and_a_terminal_its_text() -> None:
     pretty = pytest.importorskip("IPython.lib.pretty", reason="which prints values in notebooks")
     assert pretty.pretty(Records(EPOCHS)).startswith("| epoch |  loss |")
     assert pretty.pretty(Records()) == "[]"
+
+
+def test_a_trainer_s_history_is_such_before_it_begins() -> None:
+    trainer = Trainer(TrainConfig())
+    assert isinstance(trainer.history, Records)
+    assert trainer.history == []
+    with pytest.raises(ValueError, match=r"^out: expected a Trainer with a folder of its run"):
+        trainer.evaluate()

@@ -229,14 +229,15 @@ def test_one_run_has_no_seeds_to_go_on_with(tmp_path: Path, capsys: pytest.Captu
     assert f"--seeds: expected none with --resume {run.folder}, which holds one run" in line
 
 
-def test_several_processes_are_refused(
-    training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_processes_are_refused(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train.main(_begin(tmp_path / "one", "0"))
+    training.started.clear()
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name, value in (("RANK", "0"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500")):
         monkeypatch.setenv(name, value)
-    line = error_line(capsys, train.main, _begin(tmp_path / "set"))
-    assert "--seeds: expected one process, got several of torchrun" in line
+    for arguments in (_begin(tmp_path / "set"), ["--resume", str(tmp_path / "one")]):
+        with pytest.raises(ValueError, match=r"^--seeds: expected one process, got several of torchrun"):
+            train.parse(arguments)
     assert training.started == []
     assert not (tmp_path / "set").exists()
 

@@ -20,6 +20,7 @@ from immunity_fast.functional import mixture_cross_entropy, mixture_log_probabil
 from immunity_fast.training.adversarial import InnerAttack, InnerAttackSettings, divergence
 from immunity_fast.training.state import TrainingState
 from immunity_fast.training.step import TrainStep
+from immunity_fast.training.trainer import Trainer
 from tests.small_runs import (
     CONFIG,
     CPU,
@@ -207,3 +208,15 @@ def test_mixing_is_one_graph_for_all_draws() -> None:
             compiled(IMAGES, LABELS, mixing, 3, -100), apply_mixing(IMAGES, LABELS, mixing, 3, -100), strict=True
         )
         assert all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_trainer_takes_them_from_tensors(soft: bool) -> None:
+    """Without a validation split, and labels that are missing."""
+    images, targets = IMAGES, torch.where(LABELS[:, None] < 0, -100.0, SOFT) if soft else LABELS
+    settings: dict[str, Any] = {"mixup": 0.4, "ignore_index": -100, "class_weights": [1.0, 2.0, 0.5]}
+    trainer = Trainer(dataclasses.replace(CONFIG, batch_size=6, **settings), (images, targets), classes=3, device="cpu")
+    (record,) = trainer.fit()
+    assert np.isfinite(record["loss"])
+    assert trainer.state is not None
+    assert trainer.state.loss_fn.class_weights.tolist() == [1, 2, 0.5]  # type: ignore[union-attr]
