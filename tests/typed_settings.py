@@ -73,6 +73,9 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "profile": ([], True),
     "check_images": (["8"], 8),
     "attack_images": (["10"], 10),
+    "early_stopping": (["3"], 3),
+    "monitor": (["loss"], "loss"),
+    "loggers": (["csv"], "csv"),
     "checkpoint_every": (["50"], 50),
 }
 # Settings that have a meaning beside others alone.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from immunity_fast.data.datasets import ImageDataset, Split
 
@@ -187,7 +187,10 @@ class Batches:
 
     @cached_property
     def _first(self) -> tuple[Tensor, Tensor]:
-        return next(self.batches())
+        first = next(self.batches(), None)
+        if first is None:
+            raise ValueError(f"{self.called}: expected at least 1 batch, got none")
+        return first
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -210,8 +213,10 @@ class Batches:
     def labels(self) -> Tensor:
         """The targets of an epoch; where the data set does not have them by themselves, one is read for them."""
         known = self.known_targets
-        targets = torch.cat([targets for _, targets in self.batches()]) if known is None else known
-        return targets.to(self.device)
+        if known is None:
+            self.count  # noqa: B018  which checks that there are any
+            known = torch.cat([targets for _, targets in self.batches()])
+        return known.to(self.device)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """An epoch's batches, which change no generator: a training that follows draws as if they had not been read."""
@@ -344,7 +349,8 @@ def as_split(data: Any, called: str, *, steps: int | None = None, workers: int =
         return Split(images, targets)
     if isinstance(data, Mapping):
         return as_split(tuple(parted(data, called)), called)
-    if isinstance(data, Dataset) and hasattr(data, "__iter__") and not hasattr(type(data), "__getitem__"):
+    # Those of PyTorch have a __getitem__, which only raises; those of the library `datasets` have none.
+    if isinstance(data, IterableDataset):
         raise TypeError(f"{called}: expected a DataLoader of it, which makes batches, got an IterableDataset")
     if isinstance(data, DataLoader) or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__")):
         if iter(data) is data and not isinstance(data, DataLoader):
@@ -353,6 +359,8 @@ def as_split(data: Any, called: str, *, steps: int | None = None, workers: int =
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         if type(data) is TensorDataset and len(data.tensors) == 2:
             return as_split(data.tensors, called)
+        if isinstance(data, (list, tuple)) and data and _is_pair(data[0]):
+            return Batches(data, called, steps)  # a list of them
         return Items(data, called, workers)
     raise TypeError(
         f"{called}: expected an ImageDataset, (images, targets), a map-style data set of (image, target) or a "
@@ -365,6 +373,8 @@ def resident(split: Split | Items | Batches, workers: int = 0) -> Split:
     if isinstance(split, Split):
         return split
     parts = list(split.batches())
+    if not parts:
+        raise ValueError(f"{split.called}: expected at least 1 batch, got none")
     return Split(torch.cat([images for images, _ in parts]), torch.cat([targets for _, targets in parts]))
 
 
@@ -375,6 +385,11 @@ def as_batch(batch: Any, called: str) -> tuple[Tensor, Tensor]:
         ValueError, TypeError: it is no such batch.
     """
     images, targets = parted(batch, called)
+    if getattr(images, "ndim", 4) == 3 and getattr(targets, "ndim", 0) == 0:
+        raise TypeError(
+            f"{called}: expected batches (B, C, H, W), got an image of shape {tuple(images.shape)}; DataLoader(…, "
+            "batch_size=32) makes batches of them"
+        )
     images, targets = as_images(images, called), as_targets(targets, called)
     if len(images) != len(targets):
         raise ValueError(f"{called}: expected as many targets as images, got {len(targets)} for {len(images)}")
@@ -480,6 +495,9 @@ def as_targets(targets: Any, called: str) -> Tensor:
         found = found[:, 0]
     if found.ndim == 2 and found.is_floating_point():
         return found.float()
+    whole = not found.is_floating_point() and not found.is_complex()
+    if found.ndim == 2 and whole and bool(((found == 0) | (found == 1)).all() & (found.sum(1) == 1).all()):
+        return found.float()  # one-hot
     if found.ndim != 1 or found.is_floating_point() or found.is_complex():
         raise ValueError(
             f"{called}: expected class numbers (B,), or probabilities (B, K), got {found.dtype} of shape "
@@ -590,6 +608,8 @@ def _class_names(
     ignore_index: int | None,
 ) -> tuple[str, ...]:
     """The classes' names: those that were given, the model's number, the data set's, or the numbers that there are."""
+    if isinstance(classes, str):
+        raise TypeError(f"classes: expected several names, or how many there are, got the text {classes!r}")
     if isinstance(classes, int):
         num_classes, classes = classes, None
     if classes is None and num_classes is None:

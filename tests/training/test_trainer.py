@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from immunity_fast import ImmunityMoE, load, train
 from immunity_fast.data.datasets import ImageDataset, Split
@@ -247,6 +247,25 @@ def test_a_loss_that_is_no_number_ends_it(images: ImageDataset) -> None:
 
 IMAGES, LABELS = split(8).images, split(8).labels
 NORMALISED = (IMAGES / 255 - 0.5) / 0.25
+
+
+class Short(Dataset[Any]):
+    """Items whose targets nothing lists."""
+
+    def __len__(self) -> int:
+        return len(IMAGES)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return IMAGES[index], int(LABELS[index])
+
+
+class Stream(IterableDataset[Any]):
+    """Items one after another, of which no batches are made."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield IMAGES[0], 0
+
+
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("normalised", {"train": (NORMALISED, LABELS)}, ValueError, "leave the normalisation out"),
     ("normalised batches", {"train": DataLoader(TensorDataset(NORMALISED, LABELS), 4)}, ValueError, "normalisation"),
@@ -263,6 +282,11 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("a model", {"train": (IMAGES, LABELS), "model": "resnet18"}, TypeError, "expected an ImmunityMoE"),
     ("validation alone", {"validation": (IMAGES, LABELS)}, ValueError, "train: expected data"),
     ("a class", {"train": (IMAGES, LABELS), "callbacks": [Callback]}, TypeError, "parentheses"),
+    ("a function", {"train": (IMAGES, LABELS), "callbacks": print}, TypeError, "LambdaCallback(on_epoch_end=…) makes"),
+    ("no batch", {"train": DataLoader(Short(), 9, drop_last=True)}, ValueError, "train: expected at least 1 batch"),
+    ("no batches", {"train": DataLoader(Short(), None)}, TypeError, "DataLoader(…, batch_size=32) makes batches"),
+    ("a stream", {"train": Stream()}, TypeError, "expected a DataLoader of it"),
+    ("a text", {"train": (IMAGES, LABELS), "classes": "ab"}, TypeError, "classes: expected several names"),
     ("a logger", {"train": (IMAGES, LABELS), "loggers": "excel"}, ValueError, "expected none, or of tensorboard"),
     ("no place", {"train": (IMAGES, LABELS), "loggers": "csv"}, ValueError, "expected a Trainer with out="),
 ]
