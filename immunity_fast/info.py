@@ -34,6 +34,7 @@ PACKAGES = {
     "matplotlib": "train",
     "numpy": "train",
     "pillow": "train",
+    "pyyaml": "train",
     "rich": "train",
     "safetensors": "train",
     "scikit-learn": "train",

@@ -13,9 +13,20 @@ from immunity_fast.evaluation.runner import ATTACKS, SETS
 from immunity_fast.experts import NAMES
 from immunity_fast.runtime import completion
 from immunity_fast.runtime.commands import COMMANDS
+from immunity_fast.training.loggers import LOGGERS
+from immunity_fast.training.monitoring import DIRECTIONS
 
 # Of what is open, or a list with commas, the beginnings.
-WORDS = {"arch": NAMES, "device": ("auto", "cpu", "cuda"), "attacks": (*SETS, *ATTACKS), "attackers": tuple(KNOWLEDGE)}
+WORDS = {
+    "arch": NAMES,
+    "device": ("auto", "cpu", "cuda"),
+    "attacks": (*SETS, *ATTACKS),
+    "attackers": tuple(KNOWLEDGE),
+    "class_weights": ("balanced",),
+    "loggers": tuple(LOGGERS),
+    "monitor": tuple(DIRECTIONS),
+    "workers": ("auto",),
+}
 
 
 class Parsed(BaseException):

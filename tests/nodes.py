@@ -21,7 +21,7 @@ import torch
 
 from immunity_fast import train
 from immunity_fast.runtime import cli, distributed
-from immunity_fast.training import session
+from immunity_fast.training import session, shards
 from immunity_fast.training.state import TrainingState
 from tests.places import REPOSITORY
 from tests.small_runs import arrays, options
@@ -118,6 +118,7 @@ def cases(data: Path) -> dict[str, Callable[[], Any]]:
         "resumed": lambda: train.main(["--resume", "runs/several", "--trust-code"]),
         "other data": lambda: refused([*smooth_options(mine), "--out", "runs/other"]),
         "no data": lambda: refused([*smooth_options(Path("first.npz")), "--out", "runs/none"]),
+        "shards": lambda: refused([*smooth_options(data), "--shard", "--out", "runs/shards"]),
         "wrong option": lambda: refused([*smooth_options(data), "--lr", "0"]),
     }
 
@@ -125,6 +126,7 @@ def cases(data: Path) -> dict[str, Callable[[], Any]]:
 def main() -> None:
     out, data = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
+    shards.PATIENCE = 0.2
     session.evaluate_trained = lambda *_: None  # what one process does alone is looked at elsewhere
     found = {name: case() for name, case in cases(data).items()}
     (out / f"{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")

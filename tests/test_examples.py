@@ -270,6 +270,19 @@ def test_the_lightning_module_trains_validates_and_logs_terms(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_data_set_and_a_callback_of_ones_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    (record,) = importlib.import_module("own_loop").main(epochs=1)
+    assert 0 <= record["val_accuracy_mean"] <= 1
+    shown = capsys.readouterr().out
+    assert shown.startswith("epoch,step,lr,loss,")
+    assert shown.endswith("fastest: epoch 1\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_networks_of_libraries_train_from_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

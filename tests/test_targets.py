@@ -189,7 +189,7 @@ def test_soft_targets_in_gradcam_match_the_oracle(score: Any) -> None:
     [
         *itertools.product(["forward pass", "reverse", "forward"], ["torch"], [False, True]),
         ("reverse", "triton", True),
-        ("forward", "triton", False),
+        pytest.param("forward", "triton", False, marks=pytest.mark.exhaustive),
     ],
 )
 def test_an_ignored_sample_is_as_if_not_there(way: str, backend: Any, soft: bool) -> None:

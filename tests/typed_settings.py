@@ -77,6 +77,9 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "monitor": (["loss"], "loss"),
     "loggers": (["csv"], "csv"),
     "checkpoint_every": (["50"], 50),
+    "early_stopping": (["4"], 4),
+    "monitor": (["loss"], "loss"),
+    "loggers": (["csv,wandb"], "csv,wandb"),
 }
 # Settings that have a meaning beside others alone.
 BESIDE: dict[str, dict[str, Any]] = {

@@ -56,7 +56,9 @@ def load_trained(
         if shards is None and not any((path / file).is_file() for file in (BEST, LAST)):
             raise FileNotFoundError(f"{path}: this run has no checkpoint yet; train it first")
         if shards is not None or (path / LAST).is_file():
-            _warn_if_unfinished(path, load_info(path / LAST if shards is None else shards / REST)["epoch"])
+            info = load_info(path / LAST if shards is None else shards / REST)
+            if "stopped" not in info:  # early, as it was to be
+                _warn_if_unfinished(path, info["epoch"])
         if shards is not None and not (path / LAST).is_file():
             last = shards
     file = model_file({None: path, "best": path / BEST, "last": last}[checkpoint])

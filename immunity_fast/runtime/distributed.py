@@ -10,7 +10,7 @@ import pickle
 import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from immunity_fast.runtime.pulse import kept
 
 T = TypeVar("T")
 
@@ -87,8 +89,11 @@ def processes(device: torch.device) -> Iterator[None]:
         dist.init_process_group(
             backend, store=store, rank=int(os.environ["RANK"]), world_size=_world_size(), timeout=TIMEOUT
         )
+    # A store of its own: one that waits for a key keeps other threads from it.
+    life = kept(store.clone(), rank(), count()) if hasattr(store, "clone") else nullcontext()
     try:
-        yield
+        with life:
+            yield
     except RuntimeError as error:
         if not _LOST.search(str(error)):
             raise

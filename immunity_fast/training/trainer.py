@@ -178,15 +178,18 @@ class Trainer:
         folder, main_process = self._out, distributed.rank() == 0
         goes_on = bool(self._resume)
         if folder is not None and self._resume == "auto":
-            goes_on = Run(folder).config_file.is_file()
+            goes_on = distributed.of_first(Run(folder).config_file.is_file())
         if self.state is None:
-            with distributed.together():
-                if folder is not None and goes_on:
+            with distributed.together():  # the first process alone has to see the folder
+                if folder is not None and goes_on and main_process:
                     self._take_settings(Run.open(folder))
                 elif folder is not None and main_process:
                     Run.check_free(folder)
                 if held is not None and goes_on and folder is not None and main_process:
                     held.enter_context(Run(folder).locked())
+            begun = distributed.of_first(self.config) if folder is not None and goes_on else None
+            if begun is not None and not main_process and not self._given_config:
+                self._go_on_with(begun)
             self.state, self.run = prepare(
                 folder,
                 goes_on,
@@ -370,8 +373,11 @@ class Trainer:
         if self._given_config:
             check_changes(run, begun, dataclasses.asdict(self.config), option=False)
         else:
-            self.config = dataclasses.replace(begun, device=self.config.device)
-            self._callbacks = self._all_callbacks()
+            self._go_on_with(begun)
+
+    def _go_on_with(self, begun: TrainConfig) -> None:
+        self.config = dataclasses.replace(begun, device=self.config.device)
+        self._callbacks = self._all_callbacks()
 
     def _all_callbacks(self) -> Callbacks:
         callbacks = Callbacks(self._given, self)  # which checks them

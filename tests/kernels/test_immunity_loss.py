@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, functional
 from immunity_fast.functional import gradcam_heatmaps, heatmap_losses, mixture_cross_entropy
+from tests import grids
 from tests.kernels.cases import DEVICE, assert_as_exact_as, error, normal
 
 pytestmark = pytest.mark.gpu
@@ -52,11 +53,13 @@ def _loss_and_gradients(backend: Any, dtype: torch.dtype, form: str, **options: 
     return loss, list(torch.autograd.grad(1.7 * loss, [*experts.parameters(), gate]))
 
 
-@pytest.mark.parametrize("form", ["tensor", "list"])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"detach_weights": True}, {"normalize": False}, {"score": "probability", "weight_scale": "spatial"}],
-    ids=str,
+    ("form", "options"),
+    grids.every(
+        2,
+        ["tensor", "list"],
+        [{}, {"detach_weights": True}, {"normalize": False}, {"score": "probability", "weight_scale": "spatial"}],
+    ),
 )
 def test_loss_and_gradients_are_as_exact_as_float32_can_be(form: str, options: dict[str, Any]) -> None:
     ours = _loss_and_gradients("triton", torch.float32, form, **options)

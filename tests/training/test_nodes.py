@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from immunity_fast import train
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.run_folder import Run
+from immunity_fast.training.state import TrainingState
 from tests.nodes import STOPPED_AT, ended, smooth_options, start_nodes
-from tests.small_runs import STEPS, trained
+from tests.small_runs import STEPS, interrupted, options, trained
 
 
 class Nodes(NamedTuple):
@@ -69,6 +71,7 @@ def test_only_the_first_machine_writes_and_speaks(nodes: Nodes) -> None:
     [
         ("other data", "--data: expected the same images and labels of npz in all processes, got others (process 0"),
         ("no data", "first.npz"),
+        ("shards", "the run's folder, which has to be on a file system that all machines share"),
         ("wrong option", "--lr: expected a finite number above 0, got 0.0"),
     ],
 )
@@ -76,6 +79,18 @@ def test_what_one_machine_refuses_both_do_in_a_line(case: str, said: str, nodes:
     for found in nodes.found:
         assert said in found[case]
         assert "\n" not in found[case]
-    if case == "no data":
-        assert nodes.found[0][case].startswith("process 1 on ")
-    assert not (nodes.folders[0] / "runs" / case.split()[0]).exists()
+    if case in ("no data", "shards"):
+        assert "process 1 on " in nodes.found[0][case]
+    assert case == "shards" or not (nodes.folders[0] / "runs" / case.split()[0]).exists()
+
+
+def test_what_torchrun_starts_again_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [*options(data), "--out", str(tmp_path / "run")]
+    interrupted((TrainingState, "advance"), 7, arguments)
+    with pytest.raises(FileExistsError, match="exists already"):
+        train.parse(arguments)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.parse(arguments).resume
+    with pytest.raises(FileExistsError, match="exists already"):
+        train.parse([*arguments, "--lr", "0.3"])
+    assert trained(arguments)[0].epoch == 2

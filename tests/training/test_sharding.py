@@ -106,7 +106,7 @@ def test_attacks_half_precision_and_several_batches_a_step(sharded: Sharded) -> 
     """And BatchNorm, whose statistics are the processes' mean; the best epoch is an ordinary checkpoint."""
     run = Run(sharded.folder / "everything")
     best, info = load_checkpoint(run.best_checkpoint)
-    assert info["val_pgd10_accuracy_mean"] == run.metrics()[0]["val_pgd10_accuracy_mean"]
+    assert info["monitored"] == {"val_pgd10_accuracy_mean": run.metrics()[0]["val_pgd10_accuracy_mean"]}
     model = immunity_fast.load(run.folder, trust_code=True)
     assert isinstance(model, ImmunityMoE)
     assert torch.equal(best["model/experts.norm.running_mean"], model.state_dict()["experts.norm.running_mean"])

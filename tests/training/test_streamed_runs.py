@@ -80,7 +80,10 @@ def test_shards_and_a_folder_of_the_same_images_train_alike(resident: Path, tmp_
     assert _written(run.folder)["tensors"] == _written(resident)["tensors"]
 
 
-@pytest.mark.parametrize("steps", [1, 2, STEPS, STEPS + 2])
+@pytest.mark.parametrize(
+    "steps",
+    [pytest.param(1, marks=pytest.mark.exhaustive), 2, pytest.param(STEPS, marks=pytest.mark.exhaustive), STEPS + 2],
+)
 def test_a_killed_run_resumes_to_the_same_bits(steps: int, folder: Path, resident: Path, tmp_path: Path) -> None:
     """Killed behind any step, and gone on with by another number of workers, streamed or in memory."""
     out = tmp_path / "run"
