@@ -154,7 +154,7 @@ def read_targets(
         counted = _unless_all((targets != options.ignore_index).any(-1), group_name)
         if counted is not None:
             targets = torch.where(counted[:, None], targets, 0)
-    _check_probabilities(targets, counted, name)
+    check_probabilities(targets, counted, name)
     return Targets(targets, counted)
 
 
@@ -184,7 +184,17 @@ def _may_look(tensor: Tensor) -> bool:
     )
 
 
-def _check_probabilities(targets: Tensor, counted: Tensor | None, name: str) -> None:
+def check_probabilities(targets: Tensor, counted: Tensor | None, name: str) -> None:
+    """Check that rows are distributions, where a look at them is free.
+
+    Args:
+        targets: (B, K).
+        counted: (B,), which rows are looked at; None is all.
+        name: what errors call them.
+
+    Raises:
+        ValueError: one is negative, or does not sum to 1.
+    """
     if not _may_look(targets) or not targets.numel():
         return
     rows = targets.detach() if counted is None else targets.detach()[counted]

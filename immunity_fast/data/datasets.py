@@ -21,7 +21,7 @@ from immunity_fast.data.shards import list_shards
 from immunity_fast.data.sources import Files, Labelled, Listed, Source, listing, select
 from immunity_fast.data.streaming import Decoder, Reader, StreamedSplit, Workers, hold
 from immunity_fast.runtime import distributed
-from immunity_fast.runtime.checks import check_whole
+from immunity_fast.runtime.checks import check_choice, check_whole, is_whole
 from immunity_fast.runtime.failures import in_units, readable
 from immunity_fast.runtime.memory import available, check_fits
 from immunity_fast.targets import hard_labels
@@ -236,8 +236,12 @@ def load(
         raise ValueError(
             f"image_size: expected None for {name!r}, since only {', '.join(LISTED)} resize images, got {image_size}"
         )
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
+    if image_size is not None:
+        if not is_whole(image_size):
+            raise TypeError(f"image_size: expected a whole number of pixels, got {image_size!r}")
+        if image_size < 1:
+            raise ValueError(f"image_size: expected at least 1 pixel, got {image_size}")
+    check_choice("stream", stream, Stream)
     if stream == "on" and name not in LISTED:
         raise ValueError(f"stream: expected auto or off for {name!r}, which is read whole, got 'on'")
     check_whole("channels", channels, 1)
@@ -275,7 +279,8 @@ def _list(name: str, path: str | Path | None) -> tuple[Listed, tuple[str, ...]]:
     if path is None:
         raise ValueError(f"path: expected the folder that {name!r} reads, got None")
     if name != "folder":
-        return (list_shards if name == "webdataset" else list_huggingface)(str(path)), ()
+        listed = (list_shards if name == "webdataset" else list_huggingface)(str(path))
+        return listed, listed.notes
     root = _expanded(path)
     found = list_folder(root)
 
@@ -296,7 +301,7 @@ def _cut_listed(
     listed: Listed, name: str, path: str | Path | None, limit_train: int | None
 ) -> tuple[Labelled, Labelled, Labelled]:
     """The three parts, of which those that are missing are cut off the training images."""
-    train, validation, test, classes = listed
+    train, validation, test, classes, _ = listed
     if test is None:
         kept, cut = cut_test(train.labels, lambda label: f"{path}: class {classes[label]!r}")
         train, test = select(train, kept), select(train, cut)

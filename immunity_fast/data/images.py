@@ -109,6 +109,14 @@ def decode(source: Source, image_size: Size | None = None, channels: int = 3, *,
     size = _checked_size(image_size)
     pillow, operations = _pillow()
     called = name if name is not None else _name(source)
+    given: Any = source
+    if not isinstance(given, (str, os.PathLike, bytes, bytearray, memoryview, pillow.Image)) and not hasattr(
+        given, "read"
+    ):
+        raise TypeError(
+            f"{called}: expected a file, its content or a picture of Pillow's, got {type(given).__name__}; of an array "
+            "PIL.Image.fromarray makes a picture"
+        )
     try:
         opened = _opened(source, pillow)
         with nullcontext() if opened is source else opened:  # which closes the file that Pillow opened, no other

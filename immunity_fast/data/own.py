@@ -2,7 +2,7 @@
 
 Images are uint8, or floating-point in [0, 1], as (B, C, H, W); a picture of Pillow's, and an array (H, W, C), are read
 as such. Targets are class numbers (B,), or probabilities (B, K). An item or a batch is (images, targets), or a
-dictionary with "pixel_values", "image" or "images" and "labels", "label" or "targets".
+dictionary with "pixel_values", "image" or "images" and "labels", "label" or "targets"; see `IMAGE_KEYS`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from immunity_fast.data.datasets import ImageDataset, Split
+from immunity_fast.data.folders import split_of
+from immunity_fast.targets import check_probabilities
 
 NAME = "own"  # of such a data set
-IMAGE_KEYS = ("pixel_values", "image", "images", "img")
-TARGET_KEYS = ("labels", "label", "targets", "target")
+IMAGE_KEYS = ("pixel_values", "image", "images", "img", "jpg", "png")
+TARGET_KEYS = ("labels", "label", "targets", "target", "fine_label", "class", "cls")
 READ_BATCH = 64  # images that are read at once
 STATISTICS_IMAGES = 5000  # of which the mean and deviation of images that are not in memory are taken
 
@@ -187,7 +189,10 @@ class Batches:
 
     @cached_property
     def _first(self) -> tuple[Tensor, Tensor]:
-        return next(self.batches())
+        first = next(self.batches(), None)
+        if first is None:
+            raise ValueError(f"{self.called}: expected at least 1 batch, got none")
+        return first
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -210,8 +215,10 @@ class Batches:
     def labels(self) -> Tensor:
         """The targets of an epoch; where the data set does not have them by themselves, one is read for them."""
         known = self.known_targets
-        targets = torch.cat([targets for _, targets in self.batches()]) if known is None else known
-        return targets.to(self.device)
+        if known is None:
+            self.count  # noqa: B018  which checks that there are any
+            known = torch.cat([targets for _, targets in self.batches()])
+        return known.to(self.device)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """An epoch's batches, which change no generator: a training that follows draws as if they had not been read."""
@@ -335,7 +342,7 @@ def as_split(data: Any, called: str, *, steps: int | None = None, workers: int =
         raise TypeError(
             f'{called}: expected data, got a name: TrainConfig(dataset="folder", data={str(data)!r}) reads it'
         )
-    if _is_pair(data):
+    if _is_pair(data, (3, 4)):  # grey images may have no axis of channels
         images, targets = as_images(data[0], called), as_targets(data[1], called)
         if len(images) != len(targets):
             raise ValueError(f"{called}: expected as many targets as images, got {len(targets)} for {len(images)}")
@@ -343,8 +350,12 @@ def as_split(data: Any, called: str, *, steps: int | None = None, workers: int =
             raise ValueError(f"{called}: expected at least 1 image, got none")
         return Split(images, targets)
     if isinstance(data, Mapping):
+        split = next((name for name in data if split_of(str(name)) is not None), None)
+        if split is not None:
+            raise TypeError(f"{called}: expected one split, such as data[{split!r}], got a dictionary of splits")
         return as_split(tuple(parted(data, called)), called)
-    if isinstance(data, Dataset) and hasattr(data, "__iter__") and not hasattr(type(data), "__getitem__"):
+    # Those of PyTorch have a __getitem__, which only raises; those of the library `datasets` have none.
+    if isinstance(data, IterableDataset):
         raise TypeError(f"{called}: expected a DataLoader of it, which makes batches, got an IterableDataset")
     if isinstance(data, DataLoader) or (hasattr(data, "__iter__") and not hasattr(data, "__getitem__")):
         if iter(data) is data and not isinstance(data, DataLoader):
@@ -353,6 +364,8 @@ def as_split(data: Any, called: str, *, steps: int | None = None, workers: int =
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         if type(data) is TensorDataset and len(data.tensors) == 2:
             return as_split(data.tensors, called)
+        if isinstance(data, (list, tuple)) and data and _is_pair(data[0]):
+            return Batches(data, called, steps)  # a list of them
         return Items(data, called, workers)
     raise TypeError(
         f"{called}: expected an ImageDataset, (images, targets), a map-style data set of (image, target) or a "
@@ -365,6 +378,8 @@ def resident(split: Split | Items | Batches, workers: int = 0) -> Split:
     if isinstance(split, Split):
         return split
     parts = list(split.batches())
+    if not parts:
+        raise ValueError(f"{split.called}: expected at least 1 batch, got none")
     return Split(torch.cat([images for images, _ in parts]), torch.cat([targets for _, targets in parts]))
 
 
@@ -375,6 +390,11 @@ def as_batch(batch: Any, called: str) -> tuple[Tensor, Tensor]:
         ValueError, TypeError: it is no such batch.
     """
     images, targets = parted(batch, called)
+    if getattr(images, "ndim", 4) == 3 and getattr(targets, "ndim", 0) == 0:
+        raise TypeError(
+            f"{called}: expected batches (B, C, H, W), got an image of shape {tuple(images.shape)}; DataLoader(…, "
+            "batch_size=32) makes batches of them"
+        )
     images, targets = as_images(images, called), as_targets(targets, called)
     if len(images) != len(targets):
         raise ValueError(f"{called}: expected as many targets as images, got {len(targets)} for {len(images)}")
@@ -430,12 +450,16 @@ def as_images(images: Any, called: str, *, single: bool = False) -> Tensor:
     if last and images.shape[-1] in (1, 3) and images.shape[-3] not in (1, 3):
         images = images.movedim(-1, -3).contiguous()
     if images.shape[-3] not in (1, 3):
-        raise ValueError(f"{called}: expected images of 1 or 3 channels, got shape {tuple(images.shape)}")
+        what = "; channels come first: .movedim(-1, -3)" if images.shape[-1] in (1, 3) else ""
+        raise ValueError(f"{called}: expected images of 1 or 3 channels, got shape {tuple(images.shape)}{what}")
     read: Tensor = images
     if read.dtype == torch.uint8:
         return read
     if not images.is_floating_point():
-        raise TypeError(f"{called}: expected images uint8, or floating-point in [0, 1], got {images.dtype}")
+        raise TypeError(
+            f"{called}: expected images uint8, or floating-point in [0, 1], got {images.dtype}; of 0 to 255 "
+            ".to(torch.uint8) makes such"
+        )
     check_range(read, called)
     return read.float()
 
@@ -480,6 +504,9 @@ def as_targets(targets: Any, called: str) -> Tensor:
         found = found[:, 0]
     if found.ndim == 2 and found.is_floating_point():
         return found.float()
+    whole = not found.is_floating_point() and not found.is_complex()
+    if found.ndim == 2 and whole and bool(((found == 0) | (found == 1)).all() & (found.sum(1) == 1).all()):
+        return found.float()  # one-hot
     if found.ndim != 1 or found.is_floating_point() or found.is_complex():
         raise ValueError(
             f"{called}: expected class numbers (B,), or probabilities (B, K), got {found.dtype} of shape "
@@ -502,6 +529,8 @@ def check_labels(targets: Tensor, classes: int, called: str, ignore_index: int |
     if targets.ndim == 2:
         if targets.shape[1] != classes:
             raise ValueError(f"{called}: expected probabilities of {classes} classes, got {targets.shape[1]}")
+        counted = None if ignore_index is None else (targets != ignore_index).any(1)
+        check_probabilities(targets, counted, called)
         return
     if ignore_index is not None:
         targets = targets[targets != ignore_index]
@@ -553,9 +582,9 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _is_pair(data: Any) -> bool:
+def _is_pair(data: Any, dimensions: tuple[int, ...] = (4,)) -> bool:
     """Whether it is (images, targets), and not a data set of two items."""
-    return isinstance(data, (tuple, list)) and len(data) == 2 and getattr(data[0], "ndim", 0) == 4
+    return isinstance(data, (tuple, list)) and len(data) == 2 and getattr(data[0], "ndim", 0) in dimensions
 
 
 def _known_targets(data: Any, count: int) -> Tensor | None:
@@ -590,15 +619,14 @@ def _class_names(
     ignore_index: int | None,
 ) -> tuple[str, ...]:
     """The classes' names: those that were given, the model's number, the data set's, or the numbers that there are."""
+    if isinstance(classes, str):
+        raise TypeError(f"classes: expected several names, or how many there are, got the text {classes!r}")
     if isinstance(classes, int):
         num_classes, classes = classes, None
-    if classes is None and num_classes is None:
-        source = getattr(data, "dataset", data) if isinstance(trained, Batches) else data
-        while hasattr(source, "dataset") and hasattr(source, "indices"):
-            source = source.dataset
-        named = getattr(source, "classes", None)
-        if isinstance(named, (list, tuple)) and named:
-            classes = [str(name) for name in named]
+    if classes is None:
+        named = _names_of(getattr(data, "dataset", data) if isinstance(trained, Batches) else data)
+        if named and num_classes in (None, len(named)):
+            classes = named
     if classes is not None:
         names = tuple(str(name) for name in classes)
         if num_classes is not None and len(names) != num_classes:
@@ -615,6 +643,18 @@ def _class_names(
     if len(names) < 2:
         raise ValueError(f"classes: expected at least 2, got {len(names)}")
     return names
+
+
+def _names_of(data: Any) -> list[str]:
+    """The classes' names, where a data set says them: torchvision's, the library `datasets`', and a part of such."""
+    while hasattr(data, "dataset") and hasattr(data, "indices"):
+        data = data.dataset
+    named = getattr(data, "classes", None)
+    features = getattr(data, "features", None)
+    if named is None and isinstance(features, Mapping):
+        target = next((key for key in TARGET_KEYS if key in features), None)
+        named = None if target is None else getattr(features[target], "names", None)
+    return [str(name) for name in named] if isinstance(named, (list, tuple)) else []
 
 
 def statistics(images: Iterable[Tensor]) -> tuple[list[float], list[float]]:

@@ -13,7 +13,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -56,7 +56,11 @@ def list_shards(given: str) -> Listed:
         ValueError: wrong content, with the archive and the sample.
     """
     parts = _parts(given)
-    found = {part: (archives, [list(read_index(archive)) for archive in archives]) for part, archives in parts.items()}
+    passed_over: list[str] = []
+    found = {
+        part: (archives, [list(read_index(archive, passed_over)) for archive in archives])
+        for part, archives in parts.items()
+    }
     classes = _classes(given, found)
     known = {name: number for number, name in enumerate(classes)}
 
@@ -82,7 +86,11 @@ def list_shards(given: str) -> Listed:
 
     train = labelled("train")
     assert train is not None
-    return Listed(train, labelled("validation"), labelled("test"), classes)
+    notes: tuple[str, ...] = ()
+    if passed_over:
+        count = f"{len(passed_over):,} sample{'s' if len(passed_over) > 1 else ''} without an image"
+        notes = (f"{given}: passed over {count}, {passed_over[0]} for one",)
+    return Listed(train, labelled("validation"), labelled("test"), classes, notes)
 
 
 def expanded(pattern: str) -> list[str]:
@@ -144,8 +152,12 @@ def part_of(file: str) -> str:
     return split_of(word) or ""
 
 
-def read_index(archive: str) -> Iterator[Sample]:
+def read_index(archive: str, passed_over: list[str] | None = None) -> Iterator[Sample]:
     """The samples of an archive, in order, from its headers and its labels; no image is read.
+
+    Args:
+        archive: its name.
+        passed_over: gets the names of what is no sample: members with neither an image nor a label of an image's.
 
     Raises:
         FileNotFoundError: there is no such archive.
@@ -159,9 +171,17 @@ def read_index(archive: str) -> Iterator[Sample]:
         raise FileNotFoundError(f"{archive}: there is no such archive") from error
     if begin.startswith(_COMPRESSED):
         raise ValueError(f"{archive}: expected a plain .tar, of which any image can be read, got a compressed one")
-    key: str | None = None
+    key = ""
     fields: dict[str, tuple[int, int]] = {}
     with open(archive, "rb") as file:
+
+        def ended() -> Iterator[Sample]:
+            """The sample whose members have all been seen, if there is one."""
+            if _is_sample(fields):
+                yield _sample(archive, file, key, fields)
+            elif fields and passed_over is not None:
+                passed_over.append(f"{readable(key)}.{next(iter(fields))}")
+
         for name, offset, size in _members(archive, file):
             if offset + size > length:
                 raise ValueError(f"{archive}: {readable(name)}: expected {size} bytes, got the end of the archive")
@@ -170,18 +190,20 @@ def read_index(archive: str) -> Iterator[Sample]:
             if not stem or not dot or not extension:
                 continue
             own = f"{folder}/{stem}" if folder else stem
-            if own != key and fields:
-                assert key is not None
-                yield _sample(archive, file, key, fields)
+            if own != key:
+                yield from ended()
                 fields = {}
             key = own
             fields[extension.lower()] = offset, size
-        if fields:
-            assert key is not None
-            yield _sample(archive, file, key, fields)
+        yield from ended()
 
 
-def _members(archive: str, file: object) -> Iterator[tuple[str, int, int]]:
+def _is_sample(fields: Iterable[str]) -> bool:
+    """Whether members of one name are meant for a sample: a `meta.json` of a whole archive's is none."""
+    return any(f".{field.rpartition('.')[2]}" in IMAGE_EXTENSIONS or field in ("cls", "txt") for field in fields)
+
+
+def _members(archive: str, file: BinaryIO) -> Iterator[tuple[str, int, int]]:
     """(name, offset, bytes) of each file in an archive."""
     try:
         with tarfile.open(archive, "r:") as tar:
@@ -189,11 +211,15 @@ def _members(archive: str, file: object) -> Iterator[tuple[str, int, int]]:
                 tar.members.clear()  # type: ignore[attr-defined]  # which would be kept, millions of them
                 if member.isreg():
                     yield member.name, member.offset_data, member.size
+            # To tarfile a header that is damaged, or cut off, is the end of an archive, and what follows is not there.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
     except tarfile.TarError as error:
         raise ValueError(f"{archive}: expected a whole tar archive, got one that cannot be read ({error})") from error
 
 
-def _sample(archive: str, file: object, key: str, fields: dict[str, tuple[int, int]]) -> Sample:
+def _sample(archive: str, file: BinaryIO, key: str, fields: dict[str, tuple[int, int]]) -> Sample:
     image = next((place for extension, place in fields.items() if f".{extension}" in IMAGE_EXTENSIONS), None)
     kind = next((kind for kind in LABELS if kind in fields), None)
     if image is None or kind is None:
@@ -202,8 +228,8 @@ def _sample(archive: str, file: object, key: str, fields: dict[str, tuple[int, i
     offset, size = fields[kind]
     if size > MOST_LABEL_BYTES:
         raise ValueError(f"{archive}: {readable(key)}.{kind}: expected a label, got {size:,} bytes")
-    file.seek(offset)  # type: ignore[attr-defined]
-    return Sample(key, *image, _label(f"{archive}: {readable(key)}.{kind}", kind, file.read(size)))  # type: ignore[attr-defined]
+    file.seek(offset)
+    return Sample(key, *image, _label(f"{archive}: {readable(key)}.{kind}", kind, file.read(size)))
 
 
 def _label(where: str, kind: str, content: bytes) -> int | str:
@@ -230,6 +256,8 @@ def _classes(given: str, found: dict[str, tuple[list[str], list[list[Sample]]]])
     archives, indexed = found["train"]
     labels = {sample.label for samples in indexed for sample in samples}
     count = sum(map(len, indexed))
+    if not count:
+        raise ValueError(f"{archives[0]}: expected at least one sample with an image, got none")
     file = _names_file(archives)
     if file is not None:
         classes = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())

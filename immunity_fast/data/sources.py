@@ -63,12 +63,16 @@ class Labelled(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """What a data set consists of, before an image of it is read; a part that it does not have is None."""
+    """What a data set consists of, before an image of it is read; a part that it does not have is None.
+
+    `notes` are lines on what was passed over.
+    """
 
     train: Labelled
     validation: Labelled | None
     test: Labelled | None
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Selected(Source):

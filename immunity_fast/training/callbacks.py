@@ -210,6 +210,13 @@ class EarlyStopping(Callback):
         self.stopped_epoch: int | None = None
         self._weights: dict[str, Tensor] = {}
 
+    def on_fit_start(self, trainer: Any) -> None:
+        """Check that what it watches will be measured; where a training begins, it begins anew itself."""
+        self._monitor.check_measurable(trainer)
+        if not trainer.step:  # it may have been in another training
+            self.best = self.best_epoch = self.stopped_epoch = None
+            self.wait, self._weights = 0, {}
+
     def on_epoch_end(self, trainer: Any, record: dict[str, Any]) -> None:
         """Compare the epoch with the best one."""
         self._monitor.check_measured(record)
@@ -279,7 +286,7 @@ class Checkpoint(Callback):
         self._monitor = None if monitor is None else Monitor(monitor, mode)
         self.monitor = None if self._monitor is None else self._monitor.name
         self.best, self.every = best, every
-        self._folder = None if folder is None else Path(folder)
+        self._given = self._folder = None if folder is None else Path(folder)
         self._kept: list[tuple[float | None, Path]] = []
 
     @property
@@ -298,11 +305,14 @@ class Checkpoint(Callback):
         return self._kept[0][0] if self._kept else None
 
     def on_fit_start(self, trainer: Any) -> None:
-        """Find the folder."""
-        if self._folder is None:
-            if trainer.run is None:
-                raise ValueError("folder: expected a folder for the models, or a Trainer with out=, got neither")
-            self._folder = trainer.run.checkpoint.parent
+        """Find the folder, and check that what it watches will be measured; a training that begins has no files."""
+        if self._monitor is not None:
+            self._monitor.check_measurable(trainer)
+        if self._given is None and trainer.run is None:
+            raise ValueError("folder: expected a folder for the models, or a Trainer with out=, got neither")
+        self._folder = trainer.run.checkpoint.parent if self._given is None else self._given
+        if not trainer.step:
+            self._kept = []
 
     def on_epoch_end(self, trainer: Any, record: dict[str, Any]) -> None:
         """Write the epoch's model, and remove what it has beaten."""

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import types
@@ -242,8 +243,7 @@ class TrainConfig:
         for name in ("lr", "momentum", "weight_decay"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(KINDS[self.optimizer], name) or 0.0)
-        for name in ("betas", "milestones"):
-            object.__setattr__(self, name, config_file.converted(getattr(self, name), (tuple,)))
+        self._convert()
         for name in ("epochs", "batch_size", "accumulate", "checkpoint_every", "attack_images"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         try:
@@ -293,6 +293,19 @@ class TrainConfig:
                 _check(self, option.name, value < 2**63, "0 to 2⁶³ − 1" if option.name == "seed" else "less than 2⁶³")
             own = option.name == "dataset" and value == OWN  # which only code can give
             _check(self, option.name, not choices or value in choices or own, f"one of {', '.join(choices)}")
+
+    def _convert(self) -> None:
+        """Bring each setting to its type, where it is one in another spelling, and refuse what is none."""
+        for option in dataclasses.fields(self):
+            value, kinds = getattr(self, option.name), _types()[option.name]
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # NumPy's numbers, of a sweep
+                value = value.item()
+            if option.name != "class_weights":  # which may be any numbers
+                value = config_file.converted(value, kinds, _choices(option))
+                _check_type(f"--{option.name.replace('_', '-')}", value, kinds)
+            object.__setattr__(self, option.name, value)
 
     def _check_optimizer(self) -> None:
         betas = self.betas or ()
@@ -353,7 +366,12 @@ class TrainConfig:
             with suppress(TypeError):
                 object.__setattr__(self, "class_weights", ",".join(f"{float(weight):g}" for weight in given))
         if self.class_weights not in (None, "balanced"):
-            _check(self, "class_weights", self._weights() is not None, "balanced, or numbers ≥ 0 with commas between")
+            _check(
+                self,
+                "class_weights",
+                self._weights() is not None,
+                "balanced, or numbers ≥ 0, not all 0, with commas between",
+            )
 
     def _weights(self) -> list[float] | None:
         """The class weights that are given as numbers; None where they are no such numbers."""
@@ -361,7 +379,7 @@ class TrainConfig:
             weights = [float(word) for word in str(self.class_weights).split(",")]
         except ValueError:
             return None
-        return weights if all(0 <= weight < math.inf for weight in weights) else None
+        return weights if any(weights) and all(0 <= weight < math.inf for weight in weights) else None
 
     def weights_of_classes(self, labels: Tensor, classes: int) -> Tensor | None:
         """(K,) class weights for training labels (n,), or probabilities (n, K).
@@ -692,6 +710,12 @@ def _plain_types(hint: Any) -> tuple[type, ...]:
     if typing.get_origin(hint) is tuple:
         return (list, tuple)
     return (int, float) if hint is float else (hint,)
+
+
+@functools.cache
+def _types() -> dict[str, tuple[type, ...]]:
+    """What each setting may be."""
+    return {name: _plain_types(hint) for name, hint in typing.get_type_hints(TrainConfig).items()}
 
 
 def _measures(config: TrainConfig, name: str | None) -> bool:

@@ -63,6 +63,21 @@ class Monitor:
             return None
         return float(value)
 
+    def check_measurable(self, trainer: Any) -> None:
+        """Check before the first epoch that there is what the number is measured on.
+
+        Args:
+            trainer: the `Trainer` whose records are watched.
+
+        Raises:
+            ValueError: it is of validation images, of which there are none.
+        """
+        if self.name in DIRECTIONS and self.name.startswith("val_") and not len(trainer.dataset.validation):
+            raise ValueError(
+                f"monitor: expected validation images to watch {self.name} of, or a number of training such as loss, "
+                "got no validation"
+            )
+
     def check_measured(self, record: Mapping[str, Any]) -> None:
         """Check that what is watched is among what a run measures, be it that it could not be in this epoch.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from immunity_fast.training import loggers as logging_places
 from immunity_fast.training.callbacks import Callback, Callbacks, EarlyStopping
 from immunity_fast.training.checkpoint import load_checkpoint, load_module, model_file, under
 from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.config_file import suggestion
 from immunity_fast.training.loggers import Logger
 from immunity_fast.training.loop import save_model, train
 from immunity_fast.training.preparation import check_changes, prepare
@@ -76,7 +77,7 @@ class Trainer:
         *,
         test: Any = None,
         model: ImmunityMoE | nn.Module | Sequence[nn.Module] | None = None,
-        callbacks: Callback | Sequence[Callback] = (),
+        callbacks: Callback | Iterable[Callback] | None = (),
         loggers: str | Logger | Callable[..., Any] | Sequence[Any] | None = None,
         out: str | os.PathLike[str] | None = None,
         classes: Sequence[str] | int | None = None,
@@ -91,8 +92,11 @@ class Trainer:
         known = {option.name for option in dataclasses.fields(TrainConfig)}
         for name in settings:
             if name not in known:
+                near = suggestion(name, sorted(known)).replace(
+                    "--help lists them", "help(TrainConfig) lists the settings"
+                )
                 raise TypeError(
-                    f"{name}: expected an argument of Trainer, or a setting of TrainConfig, got another name"
+                    f"{name}: expected an argument of Trainer, or a setting of TrainConfig, got another name{near}"
                 )
         if train is None and (validation is not None or test is not None):
             raise ValueError("train: expected data to train on beside validation or test, got None")
@@ -109,7 +113,7 @@ class Trainer:
         self.state: TrainingState | None = None
         self.run: Run | None = None
         self.progress = progress
-        self._given = (callbacks,) if isinstance(callbacks, Callback) else tuple(callbacks)
+        self._given = _as_callbacks(callbacks)
         self._resume: bool | Literal["auto"] = False
         self._callbacks = self._all_callbacks()
         self._loggers = self._all_loggers(loggers)
@@ -427,6 +431,24 @@ class Trainer:
         found = validate(state, split)
         found.pop("val_doubts", None)
         return found
+
+
+def _as_callbacks(callbacks: Any) -> tuple[Callback, ...]:
+    """One callback, several, or none.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if callbacks is None:
+        return ()
+    if isinstance(callbacks, Callback):
+        return (callbacks,)
+    if not isinstance(callbacks, Iterable):
+        raise TypeError(
+            f"callbacks: expected Callbacks, got a {type(callbacks).__name__}; LambdaCallback(on_epoch_end=…) makes "
+            "one of a function"
+        )
+    return tuple(callbacks)
 
 
 def _as_mixture(model: Any) -> ImmunityMoE | None:

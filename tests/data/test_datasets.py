@@ -178,6 +178,13 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     check_error(
         ValueError, ["image_size: expected at least 1 pixel", "got 0"], lambda: load("folder", tmp_path, image_size=0)
     )
+    wrong: Any = "12"
+    check_error(
+        TypeError, ["image_size: expected a whole number", "'12'"], lambda: load("folder", tmp_path, image_size=wrong)
+    )
+    check_error(
+        ValueError, ["stream: expected one of auto, on, off", "'12'"], lambda: load("folder", tmp_path, stream=wrong)
+    )
 
 
 def test_import_needs_torch_and_numpy_only() -> None:

@@ -169,6 +169,9 @@ def test_size_covers_and_crops_the_centre() -> None:
             read_image(encoded(pixels), wrong)
     with pytest.raises(ValueError, match=r"channels: expected 3 \(RGB\) or 1 \(grey\)"):
         read_image(encoded(pixels), channels=4)
+    array: Any = pixels
+    with pytest.raises(TypeError, match=r"image: expected a file, .*, got ndarray; of an array PIL\.Image\.fromarray"):
+        read_image(array)
 
 
 def test_names_bytes_streams_and_pictures_are_the_same(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import tarfile
@@ -226,3 +227,30 @@ def test_an_archive_that_has_changed_is_named(tmp_path: Path) -> None:
     os.truncate(tmp_path / "test-000.tar", 600)
     with pytest.raises(ValueError, match=r"test-000\.tar: .*: expected \d+ bytes, got \d+: the archive has changed"):
         dataset.test.read(slice(None))
+
+
+@pytest.mark.parametrize("at", [0, 1000])  # in a header's name; in the header itself, where the archive ends
+def test_a_damaged_header_does_not_end_an_archive(at: int, tmp_path: Path) -> None:
+    """To `tarfile` it does, and the samples behind it are not there."""
+    file = _one(("cls", b"1"))(tmp_path)
+    with tarfile.open(file) as tar:
+        header = tar.getmember("2.png").offset
+    whole = file.read_bytes()
+    file.write_bytes(whole[: header + 100] if at else whole[:header] + b"!" + whole[header + 1 :])
+    with pytest.raises(ValueError, match=rf"expected a whole tar archive, .*no header at byte {header:,}\)$"):
+        list_shards(str(file))
+
+
+def test_what_is_no_sample_is_passed_over_and_said(tmp_path: Path) -> None:
+    file = _one(("cls", b"1"))(tmp_path)
+    with tarfile.open(file, "a") as tar:
+        for name in ("meta.json", "x/embedding.npy"):
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"{}"))
+    listed = list_shards(str(file))
+    assert len(listed.train.labels) == 3
+    assert listed.notes == (f"{file}: passed over 2 samples without an image, meta.json for one",)
+    empty = write_tar(tmp_path / "empty.tar", [("README.md", b"nothing")])
+    with pytest.raises(ValueError, match=r"empty\.tar: expected at least one sample with an image, got none$"):
+        list_shards(str(empty))

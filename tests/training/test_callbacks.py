@@ -13,7 +13,7 @@ import torch
 from immunity_fast import load, train
 from immunity_fast.data.datasets import ImageDataset
 from immunity_fast.runtime.nested import put_together, taken_apart
-from immunity_fast.training import Callback, Checkpoint, EarlyStopping, LambdaCallback, Trainer
+from immunity_fast.training import Callback, CallbackError, Checkpoint, EarlyStopping, LambdaCallback, Trainer
 from immunity_fast.training.callbacks import Callbacks
 from immunity_fast.training.run_folder import Run
 from tests.small_runs import CONFIG, dataset, error_line, options, saved, trained, write_data
@@ -149,6 +149,25 @@ def test_the_best_epochs_are_kept(images: ImageDataset, tmp_path: Path) -> None:
     model = load(every.best_path)
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
+
+
+def test_callbacks_begin_anew_in_another_training(images: ImageDataset, tmp_path: Path) -> None:
+    config = dataclasses.replace(SETTINGS, epochs=2, check_images=0)
+    stopping, kept = EarlyStopping("loss", patience=1, min_delta=1e3), Checkpoint(monitor="loss")
+    for name in ("one", "two"):
+        trainer = Trainer(config, images, callbacks=[stopping, kept], out=tmp_path / name)
+        assert len(trainer.fit()) == 2
+        assert (stopping.best_epoch, stopping.wait) == (1, 1)
+        assert [path.parent for path in kept.paths] == [tmp_path / name / "checkpoints"]
+
+
+def test_what_cannot_be_watched_is_said_before_the_training(images: ImageDataset) -> None:
+    seen: list[Any] = []
+    watching = LambdaCallback(on_step_end=lambda trainer, metrics: seen.append(metrics))
+    for given in ({"callbacks": [watching, EarlyStopping()]}, {"callbacks": watching, "early_stopping": 2}):
+        with pytest.raises(CallbackError, match="monitor: expected validation images to watch val_accuracy_mean of"):
+            Trainer(SETTINGS, images.train, **given).fit()
+    assert not seen
 
 
 def test_a_stopped_command_has_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

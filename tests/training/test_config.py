@@ -7,8 +7,10 @@ import dataclasses
 import json
 import math
 import typing
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from immunity_fast import train
@@ -280,3 +282,27 @@ def test_what_can_be_no_architecture_is_refused(arch: str) -> None:
 def test_an_option_that_is_gone_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     line = error_line(capsys, train.main, ["--weight-scale", "spatial"], code=2)
     assert "unrecognized arguments: --weight-scale spatial" in line
+
+
+def test_python_s_values_become_a_setting_s_type() -> None:
+    given: dict[str, Any] = {
+        "epochs": np.int64(3),
+        "lr": np.float64(0.25),
+        "eps": "4/255",
+        "beta": 2,
+        "data": Path("some") / "file.npz",
+        "class_weights": np.array([1.0, 2.0]),
+    }
+    config = TrainConfig(**given)
+    assert (config.epochs, config.lr, config.eps, config.beta) == (3, 0.25, 4 / 255, 2.0)
+    assert (config.data, config.class_weights) == (str(Path("some/file.npz")), "1,2")
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", 2.5), ("epochs", "three"), ("lr", [0.1]), ("detach_weights", 1), ("arch", None)]
+)
+def test_python_s_values_of_another_type_are_refused(name: str, value: Any) -> None:
+    given: dict[str, Any] = {name: value}
+    with pytest.raises(ValueError, match=rf"^--{name.replace('_', '-')}: expected .*, got "):
+        TrainConfig(**given)

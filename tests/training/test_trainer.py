@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from immunity_fast import ImmunityMoE, load, train
 from immunity_fast.data.datasets import ImageDataset, Split
@@ -204,6 +204,21 @@ def test_a_trainer_of_a_run_has_its_model_and_history(images: ImageDataset, tmp_
     assert len(Trainer(SETTINGS, images, out=tmp_path / "run").fit(resume="auto")) == 2
 
 
+def test_data_sets_say_what_their_classes_are_called() -> None:
+    library = pytest.importorskip("datasets", reason="a data set whose features name its classes")
+    names = ["ant", "bee", "cat"]
+    features = {"img": library.Image(), "fine_label": library.ClassLabel(names=names)}
+    rows = {"img": list(IMAGES.movedim(1, -1).numpy()), "fine_label": LABELS.tolist()}
+    items = library.Dataset.from_dict(rows, features=library.Features(features))
+    for model in (None, mixture()):
+        assert Trainer(SETTINGS, Subset(items, range(6)), model=model).dataset.classes == tuple(names)
+
+
+def test_grey_images_need_no_axis_of_channels() -> None:
+    data = Trainer(SETTINGS, (IMAGES[:, 0], LABELS), experts=1).dataset
+    assert (data.channels, data.image_size) == (1, (12, 12))
+
+
 def test_soft_targets_of_a_loader(images: ImageDataset) -> None:
     soft = torch.eye(CLASSES)[images.train.labels] * 0.8 + 0.2 / CLASSES
     loader = DataLoader(TensorDataset(images.train.images / 255, soft), batch_size=5)
@@ -247,6 +262,25 @@ def test_a_loss_that_is_no_number_ends_it(images: ImageDataset) -> None:
 
 IMAGES, LABELS = split(8).images, split(8).labels
 NORMALISED = (IMAGES / 255 - 0.5) / 0.25
+
+
+class Short(Dataset[Any]):
+    """Items whose targets nothing lists."""
+
+    def __len__(self) -> int:
+        return len(IMAGES)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return IMAGES[index], int(LABELS[index])
+
+
+class Stream(IterableDataset[Any]):
+    """Items one after another, of which no batches are made."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield IMAGES[0], 0
+
+
 WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("normalised", {"train": (NORMALISED, LABELS)}, ValueError, "leave the normalisation out"),
     ("normalised batches", {"train": DataLoader(TensorDataset(NORMALISED, LABELS), 4)}, ValueError, "normalisation"),
@@ -263,6 +297,14 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("a model", {"train": (IMAGES, LABELS), "model": "resnet18"}, TypeError, "expected an ImmunityMoE"),
     ("validation alone", {"validation": (IMAGES, LABELS)}, ValueError, "train: expected data"),
     ("a class", {"train": (IMAGES, LABELS), "callbacks": [Callback]}, TypeError, "parentheses"),
+    ("a function", {"train": (IMAGES, LABELS), "callbacks": print}, TypeError, "LambdaCallback(on_epoch_end=…) makes"),
+    ("no batch", {"train": DataLoader(Short(), 9, drop_last=True)}, ValueError, "train: expected at least 1 batch"),
+    ("no batches", {"train": DataLoader(Short(), None)}, TypeError, "DataLoader(…, batch_size=32) makes batches"),
+    ("splits", {"train": {"train": Short(), "test": Short()}}, TypeError, "expected one split, such as data['train']"),
+    ("channels last", {"train": (IMAGES.movedim(1, -1), LABELS)}, ValueError, "channels come first"),
+    ("sums", {"train": (IMAGES, torch.ones(8, 3))}, ValueError, "train: expected probabilities that sum to 1"),
+    ("a stream", {"train": Stream()}, TypeError, "expected a DataLoader of it"),
+    ("a text", {"train": (IMAGES, LABELS), "classes": "ab"}, TypeError, "classes: expected several names"),
     ("a logger", {"train": (IMAGES, LABELS), "loggers": "excel"}, ValueError, "expected none, or of tensorboard"),
     ("no place", {"train": (IMAGES, LABELS), "loggers": "csv"}, ValueError, "expected a Trainer with out="),
 ]
