@@ -7,6 +7,11 @@ OLDEST := .venv-oldest
 INSTALL := -m pip install --quiet --disable-pip-version-check
 TESTS ?=
 
+# MLflow's client wants a newer requests than torchattacks says that it does, with which it works all the same: pip takes
+# both one after the other, not at once.
+INSTALL_MLFLOW = grep -v "^requests==" constraints.txt > $(VENV)/constraints-mlflow.txt; \
+	$(BIN)/python $(INSTALL) --constraint $(VENV)/constraints-mlflow.txt mlflow-skinny requests==2.34.2
+
 .PHONY: quickstart test test-exhaustive test-oldest docs docs-serve docs-links bench lint clean
 
 quickstart: $(VENV)/.train
@@ -51,6 +56,7 @@ clean:
 $(VENV)/.%: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable ".[$*]"
+	$(if $(filter dev,$*),$(INSTALL_MLFLOW))
 	touch $@
 
 $(OLDEST)/.test: setup.py pyproject.toml constraints-oldest.txt

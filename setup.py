@@ -13,7 +13,8 @@ EXPORT = ["onnx>=1.17", "onnxscript>=0.6"]  # torch 2.11's exporter asks onnxscr
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]  # what runs a notebook without a browser
 HUB = ["huggingface_hub>=0.25", "safetensors>=0.4"]
 STREAMING = ["datasets>=3.0", "torchdata>=0.11"]  # tables of Hugging Face's; loaders whose place can be saved
-LOGGERS = ["mlflow-skinny>=3.1", "wandb>=0.19"]
+WANDB = ["wandb>=0.19"]
+LOGGERS = ["mlflow-skinny>=3.1", *WANDB]
 TRAIN = [
     "jinja2>=3.1",
     "matplotlib>=3.8",
@@ -49,7 +50,7 @@ OTHERS = [
     "adversarial-robustness-toolbox>=1.20",
     "captum>=0.9",
     "datasets>=3.0",
-    *LOGGERS,
+    *WANDB,  # not mlflow-skinny: its requests is newer than torchattacks allows; the Makefile installs it afterwards
     "foolbox>=3.3.4",
     "timm>=1.0.31",
     "transformers>=5.24",
