@@ -294,6 +294,33 @@ class TrainConfig:
             own = option.name == "dataset" and value == OWN  # which only code can give
             _check(self, option.name, not choices or value in choices or own, f"one of {', '.join(choices)}")
 
+    def changed(self, **settings: Any) -> "TrainConfig":
+        """These settings with single ones changed, as a command line changes a preset's.
+
+        Unlike `dataclasses.replace`, another optimiser or schedule comes with numbers of its own, where none are given:
+        SGD's rate is not AdamW's.
+
+        Args:
+            settings: by name.
+
+        Raises:
+            ValueError: as construction.
+        """
+        return dataclasses.replace(self, **{**_following(vars(self), settings), **settings})
+
+    @classmethod
+    def from_preset(cls, name: str, **settings: Any) -> "TrainConfig":
+        """The settings of a preset, of which single ones are changed: `TrainConfig.from_preset("paper", epochs=100)`.
+
+        Args:
+            name: quickstart, paper or fast.
+            settings: by name.
+
+        Raises:
+            ValueError: there is no such preset; or as construction.
+        """
+        return from_preset({"preset": name, **settings})
+
     def _convert(self) -> None:
         """Bring each setting to its type, where it is one in another spelling, and refuse what is none."""
         for option in dataclasses.fields(self):

@@ -52,10 +52,13 @@ def parameter_groups(model: nn.Module, weight_decay: float = 5e-4, decay: Decay 
 
     Raises:
         ValueError: a negative weight decay, or another word than these for `decay`.
-        TypeError: a weight decay that is no number.
+        TypeError: no module, or a weight decay that is no number.
     """
     check_choice("decay", decay, Decay)
     check_weight("weight_decay", weight_decay)
+    given: Any = model
+    if not isinstance(given, nn.Module):
+        raise TypeError(f"model: expected a module, whose kinds of layers say what decays, got {type(given).__name__}")
     parameters = list(model.parameters())
     exempt = {id(parameter) for parameter in _exempt(model)} if decay == "weights" else set[int]()
     decaying = [parameter for parameter in parameters if id(parameter) not in exempt]

@@ -56,11 +56,11 @@ class Trainer:
         augment: whether the settings' crops, rotations and mirroring are applied; None does but to the batches of a
             loader, which come as its owner wants them.
         steps_per_epoch: batches of an epoch, where `train` is a loader; None is its length.
-        settings: single settings by name, in the place of `config`'s.
+        settings: single settings by name, in the place of `config`'s; another optimiser or schedule comes with its own
+            numbers, see `TrainConfig.changed`.
 
     Attributes:
         config: the settings.
-        callbacks: all of them.
         state: the training in memory, once it has been prepared.
         run: the run's folder, if there is one.
 
@@ -109,7 +109,9 @@ class Trainer:
             settings["device"] = str(device)
         if augment is False:
             settings |= {"crop_padding": 0, "rotation": 0.0, "flip": "off"}
-        self.config = self._settled(dataclasses.replace(config or TrainConfig(), **settings))
+        if config is None and "preset" in settings:
+            config = TrainConfig.from_preset(settings["preset"])
+        self.config = self._settled((config or TrainConfig()).changed(**settings))
         self.state: TrainingState | None = None
         self.run: Run | None = None
         self.progress = progress
@@ -162,7 +164,12 @@ class Trainer:
                 raise ValueError("resume: expected out=, the folder of the run that goes on, got no folder")
             self._resume = resume  # type: ignore[assignment]
         with self._processes(), ExitStack() as held:
-            self.prepare(held)
+            try:
+                self.prepare(held)
+            except FileExistsError:  # in the words of Python, not of the command
+                raise FileExistsError(
+                    f"out: {self._out} exists already; name a new folder, or go on with it: fit(resume=True)"
+                ) from None
             self.train()
         return self.history
 

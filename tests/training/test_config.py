@@ -306,3 +306,21 @@ def test_python_s_values_of_another_type_are_refused(name: str, value: Any) -> N
     given: dict[str, Any] = {name: value}
     with pytest.raises(ValueError, match=rf"^--{name.replace('_', '-')}: expected .*, got "):
         TrainConfig(**given)
+
+
+def test_another_optimiser_comes_with_its_own_numbers() -> None:
+    sgd, adamw = TrainConfig(seed=3), TrainConfig(optimizer="adamw", seed=3)
+    assert sgd.changed(optimizer="adamw") == adamw != dataclasses.replace(sgd, optimizer="adamw")
+    assert adamw.changed(optimizer="sgd") == sgd
+    assert sgd.changed(optimizer="adamw", lr=3e-4) == TrainConfig(optimizer="adamw", lr=3e-4, seed=3)
+    assert sgd.changed(optimizer="sgd", lr=0.2) == TrainConfig(lr=0.2, seed=3)
+    stepped = TrainConfig(schedule="step", milestones=(1, 2), lr_factor=0.5)
+    assert stepped.changed(schedule="cosine") == TrainConfig()
+    assert stepped.changed(schedule="step") == stepped
+
+
+def test_a_preset_is_had_from_python() -> None:
+    assert TrainConfig.from_preset("paper") == PRESETS["paper"]
+    assert TrainConfig.from_preset("fast", optimizer="adamw") == PRESETS["fast"].changed(optimizer="adamw")
+    with pytest.raises(ValueError, match=r"^--preset: expected one of quickstart, paper, fast, got slow$"):
+        TrainConfig.from_preset("slow")

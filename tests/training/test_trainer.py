@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from immunity_fast import ImmunityMoE, load, train
 from immunity_fast.data.datasets import ImageDataset, Split
 from immunity_fast.data.datasets import load as load_dataset
-from immunity_fast.training import Callback, CallbackError, Trainer, session
+from immunity_fast.training import Callback, CallbackError, TrainConfig, Trainer, session
 from tests.small_runs import CLASSES, CONFIG, dataset, options, saved, split, weights, write_data
 
 SETTINGS = dataclasses.replace(CONFIG, epochs=2, device="cpu", crop_padding=2)
@@ -212,6 +212,17 @@ def test_data_sets_say_what_their_classes_are_called() -> None:
     items = library.Dataset.from_dict(rows, features=library.Features(features))
     for model in (None, mixture()):
         assert Trainer(SETTINGS, Subset(items, range(6)), model=model).dataset.classes == tuple(names)
+
+
+def test_single_settings_are_changed_as_by_the_command() -> None:
+    assert Trainer(SETTINGS, optimizer="adamw").config == SETTINGS.changed(optimizer="adamw")
+    assert Trainer(optimizer="adamw").config.lr == 1e-3  # not SGD's
+    assert Trainer(preset="paper", epochs=9).config == TrainConfig.from_preset("paper", epochs=9)
+
+
+def test_a_folder_that_is_there_is_not_written_to(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match=r"^out: .* exists already; .* fit\(resume=True\)$"):
+        Trainer(SETTINGS, (IMAGES, LABELS), model=network(), out=tmp_path).fit()
 
 
 def test_grey_images_need_no_axis_of_channels() -> None:
