@@ -200,7 +200,7 @@ def load(
     folder       root/train/<class>/..., root/test/<class>/..., or     see `folders.list_folder`
                  root/<class>/... alone
     webdataset   "shards/train-{000..009}.tar", or a folder of         see `list_shards`
-                 train-*.tar, val-*.tar, test-*.tar
+                 ``train-*.tar``, ``val-*.tar``, ``test-*.tar``
     huggingface  a folder that save_to_disk has written, or of         see `list_huggingface`
                  parquet files
     ===========  ====================================================  =================================

@@ -264,10 +264,6 @@ class Checkpoint(Callback):
         best: so many of the best epochs are kept.
         every: look at each n-th epoch only.
 
-    Attributes:
-        paths: the files that are kept, of the best first; without a monitor in the order of the epochs.
-        best_path, best_value: of the best of them.
-
     Raises:
         ValueError: numbers below 1, or see `Monitor`.
     """

@@ -2,6 +2,8 @@
 
 As torch.distributed.checkpoint has them, in safetensors files: nothing is ever unpickled.
 
+::
+
     checkpoints/sharded/step-000000500/   what was trained until then, complete from the moment it has its name
         weights/*.safetensors             each process' shards
         rest.safetensors                  what all processes have the same of, and what is known of the run

@@ -61,7 +61,6 @@ class Trainer:
 
     Attributes:
         config: the settings.
-        callbacks: all of them.
         state: the training in memory, once it has been prepared.
         run: the run's folder, if there is one.
 
