@@ -162,6 +162,10 @@ class Batches:
     steps: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_whole("steps_per_epoch", self.steps, 1)
+
     @cached_property
     def count(self) -> int:
         """Batches of an epoch.
@@ -308,10 +312,8 @@ def own_dataset(
         }
         return replace(train, **others)
     trained = as_split(train, "train", steps=steps, workers=workers)
-    if steps is not None:
-        if not isinstance(trained, Batches):
-            raise ValueError("steps_per_epoch: expected None but for a loader of batches, got another")
-        check_whole("steps_per_epoch", steps, 1)
+    if steps is not None and not isinstance(trained, Batches):
+        raise ValueError("steps_per_epoch: expected None but for a loader of batches, got another")
     parts = [
         resident(as_split(each, name, workers=workers), workers) if each is not None else None
         for name, each in (("validation", validation), ("test", test))

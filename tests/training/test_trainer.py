@@ -320,7 +320,12 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("splits", {"train": {"train": Short(), "test": Short()}}, TypeError, "expected one split, such as data['train']"),
     ("channels last", {"train": (IMAGES.movedim(1, -1), LABELS)}, ValueError, "channels come first"),
     ("sums", {"train": (IMAGES, torch.ones(8, 3))}, ValueError, "train: expected probabilities that sum to 1"),
-    ("no steps", {"train": DataLoader(Short(), 4), "steps_per_epoch": 0}, ValueError, "steps_per_epoch: expected at"),
+    (
+        "no steps",
+        {"train": DataLoader(Short(), 4), "steps_per_epoch": -1, "model": network()},
+        ValueError,
+        "steps_per_epoch: expected at",
+    ),
     ("steps", {"train": (IMAGES, LABELS), "steps_per_epoch": 2}, ValueError, "steps_per_epoch: expected None but"),
     ("crops", {"train": (IMAGES, LABELS), "crop_padding": 12, "model": mixture()}, ValueError, "--crop-padding"),
     ("a stage", {"train": (IMAGES, LABELS), "stage": "7", "model": network()}, ValueError, "'7'"),
