@@ -22,6 +22,7 @@ from immunity_fast.evaluation.runner import Evaluation, Plan
 from immunity_fast.training import run_evaluation
 from immunity_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from immunity_fast.training.run_folder import Run
+from tests import sketches
 from tests.small_runs import options
 
 ATTACKED = 7
@@ -34,6 +35,8 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "CURVE_STEPS", 4)
+        place = run_evaluation, "AFTER_TRAINING"
+        patch.setattr(*place, sketches.WHOLE[place])
         train.main([*options(data, lr=0.02, attack_images=ATTACKED), "--out", str(folder)])
     return folder
 

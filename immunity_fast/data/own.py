@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from immunity_fast.data import OWN as NAME
 from immunity_fast.data.datasets import ImageDataset, Split
 from immunity_fast.data.folders import split_of
 from immunity_fast.runtime.checks import check_whole
 from immunity_fast.targets import check_probabilities
 
-NAME = "own"  # of such a data set
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "jpg", "png")
 TARGET_KEYS = ("labels", "label", "targets", "target", "fine_label", "class", "cls")
 READ_BATCH = 64  # images that are read at once

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from immunity_fast.data.own import NAME as OWN
+from immunity_fast.data import OWN
 from immunity_fast.experts import split_names
 from immunity_fast.experts.registry import check_trusted, repeated
 from immunity_fast.models.described import expert_tensors

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from immunity_fast.arguments import Score
+from immunity_fast.data import OWN
 from immunity_fast.data.datasets import LISTED, Stream
 from immunity_fast.data.datasets import NAMES as DATASETS
-from immunity_fast.data.own import NAME as OWN
 from immunity_fast.data.streaming import Workers
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve, split_names

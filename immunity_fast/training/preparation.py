@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from immunity_fast.data import OWN
 from immunity_fast.data.datasets import LISTED, ImageDataset, Split, load
-from immunity_fast.data.own import NAME as OWN
 from immunity_fast.experts import NAMES, create, title
 from immunity_fast.experts.registry import check_trusted, counted, file_title, split_names
 from immunity_fast.experts.stems import chosen_stem

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from immunity_fast.attacks import Model
+from immunity_fast.data import OWN
 from immunity_fast.data.datasets import LISTED, ImageDataset, Stream, load
-from immunity_fast.data.own import NAME as OWN
 from immunity_fast.data.sampling import EVALUATION_BATCH, attack_batch
 from immunity_fast.data.streaming import Workers
 from immunity_fast.evaluation.pipeline import evaluate

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from immunity_fast.data import OWN
 from immunity_fast.data.datasets import ImageDataset, Split
-from immunity_fast.data.own import NAME as OWN
 from immunity_fast.data.own import OwnDataset, as_split, check_labels, hard, own_dataset, resident
 from immunity_fast.evaluation.results import Results
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork

@@ -230,4 +230,4 @@ def test_what_makes_a_folder_s_images_fit_is_said(
     arguments[arguments.index("npz")] = "folder"
     line = error_line(capsys, evaluate.main, arguments)
     assert "expected a network that takes images (B, 3, 9, 9)" in line
-    assert line.endswith("or --image-size N brings the images of a folder to N×N pixels\n")
+    assert line.endswith("or --image-size N brings all images to N×N pixels\n")

@@ -20,6 +20,7 @@ from immunity_fast.training.preparation import CHANGEABLE_ON_RESUME, Start
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
 from tests.small_runs import arrays, saved, write_data
+from tests.typed_settings import BESIDE, GIVEN
 
 CONFIG = TrainConfig(
     dataset="npz", experts=2, batch_size=8, epochs=2, beta=0.5, gamma=1e-4, check_images=0, attack_images=3
@@ -71,10 +72,12 @@ def test_a_name_depends_on_what_a_run_depends_on() -> None:
     for option in dataclasses.fields(TrainConfig):
         if option.name in (*CHANGEABLE_ON_RESUME, "preset"):
             continue
-        value = getattr(CONFIG, option.name)
-        if option.name not in other:
-            other[option.name] = value + 1 if isinstance(value, int) else value / 2
-        names.add(_job(**{option.name: other[option.name]}).name)
+        value = other.get(option.name, GIVEN[option.name][1])
+        assert value != getattr(CONFIG, option.name)
+        beside = BESIDE.get(option.name, {})
+        name = _job(**beside | {option.name: value}).name
+        assert name != _job(**beside).name
+        names.add(name)
     kept = [
         option.name
         for option in dataclasses.fields(TrainConfig)

@@ -30,8 +30,8 @@ from tests.small_runs import CONFIG, CPU, arrays, dataset, error_line, options, 
 def _after_each_step(monkeypatch: pytest.MonkeyPatch, change: Callable[[TrainStep], None]) -> None:
     take = TrainStep.__call__
 
-    def changed(step: TrainStep, *batch: Any) -> torch.Tensor:
-        measured = take(step, *batch)
+    def changed(step: TrainStep, *batch: Any, **options: Any) -> torch.Tensor:
+        measured = take(step, *batch, **options)
         with torch.no_grad():
             change(step)
         return measured
@@ -260,10 +260,10 @@ def test_weights_that_are_no_numbers_do_not_reach_a_checkpoint(
     # A gradient can be NaN where the loss, which is from before the step, is a number.
     take, calls = TrainStep.__call__, 0
 
-    def spoilt(step: TrainStep, *batch: Any) -> torch.Tensor:
+    def spoilt(step: TrainStep, *batch: Any, **options: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        measured = take(step, *batch)
+        measured = take(step, *batch, **options)
         if calls == call:
             next(step.model.parameters()).data.view(-1)[0] = torch.nan
         return measured
