@@ -66,9 +66,14 @@ def assert_same(first: Path, second: Path) -> None:
     ("panels", "rows", "series"),
     [
         (1, ["ResNet18"], ["Immunity"]),
-        (1, [f"{i}: {LONG}" for i in range(3)], [LONG, "_", "$"]),
+        pytest.param(1, [f"{i}: {LONG}" for i in range(3)], [LONG, "_", "$"], marks=pytest.mark.exhaustive),
         (3, list(ROWS), list(SERIES)),
-        (2, [f"DenseNet121, attack {i}" for i in range(40)], [f"series {i}" for i in range(6)]),
+        pytest.param(
+            2,
+            [f"DenseNet121, attack {i}" for i in range(40)],
+            [f"series {i}" for i in range(6)],
+            marks=pytest.mark.exhaustive,
+        ),
         (4, ["W" * 100, "_", "$", ""], ["", f"1: {LONG}", f"2: {LONG}"]),
     ],
 )
@@ -215,7 +220,7 @@ def test_both_survive_any_value(tmp_path: Path, drawn: list[Figure], values: lis
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("columns", [1, 3, 5])
+@pytest.mark.parametrize("columns", [1, 3, pytest.param(5, marks=pytest.mark.exhaustive)])
 def test_sweep_figure_hides_no_text(tmp_path: Path, drawn: list[Figure], columns: int) -> None:
     measures = {"IScore (nats)": curve(), "CScore (pixels⁴)": curve(POWERS, 1e6, 3e5), LONG: curve([0.1234567, 1e7])}
     sweeps = dict.fromkeys(("β", "γ", "α", LONG, "$")[:columns], measures)

@@ -19,6 +19,7 @@ from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.preparation import CHANGEABLE_ON_RESUME, Start
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
+from tests import grids
 from tests.small_runs import arrays, saved, write_data
 from tests.typed_settings import BESIDE, GIVEN
 
@@ -130,7 +131,7 @@ def test_the_commands_make_the_same_run(tmp_path: Path, data: Path) -> None:
     assert saved(tmp_path / "again") == saved(tmp_path / "runs" / queue.jobs[0].name)
 
 
-@pytest.mark.parametrize("step", [1, 7])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.exhaustive), 7])
 def test_a_run_that_was_killed_goes_on(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     whole = _queue(tmp_path, _job())
     whole.folder = tmp_path / "whole"
@@ -167,7 +168,10 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, data: Path, calls
     assert calls[before:] == [f"train {bad.name}"], "only what failed is tried again"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"results": {}}', '{"other": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    grids.sampled(["", "{", "[]", '{"results": {}}', '{"other": 1}'], ordinary=lambda content: len(content) in (1, 15)),
+)
 def test_a_damaged_record_is_made_again(tmp_path: Path, data: Path, calls: list[str], content: str) -> None:
     queue = _queue(tmp_path, _job())
     queue.run()

@@ -144,6 +144,7 @@ def test_the_table_of_what_is_done_so_far(
     assert "table1: 0 of 2 runs are done" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive  # tests/reproduction/test_jobs.py has a run that fails
 @pytest.mark.usefixtures("cells")
 def test_a_failed_run_is_reported_and_the_table_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

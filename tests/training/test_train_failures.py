@@ -138,8 +138,13 @@ def _fails(error: Exception) -> Callable[..., Any]:
     ("where", "error", "traceback"),
     [
         ("load_model", ValueError("no model"), False),
-        ("evaluate_run", OSError(28, "No space left on device", "report.html"), False),
-        ("evaluate_run", MemoryError(), False),
+        pytest.param(
+            "evaluate_run",
+            OSError(28, "No space left on device", "report.html"),
+            False,
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param("evaluate_run", MemoryError(), False, marks=pytest.mark.exhaustive),
         ("evaluate_run", KeyError("a defect"), True),
     ],
     ids=["model", "disk", "memory", "defect"],
