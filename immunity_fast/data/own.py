@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from immunity_fast.data import OWN as NAME
 from immunity_fast.data.datasets import ImageDataset, Split
 from immunity_fast.data.folders import split_of
+from immunity_fast.runtime.checks import check_whole
 from immunity_fast.targets import check_probabilities
 
 IMAGE_KEYS = ("pixel_values", "image", "images", "img", "jpg", "png")
@@ -160,6 +161,10 @@ class Batches:
     called: str
     steps: int | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_whole("steps_per_epoch", self.steps, 1)
 
     @cached_property
     def count(self) -> int:
@@ -307,6 +312,8 @@ def own_dataset(
         }
         return replace(train, **others)
     trained = as_split(train, "train", steps=steps, workers=workers)
+    if steps is not None and not isinstance(trained, Batches):
+        raise ValueError("steps_per_epoch: expected None but for a loader of batches, got another")
     parts = [
         resident(as_split(each, name, workers=workers), workers) if each is not None else None
         for name, each in (("validation", validation), ("test", test))
@@ -619,8 +626,8 @@ def _class_names(
     ignore_index: int | None,
 ) -> tuple[str, ...]:
     """The classes' names: those that were given, the model's number, the data set's, or the numbers that there are."""
-    if isinstance(classes, str):
-        raise TypeError(f"classes: expected several names, or how many there are, got the text {classes!r}")
+    if isinstance(classes, str) or (classes is not None and not isinstance(classes, (int, Iterable))):
+        raise TypeError(f"classes: expected several names, or how many there are, got {classes!r}")
     if isinstance(classes, int):
         num_classes, classes = classes, None
     if classes is None:

@@ -54,7 +54,7 @@ class ImmunityLightningModule(lightning.LightningModule):  # type: ignore[misc]
     the data loader's. Precision, devices, accumulated batches and clipping are Lightning's, too.
 
     In training it logs "loss", "cross_entropy", "mutual_information_loss", "position_stability" and
-    "mutual_information", in validation "val_accuracy_mean" and "val_accuracy_sample", in a test the same with ``test_``.
+    "mutual_information", in validation "val_accuracy_mean" and "val_accuracy_sample", in a test these with ``test_``.
 
     Args:
         model: what is trained, an `ImmunityMoE`; or a `TrainConfig`, or such as a dictionary, by which one is made.

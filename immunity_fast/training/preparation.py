@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from immunity_fast.data import OWN
-from immunity_fast.data.datasets import LISTED, ImageDataset, load
+from immunity_fast.data.datasets import LISTED, ImageDataset, Split, load
 from immunity_fast.experts import NAMES, create, title
 from immunity_fast.experts.registry import check_trusted, counted, file_title, split_names
 from immunity_fast.experts.stems import chosen_stem
@@ -162,6 +162,8 @@ def prepare(
         check_own(config)
         with distributed.together():  # one machine may have less memory than another
             check_trainable(config, dataset.image_size, dataset.num_classes, len(dataset.train), device)
+    elif isinstance(dataset.train, Split):  # of a loader's own batches nothing is cropped
+        check_crops(config, dataset.image_size)
     set_float32(config.float32)
     run = None if folder is None else Run(folder)
     # A run that was killed before its first checkpoint begins anew.
@@ -261,11 +263,7 @@ def check_trainable(
     """
     batch = min(config.batch_size, images)
     height, width = image_size
-    if config.crop_padding >= min(height, width):
-        raise ValueError(
-            f"--crop-padding: expected less than {min(height, width)} for images of {height}×{width}, of which else "
-            f"nothing may be left, got {config.crop_padding}"
-        )
+    check_crops(config, image_size)
     names = counted(split_names(config.arch), config.experts)
     if len(names) > 1 and config.batching == "vmap":
         raise ValueError("--batching vmap: expected auto or loop for experts of different architectures")
@@ -279,6 +277,20 @@ def check_trainable(
     size = 4 * (2 + kept) * weights / (distributed.count() if config.shard else 1) + values / distributed.count()
     what = f"{title(config.arch, config.experts)}, {batch} images of {height}×{width} a step,"
     check_fits(size, device, what, MEMORY_ADVICE)
+
+
+def check_crops(config: TrainConfig, image_size: tuple[int, int]) -> None:
+    """Check that random crops leave something of images of (H, W) pixels.
+
+    Raises:
+        ValueError: they may not.
+    """
+    height, width = image_size
+    if config.crop_padding >= min(height, width):
+        raise ValueError(
+            f"--crop-padding: expected less than {min(height, width)} for images of {height}×{width}, of which else "
+            f"nothing may be left, got {config.crop_padding}"
+        )
 
 
 def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_classes: int, batch: int) -> tuple[int, int]:

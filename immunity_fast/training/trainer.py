@@ -104,7 +104,8 @@ class Trainer:
         self._out = None if out is None else Path(out).expanduser()
         self._data, self._classes, self._steps = (train, validation, test), classes, steps_per_epoch
         self._augment = augment
-        self._model = _as_mixture(model)
+        wanted = (config or TrainConfig()).changed(**settings) if model is not None else TrainConfig()
+        self._model = _as_mixture(model, wanted, train, steps_per_epoch)
         if device is not None:
             settings["device"] = str(device)
         if augment is False:
@@ -458,16 +459,32 @@ def _as_callbacks(callbacks: Any) -> tuple[Callback, ...]:
     return tuple(callbacks)
 
 
-def _as_mixture(model: Any) -> ImmunityMoE | None:
-    """A model of the user's as a mixture.
+def _as_mixture(model: Any, config: TrainConfig, train: Any, steps: int | None) -> ImmunityMoE | None:
+    """A model of the user's as a mixture, whose stage is the setting's, or suits the images.
 
     Raises:
         TypeError: it is no network.
+        ValueError: it cannot be one.
     """
     if model is None or isinstance(model, ImmunityMoE):
         return model
-    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
-        return SingleNetwork.from_experts([model])
-    if isinstance(model, (Sequence, nn.ModuleList)) and not isinstance(model, str):
-        return ImmunityMoE.from_experts(list(model))
-    raise TypeError(f"model: expected an ImmunityMoE, a network or a list of networks, got {type(model).__name__}")
+    several = isinstance(model, (Sequence, nn.ModuleList)) and not isinstance(model, str)
+    if (not several and not isinstance(model, nn.Module)) or isinstance(model, type):
+        raise TypeError(f"model: expected an ImmunityMoE, a network or a list of networks, got {type(model).__name__}")
+    alone = isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList)
+    stage = config.stage if config.stage is None or "," not in config.stage else config.stage.split(",")
+    options: dict[str, Any] = {"stage": stage, "image_size": _image_size(config, train, steps)}
+    if alone:
+        return SingleNetwork.from_experts([model], **options)
+    return ImmunityMoE.from_experts(list(model), **options)
+
+
+def _image_size(config: TrainConfig, train: Any, steps: int | None) -> tuple[int, int]:
+    """(H, W) of what a network will be trained on, as far as it is known before it is read."""
+    if train is None:
+        return (config.image_size or 32,) * 2
+    if isinstance(train, ImageDataset):
+        return train.image_size
+    split = as_split(train, "train", steps=steps)
+    height, width = split.image_size
+    return height, width

@@ -244,6 +244,12 @@ def test_a_network_and_a_list_of_them_are_trained(images: ImageDataset) -> None:
     several = Trainer(SETTINGS, images, model=[network(), network()], epochs=1)
     several.fit()
     assert several.model.num_experts == 2
+    # By the images' size: of 32 pixels, which none has here, the pool's map would do for both.
+    large = [nn.Sequential(*network()[:1], nn.MaxPool2d(3), *network()[1:]) for _ in range(2)]
+    for size, stage in (("12", "0"), ("30", "1")):
+        part = torch.zeros(4, 3, int(size), int(size), dtype=torch.uint8), torch.arange(4) % CLASSES
+        assert Trainer(SETTINGS, part, model=large).model.stage == stage
+    assert Trainer(SETTINGS, part, model=large, stage="0").model.stage == "0"
 
 
 def test_models_of_ones_own_are_evaluated(images: ImageDataset, tmp_path: Path) -> None:
@@ -314,6 +320,15 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("splits", {"train": {"train": Short(), "test": Short()}}, TypeError, "expected one split, such as data['train']"),
     ("channels last", {"train": (IMAGES.movedim(1, -1), LABELS)}, ValueError, "channels come first"),
     ("sums", {"train": (IMAGES, torch.ones(8, 3))}, ValueError, "train: expected probabilities that sum to 1"),
+    (
+        "no steps",
+        {"train": DataLoader(Short(), 4), "steps_per_epoch": -1, "model": network()},
+        ValueError,
+        "steps_per_epoch: expected at",
+    ),
+    ("steps", {"train": (IMAGES, LABELS), "steps_per_epoch": 2}, ValueError, "steps_per_epoch: expected None but"),
+    ("crops", {"train": (IMAGES, LABELS), "crop_padding": 12, "model": mixture()}, ValueError, "--crop-padding"),
+    ("a stage", {"train": (IMAGES, LABELS), "stage": "7", "model": network()}, ValueError, "'7'"),
     ("a stream", {"train": Stream()}, TypeError, "expected a DataLoader of it"),
     ("a text", {"train": (IMAGES, LABELS), "classes": "ab"}, TypeError, "classes: expected several names"),
     ("a logger", {"train": (IMAGES, LABELS), "loggers": "excel"}, ValueError, "expected none, or of tensorboard"),
