@@ -91,7 +91,7 @@ def _with_ddp(model: ImmunityMoE) -> tuple[nn.Module, Callable[[Tensor], None]]:
 
 
 def _with_compiled_ddp(model: ImmunityMoE) -> tuple[nn.Module, Callable[[Tensor], None]]:
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     return nn.parallel.DistributedDataParallel(compiled), lambda loss: loss.backward()
 
 

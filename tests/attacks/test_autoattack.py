@@ -19,6 +19,7 @@ from immunity_fast import ImmunityMoE, RandomSwitchGate
 from immunity_fast.attacks import NotFiniteError, pgd
 from immunity_fast.attacks.autoattack import _Network, _Parts, _tileable, autoattack, square
 from immunity_fast.attacks.projections import Norm
+from tests import grids
 
 torchattacks = pytest.importorskip("torchattacks")
 
@@ -268,8 +269,7 @@ def test_the_model_is_no_child_of_what_torchattacks_sees() -> None:
     assert [name for name, _ in network.named_parameters()] == ["device"]
 
 
-@each_norm
-@pytest.mark.parametrize("switch", ["sample", "call"])
+@pytest.mark.parametrize(("switch", "norm"), grids.every(2, ("sample", "call"), ("Linf", "L2")))
 def test_a_step_on_random_draws_passes_the_experts_once(switch: Any, norm: Norm) -> None:
     gate = RandomSwitchGate(3, nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), switch)
     model = ImmunityMoE.from_experts(_experts(), gate=gate, stage="0", mean=(0.0,) * 3, std=(1.0,) * 3).eval()
@@ -279,11 +279,11 @@ def test_a_step_on_random_draws_passes_the_experts_once(switch: Any, norm: Norm)
     options: dict[str, Any] = {"num_classes": CLASSES, "norm": norm, "eps": EPS[norm] / 2, "version": "rand"}
     for attacked in (model, lambda x: model(x), lambda x: model(x) * 1):
         passes.clear()
-        autoattack(attacked, images, labels, steps=6, **options)
+        autoattack(attacked, images, labels, steps=3, **options)
         counts.append(len(passes))
     # For the images; and for each of two losses for the start, the steps, and to judge.
-    assert counts[0] == counts[1] == 1 + 2 * (1 + 6 + 1)
-    assert counts[2] == 1 + 2 * (20 * (1 + 6) + 1), "of what is no mixture nothing is known"
+    assert counts[0] == counts[1] == 1 + 2 * (1 + 3 + 1)
+    assert counts[2] == 1 + 2 * (20 * (1 + 3) + 1), "of what is no mixture nothing is known"
 
 
 @each_norm

@@ -112,14 +112,14 @@ def test_what_hangs_is_ended_with_its_children_and_stops_nothing(tmp_path: Path)
         f"open({str(file)!r}, 'w').write(str(p.pid)); {_told('part', PASSED)}; p.wait()"
     )
     found = _run(
-        Job("hangs", _python(starting), limit=8, expected=("part", "other part")), Job("next", _python("")), cores=1
+        Job("hangs", _python(starting), limit=3, expected=("part", "other part")), Job("next", _python("")), cores=1
     )
     assert [(outcome["name"], outcome["outcome"]) for outcome in found] == [
         ("part", PASSED),
         ("other part", FAILED),
         ("next", PASSED),
     ]
-    assert found[1]["cause"] == "hung: stopped at its limit of 8 s"
+    assert found[1]["cause"] == "hung: stopped at its limit of 3 s"
     assert not _alive(int(file.read_text()))
 
 
@@ -561,7 +561,7 @@ def test_a_job_that_is_stopped_may_remove_what_it_has_on_disk(tmp_path: Path) ->
     )
     reader = threading.Thread(target=lambda: ready.open().close())
     reader.start()
-    found = _run(Job("job", _python(code), limit=8))
+    found = _run(Job("job", _python(code), limit=3))
     reader.join()
     assert [one["outcome"] for one in found] == [FAILED]
     assert not place.exists()

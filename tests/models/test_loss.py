@@ -131,7 +131,7 @@ def test_from_experts_takes_a_loss() -> None:
     assert SingleNetwork("resnet8", 4, loss_fn=LOSS).loss_fn is LOSS
 
 
-@pytest.mark.parametrize("batching", ["loop", "vmap"])
+@pytest.mark.parametrize("batching", [pytest.param("loop", marks=pytest.mark.exhaustive), "vmap"])
 def test_it_compiles_to_one_graph(batching: Any) -> None:
     """Forward and backward; statistics move in compiled code, too."""
     model = _model(batching=batching)

@@ -21,6 +21,7 @@ from immunity_fast.models.stacking import (
     unstack_modules,
 )
 from immunity_fast.runtime.strategies import Batching, choose
+from tests import grids
 from tests.tensors import assert_same_state, noise
 
 BOTH: list[Batching] = ["loop", "vmap"]
@@ -242,8 +243,7 @@ def channels_last(tensor: Tensor) -> bool:
     return tensor.is_contiguous(memory_format=torch.channels_last) or 0 in tensor.stride()
 
 
-@pytest.mark.parametrize("double_backprop", ["reverse", "forward"])
-@pytest.mark.parametrize("batching", BOTH)
+@pytest.mark.parametrize(("batching", "double_backprop"), grids.every(2, BOTH, ("reverse", "forward")))
 def test_channels_last_goes_all_the_way_without_copies(batching: Batching, double_backprop: Any) -> None:
     """Forward pass, inner gradient, tangent and its backward pass; PyTorch's own double backward transposes."""
     torch.manual_seed(0)

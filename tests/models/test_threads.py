@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
 from immunity_fast.models.gate import Switch
 from immunity_fast.models.stacking import Batching
+from tests import grids
 from tests.tensors import noise
 
 THREADS = 4
@@ -114,9 +115,8 @@ def test_a_switch_turned_in_a_block_lasts_as_long_as_the_block() -> None:
     assert gate.switch == "call"
 
 
-@pytest.mark.parametrize("batching", ["loop", "vmap"])
-@pytest.mark.parametrize("double_backprop", ["reverse", "forward"])
-def test_each_thread_has_its_own_derivatives(double_backprop: str, batching: Batching) -> None:
+@pytest.mark.parametrize(("batching", "double_backprop"), grids.every(2, ("loop", "vmap"), ("forward", "reverse")))
+def test_each_thread_has_its_own_derivatives(batching: Batching, double_backprop: str) -> None:
     model = _model(batching)
     loss_fn = FusedImmunityLoss(0.5, 1.3, 0.01, size=(12, 12))
 
@@ -144,9 +144,8 @@ def test_each_thread_has_its_own_derivatives(double_backprop: str, batching: Bat
     _together(work)
 
 
-@pytest.mark.parametrize("batching", ["loop", "vmap"])
-@pytest.mark.parametrize("chain", [True, False])
-def test_each_thread_has_its_own_outputs(chain: bool, batching: Batching) -> None:
+@pytest.mark.parametrize(("batching", "chain"), grids.every(2, ("loop", "vmap"), (True, False)))
+def test_each_thread_has_its_own_outputs(batching: Batching, chain: bool) -> None:
     """While an expert runs, its tensors are in the place of the stacked ones."""
     torch.manual_seed(0)
     experts = [Branching().double() for _ in range(2)]

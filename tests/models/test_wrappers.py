@@ -5,7 +5,7 @@ Two gloo processes, each with half of the batch. All cases of a kind run in one 
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib.util
 from typing import Any
 
 import pytest
@@ -17,16 +17,24 @@ from tests.processes import PROCESSES, launch
 from tests.wrapped import KINDS, data, gradients, mixture
 
 EAGER = [f"{wrapper}:{kind}" for wrapper in ("ddp", "fsdp") for kind in KINDS] + ["fsdp of parts:different"]
+ACCELERATED = ["accelerate:chain", "accelerate:whole"]
 COMPILED = ["compiled ddp:chain", pytest.param("ddp compiled:whole", marks=pytest.mark.exhaustive)]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each process measured, by case."""
     if not dist.is_gloo_available():
         pytest.skip("PyTorch was built without gloo")
     out = tmp_path_factory.mktemp("wrapped") / "found"
-    launch("-m", "tests.wrapped", str(out), *EAGER, "nothing:chain", "nothing:whole")
+    accelerated = ACCELERATED if importlib.util.find_spec("accelerate") else []
+    # Compiling comes last, where it disturbs nothing, and where it is asked for.
+    items = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    asked = {
+        item.callspec.params["case"] for item in items if hasattr(item, "callspec") and "case" in item.fixturenames
+    }
+    compiled = [case for case in ("compiled ddp:chain", "ddp compiled:whole") if case in asked]
+    launch("-m", "tests.wrapped", str(out), *EAGER, "nothing:chain", "nothing:whole", *accelerated, *compiled)
     parts = [torch.load(f"{out}-{rank}.pt") for rank in range(PROCESSES)]
     return {case: [part[case] for part in parts] for case in parts[0]}
 
@@ -60,19 +68,16 @@ def test_a_pass_that_no_wrapper_sees_is_warned_of_once(kind: str, found: Any) ->
     assert not torch.equal(first["gradients"][name], second["gradients"][name])
 
 
-def test_accelerate_gives_gradients_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ACCELERATED)
+def test_accelerate_gives_gradients_of_one_process(case: str, found: Any) -> None:
     pytest.importorskip("accelerate", reason="an outside library that the project does not need")
-    launch("-m", "tests.wrapped", str(tmp_path / "found"), "accelerate:chain", "accelerate:whole")
-    parts = [torch.load(f"{tmp_path / 'found'}-{rank}.pt") for rank in range(PROCESSES)]
-    for case in parts[0]:
-        _assert_of_one_process(case, [part[case] for part in parts])
+    _assert_of_one_process(case, found[case])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COMPILED)
-def test_compiled_in_a_wrapper_gradients_are_those_of_one(case: str, tmp_path: Path) -> None:
-    launch("-m", "tests.wrapped", str(tmp_path / "found"), case)
-    _assert_of_one_process(case, [torch.load(f"{tmp_path / 'found'}-{rank}.pt")[case] for rank in range(PROCESSES)])
+def test_compiled_in_a_wrapper_gradients_are_those_of_one(case: str, found: Any) -> None:
+    _assert_of_one_process(case, found[case])
 
 
 def test_data_parallel_of_no_gpu_is_the_model() -> None:
