@@ -479,7 +479,7 @@ def test_a_compiled_run_says_what_it_waits_for_and_records_alike(
 ) -> None:
     """Training, validation, and the attack of each epoch's check."""
     data = write_data(tmp_path / "data.npz")
-    settings = {"epochs": 1, "check_images": 6, "lr": 1e-3, "arch": "tests.own_networks:Plain", "stage": "second"}
+    settings = {"epochs": 1, "check_images": 6, "lr": 1e-3, "arch": "tests.own_networks:smooth", "stage": "2"}
     records = []
     for compile in ("on", "off"):
         _, run = trained([*options(data, **settings, compile=compile), "--out", str(tmp_path / compile)])

@@ -394,8 +394,8 @@ def test_files_that_may_not_grow_stop_it_with_one_line(
         line = error_line(capsys, train.main, arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    said = f"[Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}: '{Run(folder).checkpoint}'"
-    assert line.startswith(f"error: training stopped: {said}; go on with: ")
+    reason = f"[Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}: '{Run(folder).checkpoint}'"
+    assert line == f"error: training stopped: {reason}; go on with: {Run(folder).resume_command}\n"
     assert load_checkpoint(Run(folder).checkpoint)[1]["step"] == 0
     assert not list(folder.rglob("*.unfinished"))
     trained(["--resume", str(folder)])
