@@ -32,6 +32,7 @@ SEARCHED = ("pdarts", "advrush", "robnet_free", "robnet_large")
 ARCHS = ("resnet18", "googlenet", "densenet121", *SEARCHED)
 SMALL = "--experts 2 --batch-size 4 --check-images 4 --attack-images 4 --device cuda"
 TRAIN = f"-m immunity_fast.train --dataset npz --data {{folder}}/data.npz {SMALL} --epochs 1 --limit-train 8"
+TARGETS = "--mixup 0.4 --cutmix 1 --label-smoothing 0.1 --class-weights balanced"
 DIGITS = f"-m immunity_fast.train {SMALL} --epochs 1 --limit-train 64"
 TESTS = "-m pytest -q -p no:cacheprovider -m gpu"
 ADVERSARIAL = "--arch resnet8 --attack pgd,trades,fgsm-rs"
@@ -41,12 +42,18 @@ EVALUATE = "-m immunity_fast.evaluate"
 FEW = "--limit 4 --masking-images 4 --device cuda --compile off"
 SCRIPT = """
 import sys, numpy as np
+from pathlib import Path
+from PIL import Image
 random = np.random.default_rng(0)
 arrays = {}
 for part, count in (("train", 16), ("val", 6), ("test", 8)):
     arrays[f"{part}_images"] = random.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     arrays[f"{part}_labels"] = np.arange(count) % 3
 np.savez(sys.argv[1], **arrays)
+for index, image in enumerate(arrays["train_images"]):
+    file = Path(sys.argv[1]).parent / "images" / str(index % 2) / f"{index}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(file)
 """
 
 
@@ -90,6 +97,14 @@ def cases() -> list[Case]:
         train("trades bf16", f"{trades} --amp bf16"),
         train("fgsm-rs", "--adversarial fgsm-rs"),
         train("average", "--ema 0.9 --clip-grad-norm 1"),
+        train("targets", f"{TARGETS} --optimizer adamw --warmup-epochs 0.5 --accumulate 2 --decay weights", ci=True),
+        train("targets bf16", f"{TARGETS} --amp bf16 --adversarial pgd --attack-steps 2"),
+        train("grey", "--channels 1"),
+        Case(
+            "train, streamed", "values",
+            f"-m immunity_fast.train --dataset folder --data {{folder}}/images --stream on --workers 1 {SMALL} "
+            "--epochs 1 --compile off --out {folder}/streamed", True,
+        ),
         *[train(arch, f"--arch {arch}") for arch in ARCHS],
         *[train(f"{arch} loop", f"--arch {arch} --batching loop") for arch in ("googlenet", "densenet121", "pdarts")],
         Case("train --resume", "values", "{here}/interrupted.py {folder}/interrupted " + f"{TRAIN} --compile off"),
@@ -132,6 +147,10 @@ def cases() -> list[Case]:
         Case(
             "train compiled", "shapes",
             f"{{here}}/without_numbers.py {TRAIN} --compile on --out {{folder}}/compiled",
+        ),
+        Case(
+            "train compiled, targets", "shapes",
+            f"{{here}}/without_numbers.py {TRAIN} --compile on {TARGETS} --out {{folder}}/compiled-3",
         ),
         Case(
             "train compiled, bf16, pgd", "shapes",
