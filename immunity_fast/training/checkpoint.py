@@ -133,7 +133,7 @@ INFO: dict[str, Callable[[Any], bool]] = {
     "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "weights": _is_weights,
     "stopped": lambda value: isinstance(value, str),
-    "val_pgd10_accuracy_mean": lambda value: type(value) is float and 0 <= value <= 1,  # now one of "monitored"
+    "val_pgd10_accuracy_mean": lambda value: type(value) is float and 0 <= value <= 1,  # one of "monitored", too
     "monitored": _is_monitored,
     "callbacks": lambda value: isinstance(value, list) and all(isinstance(each, list) for each in value),
 }

@@ -23,6 +23,8 @@ from immunity_fast.training.shards import save_shards
 from immunity_fast.training.state import TrainingState
 from immunity_fast.training.validation import training_means, validate
 
+PGD = "val_pgd10_accuracy_mean"
+
 
 class DivergedError(cli.InputError, FloatingPointError):
     """The loss, or a weight, is no longer a number."""
@@ -209,6 +211,8 @@ def save_model(state: TrainingState, path: Path, monitored: Mapping[str, float] 
     if distributed.rank():
         return
     info = state.info() | ({} if monitored is None else {"monitored": dict(monitored)})
+    if monitored is not None and PGD in monitored:
+        info[PGD] = monitored[PGD]  # where earlier versions have it
     save_checkpoint(path, {f"model/{name}": value for name, value in tensors.items()}, info)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast import train
+from immunity_fast.data.datasets import AnySplit
 from immunity_fast.training import loop, run_evaluation, validation
 from immunity_fast.training.checkpoint import load_checkpoint, load_model, under
 from immunity_fast.training.config import TrainConfig
@@ -203,12 +204,12 @@ def test_a_run_is_judged_by_its_average(
     states: list[dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     validated: list[dict[str, Tensor]] = []
-    measure: Callable[[TrainingState], dict[str, float]] = validation._validate
+    measure: Callable[[TrainingState, AnySplit], dict[str, float]] = validation._validate
 
-    def recorded(trainer: TrainingState) -> dict[str, float]:
+    def recorded(trainer: TrainingState, split: AnySplit) -> dict[str, float]:
         validated.append(_state(trainer.model))
         # The second epoch is not as good as the first.
-        return measure(trainer) | {"val_pgd10_accuracy_mean": 0.5 / len(validated)}
+        return measure(trainer, split) | {"val_pgd10_accuracy_mean": 0.5 / len(validated)}
 
     monkeypatch.setattr(validation, "_validate", recorded)
     trainer, run = TrainingState(CONFIG, dataset(), CPU), Run.create(tmp_path / "run", CONFIG)
