@@ -33,6 +33,7 @@ run = evaluated.run
 # Killed
 
 
+@pytest.mark.exhaustive  # a training is killed in `make test`, too; here what was not written yet is interrupted
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded PyTorch")
 def test_killed_with_sigkill_at_random_moments_it_ends_the_same(finished: Path, tmp_path: Path) -> None:
