@@ -216,6 +216,7 @@ def test_a_way_is_recorded_once_measured_and_failing_stops_none(
     assert found[0] == (NAIVE, FULL)
 
 
+@pytest.mark.exhaustive
 def test_after_a_way_that_costs_the_device_a_process_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way is in the record once, measured or failed."""
     case = StepCase("resnet8", None, 2, amp="off", experts=2, side=16)

@@ -113,8 +113,9 @@ def test_a_step_of_all_experts_at_once_is_one_graph(double_backprop: Any, monkey
     _same_training(_step(_model("vmap"), compile="on", **options), _step(_model("vmap"), **options))
 
 
+@pytest.mark.exhaustive  # a minute; a step is one graph for the tests above, and compiled for a GPU in the rehearsal
 @pytest.mark.slow
-@pytest.mark.parametrize("augmented", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("augmented", [False, True])
 def test_the_real_compiler_trains_as_eager_does(augmented: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of little: each kernel that is generated costs a call of the C++ compiler.
 

@@ -449,6 +449,7 @@ def test_a_config_nested_without_end_is_one_line(finished: Run, capsys: pytest.C
 # A full disk
 
 
+@pytest.mark.exhaustive  # by default records, and files that may not grow, which test_resume.py has
 def test_on_a_full_disk_the_file_is_named_and_nothing_is_left(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

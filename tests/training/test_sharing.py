@@ -120,6 +120,7 @@ def test_a_run_is_one_process(workers: list[Worker], finished: Path, tmp_path: P
     assert set(refused) == {f"{folder}: another process is training this run; wait for it or end it"}
 
 
+@pytest.mark.exhaustive  # by default one run, one ledger, one evaluation are shared
 def test_runs_of_a_queue_are_done_once(workers: list[Worker], data: Path, tmp_path: Path) -> None:
     names = sorted(job.name for job in JOBS)
     shares = []

@@ -22,6 +22,7 @@ from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
 from immunity_fast.training.step import TrainStep
 from immunity_fast.training.validation import validate
+from tests import grids
 from tests.small_runs import CONFIG, CPU, arrays, dataset, error_line, options, saved, trained, write_data
 
 # Checks that cannot be made
@@ -45,8 +46,7 @@ def _kill(step: TrainStep) -> None:
             parameter.zero_()
 
 
-@pytest.mark.parametrize("method", ["off", "pgd"])
-@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize(("experts", "method"), grids.every(2, (1, 2), ("off", "pgd")))
 def test_a_dead_network_is_trained_to_its_end_and_called_dead(
     experts: int,
     method: str,
@@ -99,7 +99,11 @@ def test_outputs_that_are_no_numbers_are_no_accuracy() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("a defect"), MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried…")]
+    "error",
+    grids.sampled(
+        [RuntimeError("a defect"), MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried…")],
+        ordinary=lambda error: type(error) is RuntimeError,
+    ),
 )
 def test_whatever_is_wrong_with_a_check_the_training_is_the_same(
     error: Exception, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
