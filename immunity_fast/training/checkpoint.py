@@ -300,7 +300,20 @@ def load_model(
     if (path / REST).is_file():
         return _load_joined(path, device, trust_code=trust_code)
     tensors, info = load_checkpoint(path)
-    description = checked_info(path, info, "model")["model"]
+    model, group, stored = _model_of(path, checked_info(path, info, "model")["model"], tensors, trust_code)
+    load_module(path, model, stored, f"{group}/")
+    return model.to(device).eval(), info
+
+
+def _model_of(
+    path: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor], trust_code: bool
+) -> tuple[ImmunityMoE, str, dict[str, Tensor]]:
+    """The described model, with random weights; which of a checkpoint's groups it takes, the average's if there is one;
+    and that group's tensors.
+
+    Raises:
+        ValueError: it cannot be made, would run code that is not trusted, or is not what the tensors are of.
+    """
     if description["arch"] == OWN:
         raise ValueError(
             f"{path}: expected an architecture that has a name, got a network that only Python code has: "
@@ -314,23 +327,13 @@ def load_model(
         model = described_model(description)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: describes a model that cannot be made ({error})") from error
-    load_module(path, model, stored, f"{group}/")
-    return model.to(device).eval(), info
+    return model, group, stored
 
 
 def _load_joined(folder: Path, device: torch.device | str, *, trust_code: bool) -> tuple[ImmunityMoE, dict[str, Any]]:
     """`load_model` of a checkpoint in shards, which this process reads for itself."""
     info = load_info(folder / REST)
-    description = info["model"]
-    check_trusted(folder, description["arch"], trust_code)
-    found = outline(folder)
-    group = "ema" if under("ema", found) else "model"
-    stored = under(group, found)
-    check_experts(folder, description, stored, f"{group}/")
-    try:
-        model = described_model(description)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder}: describes a model that cannot be made ({error})") from error
+    model, group, stored = _model_of(folder, info["model"], outline(folder), trust_code)
     state = model.state_dict()
     if not isinstance(model.experts, ExpertList):  # each expert's part of the stack
         stack = under("experts", state, ".")

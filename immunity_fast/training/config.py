@@ -16,7 +16,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from immunity_fast.arguments import Score
 from immunity_fast.data import OWN
@@ -38,10 +39,10 @@ from immunity_fast.runtime.strategies import Batching, DoubleBackprop
 from immunity_fast.targets import balanced_weights
 from immunity_fast.training import config_file
 from immunity_fast.training.adversarial import Adversarial, BatchNormMode, InnerAttackSettings
-from immunity_fast.training.decay import Decay
+from immunity_fast.training.decay import Decay, parameter_groups
 from immunity_fast.training.loggers import LOGGERS, names_of
 from immunity_fast.training.monitoring import DIRECTIONS, SHORT
-from immunity_fast.training.optimizers import KINDS, OPTIMISERS, Optimiser, check_has
+from immunity_fast.training.optimizers import KINDS, OPTIMISERS, Optimiser, check_has, make_optimizer
 from immunity_fast.training.schedules import FACTORS, LearningRate, Schedule
 
 Flip = Literal["auto", "on", "off"]
@@ -361,6 +362,17 @@ class TrainConfig:
             _check(self, "lr_factor", 0 < self.lr_factor <= 1, "a number above 0 and at most 1")
             falls = self.schedule in FACTORS
             _check(self, "lr_factor", falls, f"none with --schedule {self.schedule}, but {' and '.join(FACTORS)}")
+
+    def optimizer_of(self, model: nn.Module) -> Optimizer:
+        """The optimiser of a model's parameters, in groups that decay and do not."""
+        return make_optimizer(
+            self.optimizer,
+            parameter_groups(model, self.weight_decay, self.decay),
+            self.lr,
+            momentum=self.momentum,
+            betas=self.betas,
+            eps=self.optimizer_eps,
+        )
 
     def learning_rate(self, steps_per_epoch: int) -> LearningRate:
         """The learning rate of each step, of so many in an epoch."""

@@ -19,8 +19,6 @@ from immunity_fast.evaluation.metrics import correct
 from immunity_fast.models.moe import CIFAR10_MEAN, CIFAR10_STD, ImmunityMoE
 from immunity_fast.training.checkpoint import described_model
 from immunity_fast.training.config import TrainConfig
-from immunity_fast.training.decay import parameter_groups
-from immunity_fast.training.optimizers import make_optimizer
 
 
 def _package() -> Any:
@@ -180,14 +178,7 @@ class ImmunityLightningModule(lightning.LightningModule):  # type: ignore[misc]
     def configure_optimizers(self) -> dict[str, Any]:
         """The settings' optimiser, whose groups know what decays, and its schedule over Lightning's steps."""
         config = self.config
-        optimizer = make_optimizer(
-            config.optimizer,
-            parameter_groups(self.model, config.weight_decay, config.decay),
-            config.lr,
-            momentum=config.momentum,
-            betas=config.betas,
-            eps=config.optimizer_eps,
-        )
+        optimizer = config.optimizer_of(self.model)
         steps = float(self.trainer.estimated_stepping_batches)
         if not math.isfinite(steps):
             if config.schedule != "constant":

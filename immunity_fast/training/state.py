@@ -37,9 +37,8 @@ from immunity_fast.training.checkpoint import (
     under,
 )
 from immunity_fast.training.config import TrainConfig
-from immunity_fast.training.decay import parameter_groups
 from immunity_fast.training.ema import WeightAverage
-from immunity_fast.training.optimizers import make_optimizer, possible_state
+from immunity_fast.training.optimizers import possible_state
 from immunity_fast.training.sharding import shard
 from immunity_fast.training.shards import REST, load_shards, outline
 from immunity_fast.training.step import MEASURED, TrainStep
@@ -109,14 +108,7 @@ class TrainingState:
         if config.class_weights is not None:  # or a data set would be read for its labels
             weights = config.weights_of_classes(dataset.train.labels, dataset.num_classes)
         self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name, weights).to(device)
-        self.optimizer = make_optimizer(
-            config.optimizer,
-            parameter_groups(self.model, config.weight_decay, config.decay),
-            config.lr,
-            momentum=config.momentum,
-            betas=config.betas,
-            eps=config.optimizer_eps,
-        )
+        self.optimizer = config.optimizer_of(self.model)
         self.learning_rate = config.learning_rate(self.steps_per_epoch)
         self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
         self.train_step = self._new_step(strategy, log, traceback_file)
