@@ -188,12 +188,13 @@ class Batches:
 
     def __len__(self) -> int:
         """How many images an epoch has, as far as that can be told."""
-        whole = self.count * len(self._first[1])
+        whole = self.count * len(self.first[1])
         data: Any = getattr(self.loader, "dataset", None)
         return min(whole, len(data)) if hasattr(data, "__len__") and self.steps is None else whole
 
     @cached_property
-    def _first(self) -> tuple[Tensor, Tensor]:
+    def first(self) -> tuple[Tensor, Tensor]:
+        """Its first batch."""
         first = next(self.batches(), None)
         if first is None:
             raise ValueError(f"{self.called}: expected at least 1 batch, got none")
@@ -202,13 +203,13 @@ class Batches:
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W) of the first batch."""
-        height, width = self._first[0].shape[-2:]
+        height, width = self.first[0].shape[-2:]
         return height, width
 
     @property
     def channels(self) -> int:
         """C of the first batch."""
-        return self._first[0].shape[1]
+        return self.first[0].shape[1]
 
     @cached_property
     def known_targets(self) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from immunity_fast.data.augmentation import as_float, draw_affine
 from immunity_fast.data.loader import Batch, TrainLoader
 from immunity_fast.data.own import Batches, Items, as_batch, check_labels, generators_of
+from immunity_fast.runtime import distributed
 from immunity_fast.runtime.nested import put_together, taken_apart
 
 
@@ -199,6 +201,31 @@ class BatchLoader:
         if not self.position:
             for generator, begun in zip(generators_of(self.loader), self._at_start[1:], strict=True):
                 generator.set_state(begun)
+
+
+class SameBatchesWarning(UserWarning):
+    """Processes that train together were given loaders of the same batches."""
+
+
+def warn_of_same_batches(batches: Batches) -> None:
+    """Say it where processes train on the same images, as loaders without a distributed sampler give them.
+
+    All processes call this at the same point; the first one warns.
+    """
+    if distributed.count() == 1:
+        return
+    images, targets = batches.first
+    digest = hashlib.sha256()
+    for tensor in (images, targets):
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    firsts = distributed.every(digest.hexdigest())
+    if len(set(firsts)) < len(firsts) and distributed.rank() == 0:
+        warnings.warn(
+            f"{batches.called}: expected other batches in each of {len(firsts)} processes, got the same first one in "
+            "several; give the loader sampler=torch.utils.data.DistributedSampler(data set)",
+            SameBatchesWarning,
+            stacklevel=2,
+        )
 
 
 def _on(device: torch.device, images: Tensor, targets: Tensor, affine: Tensor | None) -> Batch:

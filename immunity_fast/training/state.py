@@ -12,7 +12,7 @@ from immunity_fast.data.datasets import STATISTICS_IMAGES, AnySplit, ImageDatase
 from immunity_fast.data.loader import Batch, TrainLoader
 from immunity_fast.data.mixing import Mixer
 from immunity_fast.data.own import Batches, Items, statistics
-from immunity_fast.data.own_loader import BatchLoader, ItemLoader
+from immunity_fast.data.own_loader import BatchLoader, ItemLoader, warn_of_same_batches
 from immunity_fast.data.sampling import EVALUATION_BATCH, sample_order
 from immunity_fast.data.streaming import StreamedSplit
 from immunity_fast.experts import WITH_STEMS, split_names
@@ -156,6 +156,7 @@ class TrainingState:
         augment: dict[str, Any] = {"padding": config.crop_padding, "degrees": config.rotation, "flip": flip}
         allowed: dict[str, Any] = {"classes": self.dataset.num_classes, "ignore_index": config.ignore_index}
         if isinstance(train, Batches):
+            warn_of_same_batches(train)
             wanted = augment if getattr(self.dataset, "augment", False) else None
             return BatchLoader(train, config.seed + 2, augment=wanted, rank=distributed.rank(), **allowed)
         options = augment | {"rank": distributed.rank(), "processes": distributed.count()}

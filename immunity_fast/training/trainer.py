@@ -25,7 +25,7 @@ from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.config_file import suggestion
 from immunity_fast.training.loggers import Logger
 from immunity_fast.training.loop import save_model, train
-from immunity_fast.training.preparation import check_changes, prepare
+from immunity_fast.training.preparation import check_changes, is_default, prepare
 from immunity_fast.training.records import Records
 from immunity_fast.training.run_evaluation import evaluate_trained
 from immunity_fast.training.run_folder import Run
@@ -191,7 +191,7 @@ class Trainer:
             with distributed.together():  # the first process alone has to see the folder
                 if folder is not None and goes_on and main_process:
                     self._take_settings(Run.open(folder))
-                elif folder is not None and main_process:
+                elif folder is not None and main_process and not is_default(folder, self.config):
                     Run.check_free(folder)
                 if held is not None and goes_on and folder is not None and main_process:
                     held.enter_context(Run(folder).locked())
@@ -372,7 +372,13 @@ class Trainer:
                 raise ValueError(f"weights: expected None beside a model, which has its own, got {config.weights}")
             changes |= {"arch": self._model.arch or OWN, "experts": self._model.num_experts}
         if self._data[0] is not None and not isinstance(self._data[0], ImageDataset):
-            changes |= {"dataset": OWN, "data": None, "image_size": None, "limit_train": None}
+            for name, instead in (("image_size", "a transform"), ("limit_train", "torch.utils.data.Subset")):
+                if getattr(config, name) is not None:
+                    raise ValueError(
+                        f"{name}: expected None beside data of your own, which are taken as they are ({instead} can "
+                        f"change them), got {getattr(config, name)}"
+                    )
+            changes |= {"dataset": OWN, "data": None}
         return dataclasses.replace(config, **changes)
 
     def _take_settings(self, run: Run) -> None:

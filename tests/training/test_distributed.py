@@ -167,3 +167,29 @@ def test_a_run_of_two_processes_goes_on_in_one_and_in_two_again(tmp_path: Path) 
     # The batches are the same, BatchNorm's statistics are not: the losses are close in the first epoch, no more.
     assert run.metrics()[0]["cross_entropy"] == pytest.approx(alone.metrics()[0]["cross_entropy"], rel=0.3)
     assert saved(folder)["tensors"]["loader/generator"] == saved(alone.folder)["tensors"]["loader/generator"]
+
+
+OWN_LOADERS = """
+import warnings, torch
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from immunity_fast.runtime import distributed
+from immunity_fast.training import Trainer
+generator = torch.Generator().manual_seed(0)
+items = TensorDataset(torch.rand(12, 3, 16, 16, generator=generator), torch.arange(12) % 3)
+with distributed.processes(torch.device("cpu")):
+    for sampler in (None, DistributedSampler(items, seed=1)):
+        loader = DataLoader(items, batch_size=2, shuffle=sampler is None, sampler=sampler)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Trainer(train=loader, experts=2, device="cpu", compile="off").prepare()
+        for line in (str(warning.message) for warning in caught if "SameBatches" in warning.category.__name__):
+            print(sampler is None, distributed.rank(), line)
+"""
+
+
+def test_loaders_of_the_same_batches_are_said_once() -> None:
+    printed = launch("-c", OWN_LOADERS).splitlines()
+    assert printed == [
+        "True 0 train: expected other batches in each of 2 processes, got the same first one in several; give the "
+        "loader sampler=torch.utils.data.DistributedSampler(data set)"
+    ]

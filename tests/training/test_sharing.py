@@ -172,6 +172,18 @@ def test_runs_of_one_second_have_two_folders(workers: list[Worker], data: Path, 
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(made)
 
 
+def test_a_name_nobody_chose_may_be_taken_meanwhile(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    start = train.parse(options(data, epochs=1))
+    start.folder.mkdir(parents=True)
+    made = session.fit(start)
+    assert made is not None
+    assert made[1].folder == start.folder.with_name(f"{start.folder.name}-2")
+    assert not list(start.folder.iterdir())
+
+
 @pytest.mark.parametrize("command", ["--resume", "--out"])
 def test_a_run_in_training_is_refused_and_left_as_it_is(
     command: str, half: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -328,6 +328,8 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ),
     ("steps", {"train": (IMAGES, LABELS), "steps_per_epoch": 2}, ValueError, "steps_per_epoch: expected None but"),
     ("crops", {"train": (IMAGES, LABELS), "crop_padding": 12, "model": mixture()}, ValueError, "--crop-padding"),
+    ("a size", {"train": (IMAGES, LABELS), "image_size": 16}, ValueError, "image_size: expected None beside data of"),
+    ("a limit", {"train": (IMAGES, LABELS), "limit_train": 4}, ValueError, "(torch.utils.data.Subset can change them)"),
     ("a stage", {"train": (IMAGES, LABELS), "stage": "7", "model": network()}, ValueError, "'7'"),
     ("a stream", {"train": Stream()}, TypeError, "expected a DataLoader of it"),
     ("a text", {"train": (IMAGES, LABELS), "classes": "ab"}, TypeError, "classes: expected several names"),
