@@ -7,6 +7,9 @@ OLDEST := .venv-oldest
 INSTALL := -m pip install --quiet --disable-pip-version-check
 TESTS ?=
 
+# Compiled modules are kept, also where the environment says otherwise: dozens of tests start Python.
+export PYTHONDONTWRITEBYTECODE :=
+
 # MLflow's client wants a newer requests than torchattacks says that it does, with which it works all the same: pip takes
 # both one after the other, not at once.
 INSTALL_MLFLOW = grep -v "^requests==" constraints.txt > $(VENV)/constraints-mlflow.txt; \

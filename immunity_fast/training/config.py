@@ -557,7 +557,7 @@ class TrainConfig:
         Raises:
             ValueError: a setting is missing, unknown or of the wrong type.
         """
-        expected = typing.get_type_hints(cls)
+        expected = _hints()
         if not isinstance(values, dict):
             raise ValueError(f"expected an object of settings, got {abbreviated(values)}")
         for name, only in REMOVED.items():
@@ -587,7 +587,7 @@ def read_settings(path: Path, *more: str) -> dict[str, Any]:
         ModuleNotFoundError: it is YAML, and PyYAML is not installed.
     """
     values = config_file.read_mapping(path)
-    hints = typing.get_type_hints(TrainConfig)
+    hints = _hints()
     for name, only in REMOVED.items():
         if values.pop(name, only) != only:
             raise ValueError(f"{path}: {name}: expected {only}, the only one left, got another")
@@ -621,7 +621,7 @@ def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """One option a setting, none with a default of the parser's: the namespace then holds what the user gave."""
-    hints = typing.get_type_hints(TrainConfig)
+    hints = _hints()
     options = dataclasses.fields(TrainConfig)
     groups = {
         name: parser.add_argument_group(name) for name in dict.fromkeys(each.metadata["group"] for each in options)
@@ -734,8 +734,14 @@ def check_data(dataset: str | None, data: str | None) -> None:
         raise ValueError(f"--data: missing; --dataset {dataset} needs the path of what it reads")
 
 
+@functools.cache
+def _hints() -> dict[str, Any]:
+    """The annotation of each setting; kept, because `typing` evaluates all of them anew at each call."""
+    return typing.get_type_hints(TrainConfig)
+
+
 def _choices(option: "dataclasses.Field[Any]") -> tuple[str, ...]:
-    hint = typing.get_type_hints(TrainConfig)[option.name]
+    hint = _hints()[option.name]
     listed: tuple[str, ...] = option.metadata["choices"]
     return typing.get_args(hint) if typing.get_origin(hint) is Literal else listed
 
@@ -754,7 +760,7 @@ def _plain_types(hint: Any) -> tuple[type, ...]:
 @functools.cache
 def _types() -> dict[str, tuple[type, ...]]:
     """What each setting may be."""
-    return {name: _plain_types(hint) for name, hint in typing.get_type_hints(TrainConfig).items()}
+    return {name: _plain_types(hint) for name, hint in _hints().items()}
 
 
 def _measures(config: TrainConfig, name: str | None) -> bool:

@@ -1,6 +1,7 @@
 """Before a training's first step: where the run is to lie, whether it can go on, and what cannot be trained."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from immunity_fast.data import OWN
 from immunity_fast.data.datasets import LISTED, ImageDataset, Split, load
 from immunity_fast.experts import NAMES, create, title
 from immunity_fast.experts.registry import check_trusted, counted, file_title, split_names
-from immunity_fast.experts.stems import chosen_stem
+from immunity_fast.experts.stems import Stem, chosen_stem
 from immunity_fast.models.described import outline
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime import cli, distributed
@@ -269,7 +270,9 @@ def check_trainable(
         raise ValueError("--batching vmap: expected auto or loop for experts of different architectures")
     weights = values = 0
     for name, count in names.items():
-        of_one = sizes(name, config, image_size, num_classes, batch)
+        # Of ours the same every time: a table's thirty runs find it out once.
+        find = _known_sizes if name in NAMES or name.startswith("{") else sizes
+        of_one = find(name, chosen_stem(config.stem, image_size), config.channels, image_size, num_classes, batch)
         weights, values = weights + count * of_one[0], values + count * of_one[1]
     # Weights, their gradients and what the optimiser keeps of them, in float32; and half of what the layers put out,
     # which is kept for the backward pass, in half precision at least.
@@ -293,12 +296,15 @@ def check_crops(config: TrainConfig, image_size: tuple[int, int]) -> None:
         )
 
 
-def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_classes: int, batch: int) -> tuple[int, int]:
+def sizes(
+    name: str, stem: Stem, channels: int, image_size: tuple[int, int], num_classes: int, batch: int
+) -> tuple[int, int]:
     """How many weights one expert has, and how many values its layers put out for a batch in training.
 
     Args:
         name: of its architecture.
-        config: the run's settings.
+        stem: of an architecture that has several.
+        channels: of the images.
         image_size: (H, W).
         num_classes: K.
         batch: of so many images.
@@ -313,25 +319,24 @@ def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_class
         nonlocal values
         values += output.numel() if isinstance(output, torch.Tensor) else 0
 
-    stem = chosen_stem(config.stem, image_size)
     try:
-        expert = outline(name, num_classes, image_size, stem, config.channels).train()
+        expert = outline(name, num_classes, image_size, stem, channels).train()
         for module in expert.modules():
             if not list(module.children()):
                 module.register_forward_hook(count)
         try:
-            output = expert(torch.empty(batch, config.channels, height, width, device="meta"))
+            output = expert(torch.empty(batch, channels, height, width, device="meta"))
         except Exception:  # whatever its code makes of tensors without values
             if name in NAMES or name.startswith("{"):
                 raise
             # Two images, for BatchNorm's sake, stand for the others.
             values = 0
-            expert = create(name, num_classes, stem=stem, image_size=image_size, channels=config.channels).train()
+            expert = create(name, num_classes, stem=stem, image_size=image_size, channels=channels).train()
             for module in expert.modules():
                 if not list(module.children()):
                     module.register_forward_hook(count)
             with torch.no_grad():
-                output = expert(torch.zeros(min(batch, 2), config.channels, height, width))
+                output = expert(torch.zeros(min(batch, 2), channels, height, width))
             values = values * batch // min(batch, 2)
     except ModuleNotFoundError:
         raise
@@ -339,7 +344,7 @@ def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_class
         if out_of_memory(error) is not None:
             raise
         reason = " ".join(str(error).split())
-        depth = "" if config.channels == 3 else f"{config.channels} × "
+        depth = "" if channels == 3 else f"{channels} × "
         raise ValueError(
             f"--arch {title(name)}: cannot be trained on images of {depth}{height}×{width}, {batch} at a time "
             f"({reason})"
@@ -351,6 +356,9 @@ def sizes(name: str, config: TrainConfig, image_size: tuple[int, int], num_class
             f"{kind_of(output)}"
         )
     return sum(parameter.numel() for parameter in expert.parameters()), values
+
+
+_known_sizes = functools.lru_cache(maxsize=64)(sizes)
 
 
 def is_default(folder: Path, config: TrainConfig) -> bool:
