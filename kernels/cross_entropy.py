@@ -14,17 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from immunity_fast.kernels import launch
+from immunity_fast.kernels import launch, mixture
 from immunity_fast.kernels.autograd import refuse_second_derivative
+from immunity_fast.kernels.mixture import LARGEST_EXPONENT, log_softmax
 
 # Rows of `statistics` (3, N, B) float32.
 _LIKELIHOOD = tl.constexpr(0)  # l_i
 _PEAK = tl.constexpr(1)  # max_k f_ik
 _LOG_TOTAL = tl.constexpr(2)  # log Σ_k exp(f_ik − max f_i)
-_STATISTICS = 3
-
-# exp of more than this is infinite in float32; a shut gate's derivative is cut there, as the reference does.
-_LARGEST_EXPONENT = tl.constexpr(80.0)
 
 
 @triton.jit(do_not_specialize=["samples"])
@@ -46,22 +43,11 @@ def _cross_entropy_kernel(
     expert = tl.arange(0, BLOCK_EXPERTS)
     present = expert < EXPERTS
     logit_rows = logits_ptr + expert.to(tl.int64) * logits_stride_n + sample * logits_stride_b
-    peak = tl.full([BLOCK_EXPERTS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_EXPERTS], tl.float32)
-    for start in range(0, classes, BLOCK_CLASSES):
-        index = start + tl.arange(0, BLOCK_CLASSES)
-        mask = present[:, None] & (index < classes)[None, :]
-        logit_ptrs = logit_rows[:, None] + index.to(tl.int64)[None, :] * logits_stride_k
-        values = tl.load(logit_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
-        larger = tl.maximum(peak, tl.max(values, 1))
-        anchor = tl.where(larger == float("-inf"), 0, larger)
-        total = total * tl.exp(peak - anchor) + tl.sum(tl.exp(values - anchor[:, None]), 1)
-        peak = larger
+    peak, log_total = log_softmax(logit_rows, logits_stride_k, present, classes, BLOCK_EXPERTS, BLOCK_CLASSES)
     label = tl.load(targets_ptr + sample * targets_stride_b)
     known = present & (label >= 0) & (label < classes)
     value = tl.load(logit_rows + label * logits_stride_k, mask=known, other=float("nan")).to(tl.float32)
-    log_total = tl.log(tl.where(present, total, 1))
-    likelihood = tl.where(present, value - tl.where(present, peak, 0) - log_total, 0)
+    likelihood = tl.where(present, value - peak - log_total, 0)
     weight = tl.load(gate_ptr + sample * gate_stride_b + expert.to(tl.int64) * gate_stride_n, mask=present, other=0).to(
         tl.float32
     )
@@ -108,7 +94,7 @@ def _cross_entropy_backward_kernel(
     )
     shares, largest, sum_of_shares = _shares(likelihood, weight)
     # An open gate's own share bounds exp(l − M) by 1/g; a shut one's expert may be likelier by any factor.
-    exponent = tl.where(weight > 0, likelihood - largest, tl.minimum(likelihood - largest, _LARGEST_EXPONENT))
+    exponent = tl.where(weight > 0, likelihood - largest, tl.minimum(likelihood - largest, LARGEST_EXPONENT))
     grad_weight = -upstream * tl.exp(exponent - tl.log(sum_of_shares))
     tl.store(grad_gate_ptr + sample * EXPERTS + expert, grad_weight, mask=present)
     factor = upstream * (shares / sum_of_shares + alpha)
@@ -153,35 +139,20 @@ def mixture_cross_entropy(logits: Tensor, gate: Tensor, targets: Tensor, alpha: 
         CE (B,) float32 in nats, and statistics (3, N, B) float32 that only the backward pass has a use for.
     """
     experts, samples, classes = logits.shape
-    losses, statistics = _empty(logits)
-    block_experts = triton.next_power_of_2(experts)
-    block_classes = launch.block_within(classes, block_experts)
+    losses, statistics = mixture.empty(logits)
     if samples:
         with launch.on_device(logits):
             _cross_entropy_kernel[(samples,)](
                 logits, *logits.stride(), gate, *gate.stride(), targets, *targets.stride(),
                 losses, statistics, samples, classes, alpha,
-                EXPERTS=experts, BLOCK_EXPERTS=block_experts, BLOCK_CLASSES=block_classes,
-                num_warps=_num_warps(block_experts, block_classes),
+                EXPERTS=experts, **mixture.tile(experts, classes),
             )  # fmt: skip
     return losses, statistics
 
 
 @mixture_cross_entropy.register_fake
 def _(logits, *_):
-    return _empty(logits)
-
-
-def _empty(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for the losses and the statistics."""
-    experts, samples, _ = logits.shape
-    losses = logits.new_empty(samples, dtype=torch.float32)
-    return losses, losses.new_empty((_STATISTICS, experts, samples))
-
-
-def _num_warps(block_experts: int, block_classes: int) -> int:
-    """A warp for 512 elements: ten classes need one, a thousand eight."""
-    return min(max(block_experts * block_classes // 512, 1), 8)
+    return mixture.empty(logits)
 
 
 @torch.library.custom_op("immunity_fast::mixture_cross_entropy_backward", mutates_args=())
@@ -204,16 +175,13 @@ def mixture_cross_entropy_backward(
     experts, samples, classes = logits.shape
     grad_logits = torch.empty_like(logits)
     grad_gate = statistics.new_empty((samples, experts))
-    block_experts = triton.next_power_of_2(experts)
-    block_classes = launch.block_within(classes, block_experts)
     if samples:
         with launch.on_device(logits):
             _cross_entropy_backward_kernel[(samples,)](
                 grad_losses, *grad_losses.stride(), logits, *logits.stride(), gate, *gate.stride(),
                 targets, *targets.stride(), statistics, grad_logits, *grad_logits.stride(), grad_gate,
                 samples, classes, alpha,
-                EXPERTS=experts, BLOCK_EXPERTS=block_experts, BLOCK_CLASSES=block_classes,
-                num_warps=_num_warps(block_experts, block_classes),
+                EXPERTS=experts, **mixture.tile(experts, classes),
             )  # fmt: skip
     return grad_logits, grad_gate.to(gate.dtype)
 

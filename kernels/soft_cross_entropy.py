@@ -19,17 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from immunity_fast.kernels import launch
+from immunity_fast.kernels import launch, mixture
 from immunity_fast.kernels.autograd import refuse_second_derivative
+from immunity_fast.kernels.mixture import LARGEST_EXPONENT, log_softmax
 
 # Rows of `statistics` (3, N, B) float32.
 _PEAK = tl.constexpr(0)  # max_k f_ik
 _LOG_TOTAL = tl.constexpr(1)  # log Σ_k exp(f_ik − max f_i)
 _SHARE = tl.constexpr(2)  # S_i
-_STATISTICS = 3
-
-# exp of more than this is infinite in float32; a shut gate's derivative is cut there, as the reference does.
-_LARGEST_EXPONENT = tl.constexpr(80.0)
 
 
 @triton.jit(do_not_specialize=["samples"])
@@ -51,19 +48,7 @@ def _soft_cross_entropy_kernel(
     expert = tl.arange(0, BLOCK_EXPERTS)
     present = expert < EXPERTS
     logit_rows = logits_ptr + expert.to(tl.int64) * logits_stride_n + sample * logits_stride_b
-    peak = tl.full([BLOCK_EXPERTS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_EXPERTS], tl.float32)
-    for start in range(0, classes, BLOCK_CLASSES):
-        index = start + tl.arange(0, BLOCK_CLASSES)
-        mask = present[:, None] & (index < classes)[None, :]
-        logit_ptrs = logit_rows[:, None] + index.to(tl.int64)[None, :] * logits_stride_k
-        values = tl.load(logit_ptrs, mask=mask, other=float("-inf")).to(tl.float32)
-        larger = tl.maximum(peak, tl.max(values, 1))
-        anchor = tl.where(larger == float("-inf"), 0, larger)
-        total = total * tl.exp(peak - anchor) + tl.sum(tl.exp(values - anchor[:, None]), 1)
-        peak = larger
-    peak = tl.where(present, peak, 0)
-    log_total = tl.log(tl.where(present, total, 1))
+    peak, log_total = log_softmax(logit_rows, logits_stride_k, present, classes, BLOCK_EXPERTS, BLOCK_CLASSES)
     weight = tl.load(gate_ptr + sample * gate_stride_b + expert.to(tl.int64) * gate_stride_n, mask=present, other=0).to(
         tl.float32
     )
@@ -141,7 +126,7 @@ def _soft_cross_entropy_backward_kernel(
         tl.store(grad_ptrs, grad.to(grad_logits_ptr.dtype.element_ty), mask=mask)
         # An open gate's own share bounds exp(l − m) by 1/g; a shut one's expert may be likelier by any factor.
         exponent = likelihood - largest[None, :]
-        exponent = tl.where((weight > 0)[:, None], exponent, tl.minimum(exponent, _LARGEST_EXPONENT))
+        exponent = tl.where((weight > 0)[:, None], exponent, tl.minimum(exponent, LARGEST_EXPONENT))
         ratio = tl.exp(exponent - tl.log(sum_of_shares)[None, :])
         grad_weight -= tl.sum(tl.where(mask & (coefficient != 0)[None, :], coefficient[None, :] * ratio, 0), 1)
         if NEEDS_COEFFICIENTS:
@@ -188,40 +173,20 @@ def soft_mixture_cross_entropy(
         CE (B,) float32 in nats, and statistics (3, N, B) float32 that only the backward pass has a use for.
     """
     experts, samples, classes = logits.shape
-    losses, statistics = _empty(logits)
-    block_experts, block_classes = _blocks(experts, classes)
+    losses, statistics = mixture.empty(logits)
     if samples:
         with launch.on_device(logits):
             _soft_cross_entropy_kernel[(samples,)](
                 logits, *logits.stride(), gate, *gate.stride(), coefficients, *coefficients.stride(),
                 losses, statistics, samples, classes, alpha,
-                EXPERTS=experts, BLOCK_EXPERTS=block_experts, BLOCK_CLASSES=block_classes,
-                num_warps=_num_warps(block_experts, block_classes), **launch.SAME_BITS,
+                EXPERTS=experts, **mixture.tile(experts, classes), **launch.SAME_BITS,
             )  # fmt: skip
     return losses, statistics
 
 
 @soft_mixture_cross_entropy.register_fake
 def _(logits, *_):
-    return _empty(logits)
-
-
-def _empty(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for the losses and the statistics."""
-    experts, samples, _ = logits.shape
-    losses = logits.new_empty(samples, dtype=torch.float32)
-    return losses, losses.new_empty((_STATISTICS, experts, samples))
-
-
-def _blocks(experts: int, classes: int) -> tuple[int, int]:
-    """Experts and classes of a tile."""
-    block_experts: int = triton.next_power_of_2(experts)
-    return block_experts, launch.block_within(classes, block_experts)
-
-
-def _num_warps(block_experts: int, block_classes: int) -> int:
-    """A warp for 512 elements: ten classes need one, a thousand eight."""
-    return min(max(block_experts * block_classes // 512, 1), 8)
+    return mixture.empty(logits)
 
 
 @torch.library.custom_op("immunity_fast::soft_mixture_cross_entropy_backward", mutates_args=())
@@ -253,7 +218,6 @@ def soft_mixture_cross_entropy_backward(
     grad_logits = torch.empty_like(logits)
     grad_gate = statistics.new_empty((samples, experts))
     grad_coefficients = statistics.new_empty((samples, classes) if needs_coefficients else 0)
-    block_experts, block_classes = _blocks(experts, classes)
     if samples:
         with launch.on_device(logits):
             _soft_cross_entropy_backward_kernel[(samples,)](
@@ -261,8 +225,7 @@ def soft_mixture_cross_entropy_backward(
                 coefficients, *coefficients.stride(), statistics, grad_logits, *grad_logits.stride(), grad_gate,
                 grad_coefficients if needs_coefficients else None, samples, classes, alpha,
                 NEEDS_COEFFICIENTS=needs_coefficients,
-                EXPERTS=experts, BLOCK_EXPERTS=block_experts, BLOCK_CLASSES=block_classes,
-                num_warps=_num_warps(block_experts, block_classes), **launch.SAME_BITS,
+                EXPERTS=experts, **mixture.tile(experts, classes), **launch.SAME_BITS,
             )  # fmt: skip
     return grad_logits, grad_gate.to(gate.dtype), grad_coefficients
 
