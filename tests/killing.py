@@ -18,7 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch.utils import tensorboard  # noqa: F401  for the processes to come
+import torch._dynamo  # noqa: F401
+from torch.utils import tensorboard  # noqa: F401  both for the processes to come
 
 from immunity_fast import train
 from immunity_fast.experts import create

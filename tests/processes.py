@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import signal
+import runpy
 import socket
-import subprocess
 import sys
+import tempfile
+import time
+import traceback
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from immunity_fast import evaluate, train
 from immunity_fast.runtime import cli
@@ -22,17 +27,48 @@ from tests.places import REPOSITORY
 PROCESSES = 2
 
 
-# Imports what everybody needs, then forks the processes, each of which runs the command: imports are most of its time.
-FORKING = """
-import os, runpy, sys, traceback
-import immunity_fast.train
+# Processes are forked from one that has imported what all need, which takes longer than what most of them do.
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(["immunity_fast.train", "torch._dynamo"])  # the latter for an optimiser's first step
 
-def started(rank):
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-    command = sys.argv[2:]
+
+def launch(*command: str) -> str:
+    """Run a command of Python's, `-m …` or `-c …`, in two processes as torchrun starts them; what they printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(PROCESSES)}
+    with tempfile.NamedTemporaryFile(mode="r", encoding="utf-8") as printed:
+        processes: list[Any] = []
+        for rank in range(PROCESSES):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = {**os.environ, **common, **own}
+            processes.append(FORKING.Process(target=_started, args=(command, environment, printed.name)))
+            processes[-1].start()
+        try:
+            end = time.monotonic() + 240
+            for process in processes:
+                process.join(max(0.0, end - time.monotonic()))
+            assert [process.exitcode for process in processes] == [0] * PROCESSES, printed.read()
+        finally:
+            for process in processes:
+                process.kill()
+        return printed.read()
+
+
+def _started(command: tuple[str, ...], environment: dict[str, str], printed: str) -> None:
+    """Be the process that `python` with these words starts."""
+    with open(printed, "a") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(REPOSITORY)
+    torch.set_num_threads(1)
     if command[0] == "-W":
-        import warnings
-        warnings.simplefilter(command[1])
+        warnings.simplefilter(command[1])  # type: ignore[arg-type]
         command = command[2:]
     kind, what, *sys.argv[1:] = command
     code = 1
@@ -50,41 +86,6 @@ def started(rank):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-processes = []
-for rank in range(int(sys.argv[1])):
-    process = os.fork()
-    if not process:
-        started(rank)
-    processes.append(process)
-codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-sys.exit(int(any(codes)))
-"""
-
-
-def launch(*command: str) -> str:
-    """Run a command of Python's in two processes as torchrun starts them; what they printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(PROCESSES)}
-    common |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", FORKING, str(PROCESSES), *command],
-        cwd=REPOSITORY,
-        env=os.environ | common,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        printed = process.communicate(timeout=240)[0]
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the processes that it forked, too
-    assert process.returncode == 0, printed
-    return printed
 
 
 def stopped(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`python -m tests.sharing`: a process that does, again and again, what the test asks for beside another such process.
+"""`python -m tests.sharing READ,WRITE …`: processes, one a pair of pipes, which do what a test asks them for at once.
 
 A request is a line of JSON, {"do": NAME, …}; the answer is one, too. The work is a moment's sleep, where it can be.
 """
@@ -6,6 +6,7 @@ A request is a line of JSON, {"do": NAME, …}; the answer is one, too. The work
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -152,6 +153,18 @@ def begin(folder: str, arguments: list[str]) -> str:
     return trained[1].folder.name
 
 
+def hold(folder: str) -> None:
+    """Go on with a run, as the command does, and stay in its next step, of which a file tells."""
+
+    def stay(*_: Any) -> None:
+        (Path(folder) / "training").touch()
+        signal.pause()
+
+    with _patched(TrainingState, "advance", stay):
+        cli.console.quiet = True
+        cli.run_command(lambda: train.main(["--resume", folder]))
+
+
 @contextlib.contextmanager
 def _patched(where: Any, name: str, value: Any) -> Any:
     before = getattr(where, name)
@@ -172,20 +185,39 @@ def _within(folder: str) -> Any:
         os.chdir(before)
 
 
-def main() -> None:
-    """See the top."""
-    answers = sys.stdout
-    sys.stdout = sys.stderr
-    cli.console.quiet = True
+def serve(read: int, write: int) -> None:
+    """Answer requests from a pipe until it is closed."""
     tasks: dict[str, Callable[..., Any]] = {
         function.__name__: function for function in (ledger, killed, lock, queue, resume, judge, begin)
     }
-    print("{}", file=answers, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(tasks[request.pop("do")](**request)), file=answers, flush=True)
+    with open(read, encoding="utf-8") as requests, open(write, "w", encoding="utf-8") as answers:
+        for line in requests:
+            request = json.loads(line)
+            print(json.dumps(tasks[request.pop("do")](**request)), file=answers, flush=True)
+
+
+def main() -> None:
+    """See the top. What all of them import is imported once, before they part."""
+    importlib.import_module("torch._dynamo")  # which the first step of an optimiser does
+    sys.stdout = sys.stderr
+    cli.console.quiet = True
+    pairs = [tuple(map(int, words.split(","))) for words in sys.argv[1:]]
+    processes = []
+    for read, write in pairs:
+        process = os.fork()
+        if not process:
+            for other in pairs:
+                if other != (read, write):
+                    for pipe in other:  # or it would hold them open
+                        os.close(pipe)
+            with sketches.short():
+                serve(read, write)
+            return
+        processes.append(process)
+    for pipe in (pipe for pair in pairs for pipe in pair):
+        os.close(pipe)
+    sys.exit(int(any(os.waitpid(process, 0)[1] for process in processes)))
 
 
 if __name__ == "__main__":
-    with sketches.short():
-        main()
+    main()

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from tests.places import REPOSITORY
+from tests.processes import launch
 
 
 def _run(name: str, *options: str) -> str:
@@ -44,15 +45,8 @@ def test_attack_libraries_are_listed_with_what_they_report(
 
 
 def test_shards_of_two_processes_end_where_one_process_does() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    shown = subprocess.run(
-        [*command, str(REPOSITORY / "examples" / "sharded.py")],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    ).stdout
+    example = REPOSITORY / "examples" / "sharded.py"
+    shown = launch("-c", f"import runpy; runpy.run_path({str(example)!r}, run_name='__main__')")
     moved, apart = (float(number) for number in re.findall(r"\d\.\de[+-]\d\d", shown))
     assert moved > 1e-3
     assert apart < 1e-10

@@ -25,6 +25,7 @@ from immunity_fast.evaluation.gate_attackers import KNOWLEDGE
 from immunity_fast.evaluation.runner import ATTACKS, SETS
 from immunity_fast.runtime import completion
 from immunity_fast.runtime.commands import COMMANDS
+from tests import grids
 from tests.docs.pages import PAGES, Block, blocks, name
 from tests.places import REPOSITORY
 
@@ -183,7 +184,7 @@ def test_every_command_takes_the_options_it_is_given(
             check(words, patch)
 
 
-@pytest.mark.parametrize("block", [block for block in SHELL if is_run(block)], ids=str)
+@pytest.mark.parametrize("block", grids.each(2, [block for block in SHELL if is_run(block)]), ids=str)
 def test_commands_that_take_no_time_run(block: Block, tmp_path: Path) -> None:
     for words in commands(block):
         assert words[0] in ("python", "immunity-fast"), f"only Python is run here: {words}"

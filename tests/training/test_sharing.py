@@ -8,9 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import pytest
 
@@ -20,31 +21,26 @@ from immunity_fast.runtime import files
 from immunity_fast.training import session
 from immunity_fast.training.run_folder import Run
 from tests.places import REPOSITORY
-from tests.sharing import ALONE, JOBS, KEYS
+from tests.processes import FORKING
+from tests.sharing import ALONE, JOBS, KEYS, hold
 from tests.small_runs import contents, error_line, half_trained, options, saved, trained, without_seconds
 
 pytestmark = pytest.mark.skipif(files.fcntl is None, reason="the system has no such locks")
 FEW = ["--attacks", "fgsm", "--attackers", "mean,sample", "--limit", "4", "--masking-images", "0", "--device", "cpu"]
 
 
-class Worker:
-    """A process of `tests.sharing`."""
+class Worker(NamedTuple):
+    """A process of `tests.sharing`: the ends of its pipes."""
 
-    def __init__(self) -> None:
-        alone = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "tests.sharing"]
-        self.process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=alone, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    requests: TextIO
+    answers: TextIO
 
     def ask(self, do: str, **request: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": do, **request}) + "\n")
-        self.process.stdin.flush()
+        self.requests.write(json.dumps({"do": do, **request}) + "\n")
+        self.requests.flush()
 
     def answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        line = self.answers.readline()
         assert line, "it failed: see its traceback"
         return json.loads(line)
 
@@ -52,13 +48,24 @@ class Worker:
 @pytest.fixture(scope="module")
 def workers() -> Iterator[list[Worker]]:
     """Two of them, which have imported all they need."""
-    made = [Worker(), Worker()]
-    for worker in made:
-        worker.answer()
+    made, theirs = [], []
+    for _ in range(2):
+        (read, requests), (answers, write) = os.pipe(), os.pipe()
+        made.append(Worker(os.fdopen(requests, "w", encoding="utf-8"), os.fdopen(answers, encoding="utf-8")))
+        theirs.append((read, write))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.sharing", *(f"{read},{write}" for read, write in theirs)],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        pass_fds=[pipe for pair in theirs for pipe in pair],
+    )
+    for pipe in (pipe for pair in theirs for pipe in pair):
+        os.close(pipe)
     yield made
     for worker in made:
-        worker.process.communicate()
-        assert worker.process.returncode == 0
+        worker.requests.close()
+        worker.answers.close()
+    assert process.wait() == 0
 
 
 def both(workers: list[Worker], do: str, **request: Any) -> list[Any]:
@@ -214,21 +221,15 @@ def test_a_queue_reports_a_run_that_is_in_training_and_leaves_it(half: Path, dat
 def test_a_lock_ends_with_its_process(half: Path, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(half, folder)
-    program = (
-        "import signal, sys\n"
-        "from immunity_fast.runtime import cli; from immunity_fast import train\n"
-        "from immunity_fast.training.state import TrainingState\n"
-        "TrainingState.advance = lambda *_: (print('training', flush=True), signal.pause())\n"
-        "cli.console.quiet = True\n"
-        "cli.run_command(lambda: train.main(sys.argv[1:]))\n"
-    )
-    command = [sys.executable, "-c", program, "--resume", str(folder)]
-    training = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    assert training.stdout is not None
-    assert training.stdout.readline() == "training\n"
+    training = FORKING.Process(target=hold, args=(str(folder),))
+    training.start()
+    while not (folder / "training").exists():
+        assert training.is_alive()
+        time.sleep(0.01)
+    (folder / "training").unlink()
     with pytest.raises(BlockingIOError, match="another process is training this run"):
         session.fit(train.parse(["--resume", str(folder)]))
     training.kill()
-    training.communicate()
+    training.join()
     trained(["--resume", str(folder)])
     assert saved(folder) == saved(finished)

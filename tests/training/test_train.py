@@ -20,7 +20,7 @@ from immunity_fast.data.datasets import ImageDataset
 from immunity_fast.experts.genotypes import reduced
 from immunity_fast.kernels import reference
 from immunity_fast.runtime import cli
-from immunity_fast.training import loop
+from immunity_fast.training import loop, session
 from immunity_fast.training.checkpoint import load_checkpoint, load_model
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.run_folder import Run
@@ -106,7 +106,7 @@ def test_checks_on_validation_images_do_not_change_the_training(tmp_path: Path) 
 
 
 EFFECTS: dict[str, Any] = {
-    "arch": "resnet18",
+    "arch": "tests.own_networks:Plain",
     "experts": 3,
     "stage": "layer2",
     "alpha": 0.7,
@@ -315,7 +315,7 @@ def test_a_genotype_of_the_users_own_is_kept_in_the_run(
     genotype = tmp_path / "cell.json"
     genotype.write_text(reduced("pdarts", 5, 2), encoding="utf-8")
     arguments = options(data, arch=genotype, epochs=1, limit_train=8, attack_images=2, beta=0, gamma=0)
-    train.main([*arguments, "--out", str(tmp_path / "run")])
+    session.fit(train.parse([*arguments, "--out", str(tmp_path / "run")]))
     genotype.unlink()
     run = Run(tmp_path / "run")
     assert run.config().arch == reduced("pdarts", 5, 2)
