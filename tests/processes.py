@@ -32,26 +32,26 @@ FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(["immunity_fast.train", "torch._dynamo"])  # the latter for an optimiser's first step
 
 
-def launch(*command: str) -> str:
-    """Run a command of Python's, `-m …` or `-c …`, in two processes as torchrun starts them; what they printed."""
+def launch(*command: str, processes: int = PROCESSES, seconds: float = 240) -> str:
+    """Run a command of Python's, `-m …` or `-c …`, in processes as torchrun starts them; what they printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(PROCESSES)}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     with tempfile.NamedTemporaryFile(mode="r", encoding="utf-8") as printed:
-        processes: list[Any] = []
-        for rank in range(PROCESSES):
+        started: list[Any] = []
+        for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             environment = {**os.environ, **common, **own}
-            processes.append(FORKING.Process(target=_started, args=(command, environment, printed.name)))
-            processes[-1].start()
+            started.append(FORKING.Process(target=_started, args=(command, environment, printed.name)))
+            started[-1].start()
         try:
-            end = time.monotonic() + 240
-            for process in processes:
+            end = time.monotonic() + seconds
+            for process in started:
                 process.join(max(0.0, end - time.monotonic()))
-            assert [process.exitcode for process in processes] == [0] * PROCESSES, printed.read()
+            assert [process.exitcode for process in started] == [0] * processes, printed.read()
         finally:
-            for process in processes:
+            for process in started:
                 process.kill()
         return printed.read()
 

@@ -16,6 +16,7 @@ from immunity_fast.attacks import pgd
 from immunity_fast.models.gate import Switch
 from immunity_fast.training.adversarial import BatchNormMode, InnerAttack
 from immunity_fast.training.collapse import collapsed
+from tests import grids
 from tests.adversarial_cases import (
     ALPHA,
     EPS,
@@ -118,8 +119,7 @@ def test_fgsm_rs_is_one_step_of_1_25_eps_from_a_random_point(changes: dict[str, 
     torch.testing.assert_close(found, _inside(start + 1.25 * EPS * signs, images), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("gate", get_args(Switch))
-@pytest.mark.parametrize("batchnorm", get_args(BatchNormMode))
+@pytest.mark.parametrize(("batchnorm", "gate"), grids.every(2, get_args(BatchNormMode), get_args(Switch)))
 def test_trades_maximises_divergence_from_a_little_noise_on(batchnorm: str, gate: str) -> None:
     model, images = small_mixture(), noisy_images()
     model.gate.generator = seeded()
@@ -141,9 +141,7 @@ def test_labels_are_nothing_to_the_attack_of_trades() -> None:
     assert torch.equal(attacked(attack, noisy_images()), other)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-@pytest.mark.parametrize("eps", [0.0, 8 / 255, 0.3])
+@pytest.mark.parametrize(("method", "amp", "eps"), grids.every(2, METHODS, ("off", "bf16"), (0.0, 8 / 255, 0.3)))
 def test_adversarial_images_are_in_the_ball_and_range_exactly(method: str, amp: Any, eps: float) -> None:
     model, images = small_mixture(dtype=torch.float32), noisy_images(dtype=torch.float32)
     before = images.clone()
@@ -185,9 +183,9 @@ def _motley(batching: str) -> ImmunityMoE:
     return model
 
 
-@pytest.mark.parametrize("gate", get_args(Switch))
-@pytest.mark.parametrize("batchnorm", get_args(BatchNormMode))
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "batchnorm", "gate"), grids.every(3, METHODS, get_args(BatchNormMode), get_args(Switch))
+)
 def test_an_attack_leaves_the_model_as_it_was(method: str, batchnorm: str, gate: str) -> None:
     for model in (_motley("loop"), small_mixture(batching="vmap").eval()):
         before = state_of(model)
@@ -195,9 +193,9 @@ def test_an_attack_leaves_the_model_as_it_was(method: str, batchnorm: str, gate:
         assert state_of(model) == before
 
 
-@pytest.mark.parametrize("gate", get_args(Switch))
-@pytest.mark.parametrize("batchnorm", get_args(BatchNormMode))
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize(
+    ("call", "batchnorm", "gate"), grids.every(2, (1, 2), get_args(BatchNormMode), get_args(Switch))
+)
 def test_an_attack_that_is_stopped_leaves_the_model_as_it_was(call: int, batchnorm: str, gate: str) -> None:
     model = _motley("loop")
     before, calls = state_of(model), 0

@@ -16,7 +16,7 @@ from immunity_fast.data.augmentation import apply_affine, draw_affine
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.training.adversarial import BatchNormMode, InnerAttack, divergence, trades_losses
 from immunity_fast.training.step import TrainStep
-from tests import oracle
+from tests import grids, oracle
 from tests.adversarial_cases import (
     LABELS,
     LOSS,
@@ -54,9 +54,10 @@ def _gradients(model: ImmunityMoE) -> dict[str, tuple[Any, ...]]:
     return {name: as_bytes(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("batchnorm", get_args(BatchNormMode))
-@pytest.mark.parametrize("double_backprop", ["reverse", "forward"])
-@pytest.mark.parametrize("method", ["pgd", "fgsm-rs"])
+@pytest.mark.parametrize(
+    ("method", "double_backprop", "batchnorm"),
+    grids.every(2, ("pgd", "fgsm-rs"), ("reverse", "forward"), get_args(BatchNormMode)),
+)
 def test_a_step_is_that_of_the_adversarial_images(
     method: str, double_backprop: Any, batchnorm: str, attacks: list[tuple[Tensor, Tensor, Tensor]]
 ) -> None:
@@ -252,18 +253,23 @@ def _independent(
     return loss.item(), gradients, buffers
 
 
+WAYS = [
+    ("loop", "reverse", False),
+    ("loop", "forward", False),
+    ("vmap", "reverse", False),
+    ("vmap", "forward", False),
+    ("loop", "reverse", True),
+    ("vmap", "reverse", True),
+]
+
+
 @pytest.mark.parametrize(
-    ("batching", "double_backprop", "whole"),
-    [
-        ("loop", "reverse", False),
-        ("loop", "forward", False),
-        ("vmap", "reverse", False),
-        ("vmap", "forward", False),
-        ("loop", "reverse", True),
-        ("vmap", "reverse", True),
-    ],
+    ("batching", "double_backprop", "whole", "alpha", "tolerance"),
+    grids.sampled(
+        [(*way, *of_alpha) for way in WAYS for of_alpha in ((0.0, 1e-9), (0.5, 1e-5))],
+        ordinary=lambda batching, _way, whole, alpha, _: ((batching == "vmap") != whole) == (alpha > 0),
+    ),
 )
-@pytest.mark.parametrize(("alpha", "tolerance"), [(0.0, 1e-9), (0.5, 1e-5)])
 def test_a_step_of_trades_is_exact_and_counts_clean_images_first(
     alpha: float, tolerance: float, batching: Any, double_backprop: Any, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,7 +327,8 @@ def _tiny() -> ImmunityMoE:
 
 
 @pytest.mark.parametrize(
-    ("method", "batchnorm", "gate", "amp"), [("pgd", "eval", "off", "bf16"), ("trades", "train", "mean", "off")]
+    ("method", "batchnorm", "gate", "amp"),
+    grids.each(2, [("trades", "train", "mean", "off"), ("pgd", "eval", "off", "bf16")]),
 )
 def test_a_compiled_attack_makes_the_images_of_an_eager_one(
     method: str, batchnorm: str, gate: str, amp: Any, without_inductor: Callable[[str], None]

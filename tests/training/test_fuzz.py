@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.places import REPOSITORY
+from tests.processes import launch
 
 CASES = os.environ.get("IMMUNITY_FUZZ", "12 110").split()
 
@@ -43,11 +42,8 @@ def wrong(case: dict[str, Any], right: dict[str, Any]) -> str | None:
 @pytest.mark.parametrize(("first", "last"), [("0", "12"), pytest.param(*CASES, marks=pytest.mark.exhaustive)])
 @pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded PyTorch")
 def test_what_is_spoilt_is_one_line_or_the_right_result(tmp_path: Path, first: str, last: str) -> None:
-    command = [sys.executable, "-m", "tests.fuzzing", str(tmp_path / "runs"), first, last]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=REPOSITORY, env=alone, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    right, *cases = map(json.loads, ended.stdout.splitlines())
+    printed = launch("-m", "tests.fuzzing", str(tmp_path / "runs"), first, last, processes=1, seconds=1800)
+    right, *cases = (json.loads(line) for line in printed.splitlines() if line.startswith("{"))
     failed = [(text, case) for case in cases if (text := wrong(case, right)) is not None]
     assert not failed, failed[:5]
     count = int(last) - int(first)

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from immunity_fast.training.preparation import CHANGEABLE_ON_RESUME, prepare
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
 from tests import grids
-from tests.places import REPOSITORY
+from tests.processes import launch
 from tests.small_runs import (
     STEPS,
     arrays,
@@ -124,6 +123,7 @@ def test_interrupted_at_any_steps_it_ends_the_same(
     assert saved(folder) == whole
 
 
+@pytest.mark.exhaustive  # by default at steps that are named, between them, while writing, and killed at random moments
 def test_interrupted_at_eight_random_places_it_ends_the_same(whole: dict[str, Any], data: Path, tmp_path: Path) -> None:
     # After a step and before its checkpoint, so that some attempts get nowhere.
     chance, arguments, folder = random.Random(3), options(data, checkpoint_every=1), tmp_path / "run"
@@ -291,12 +291,8 @@ def test_an_interrupt_says_how_to_go_on(
 @pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded PyTorch")
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.exhaustive)])
 def test_killed_with_sigkill_at_any_moments_it_ends_the_same(data: Path, tmp_path: Path, kills: int) -> None:
-    command = [sys.executable, "-m", "tests.killing", str(tmp_path), str(data), "0", str(kills)]
-    # One thread: faster for images this small, and none but the main one is lost in a fork.
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=REPOSITORY, env=alone, capture_output=True, text=True, check=False, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    told = json.loads(ended.stdout)
+    printed = launch("-m", "tests.killing", str(tmp_path), str(data), "0", str(kills), processes=1)
+    told = json.loads(printed.splitlines()[-1])
     assert [kill["killed"] for kill in told["kills"]] == [True] * kills
     steps = [kill["step"] for kill in told["kills"]]
     assert steps == sorted(steps)

@@ -16,7 +16,7 @@ from immunity_fast.data.augmentation import apply_affine, draw_affine
 from immunity_fast.experts.staged import GlobalAveragePool, split
 from immunity_fast.training.optimizer import FusedSGD
 from immunity_fast.training.step import MEASURED, TrainStep
-from tests import oracle
+from tests import grids, oracle
 from tests.tensors import noise
 
 LOSS = FusedImmunityLoss(alpha=0.5, beta=0.7, gamma=1e-3, size=(12, 12))
@@ -144,17 +144,14 @@ def _independent(model: ImmunityMoE, loss_fn: FusedImmunityLoss) -> tuple[float,
     return loss.item(), found
 
 
-@pytest.mark.parametrize("batching", ["loop", "vmap"])
 @pytest.mark.parametrize(
-    ("double_backprop", "options"),
-    [
-        ("reverse", {}),
-        ("forward", {}),
-        ("reverse", {"score": "probability"}),
-        ("forward", {"score": "probability"}),
-        ("reverse", {"detach_weights": True}),
-        ("forward", {"detach_weights": True}),
-    ],
+    ("batching", "double_backprop", "options"),
+    grids.grid(
+        ("loop", "vmap"),
+        ("reverse", "forward"),
+        ({}, {"score": "probability"}, {"detach_weights": True}),
+        ordinary=lambda batching, way, options: not options or (batching == "vmap") == (way == "forward"),
+    ),
 )
 def test_every_way_gives_the_exact_gradient(batching: Any, double_backprop: Any, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -224,8 +221,13 @@ def _step_gradient(model: ImmunityMoE, **options: Any) -> tuple[Tensor, Tensor]:
     return measured, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("double_backprop", ["reverse", "forward"])
-@pytest.mark.parametrize(("amp", "closeness"), [("bf16", 0.95), ("fp16", 0.98)])
+@pytest.mark.parametrize(
+    ("amp", "closeness", "double_backprop"),
+    grids.sampled(
+        [(*amp, way) for amp in (("bf16", 0.95), ("fp16", 0.98)) for way in ("reverse", "forward")],
+        ordinary=lambda amp, _, way: (amp == "bf16") == (way == "reverse"),
+    ),
+)
 def test_half_precision_follows_single_precision(amp: Any, closeness: float, double_backprop: Any) -> None:
     expected, single = _step_gradient(_model())
     model = _model()
@@ -283,8 +285,17 @@ def _small() -> ImmunityMoE:
     return ImmunityMoE.from_experts(experts, gate=gate, stage="2")
 
 
-@pytest.mark.parametrize(("clip_grad_norm", "nesterov"), [(None, False), (0.5, True)])
-@pytest.mark.parametrize("kind", ["SGD, fused", "FusedSGD", "FusedSGD, kernels"])
+@pytest.mark.parametrize(
+    ("kind", "clip_grad_norm", "nesterov"),
+    grids.each(
+        2,
+        [
+            (kind, *others)
+            for others in ((None, False), (0.5, True))
+            for kind in ("SGD, fused", "FusedSGD", "FusedSGD, kernels")
+        ],
+    ),
+)
 def test_momentum_is_nothing_after_a_first_step_that_is_skipped(
     kind: str, clip_grad_norm: float | None, nesterov: bool
 ) -> None:

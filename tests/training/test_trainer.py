@@ -17,6 +17,7 @@ from immunity_fast import ImmunityMoE, load, train
 from immunity_fast.data.datasets import ImageDataset, Split
 from immunity_fast.data.datasets import load as load_dataset
 from immunity_fast.training import Callback, CallbackError, TrainConfig, Trainer, session
+from tests import grids
 from tests.small_runs import CLASSES, CONFIG, dataset, options, saved, split, weights, write_data
 
 SETTINGS = dataclasses.replace(CONFIG, epochs=2, device="cpu", crop_padding=2)
@@ -151,8 +152,7 @@ def _stateful(data: Drawn) -> Any:
     return stateful.StatefulDataLoader(data, batch_size=4, shuffle=True)
 
 
-@pytest.mark.parametrize("name", LOADERS)
-@pytest.mark.parametrize("step", [3, 6])
+@pytest.mark.parametrize(("name", "step"), grids.every(2, LOADERS, (3, 6)))
 @pytest.mark.filterwarnings("ignore:.*set_vital.*")
 def test_a_killed_run_goes_on_to_the_same_bits(name: str, step: int, images: ImageDataset, tmp_path: Path) -> None:
     def given(seed: int = 0) -> dict[str, Any]:
