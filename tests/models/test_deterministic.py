@@ -90,7 +90,7 @@ def test_it_can_be_copied_and_pickled(copied: Any) -> None:
 
 
 def test_it_compiles_exports_and_runs_under_vmap_and_processes() -> None:
-    exact, images = _mixture().deterministic(), noisy_images()
+    exact, images = _mixture(experts=2).deterministic(), noisy_images()
     expected = exact(images)
     torch.compiler.reset()
     compiled = torch.compile(exact, fullgraph=True, backend="aot_eager")
@@ -163,7 +163,7 @@ def test_where_nothing_is_drawn_or_nothing_follows_it_is_silent(silent: None) ->
 
 
 def test_compiled_and_exported_code_has_no_warning_in_it(silent: None) -> None:
-    model, images = _mixture(), noisy_images()
+    model, images = _mixture(experts=2), noisy_images()
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert _gradient(compiled, images).shape == images.shape
