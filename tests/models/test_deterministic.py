@@ -22,6 +22,7 @@ from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget
 from immunity_fast.models.gate import Switch
 from immunity_fast.models.moe import SingleNetwork
 from immunity_fast.training.adversarial import InnerAttack, InnerAttackSettings
+from tests import grids
 from tests.adversarial_cases import LABELS, noisy_images, small_mixture, train_step
 
 
@@ -42,8 +43,7 @@ def _mean(model: ImmunityMoE, images: Tensor) -> Tensor:
     return torch.log(total / len(orders))  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("switch", get_args(Switch))
+@pytest.mark.parametrize(("switch", "whole"), grids.every(2, get_args(Switch), [False, True]))
 def test_it_answers_by_the_exact_mean(whole: bool, switch: Switch) -> None:
     model = _mixture(whole=whole)
     model.gate.switch = switch

@@ -36,9 +36,7 @@ def _images(samples: int = 4, seed: int = 1) -> Tensor:
     return noise(samples, 10, 12, seed)
 
 
-@pytest.mark.parametrize("batching", BOTH)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("batching", "training", "shared"), grids.every(2, BOTH, [True, False], [True, False]))
 def test_stacked_experts_are_each_expert_alone(batching: Batching, training: bool, shared: bool) -> None:
     experts = _experts(training=training)
     stacked = stack_modules(experts)
