@@ -141,7 +141,8 @@ def initialise(network: StagedNetwork) -> StagedNetwork:
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if not module.weight.is_meta:  # where PyTorch would import its compiler for it, which takes seconds
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return network

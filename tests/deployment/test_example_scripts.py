@@ -38,10 +38,13 @@ def test_a_run_is_loaded_and_explained(run: Callable[[str], str], tmp_path: Path
     assert (tmp_path / "load_run" / "saved" / "README.md").is_file()
 
 
-@pytest.mark.slow
-def test_a_model_is_exported(run: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("onnx", [False, pytest.param(True, marks=[pytest.mark.exhaustive, pytest.mark.slow])])
+def test_a_model_is_exported(onnx: bool, run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not onnx:  # as where it is not installed
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
     lines = [line for line in run("export.py").splitlines() if not line.startswith("[torch.onnx]")]
     said = {line.split()[0]: line for line in lines}
     assert set(said) == {"torch.export", "torchscript", "onnx"}
+    assert onnx or "left out: " in said["onnx"]
     for line in said.values():
         assert 'classes ["cat", "dog", "fox", "owl"], gate mean' in line or "left out: " in line

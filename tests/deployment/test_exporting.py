@@ -85,6 +85,8 @@ def opened(file: Path, format: str) -> tuple[Callable[[Tensor], Tensor], dict[st
     extra = {METADATA: ""}
     if format == "torch.export":
         module: Any = torch.export.load(file, extra_files=extra).module()
+        called = [node.target for node in module.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        assert {target.namespace for target in called} == {"aten"}, "no operation of this package's own"
     else:
         module = torch.jit.load(file, _extra_files=extra)  # type: ignore[no-untyped-call]
     return module, json.loads(extra[METADATA])
@@ -162,7 +164,7 @@ def _with_shapes() -> nn.Module:
     return Shaped()
 
 
-@pytest.mark.exhaustive  # of `make test`, examples/export.py is it
+@pytest.mark.exhaustive  # of `make test`, small networks are it, and examples/export.py in the other formats
 def test_an_architecture_of_ours_too(tmp_path: Path) -> None:
     """Others were tried by hand, in all three formats: each takes a minute or more."""
     needs("onnx")
@@ -172,10 +174,11 @@ def test_an_architecture_of_ours_too(tmp_path: Path) -> None:
     assert (run(x) - answers(model, x)).abs().max() <= TOLERANCE
 
 
-def test_float64_and_halves_are_kept_or_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", grids.each(2, ["torchscript", "torch.export"]))
+def test_float64_and_halves_are_kept_or_made(format: Any, tmp_path: Path) -> None:
     model = mixture().double()
     x = torch.rand(4, 3, 16, 20, dtype=torch.float64)
-    run, about = opened(immunity_fast.export(model, tmp_path / "m", format="torch.export"), "torch.export")
+    run, about = opened(immunity_fast.export(model, tmp_path / "m", format=format), format)
     assert (run(x) - answers(model, x)).abs().max() < 1e-9
     assert "float64" in about["input"]
     file = immunity_fast.export(model, tmp_path / "m", format="torchscript", dtype=torch.bfloat16)
@@ -196,6 +199,7 @@ def test_it_leaves_the_model_as_it_is(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.exhaustive  # of `make test`, the command's run is it
 def test_a_run_is_exported_by_its_folder(tmp_path: Path) -> None:
     model = stirred(ImmunityMoE("resnet8", 2, 3, image_size=(16, 20)))
     model.save_pretrained(tmp_path / "saved")
@@ -291,21 +295,16 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path, monkeypatch: 
         immunity_fast.export(mixture(), tmp_path / "m.onnx")
 
 
-@pytest.fixture(scope="module")
-def without_us(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("elsewhere")
+# A program of torch.export, which takes seconds to import what reads it, has of `make test` its operations looked at.
+@pytest.mark.parametrize("format", grids.each(2, ["torchscript", "torch.export"]))
+def test_a_process_without_this_package_runs_it(format: Any, tmp_path: Path) -> None:
     model = mixture()
-    for format in ("torch.export", "torchscript"):
-        immunity_fast.export(model, folder / format, format=format)  # type: ignore[arg-type]
-    torch.save(answers(model, torch.full((4, 3, 16, 20), 0.3)), folder / "expected.pt")
-    return folder
-
-
-def test_a_process_without_this_package_runs_it(without_us: Path) -> None:
+    immunity_fast.export(model, tmp_path / "m", format=format)
+    torch.save(answers(model, torch.full((4, 3, 16, 20), 0.3)), tmp_path / "expected.pt")
+    opened = "torch.jit.load('m')" if format == "torchscript" else "torch.export.load('m').module()"
     program = (
         "import sys, torch\nsys.modules['immunity_fast'] = None\n"
         "x, expected = torch.full((4, 3, 16, 20), 0.3), torch.load('expected.pt')\n"
-        "for run in (torch.export.load('torch.export').module(), torch.jit.load('torchscript')):\n"
-        "    assert (run(x) - expected).abs().max() < 1e-5\n"
+        f"assert ({opened}(x) - expected).abs().max() < 1e-5\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=without_us, check=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, check=True)

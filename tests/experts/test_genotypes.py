@@ -15,6 +15,7 @@ from immunity_fast.experts import create, resolve, title
 from immunity_fast.experts.darts import ADVRUSH, advrush, darts_network
 from immunity_fast.experts.genotypes import load, reduced
 from immunity_fast.experts.robnet import ROBNET_FREE, ROBNET_LARGE, robnet_free, robnet_network
+from tests import grids
 
 DARTS: dict[str, Any] = {
     "kind": "darts",
@@ -35,15 +36,20 @@ def _file(folder: Path, description: object) -> Path:
 def test_darts(tmp_path: Path) -> None:
     network = load(_file(tmp_path, DARTS))(3)
     assert repr(network) == repr(darts_network(ADVRUSH, 3, 4, 6))
-    with torch.device("meta"):
-        published = load(_file(tmp_path, DARTS | {"channels": 36, "cells": 20}))(10)
-        assert repr(published) == repr(advrush(10))
 
 
 def test_robnet(tmp_path: Path) -> None:
     assert repr(load(_file(tmp_path, ROBNET))(3)) == repr(robnet_network(ROBNET_LARGE, 3, 4, 6))
+    free = ROBNET | {"cells": list(ROBNET_FREE[:6])}
+    assert repr(load(_file(tmp_path, free))(3)) == repr(robnet_network(ROBNET_FREE[:6], 3, 4, 6))
+
+
+@pytest.mark.exhaustive  # of `make test`, networks with fewer cells and channels compare whole ones, too
+def test_published_networks_as_files(tmp_path: Path) -> None:
+    free = {"kind": "robnet", "cells": list(ROBNET_FREE), "channels": 36, "layers": 20}
     with torch.device("meta"):
-        free = {"kind": "robnet", "cells": list(ROBNET_FREE), "channels": 36, "layers": 20}
+        published = load(_file(tmp_path, DARTS | {"channels": 36, "cells": 20}))(10)
+        assert repr(published) == repr(advrush(10))
         assert repr(load(_file(tmp_path, free))(10)) == repr(robnet_free(10))
 
 
@@ -85,7 +91,7 @@ def test_a_title_is_a_word_and_tells_genotypes_apart(tmp_path: Path) -> None:
     assert title(resolve(str(_file(tmp_path, DARTS)))) == titles[1]
 
 
-@pytest.mark.parametrize("name", ["pdarts", "advrush", "robnet_large"])
+@pytest.mark.parametrize("name", grids.each(2, ["pdarts", "advrush", "robnet_large"]))
 def test_a_published_network_with_fewer_cells_and_channels(name: str) -> None:
     with torch.device("meta"):
         assert repr(create(reduced(name, 20, 36))) == repr(create(name))

@@ -13,6 +13,7 @@ from immunity_fast.experts import NAMES, WITH_STEMS, create
 from immunity_fast.experts.staged import StagedNetwork, default_stage
 from immunity_fast.experts.stems import chosen_stem
 from immunity_fast.experts.weights import translated
+from tests import grids
 from tests.tensors import assert_same_state
 
 # The sides of the stages' maps on images of 224×224, and torchvision's numbers of parameters for 1000 classes.
@@ -53,8 +54,14 @@ def test_the_default_stage_of_large_images() -> None:
     assert default_stage(create("googlenet", 2, stem="imagenet"), (224, 200)) == "inception4"
 
 
-@pytest.mark.parametrize("library", ["torchvision", "timm"])
-@each_name
+@pytest.mark.parametrize(
+    ("name", "library"),
+    grids.grid(
+        WITH_STEMS,
+        ["torchvision", "timm"],
+        ordinary=lambda name, library: (library == "timm") == (name == "resnet18"),
+    ),
+)
 def test_weights_of_libraries_are_ours(name: str, library: str) -> None:
     pytest.importorskip("timm" if library == "timm" else "torchvision.models", reason="whose networks these are")
     if (library, name) == ("timm", "googlenet"):

@@ -126,7 +126,8 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     assert_gradients(torch.load(tmp_path / "gradients.pt"), expected)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["step", "module"])
+# A step is compiled in the next test, too.
+@pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.exhaustive), False], ids=["step", "module"])
 def test_compiling_leaves_second_derivatives_as_they_are(whole: bool) -> None:
     torch.compiler.reset()
     networks = _networks()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from immunity_fast import ImmunityMoE
 from immunity_fast.functional import WeightScale
 from immunity_fast.models.moe import SingleNetwork
+from tests import grids
 from tests.oracle import assert_matches
 
 
@@ -179,8 +180,7 @@ def test_classes_come_in_several_forms() -> None:
         assert torch.equal(model.heatmaps(x, array), expected)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("switch", ["call", "sample", "off", "mean"])
+@pytest.mark.parametrize(("switch", "training"), grids.every(2, ["call", "sample", "off", "mean"], [False, True]))
 def test_it_leaves_everything_as_it_is(training: bool, switch: str) -> None:
     model, x = mixture(), images()
     model.train(training)

@@ -21,8 +21,8 @@ SIZE = (12, 13)
 each_kind = pytest.mark.parametrize("whole", [False, True], ids=["chain", "whole"])
 
 
-def _model(whole: bool = False, *, training: bool = True, batching: Any = "loop") -> ImmunityMoE:
-    model = small_mixture(whole=whole, batching=batching).train(training)
+def _model(whole: bool = False, *, training: bool = True, batching: Any = "loop", experts: int = 3) -> ImmunityMoE:
+    model = small_mixture(experts, whole=whole, batching=batching).train(training)
     model.loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-3, size=SIZE)
     model.gate.switch = "off"
     return model
@@ -134,7 +134,7 @@ def test_from_experts_takes_a_loss() -> None:
 @pytest.mark.parametrize("batching", [pytest.param("loop", marks=pytest.mark.exhaustive), "vmap"])
 def test_it_compiles_to_one_graph(batching: Any) -> None:
     """Forward and backward; statistics move in compiled code, too."""
-    model = _model(batching=batching)
+    model = _model(batching=batching, experts=2)
     twin = copy.deepcopy(model)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate
 from immunity_fast.models.stacking import Batching
+from tests import grids
 from tests.probed import BOTH, TARGETS, Attention, Net
 from tests.tensors import noise
 
@@ -103,8 +104,7 @@ def test_experts_that_differ_in_more_than_tensors_are_named(kind: str) -> None:
         ImmunityMoE.from_experts(experts, stage="conv", image_size=12)
 
 
-@pytest.mark.parametrize("batching", BOTH)
-@pytest.mark.parametrize("kind", UNLIKE)
+@pytest.mark.parametrize(("kind", "batching"), grids.every(2, UNLIKE, BOTH))
 def test_experts_that_differ_in_tensors_are_taken_and_given_back(kind: str, batching: Batching) -> None:
     make, other, _ = UNLIKE[kind]
     torch.manual_seed(0)
@@ -399,8 +399,7 @@ SHARING: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-@pytest.mark.parametrize("batching", BOTH)
-@pytest.mark.parametrize("kind", SHARING)
+@pytest.mark.parametrize(("kind", "batching"), grids.every(2, SHARING, BOTH))
 def test_a_tensor_in_several_places_is_trained_as_in_one_expert(kind: str, batching: Batching) -> None:
     make, stage = SHARING[kind]
     torch.manual_seed(0)
@@ -465,8 +464,7 @@ def test_a_stage_may_go_by_any_of_its_names() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("batching", BOTH)
-@pytest.mark.parametrize("kind", SHARING)
+@pytest.mark.parametrize(("kind", "batching"), grids.every(2, SHARING, BOTH))
 def test_a_state_dict_from_after_a_pass_loads(kind: str, batching: Batching) -> None:
     make, stage = SHARING[kind]
     torch.manual_seed(0)

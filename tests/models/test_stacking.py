@@ -36,9 +36,7 @@ def _images(samples: int = 4, seed: int = 1) -> Tensor:
     return noise(samples, 10, 12, seed)
 
 
-@pytest.mark.parametrize("batching", BOTH)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("batching", "training", "shared"), grids.every(2, BOTH, [True, False], [True, False]))
 def test_stacked_experts_are_each_expert_alone(batching: Batching, training: bool, shared: bool) -> None:
     experts = _experts(training=training)
     stacked = stack_modules(experts)
@@ -247,20 +245,20 @@ def channels_last(tensor: Tensor) -> bool:
 def test_channels_last_goes_all_the_way_without_copies(batching: Batching, double_backprop: Any) -> None:
     """Forward pass, inner gradient, tangent and its backward pass; PyTorch's own double backward transposes."""
     torch.manual_seed(0)
-    model = ImmunityMoE("resnet8", 3, 4, image_size=12, batching=batching)
+    model = ImmunityMoE("resnet8", 2, 4, image_size=12, batching=batching)
     channels_last_(model)
-    images = torch.rand(16, 3, 12, 14).contiguous(memory_format=torch.channels_last)
+    images = torch.rand(4, 3, 12, 14).contiguous(memory_format=torch.channels_last)
     # The kernels read activations where they lie; their reference does not.
     loss_fn = FusedImmunityLoss(0.5, 1.0, 0.01, size=(12, 14), backend="triton")
-    with _Convolutions(smallest=16 * 16 * 12 * 14) as watched:
+    with _Convolutions(smallest=4 * 16 * 12 * 14) as watched:
         maps, gate = model.trunk_outputs(images)
         loss, _ = loss_fn.from_head(
-            model.head_outputs, maps, torch.arange(16) % 4, gate, has_aux=True, double_backprop=double_backprop
+            model.head_outputs, maps, torch.arange(4), gate, has_aux=True, double_backprop=double_backprop
         )
         if double_backprop == "forward":
             loss.backward()
     # The tangent's start is a number a channel; a convolution needs it in memory, once.
-    assert watched.wrong == (["copy_: (3, 16, 16, 12, 14)"] if double_backprop == "forward" else [])
+    assert watched.wrong == (["copy_: (2, 4, 16, 12, 14)"] if double_backprop == "forward" else [])
     assert watched.seen > 15
 
 

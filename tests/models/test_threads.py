@@ -137,7 +137,7 @@ def test_each_thread_has_its_own_derivatives(batching: Batching, double_backprop
     expected = [gradient(number) for number in range(THREADS)]
 
     def work(number: int) -> None:
-        for _ in range(4):
+        for _ in range(2):
             for mine, theirs in zip(gradient(number), expected[number], strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
@@ -155,7 +155,7 @@ def test_each_thread_has_its_own_outputs(batching: Batching, chain: bool) -> Non
     expected = [model.expert_outputs(noise() * (1 + number)) for number in range(THREADS)]
 
     def work(number: int) -> None:
-        for _ in range(10):
+        for _ in range(5):
             logits, maps, weights = model.expert_outputs(noise() * (1 + number))
             assert torch.equal(logits, expected[number][0])
             assert len(maps) == 2
