@@ -236,14 +236,15 @@ def tables() -> list[str]:
 GREY = "grey images, a CNN of one's own"
 TWO = "two architectures, of ours and timm"
 SAMPLE: dict[str, tuple[str, ...]] = {
-    "`torch.compile`": ("timm, ViT", GREY),
-    "`deepcopy`, pickle": ("ours, ResNet8", "Hugging Face, ViT", TWO),
-    "`AveragedModel`": ("ours, ResNet8", "Hugging Face, ViT", TWO),
+    "a plain loop, `capture_activations`": ("ours, ResNet8", "torchvision, Swin", "Hugging Face, ViT", TWO, GREY),
+    "`torch.compile`": ("timm, ViT",),
+    "`deepcopy`, pickle": ("ours, ResNet8", TWO),
+    "`AveragedModel`": ("ours, ResNet8", TWO),
     "Lightning": (TWO,),
     "DDP": ("ours, ResNet8", TWO),
     "FSDP2": ("ours, ResNet8", TWO),
     "accelerate": ("ours, ResNet8",),
-    "`save_pretrained`": ("ours, ResNet8", "timm, ViT", TWO),
+    "`save_pretrained`": ("ours, ResNet8", TWO),
     "`export`, ONNX": (GREY,),
     "`export`, torch.export": ("ours, ResNet8",),
     "`export`, TorchScript": ("ours, ResNet8", TWO),

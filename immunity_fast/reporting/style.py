@@ -38,6 +38,12 @@ def save_png(figure: Figure, path: Path) -> None:
     Raises:
         OSError: that fails; by its name.
     """
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        # Saving would draw the whole figure once more for its layout, and throw that away.
+        engine.execute(figure)
+        with matplotlib.rc_context({"figure.autolayout": False, "figure.constrained_layout.use": False}):
+            figure.set_layout_engine(None)
     content = io.BytesIO()
     figure.savefig(content, dpi=DPI, format="png")
     write_atomically(path, content.getvalue())

@@ -273,7 +273,7 @@ def test_other_data_are_refused(run: Run, tmp_path: Path, capsys: pytest.Capture
     assert "got others" in message
 
 
-@pytest.mark.parametrize("changes", [{"arch": "resnet18"}, {"experts": 3}])
+@pytest.mark.parametrize("changes", [pytest.param({"arch": "resnet18"}, marks=pytest.mark.exhaustive), {"experts": 3}])
 def test_a_checkpoint_of_another_run_is_refused(
     changes: dict[str, Any], run: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -290,8 +292,7 @@ def test_every_knowledge_is_described() -> None:
     assert KNOWLEDGE == ("off", "sample", "eot", "mean", "worst")
 
 
-@pytest.mark.parametrize("experts", [2, 3, 4])
-@pytest.mark.parametrize("knowledge", KNOWLEDGE)
+@pytest.mark.parametrize(("knowledge", "experts"), grids.every(2, KNOWLEDGE, [2, 3, 4]))
 def test_what_each_attacker_differentiates_is_its_formula(knowledge: Any, experts: int) -> None:
     model, images = _model(experts), _images()
     generator = torch.Generator().manual_seed(6)
@@ -425,8 +426,7 @@ def test_other_code_may_compute_the_experts(knowledge: Any) -> None:
     assert len(seen) == 1, "a draw is to cost no pass over the experts"
 
 
-@pytest.mark.parametrize("knowledge", [*KNOWLEDGE, 1])
-@pytest.mark.parametrize("switch", ["call", "off", "mean"])
+@pytest.mark.parametrize(("knowledge", "switch"), grids.every(3, [*KNOWLEDGE, 1], ["call", "off", "mean"]))
 def test_the_gate_s_switch_and_generator_are_left_alone(knowledge: Any, switch: Any) -> None:
     own = torch.Generator().manual_seed(9)
     model, state, shared = _model(generator=own), own.get_state(), torch.get_rng_state()
@@ -478,6 +478,11 @@ def test_any_random_model_is_averaged_over_its_calls() -> None:
 
 def _divided(experts: int = 3) -> tuple[ImmunityMoE, Tensor, Tensor]:
     """Experts that have learnt to tell colours from other parts of the images, and a gate that follows one of them."""
+    return copy.deepcopy(_learnt(experts))
+
+
+@cache
+def _learnt(experts: int) -> tuple[ImmunityMoE, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(CLASSES, (150,), generator=generator)
     images = 0.25 + 0.5 * torch.rand(150, 3, 6, 6, generator=generator)

@@ -22,7 +22,7 @@ from immunity_fast.evaluation import runner
 from immunity_fast.evaluation.results import results, tables, to_csv
 from immunity_fast.evaluation.runner import ATTACKS, Evaluation, Plan, Row, bits, mean_loss
 from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget
-from tests import evaluations
+from tests import evaluations, grids
 from tests.evaluations import (
     PLAN,
     brightness,
@@ -460,8 +460,7 @@ def _knows_no_dark_ones(images: Tensor) -> Tensor:
     return torch.where(dark[:, None], torch.tensor([1.0, 0, 0]) + 0 * images.mean((2, 3)), brightness(images))
 
 
-@pytest.mark.parametrize("chunk", [30, 10, 1])
-@pytest.mark.parametrize("drop_fooled", [False, True])
+@pytest.mark.parametrize(("chunk", "drop_fooled"), grids.every(2, [30, 10, 1], [False, True]))
 def test_images_without_a_gradient_are_counted_and_end_nothing(tmp_path: Path, chunk: int, drop_fooled: bool) -> None:
     """Ten of thirty; whole chunks of nothing else; and one at a time."""
     order = runner.sample_order(colored(30), 30)

@@ -23,7 +23,7 @@ from tests import compatible
 from tests.compatible import ATTACKED, ATTACKS, CLASSES, NETWORKS, NOT_ATTACKED, NOT_ATTACKED_AS
 
 EPS, ALPHA, STEPS = 0.3, 0.1, 4
-ROW = "ours, ResNet8"  # of what a mixture is made into
+ROW = compatible.GREY  # of what a mixture is made into
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 

@@ -65,7 +65,7 @@ def assert_same(first: Path, second: Path) -> None:
 @pytest.mark.parametrize(
     ("panels", "rows", "series"),
     [
-        (1, ["ResNet18"], ["Immunity"]),
+        pytest.param(1, ["ResNet18"], ["Immunity"], marks=pytest.mark.exhaustive),
         pytest.param(1, [f"{i}: {LONG}" for i in range(3)], [LONG, "_", "$"], marks=pytest.mark.exhaustive),
         (3, list(ROWS), list(SERIES)),
         pytest.param(
@@ -158,25 +158,46 @@ def test_a_whisker_below_0_is_cut_on_a_log_axis(tmp_path: Path, drawn: list[Figu
     assert near(inside(tmp_path / "d.png", drawn[0]), COLORS[0])[:, 8:12].any()
 
 
-@pytest.mark.parametrize("spread", [math.nan, math.inf, -1.0])
-def test_no_whisker_where_the_spread_is_no_number_above_0(tmp_path: Path, spread: float) -> None:
-    for name, value in (("1", spread), ("2", 0.0)):
-        dot_chart([one_row([1, 2], spread=value)], tmp_path / f"{name}.png")
-        sweep_figure({"β": {"IScore": curve(spread=value)}}, tmp_path / f"s{name}.png")
-    assert_same(tmp_path / "1.png", tmp_path / "2.png")
-    assert_same(tmp_path / "s1.png", tmp_path / "s2.png")
+@pytest.fixture(scope="module")
+def without_whiskers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A dot chart and a sweep whose spreads are 0."""
+    folder = tmp_path_factory.mktemp("without")
+    dot_chart([one_row([1, 2], spread=0.0)], folder / "d.png")
+    sweep_figure({"β": {"IScore": curve(spread=0.0)}}, folder / "s.png")
+    return folder / "d.png", folder / "s.png"
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_are_left_out_as_missing_ones(tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize("spread", [math.nan, pytest.param(math.inf, marks=pytest.mark.exhaustive), -1.0])
+def test_no_whisker_where_the_spread_is_no_number_above_0(
+    tmp_path: Path, without_whiskers: tuple[Path, Path], spread: float
+) -> None:
+    dot_chart([one_row([1, 2], spread=spread)], tmp_path / "d.png")
+    sweep_figure({"β": {"IScore": curve(spread=spread)}}, tmp_path / "s.png")
+    assert_same(tmp_path / "d.png", without_whiskers[0])
+    assert_same(tmp_path / "s.png", without_whiskers[1])
+
+
+@pytest.fixture(scope="module")
+def without_a_value(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dot chart that lacks a value of its second series."""
+    folder = tmp_path_factory.mktemp("lacking")
+    full = panel().values
+    without = {SERIES[0]: full[SERIES[0]], SERIES[1]: {row: full[SERIES[1]][row] for row in (ROWS[0], ROWS[2])}}
+    for name, values in (("without", without), ("full", full)):
+        dot_chart([Panel("Accuracy", "%", values)], folder / f"{name}.png")
+    orange = [int(near(pixels(folder / f"{name}.png"), COLORS[1]).sum()) for name in ("without", "full")]
+    assert orange[0] < orange[1]
+    return folder / "without.png"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, pytest.param(-math.inf, marks=pytest.mark.exhaustive)])
+def test_values_that_are_not_finite_are_left_out_as_missing_ones(
+    tmp_path: Path, without_a_value: Path, value: float
+) -> None:
     full = panel().values
     with_value = {SERIES[0]: full[SERIES[0]], SERIES[1]: full[SERIES[1]] | {ROWS[1]: (value, 1.0)}}
-    without = {SERIES[0]: full[SERIES[0]], SERIES[1]: {row: full[SERIES[1]][row] for row in (ROWS[0], ROWS[2])}}
-    for name, values in (("1", with_value), ("2", without), ("3", full)):
-        dot_chart([Panel("Accuracy", "%", values)], tmp_path / f"{name}.png")
-    assert_same(tmp_path / "1.png", tmp_path / "2.png")
-    orange = [int(near(pixels(tmp_path / f"{name}.png"), COLORS[1]).sum()) for name in "23"]
-    assert orange[0] < orange[1]
+    dot_chart([Panel("Accuracy", "%", with_value)], tmp_path / "1.png")
+    assert_same(tmp_path / "1.png", without_a_value)
 
 
 def test_the_order_in_later_series_and_panels_does_not_matter(tmp_path: Path) -> None:
@@ -220,7 +241,7 @@ def test_both_survive_any_value(tmp_path: Path, drawn: list[Figure], values: lis
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("columns", [1, 3, pytest.param(5, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("columns", grids.sampled([1, 2, 3, 5], ordinary=lambda columns: columns == 2))
 def test_sweep_figure_hides_no_text(tmp_path: Path, drawn: list[Figure], columns: int) -> None:
     measures = {"IScore (nats)": curve(), "CScore (pixels⁴)": curve(POWERS, 1e6, 3e5), LONG: curve([0.1234567, 1e7])}
     sweeps = dict.fromkeys(("β", "γ", "α", LONG, "$")[:columns], measures)
@@ -265,7 +286,7 @@ def test_a_measure_has_one_axis_for_all_coefficients(tmp_path: Path, drawn: list
 def test_the_default_is_a_line_through_its_column(tmp_path: Path, drawn: list[Figure]) -> None:
     sweeps = {name: {"a": curve(), "b": curve()} for name in ("β", "γ")}
     sweep_figure(sweeps, tmp_path / "1.png", {"γ": 2.0, "other": 1.0})
-    sweep_figure(sweeps, tmp_path / "2.png", {"other": 1.0, "β": math.nan})
+    sweep_figure({"β": {"a": curve()}}, tmp_path / "2.png", {"other": 1.0, "β": math.nan})
     grey = [near(inside(tmp_path / "1.png", drawn[0], i), "#777777", 6).sum(axis=0) for i in range(4)]
     lines = [int(columns[16:].argmax()) + 16 for columns in grey]
     assert [columns[line] > 60 for columns, line in zip(grey, lines, strict=True)] == [False, True] * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tests.small_runs import arrays, saved, write_data
 from tests.typed_settings import BESIDE, GIVEN
 
 CONFIG = TrainConfig(
-    dataset="npz", experts=2, batch_size=8, epochs=2, beta=0.5, gamma=1e-4, check_images=0, attack_images=3
+    dataset="npz", experts=2, batch_size=8, epochs=1, beta=0.5, gamma=1e-4, check_images=0, attack_images=3
 )
 EVALUATION = EvaluationSettings(attacks=("fgsm",), attackers=("mean",), limit=3, masking_images=0)
 
@@ -59,6 +60,15 @@ def _queue(tmp_path: Path, *jobs: Job) -> Queue:
 
 def _job(**changes: Any) -> Job:
     return Job(dataclasses.replace(CONFIG, **changes), EVALUATION)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data, and `_job()` done."""
+    folder = tmp_path_factory.mktemp("once")
+    write_data(folder / "data.npz")
+    _queue(folder, _job()).run()
+    return folder
 
 
 # Names
@@ -133,7 +143,8 @@ def test_the_commands_make_the_same_run(tmp_path: Path, data: Path) -> None:
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.exhaustive), 7])
 def test_a_run_that_was_killed_goes_on(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    whole = _queue(tmp_path, _job())
+    job = _job(epochs=2)
+    whole = _queue(tmp_path, job)
     whole.folder = tmp_path / "whole"
     whole.run()
     advance = TrainingState.advance
@@ -145,13 +156,13 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path, data: Path, monkeypatch: 
 
     monkeypatch.setattr(TrainingState, "advance", killed)
     with pytest.raises(KeyboardInterrupt):
-        _queue(tmp_path, _job()).run()
+        _queue(tmp_path, job).run()
     monkeypatch.setattr(TrainingState, "advance", advance)
-    queue = _queue(tmp_path, _job())
+    queue = _queue(tmp_path, job)
     queue.run()
-    name = _job().name
+    name = job.name
     assert saved(tmp_path / "runs" / name) == saved(tmp_path / "whole" / name)
-    assert _without_seconds(queue.done[_job()].results) == _without_seconds(whole.done[_job()].results)
+    assert _without_seconds(queue.done[job].results) == _without_seconds(whole.done[job].results)
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, data: Path, calls: list[str]) -> None:
@@ -172,20 +183,26 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, data: Path, calls
     "content",
     grids.sampled(["", "{", "[]", '{"results": {}}', '{"other": 1}'], ordinary=lambda content: len(content) in (1, 15)),
 )
-def test_a_damaged_record_is_made_again(tmp_path: Path, data: Path, calls: list[str], content: str) -> None:
+def test_a_damaged_record_is_made_again(tmp_path: Path, once: Path, calls: list[str], content: str) -> None:
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
     queue = _queue(tmp_path, _job())
-    queue.run()
+    queue.find_done()
     (file,) = (tmp_path / "runs" / _job().name).glob("done-*.json")
     file.write_text(content)
     again = _queue(tmp_path, _job())
     again.run()
-    assert calls[2:] == [f"evaluate {_job().name}"]
+    assert calls == [f"evaluate {_job().name}"]
     assert _without_seconds(again.done[_job()].results) == _without_seconds(queue.done[_job()].results)
 
 
-def test_other_data_under_the_same_name_are_not_taken_for_these(tmp_path: Path, data: Path) -> None:
-    _queue(tmp_path, _job()).run()
-    write_data(data, **{name: 255 - images for name, images in arrays().items() if name.endswith("images")})
+def test_other_data_under_the_same_name_are_not_taken_for_these(tmp_path: Path, once: Path) -> None:
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    same = _queue(tmp_path, _job())
+    same.run()
+    assert same.done.keys() == {_job()}
+    write_data(
+        tmp_path / "data.npz", **{name: 255 - images for name, images in arrays().items() if name.endswith("images")}
+    )
     queue = _queue(tmp_path, _job())
     queue.run()
     assert not queue.done

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pytest
 
 from immunity_fast import reproduce
 from immunity_fast.attacks.descent import Attack
+from immunity_fast.data import datasets
+from immunity_fast.data.readers import Parts, read_digits
 from immunity_fast.evaluation import runner
 from immunity_fast.reproduction.experiments import BASELINES, SCALES, Experiments
 from immunity_fast.training import session
@@ -40,17 +43,26 @@ def cells(request: pytest.FixtureRequest) -> Iterator[int]:
 
             def shorter(name: str, plan: runner.Plan) -> Attack:
                 attack = made(name, plan)
-                return dataclasses.replace(attack, steps=min(attack.steps, 2))
+                return dataclasses.replace(attack, steps=min(attack.steps, 1))
+
+            @cache
+            def smaller(channels: int) -> Parts:
+                parts = read_digits(channels)
+                train, test = (
+                    (images[..., ::2, ::2].contiguous(), labels) for images, labels in (parts.train, parts.test)
+                )
+                return parts._replace(train=train, test=test)
 
             patch.setattr(runner, "gradient_attack", shorter)
+            patch.setattr(datasets, "read_digits", smaller)
             smoke = dataclasses.replace(
                 smoke,
-                base=dataclasses.replace(smoke.base, limit_train=20, batch_size=10, check_images=2, attack_steps=2),
+                base=dataclasses.replace(smoke.base, limit_train=10, batch_size=10, check_images=0, attack_steps=1),
                 cells=(5, 2),
-                limit=2,
+                limit=1,
                 betas=(0.0,),
                 gammas=(0.0,),
-                autoattack={"autoattack_steps": 1, "queries": 2},
+                autoattack={"autoattack_steps": 1, "queries": 1},
             )
             patch.setitem(SCALES, "smoke", smoke)
             for name in ("RobNet", "AdvRush"):
