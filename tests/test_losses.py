@@ -145,8 +145,13 @@ def _model(experts: int, *, training: bool) -> tuple[ImmunityMoE, Tensor, Tensor
     return model.train(training), images, torch.tensor([0, 3, 1, 2])
 
 
-@pytest.mark.parametrize(("experts", "score"), [(2, "logit"), (3, "probability")])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("experts", "score", "training"),
+    grids.sampled(
+        [(2, "logit", True), (2, "logit", False), (3, "probability", True), (3, "probability", False)],
+        lambda experts, _, training: training == (experts == 3),
+    ),
+)
 def test_gradient_through_gradcam_is_that_of_finite_differences(experts: int, score: Any, training: bool) -> None:
     """All three terms, with respect to all weights at once, along random directions."""
     model, images, targets = _model(experts, training=training)

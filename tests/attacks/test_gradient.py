@@ -86,7 +86,7 @@ def _theirs_and_ours(
     return expected, actual
 
 
-@pytest.mark.parametrize(("name", "options"), PARITY)
+@pytest.mark.parametrize(("name", "options"), grids.each(2, PARITY))
 def test_results_are_torchattacks(name: str, options: dict[str, Any]) -> None:
     """The random start included: both draw the same numbers from the same global generator.
 

@@ -344,8 +344,16 @@ def test_samples_that_do_not_count_are_as_if_not_there(backend: Any, kept: list[
             assert not ours[~counted].any()
 
 
-@pytest.mark.parametrize(("gradients", "samples"), grids.every(2, ("sums", "maps"), (0, 2)))
-def test_ops_are_what_the_compiler_takes_them_for(gradients: str, samples: int) -> None:
+@pytest.mark.parametrize(
+    ("gradients", "samples", "both"),
+    grids.grid(
+        ("sums", "maps"),
+        (0, 2),
+        (True, False),
+        ordinary=lambda gradients, samples, both: (gradients == "maps") == (samples == 2) == both,
+    ),
+)
+def test_ops_are_what_the_compiler_takes_them_for(gradients: str, samples: int, both: bool) -> None:
     """Schema, fake tensors, autograd registration and dynamic shapes, for the forward and the backward ops."""
     case = CASE._replace(shape=(2, samples, 3, 3, 4), gradients=gradients)
     inputs = leaves(case.inputs())
@@ -356,15 +364,15 @@ def test_ops_are_what_the_compiler_takes_them_for(gradients: str, samples: int) 
     slopes = [part.detach() for part in parts[1]]
     saved = fused.heatmap_losses(activations, slopes, [5, 6], True, 0.01, 0.3, "", None)
     maps, sums, scores = fused_heatmaps.gradcam_heatmaps(activations, slopes, [5, 6], 0.3)
-    for needs in ((True, True), (False, True)):
-        torch.library.opcheck(
-            fused.heatmap_losses_backward,
-            (normal(samples), None, activations, *saved[2:], None, True, 0.01, 0.3, torch.float32, *needs),
-        )
-        torch.library.opcheck(
-            fused_heatmaps.gradcam_heatmaps_backward,
-            (normal(*maps.shape), activations, sums, scores, 0.3, torch.float32, *needs),
-        )
+    needs = (both, True)
+    torch.library.opcheck(
+        fused.heatmap_losses_backward,
+        (normal(samples), None, activations, *saved[2:], None, True, 0.01, 0.3, torch.float32, *needs),
+    )
+    torch.library.opcheck(
+        fused_heatmaps.gradcam_heatmaps_backward,
+        (normal(*maps.shape), activations, sums, scores, 0.3, torch.float32, *needs),
+    )
 
 
 def test_compiled_with_a_dynamic_batch_it_is_one_graph() -> None:
