@@ -109,13 +109,22 @@ class Doubling(nn.BatchNorm2d):
         return 2 * super().forward(x)
 
 
+def _branching() -> nn.Module:
+    """Two modules of branches, as GoogLeNet has nine, and a classifier."""
+    first, second = (
+        nn.Sequential(nn.Conv2d(inside, CHANNELS, 3), nn.BatchNorm2d(CHANNELS), Branches()) for inside in (3, 12)
+    )
+    return nn.Sequential(first, nn.MaxPool2d(2), second, GlobalAveragePool(), nn.Linear(12, 10))
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def grid_of_dtypes() -> list[Any]:
-    """Layers, dtypes and halves of the modes; one half in float32 and the other in bfloat16 are ordinary."""
-    ordinary = {(torch.float32, True), (torch.bfloat16, False)}
-    return grids.grid(LAYERS, DTYPES, (True, False), ordinary=lambda _, *choice: choice in ordinary)
+    """Layers, dtypes and halves of the modes; of every layer one half is ordinary, in float32 or in bfloat16."""
+    ordinary = itertools.cycle([(torch.float32, True), (torch.bfloat16, False)])
+    chosen = dict(zip(LAYERS, ordinary, strict=False))
+    return grids.grid(LAYERS, DTYPES, (True, False), ordinary=lambda layer, *choice: choice == chosen[layer])
 
 
 def _experts(layer: str, training: bool) -> list[nn.Module]:
@@ -149,7 +158,7 @@ def test_each_expert_gives_what_it_gives_alone(layer: str, batching: Batching, t
     """Outputs, derivatives, second derivatives and running statistics, over some batches, in float64."""
     alone = _experts(layer, training)
     stacked = stack_modules(alone)
-    for seed in range(3):
+    for seed in range(2):
         images = _images(seed)
         outputs = run_stacked(stacked, images, EXPERTS, shared=True, batching=batching)
         expected = torch.stack([expert(images) for expert in alone])
@@ -292,14 +301,18 @@ def test_on_cuda_tensors_of_every_dtype_layout_and_mode(layer: str, dtype: torch
 @pytest.mark.parametrize(
     ("arch", "training"),
     grids.grid(
-        ("resnet8", "googlenet", "densenet121", "pdarts"),
+        ("resnet8", "branches", "googlenet", "densenet121", "pdarts"),
         (True, False),
-        ordinary=lambda arch, training: arch == "resnet8" or (arch == "googlenet" and not training),
+        ordinary=lambda arch, training: arch == "resnet8" or (arch == "branches" and not training),
     ),
 )
 def test_on_cuda_maps_stay_channels_last(arch: str, training: bool) -> None:
     """One expert's channels beside another's, all of them innermost, as grouped convolutions read and write them."""
-    model = ImmunityMoE(arch, 2, batching="vmap").train(training)
+    if arch == "branches":
+        model = ImmunityMoE.from_experts([_branching() for _ in range(2)], stage="2", batching="vmap")
+    else:
+        model = ImmunityMoE(arch, 2, batching="vmap")
+    model.train(training)
     channels_last_(model)
     with FakeTensorMode():
         to_fake_cuda(model)

@@ -169,8 +169,7 @@ def test_lists_of_tensors_give_what_stacked_tensors_give() -> None:
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("size", [None, (3, 2), (1, 2)])
+@pytest.mark.parametrize(("normalize", "size"), grids.every(2, (True, False), (None, (3, 2), (1, 2))))
 def test_gradcheck_and_gradgradcheck_where_maps_are_positive(normalize: bool, size: tuple[int, int] | None) -> None:
     leaves = (normal(2, 2, 2, 2, 3).exp().requires_grad_(), normal(2, 2, 2, 2, 3, seed=1).exp().requires_grad_())
 
@@ -549,6 +548,10 @@ def test_one_tensor_that_stands_for_two_experts_is_named(how: str) -> None:
     ),
 )
 def test_maps_with_channels_last_are_those_with_channels_first(backend: Any, summed: bool, stacked: bool) -> None:
+    if backend == "triton":
+        from tests.kernels.interpreter import quicken
+
+        quicken()
     maps, slopes = normal(3, 2, 4, 3, 4, dtype=torch.float32), normal(3, 2, 4, 3, 4, seed=1, dtype=torch.float32)
     gradients = slopes.sum((-2, -1)) if summed else slopes
     of_information, of_stability = normal(2, seed=2).float(), torch.tensor(0.3)

@@ -25,6 +25,7 @@ from tests.tensors import normal
 
 WAYS = ("reverse", "forward")
 SCORES: list[Any] = ["logit", "probability"]
+LAYOUTS: list[Any] = ["NCHW", "NHWC"]
 
 
 class Experts(NamedTuple):
@@ -69,19 +70,17 @@ def _assert_same(actual: Tensor, expected: Tensor, leaves: tuple[Tensor, ...], t
         assert_matches(ours, theirs, tolerance)
 
 
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("size", [None, (5, 6), (1, 3)])
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"smoothing": 0.0, "weight_scale": "spatial"},
+    {"normalize": False, "smoothing": 1e-4},
+    {"detach_weights": True, "smoothing": 1.0},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"smoothing": 0.0, "weight_scale": "spatial"},
-        {"normalize": False, "smoothing": 1e-4},
-        {"detach_weights": True, "smoothing": 1.0},
-    ],
-    ids=lambda options: "-".join(options) or "default",
+    ("score", "size", "options", "stacked"), grids.every(2, SCORES, (None, (5, 6), (1, 3)), OPTIONS, (True, False))
 )
-@pytest.mark.parametrize("stacked", [True, False], ids=["tensor", "list"])
 def test_loss_and_every_gradient_match_the_oracle(
     score: Any, size: tuple[int, int] | None, options: dict[str, Any], stacked: bool
 ) -> None:
@@ -146,8 +145,13 @@ def _model(experts: int, *, training: bool) -> tuple[ImmunityMoE, Tensor, Tensor
     return model.train(training), images, torch.tensor([0, 3, 1, 2])
 
 
-@pytest.mark.parametrize(("experts", "score"), [(2, "logit"), (3, "probability")])
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("experts", "score", "training"),
+    grids.sampled(
+        [(2, "logit", True), (2, "logit", False), (3, "probability", True), (3, "probability", False)],
+        lambda experts, _, training: training == (experts == 3),
+    ),
+)
 def test_gradient_through_gradcam_is_that_of_finite_differences(experts: int, score: Any, training: bool) -> None:
     """All three terms, with respect to all weights at once, along random directions."""
     model, images, targets = _model(experts, training=training)
@@ -384,15 +388,19 @@ def test_from_head_equals_forward_for_vmapped_batch_norm(way: Any, score: Any) -
 
 
 @pytest.mark.parametrize(
-    ("score", "way"),
-    grids.grid(SCORES, WAYS, ordinary=lambda score, way: SCORES.index(score) == WAYS.index(way)),
+    ("score", "way", "layout"),
+    grids.grid(SCORES, WAYS, LAYOUTS, ordinary=lambda *cell: cell in zip(SCORES, WAYS, LAYOUTS, strict=True)),
 )
-def test_from_head_compiles_to_one_graph_backward_included(score: Any, way: Any) -> None:
+def test_from_head_compiles_to_one_graph_backward_included(score: Any, way: Any, layout: Any) -> None:
     head = _head(2)
-    run = _applied(head)
-    leaves = (normal(2, 4, 3, 4, 4, seed=1).requires_grad_(), *head.parameters())
+    apply, maps = _applied(head), normal(2, 4, 3, 4, 4, seed=1)
+    maps = maps.movedim(-3, -1).contiguous() if layout == "NHWC" else maps
+    leaves = (maps.requires_grad_(), *head.parameters())
     targets, gate = torch.tensor([0, 1, 2, 3]), normal(4, 2, seed=2).softmax(-1)
-    loss = FusedImmunityLoss(0.5, 1.0, 0.05, size=(7, 7), score=score)
+    loss = FusedImmunityLoss(0.5, 1.0, 0.05, size=(7, 7), score=score, layout=layout)
+
+    def run(maps: Tensor) -> Tensor:
+        return apply(maps.movedim(-1, -3) if layout == "NHWC" else maps)
 
     def step(maps: Tensor) -> tuple[Tensor, ImmunityTerms]:
         found: tuple[Tensor, ImmunityTerms] = loss.from_head(
@@ -624,6 +632,7 @@ def test_maps_with_channels_last_match_the_oracle(way: Any, detach_weights: bool
     assert terms.mutual_information.isfinite()
 
 
+@pytest.mark.exhaustive
 def test_from_head_compiles_with_channels_last() -> None:
     maps, targets = normal(2, 4, 4, 5, 3).requires_grad_(), torch.tensor([0, 1, 2, 0])
     loss = FusedImmunityLoss(0.5, 1.0, 0.05, size=(7, 7), layout="NHWC")

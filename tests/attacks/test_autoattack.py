@@ -115,8 +115,7 @@ def _distances(model: nn.Sequential, images: Tensor, labels: Tensor, norm: Norm)
     return torch.stack(distances).detach()
 
 
-@each_norm
-@pytest.mark.parametrize("classes", [2, 3, 11])
+@pytest.mark.parametrize(("classes", "norm"), grids.every(2, (2, 3, 11), ("Linf", "L2")))
 def test_a_linear_model_is_attacked_optimally(classes: int, norm: Norm) -> None:
     """Whichever images can be fooled at all are, and no others."""
     model, images, labels = _linear(classes)
@@ -156,11 +155,12 @@ def test_square_gets_better_with_queries(norm: Norm) -> None:
     assert correct[2] < correct[0] / 2
 
 
-@each_attack
-@each_norm
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_any_dtype(attack: Callable[..., Tensor], norm: Norm, dtype: torch.dtype) -> None:
-    model, (images, labels), eps = _model().to(dtype), _data(6), 4 * EPS[norm]
+@pytest.mark.parametrize(
+    ("name", "norm", "dtype"),
+    grids.every(3, ATTACKS, ("Linf", "L2"), (torch.float16, torch.bfloat16, torch.float64)),
+)
+def test_any_dtype(name: str, norm: Norm, dtype: torch.dtype) -> None:
+    attack, model, (images, labels), eps = ATTACKS[name], _model().to(dtype), _data(6), 4 * EPS[norm]
     images = images.to(dtype)
     adversarial = attack(model, images, labels, eps=eps, norm=norm)
     _assert_in_ball(adversarial, images, eps, norm)
@@ -275,18 +275,18 @@ def test_a_step_on_random_draws_passes_the_experts_once(switch: Any, norm: Norm)
     model = ImmunityMoE.from_experts(_experts(), gate=gate, stage="0", mean=(0.0,) * 3, std=(1.0,) * 3).eval()
     passes, counts, whole = list[int](), list[int](), model._logits
     model._logits = lambda x: passes.append(len(x)) or whole(x)  # type: ignore[method-assign, assignment, func-returns-value]
-    images, labels = _data(24)
+    images, labels = _data(8)
     options: dict[str, Any] = {"num_classes": CLASSES, "norm": norm, "eps": EPS[norm] / 2, "version": "rand"}
     for attacked in (model, lambda x: model(x), lambda x: model(x) * 1):
         passes.clear()
-        autoattack(attacked, images, labels, steps=3, **options)
+        autoattack(attacked, images, labels, steps=2, **options)
         counts.append(len(passes))
     # For the images; and for each of two losses for the start, the steps, and to judge.
-    assert counts[0] == counts[1] == 1 + 2 * (1 + 3 + 1)
-    assert counts[2] == 1 + 2 * (20 * (1 + 3) + 1), "of what is no mixture nothing is known"
+    assert counts[0] == counts[1] == 1 + 2 * (1 + 2 + 1)
+    assert counts[2] == 1 + 2 * (20 * (1 + 2) + 1), "of what is no mixture nothing is known"
 
 
-@each_norm
+@pytest.mark.parametrize("norm", ["Linf", pytest.param("L2", marks=pytest.mark.exhaustive)])
 def test_twenty_draws_by_one_pass_are_as_good_as_by_twenty(norm: Norm) -> None:
     """From the same draws, in the order in which APGD asks for them."""
     experts, (images, labels), steps = _experts(), _data(24), 5
@@ -314,9 +314,7 @@ def test_twenty_draws_by_one_pass_are_as_good_as_by_twenty(norm: Norm) -> None:
     assert float(((together - apart).abs() < 1e-5).double().mean()) > 0.999, "a sign may hang on the last bit"
 
 
-@each_norm
-@pytest.mark.parametrize("part", ["apgd", "fab"])
-@pytest.mark.parametrize("power", [0, -60, -100])
+@pytest.mark.parametrize(("part", "norm", "power"), grids.every(2, ("apgd", "fab"), ("Linf", "L2"), (0, -60, -100)))
 def test_attacks_do_not_depend_on_the_size_of_the_gradient(part: str, norm: Norm, power: int) -> None:
     """torchattacks' parts add 1e-12 to a norm, and take slopes below 1e-8 for zero.
 
@@ -372,8 +370,9 @@ def _state() -> tuple[Any, ...]:
     return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
 
-@each_attack
-def test_the_seed_decides_and_global_generators_stay(attack: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("name", ["standard", pytest.param("rand", marks=pytest.mark.exhaustive), "square"])
+def test_the_seed_decides_and_global_generators_stay(name: str) -> None:
+    attack = ATTACKS[name] if name == "square" else partial(ATTACKS[name], steps=3)
     model, (images, labels) = _model(), _data(16)
 
     def noisy(x: Tensor) -> Tensor:

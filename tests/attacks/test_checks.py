@@ -12,7 +12,7 @@ from torch import Tensor
 
 from immunity_fast import attacks
 from immunity_fast.attacks import BoundAttack, NotFiniteError, UnmovedWarning, bim
-from tests import attacked_models
+from tests import attacked_models, grids
 from tests.attacked_models import (
     ATTACKS,
     Attack,
@@ -44,7 +44,7 @@ def test_an_output_that_ignores_the_images_is_an_error(attack: Attack, model: An
         attack(model, trained_images(), trained_labels())
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_of_a_compiled_model_a_detached_output_is_an_error(called: list[Call], after: bool) -> None:
     model = small_network()
     bound = BoundAttack(attacks.Attack(), lambda x, _: model(x).detach() if after else model(x.detach()), compile="on")
@@ -158,8 +158,10 @@ def _some_blank(samples: int, blank: int) -> Tensor:
     return images
 
 
-@each_norm
-@pytest.mark.parametrize("options", [{}, {"keep_best": True, "drop_fooled": True}, {"decay": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "norm"),
+    grids.every(2, [{}, {"keep_best": True, "drop_fooled": True}, {"decay": 1.0}], ("Linf", "L2")),
+)
 def test_images_without_a_local_gradient_are_left_and_counted(norm: Any, options: dict[str, Any]) -> None:
     """Ten of sixty in one batch; in batches of ten, of which the last is nothing but blank; and one at a time."""
     images, attack = _some_blank(60, 10), attacks.Attack(None, None, 3, norm, **options)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from immunity_fast import ImmunityMoE, attacks
 from immunity_fast.attacks import BoundAttack, bim, fgsm, mim, pgd
 from immunity_fast.models.gate import Switch
-from tests import attacked_models
+from tests import attacked_models, grids
 from tests.attacked_models import (
     ATTACKS,
     EPS,
@@ -86,7 +86,7 @@ def _theirs_and_ours(
     return expected, actual
 
 
-@pytest.mark.parametrize(("name", "options"), PARITY)
+@pytest.mark.parametrize(("name", "options"), grids.each(2, PARITY))
 def test_results_are_torchattacks(name: str, options: dict[str, Any]) -> None:
     """The random start included: both draw the same numbers from the same global generator.
 
@@ -110,8 +110,7 @@ def test_results_are_torchattacks_with_targets_and_defaults(name: str, options: 
     assert float(same.double().mean()) >= (0.99 if random else 1)
 
 
-@pytest.mark.parametrize("switch", ["call", "sample"])
-@pytest.mark.parametrize("name", ["FGSM", "PGD"])
+@pytest.mark.parametrize(("name", "switch"), grids.every(2, ("FGSM", "PGD"), ("call", "sample")))
 def test_torchattacks_run_on_the_model_unchanged(name: str, switch: Switch) -> None:
     torchattacks = pytest.importorskip("torchattacks")
     model = _model(switch)
@@ -123,18 +122,16 @@ def test_torchattacks_run_on_the_model_unchanged(name: str, switch: Switch) -> N
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-@each_attack
-@pytest.mark.parametrize("switch", get_args(Switch))
-def test_results_are_in_the_ball_and_raise_the_loss(attack: Attack, switch: Switch) -> None:
-    adversarial = attack(_model(switch), trained_images(), trained_labels())
+@pytest.mark.parametrize(("name", "switch"), grids.every(2, ATTACKS, get_args(Switch)))
+def test_results_are_in_the_ball_and_raise_the_loss(name: str, switch: Switch) -> None:
+    adversarial = ATTACKS[name](_model(switch), trained_images(), trained_labels())
     assert_in_ball(adversarial, trained_images())
     assert _loss(_model(), adversarial) > _loss(_model(), trained_images()) + 0.04
 
 
-@each_attack
-@pytest.mark.parametrize("eps", [0.0, 1 / 255, 0.5, 2.0])
-def test_any_radius_is_kept(attack: Attack, eps: float) -> None:
-    assert_in_ball(attack(_model(), trained_images(), trained_labels(), eps=eps), trained_images(), eps)
+@pytest.mark.parametrize(("name", "eps"), grids.every(2, ATTACKS, (0.0, 1 / 255, 0.5, 2.0)))
+def test_any_radius_is_kept(name: str, eps: float) -> None:
+    assert_in_ball(ATTACKS[name](_model(), trained_images(), trained_labels(), eps=eps), trained_images(), eps)
 
 
 def test_a_single_step_of_bim_the_size_of_the_ball_is_fgsm() -> None:
@@ -178,10 +175,9 @@ def test_a_step_does_not_depend_on_the_size_of_the_batch() -> None:
     assert float(((together - alone).abs() <= 1e-6).float().mean()) >= 0.999
 
 
-@each_attack
-@pytest.mark.parametrize("switch", ["call", "mean"])
-def test_the_model_and_the_images_are_left_as_they_were(attack: Attack, switch: Switch) -> None:
-    model, images = _model(switch), trained_images().requires_grad_()
+@pytest.mark.parametrize(("name", "switch"), grids.every(2, ATTACKS, ("call", "mean")))
+def test_the_model_and_the_images_are_left_as_they_were(name: str, switch: Switch) -> None:
+    attack, model, images = ATTACKS[name], _model(switch), trained_images().requires_grad_()
     twin = copy.deepcopy(model)
     attack(model, images, trained_labels())
     assert all(parameter.grad is None for parameter in model.parameters())

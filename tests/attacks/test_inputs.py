@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from immunity_fast import attacks
 from immunity_fast.attacks import BoundAttack, autoattack, bim, fgsm, mim, pgd, square
 from immunity_fast.attacks.projections import rounded_bounds
-from tests import attacked_models
+from tests import attacked_models, grids
 from tests.attacked_models import (
     ATTACKS,
     Attack,
     Call,
     Recorder,
-    each_norm,
     small_images,
     small_labels,
     small_network,
@@ -34,7 +33,7 @@ seeded = attacked_models.seeded
 called = attacked_models.called
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+NAMES = ["fgsm", "bim", "mim", "pgd", "autoattack", "square"]
 
 
 def own_loss(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -67,9 +66,11 @@ def _assert_inside(adversarial: Tensor, images: Tensor, eps: Any, norm: str, bou
 # Bounds
 
 
-@pytest.mark.parametrize("bounds", [(-1.0, 1.0), (0.0, 255.0), (-2.1, 2.7), (0.1, 0.9)], ids=str)
-@each_norm
-@each_dtype
+@pytest.mark.parametrize(
+    ("bounds", "norm", "dtype"),
+    grids.every(4, [(-1.0, 1.0), (0.0, 255.0), (-2.1, 2.7), (0.1, 0.9)], ("Linf", "L2"), DTYPES),
+    ids=str,
+)
 def test_images_stay_in_their_own_bounds_and_balls(bounds: Any, norm: Any, dtype: torch.dtype) -> None:
     low, span = bounds[0], bounds[1] - bounds[0]
     model = small_network(dtype=dtype)
@@ -85,8 +86,7 @@ def test_images_stay_in_their_own_bounds_and_balls(bounds: Any, norm: Any, dtype
     assert bool((ends == torch.tensor(rounded_bounds(bounds, dtype), dtype=torch.float64)).all())
 
 
-@pytest.mark.parametrize("name", ["fgsm", "bim", "mim", "pgd", "autoattack", "square"])
-@each_norm
+@pytest.mark.parametrize(("name", "norm"), grids.every(2, NAMES, ("Linf", "L2")))
 def test_an_attack_in_other_bounds_is_the_same_attack(name: str, norm: Any) -> None:
     """Of images in [0, 1] times 4, where every number is as exact; defaults are as much of the range."""
     attack = (ATTACKS | {"pgd": partial(pgd, steps=3, random_start=False)} | _other_attacks())[name]
@@ -166,8 +166,10 @@ class _Output:
         self.logits = logits
 
 
-@pytest.mark.parametrize("held", [_Output, lambda z: {"logits": z, "loss": None}, lambda z: (z, z.mean())])
-@pytest.mark.parametrize("name", ["fgsm", "bim", "mim", "pgd", "autoattack", "square"])
+@pytest.mark.parametrize(
+    ("name", "held"),
+    grids.every(3, NAMES, [_Output, lambda z: {"logits": z, "loss": None}, lambda z: (z, z.mean())]),
+)
 def test_logits_are_taken_of_what_a_model_returns(name: str, held: Callable[[Tensor], Any]) -> None:
     attack = (ATTACKS | _other_attacks())[name] if name in ("autoattack", "square") else ATTACKS[name]
     model, images, labels = small_network(), small_images(), small_labels()
@@ -222,7 +224,7 @@ def test_counts_may_be_numbers_of_numpy() -> None:
 # Several radii
 
 
-@pytest.mark.parametrize("name", ["fgsm", "bim", "mim", "pgd", "autoattack", "square"])
+@pytest.mark.parametrize("name", NAMES)
 def test_several_radii_give_what_each_gives_alone(name: str) -> None:
     attack = (ATTACKS | _other_attacks())[name]
     radii = [0.0, 2 / 255, 0.1]
@@ -231,16 +233,15 @@ def test_several_radii_give_what_each_gives_alone(name: str) -> None:
         return small_network(dtype=torch.float32)(images) + torch.rand(())
 
     images, labels = small_images(dtype=torch.float32), small_labels()
-    for model in (small_network(dtype=torch.float32), random_model):
-        for kind in (list, tuple):
+    for model, kind in ((small_network(dtype=torch.float32), list), (random_model, tuple)):
+        torch.manual_seed(3)
+        several = attack(model, images, labels, eps=kind(radii))
+        after = torch.rand(())
+        assert isinstance(several, list)
+        for eps, found in zip(radii, several, strict=True):
             torch.manual_seed(3)
-            several = attack(model, images, labels, eps=kind(radii))
-            after = torch.rand(())
-            assert isinstance(several, list)
-            for eps, found in zip(radii, several, strict=True):
-                torch.manual_seed(3)
-                assert torch.equal(found, attack(model, images, labels, eps=eps))
-            assert torch.equal(torch.rand(()), after)
+            assert torch.equal(found, attack(model, images, labels, eps=eps))
+        assert torch.equal(torch.rand(()), after)
     assert attack(model, images, labels, eps=[]) == []
 
 
@@ -261,10 +262,11 @@ def test_several_radii_begin_where_one_generator_is() -> None:
 # A radius of each image's own
 
 
-@pytest.mark.parametrize("name", ["fgsm", "bim", "mim", "pgd"])
-@each_norm
-@each_dtype
-@pytest.mark.parametrize("options", [{}, {"keep_best": True}, {"drop_fooled": True}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "norm", "dtype", "options"),
+    grids.every(4, NAMES[:4], ("Linf", "L2"), DTYPES, [{}, {"keep_best": True}, {"drop_fooled": True}]),
+    ids=str,
+)
 def test_a_radius_of_each_image_is_that_of_its_own_attack(
     name: str, norm: Any, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
@@ -298,7 +300,7 @@ def test_equal_radii_of_each_image_are_that_of_all() -> None:
             assert torch.equal(*results)
 
 
-@each_norm
+@pytest.mark.parametrize("norm", ["Linf", pytest.param("L2", marks=pytest.mark.exhaustive)])
 def test_a_compiled_attack_has_a_radius_of_each_image(called: list[Call], norm: Any) -> None:
     attack = attacks.Attack(steps=3, norm=norm, drop_fooled=True)
     radii, found, model = torch.linspace(0.01, 0.3, 7), [], small_network()
@@ -363,10 +365,14 @@ def _draws(images: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "attack", [fgsm, bim, mim, partial(pgd, restarts=2, keep_best=True), partial(pgd, drop_fooled=True)]
+    ("attack", "targeted", "model"),
+    grids.every(
+        2,
+        [fgsm, bim, mim, partial(pgd, restarts=2, keep_best=True), partial(pgd, drop_fooled=True)],
+        [False, True],
+        [small_network(), _draws],
+    ),
 )
-@pytest.mark.parametrize("targeted", [False, True], ids=["any", "target"])
-@pytest.mark.parametrize("model", [small_network(), _draws], ids=["one output", "draws"])
 def test_cross_entropy_of_ones_own_is_cross_entropy(attack: Attack, targeted: bool, model: Any) -> None:
     results = []
     for loss in ("ce", own_loss):

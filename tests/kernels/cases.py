@@ -10,13 +10,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.interpreter import quicken
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-if DEVICE.type == "cpu":
-    from triton.runtime import interpreter
-
-    # The interpreter looks at every integer sum for an overflow and then, outside of debugging, says nothing of it.
-    object.__setattr__(interpreter.interpreter_builder.options, "sanitize_overflow", False)
+quicken()
 
 
 def seeded(examples: int) -> Any:

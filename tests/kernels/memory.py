@@ -18,6 +18,10 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
+from tests.kernels.interpreter import quicken
+
+quicken()
+
 _reached: list[Tensor] = []  # besides a kernel's arguments
 
 
@@ -85,19 +89,7 @@ def watched() -> Iterator[list[Launch]]:
     """Every launch inside, checked as it ends."""
     builder = interpreter.interpreter_builder
     load, store, run = builder.create_masked_load, builder.create_masked_store, interpreter.GridExecutor.__call__
-    patch = interpreter._patch_lang
     launches: list[Launch] = []
-    scopes: dict[str, Any] = {}
-
-    class Later:
-        def restore(self) -> None:
-            """Leave the patch until the launch ends."""
-
-    def patch_once(function: Any) -> Any:
-        # Each call of a jitted function, nested ones included, patches Triton's language in its module: half the time.
-        if function.__module__ not in scopes:
-            scopes[function.__module__] = patch(function)
-        return Later()
 
     def record(kind: str, pointers: Any, mask: Any) -> None:
         x, y, z = builder.grid_idx
@@ -115,19 +107,15 @@ def watched() -> Iterator[list[Launch]]:
 
     def watched_run(self: Any, *args: Any, **kwargs: Any) -> Any:
         launches.append(Launch(self.fn.__name__, [arg for arg in args if isinstance(arg, Tensor)]))
-        try:
-            result = run(self, *args, **kwargs)
-        finally:
-            while scopes:
-                scopes.popitem()[1].restore()
+        result = run(self, *args, **kwargs)
         launches[-1].check()
         return result
 
     builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
-    interpreter.GridExecutor.__call__, interpreter._patch_lang = watched_run, patch_once
+    interpreter.GridExecutor.__call__ = watched_run
     try:
         yield launches
     finally:
         builder.create_masked_load, builder.create_masked_store = load, store
-        interpreter.GridExecutor.__call__, interpreter._patch_lang = run, patch
+        interpreter.GridExecutor.__call__ = run
         _reached.clear()

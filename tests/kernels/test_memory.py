@@ -32,7 +32,7 @@ def _counts(launches: list[memory.Launch], kind: str, tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "shape", "layout"),
     grids.every(
-        3, [heatmap_losses, gradcam_heatmaps], [(2, 2, 37, 5, 6), (2, 1, 3, 33, 40), (2, 1, 40, 17, 17)], LAYOUTS
+        4, [heatmap_losses, gradcam_heatmaps], [(2, 2, 37, 5, 6), (2, 1, 3, 33, 40), (2, 1, 40, 17, 17)], LAYOUTS
     ),
 )
 def test_each_activation_and_gradient_is_read_once_in_place(function: Any, shape: Any, layout: Any) -> None:
@@ -48,8 +48,7 @@ def test_each_activation_and_gradient_is_read_once_in_place(function: Any, shape
     assert (_counts(launches, "stores", grad_activations) == 1).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize(("dtype", "summed"), grids.every(2, (torch.float32, torch.float16), (False, True)))
 def test_bytes_are_those_that_the_design_allows(dtype: torch.dtype, summed: bool) -> None:
     """Large tensors move what `benchmarks.traffic` counts from shapes; what else is written has a heatmap's."""
     shape, size = (3, 2, 40, 5, 6), (8, 9)

@@ -81,7 +81,7 @@ def reach_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 # SGD
 
 
-@pytest.mark.parametrize(("layout", "options", "max_norm"), grids.every(3, LAYOUTS, OPTIONS, (None, 1.0, 1e4)))
+@pytest.mark.parametrize(("layout", "options", "max_norm"), grids.every(5, LAYOUTS, OPTIONS, (None, 1.0, 1e4)))
 def test_steps_are_those_of_torch(layout: Any, options: dict[str, Any], max_norm: float | None) -> None:
     parameters = _parameters(layout)
     ours = FusedSGD(parameters, 0.1, **options, backend="triton")
