@@ -152,7 +152,7 @@ class ImageDataset:
 
 
 def _labelled(part: str, split: AnySplit, ignore_index: int | None) -> AnySplit:
-    if isinstance(split, StreamedSplit):  # whose images without labels were left out when they were listed
+    if not isinstance(split, Split):  # its images without labels were left out when they were listed
         return split
     labels = split.labels
     if ignore_index is not None:
@@ -168,7 +168,7 @@ def fingerprint(*splits: AnySplit) -> str:
     """A hash of all images and labels of some splits; of streamed ones of their images' names and sizes in bytes."""
     digest = hashlib.sha256()
     for split in splits:
-        if isinstance(split, StreamedSplit):
+        if not isinstance(split, Split):
             digest.update(split.listing().encode())
             continue
         for tensor in (split.images, split.labels):

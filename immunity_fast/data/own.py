@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from immunity_fast.data import OWN as NAME
 from immunity_fast.data.datasets import ImageDataset, Split
 from immunity_fast.data.folders import split_of
 from immunity_fast.runtime.checks import check_whole
@@ -79,19 +78,20 @@ class Items(Dataset[Any]):
         return image, target
 
     @cached_property
+    def first_image(self) -> Tensor:
+        """(C, H, W)."""
+        return self.__getitems__([0])[0][0]
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """(H, W) of the first image."""
-        height, width = self._first.shape[-2:]
+        height, width = self.first_image.shape[1:]
         return height, width
 
     @property
     def channels(self) -> int:
         """C of the first image."""
-        return self._first.shape[-3]
-
-    @cached_property
-    def _first(self) -> Tensor:
-        return self.__getitems__([0])[0]
+        return self.first_image.shape[0]
 
     @cached_property
     def known_targets(self) -> Tensor | None:
@@ -201,15 +201,20 @@ class Batches:
         return first
 
     @property
+    def first_image(self) -> Tensor:
+        """(C, H, W) of the first batch."""
+        return self.first[0][0]
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """(H, W) of the first batch."""
-        height, width = self.first[0].shape[-2:]
+        height, width = self.first_image.shape[1:]
         return height, width
 
     @property
     def channels(self) -> int:
         """C of the first batch."""
-        return self.first[0].shape[1]
+        return self.first_image.shape[0]
 
     @cached_property
     def known_targets(self) -> Tensor | None:
@@ -248,92 +253,6 @@ class Batches:
     def listing(self) -> str:
         """What can be said of the data without reading them, for a fingerprint."""
         return f"{self.count} batches of {self.channels}×{self.image_size}"
-
-
-@dataclass(frozen=True, eq=False)
-class OwnDataset(ImageDataset):
-    """Splits of a user's data; the one that is trained on may be read as it is needed: `Items` or `Batches`.
-
-    Args:
-        augment: whether a loader's batches are augmented as well.
-    """
-
-    train: Any
-    augment: bool = False
-
-    def fingerprint(self) -> str:
-        """A hash of all images and labels in memory; of what is read as it is needed, of what can be told of it."""
-        digest = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
-            if isinstance(split, Split):
-                for tensor in (split.images, split.labels):
-                    digest.update(f"{tuple(tensor.shape)}".encode())
-                    digest.update(tensor.cpu().numpy().tobytes())
-            else:
-                digest.update(split.listing().encode())
-        return digest.hexdigest()
-
-
-def own_dataset(
-    train: Any,
-    validation: Any = None,
-    test: Any = None,
-    *,
-    classes: Sequence[str] | int | None = None,
-    num_classes: int | None = None,
-    steps: int | None = None,
-    workers: int = 0,
-    flip: bool = False,
-    ignore_index: int | None = None,
-) -> ImageDataset:
-    """A user's data as what a training takes.
-
-    Args:
-        train: an `ImageDataset`, whose other splits are taken where none are given; a `Split`, (images, targets), a
-            data set, or a loader of batches.
-        validation, test: likewise; they are read into memory. None is none.
-        classes: the classes' names, or how many there are; None is what the data say.
-        num_classes: of a model that is there, or None.
-        steps: batches of an epoch, where `train` is a loader.
-        workers: processes that read a data set.
-        flip: whether a mirrored image keeps its meaning.
-        ignore_index: the label of images that have none.
-
-    Raises:
-        ValueError, TypeError: what was given is no such data; one line that names it.
-    """
-    if isinstance(train, ImageDataset):
-        if classes is not None or steps is not None:
-            name = "classes" if classes is not None else "steps_per_epoch"
-            raise ValueError(f"{name}: expected None for an ImageDataset, which knows it, got another")
-        others: dict[str, Any] = {
-            name: resident(as_split(data, name, workers=workers), workers)
-            for name, data in (("validation", validation), ("test", test))
-            if data is not None
-        }
-        return replace(train, **others)
-    trained = as_split(train, "train", steps=steps, workers=workers)
-    if steps is not None and not isinstance(trained, Batches):
-        raise ValueError("steps_per_epoch: expected None but for a loader of batches, got another")
-    parts = [
-        resident(as_split(each, name, workers=workers), workers) if each is not None else None
-        for name, each in (("validation", validation), ("test", test))
-    ]
-    names = _class_names(train, trained, parts, classes, num_classes, ignore_index)
-    size = (
-        (trained.channels, *trained.image_size) if not isinstance(trained, Split) else tuple(trained.images.shape[1:])
-    )
-    for name, part in zip(("validation", "test"), parts, strict=True):
-        if part is not None and tuple(part.images.shape[1:]) != size:
-            raise ValueError(
-                f"{name}: expected images of shape {size} as those of train, got {tuple(part.images.shape[1:])}"
-            )
-    empty = Split(torch.zeros(0, *size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
-    checked = [part or empty for part in parts]
-    for name, each in (("train", trained), ("validation", checked[0]), ("test", checked[1])):
-        if isinstance(each, Split):
-            check_labels(each.labels, len(names), name, ignore_index)
-    return OwnDataset(NAME, trained, checked[0], checked[1], classes=names, flip=flip)
 
 
 def as_split(data: Any, called: str, *, steps: int | None = None, workers: int = 0) -> Split | Items | Batches:
@@ -379,16 +298,6 @@ def as_split(data: Any, called: str, *, steps: int | None = None, workers: int =
         f"{called}: expected an ImageDataset, (images, targets), a map-style data set of (image, target) or a "
         f"DataLoader of such batches, got {type(data).__name__}"
     )
-
-
-def resident(split: Split | Items | Batches, workers: int = 0) -> Split:
-    """A split in memory."""
-    if isinstance(split, Split):
-        return split
-    parts = list(split.batches())
-    if not parts:
-        raise ValueError(f"{split.called}: expected at least 1 batch, got none")
-    return Split(torch.cat([images for images, _ in parts]), torch.cat([targets for _, targets in parts]))
 
 
 def as_batch(batch: Any, called: str) -> tuple[Tensor, Tensor]:
@@ -616,53 +525,6 @@ def _known_targets(data: Any, count: int) -> Tensor | None:
             except (TypeError, ValueError):
                 continue
     return None
-
-
-def _class_names(
-    data: Any,
-    trained: Split | Items | Batches,
-    parts: Sequence[Split | None],
-    classes: Sequence[str] | int | None,
-    num_classes: int | None,
-    ignore_index: int | None,
-) -> tuple[str, ...]:
-    """The classes' names: those that were given, the model's number, the data set's, or the numbers that there are."""
-    if isinstance(classes, str) or (classes is not None and not isinstance(classes, (int, Iterable))):
-        raise TypeError(f"classes: expected several names, or how many there are, got {classes!r}")
-    if isinstance(classes, int):
-        num_classes, classes = classes, None
-    if classes is None:
-        named = _names_of(getattr(data, "dataset", data) if isinstance(trained, Batches) else data)
-        if named and num_classes in (None, len(named)):
-            classes = named
-    if classes is not None:
-        names = tuple(str(name) for name in classes)
-        if num_classes is not None and len(names) != num_classes:
-            raise ValueError(
-                f"classes: expected {num_classes} names, as many as the model has classes, got {len(names)}"
-            )
-    elif num_classes is not None:
-        names = tuple(map(str, range(num_classes)))
-    else:
-        labels = [trained.labels, *(part.labels for part in parts if part is not None)]
-        known = [part if part.ndim == 2 or ignore_index is None else part[part != ignore_index] for part in labels]
-        widths = [part.shape[1] if part.ndim == 2 else int(part.max()) + 1 for part in known if len(part)]
-        names = tuple(map(str, range(max(widths, default=0))))
-    if len(names) < 2:
-        raise ValueError(f"classes: expected at least 2, got {len(names)}")
-    return names
-
-
-def _names_of(data: Any) -> list[str]:
-    """The classes' names, where a data set says them: torchvision's, the library `datasets`', and a part of such."""
-    while hasattr(data, "dataset") and hasattr(data, "indices"):
-        data = data.dataset
-    named = getattr(data, "classes", None)
-    features = getattr(data, "features", None)
-    if named is None and isinstance(features, Mapping):
-        target = next((key for key in TARGET_KEYS if key in features), None)
-        named = None if target is None else getattr(features[target], "names", None)
-    return [str(name) for name in named] if isinstance(named, (list, tuple)) else []
 
 
 def statistics(images: Iterable[Tensor]) -> tuple[list[float], list[float]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunity_fast.data.augmentation import to_float
+from immunity_fast.data.augmentation import as_float
 from immunity_fast.data.datasets import ImageDataset
 from immunity_fast.data.sampling import sample
 from immunity_fast.evaluation.metrics import expert_maps
@@ -140,7 +140,7 @@ def _heatmap_figures(
     loss_fn = evaluation.loss_fn
     assert loss_fn is not None
     shown = sample(dataset.test, FIGURE_ROWS)
-    images, names = to_float(shown.images), dataset.classes
+    images, names = as_float(shown.images), dataset.classes
     pgd = [row for row in evaluation.rows if row.kind == "attack" and evaluation.has_heatmaps(row)]
     heatmaps, clean_labels = _looked_at(target, loss_fn, images, shown.labels, names)
     path = outputs.figures / "heatmaps.png"

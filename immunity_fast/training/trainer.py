@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from immunity_fast.data import OWN
 from immunity_fast.data.datasets import ImageDataset, Split
-from immunity_fast.data.own import OwnDataset, as_split, check_labels, hard, own_dataset, resident
+from immunity_fast.data.own import as_split, check_labels, hard
+from immunity_fast.data.own_dataset import OwnDataset, held, own_dataset
 from immunity_fast.evaluation.results import Results
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 from immunity_fast.runtime import cli, distributed
@@ -425,6 +426,7 @@ class Trainer:
             steps=self._steps,
             ignore_index=self.config.ignore_index,
             workers=0 if workers == "auto" else workers,  # most data sets are in memory
+            device=cli.pick_device(self.config.device),
         )
         if classes is not None and dataset.num_classes != classes:
             raise ValueError(f"model: expected {dataset.num_classes} classes, as the data have, got {classes}")
@@ -436,10 +438,11 @@ class Trainer:
         state = self._ready()
         split = getattr(state.dataset, part)
         if data is not None:
-            given = resident(as_split(data, "data"))
-            labels = hard(given.labels)
-            check_labels(labels, state.dataset.num_classes, "data")
-            split = Split(given.images, labels).to(state.device)
+            split = held(as_split(data, "data"), state.device)
+            if isinstance(split, Split):
+                split = Split(split.images, hard(split.labels))
+            check_labels(split.labels, state.dataset.num_classes, "data")
+            split = split.to(state.device)
         if not len(split):
             raise ValueError(f"{part}: expected images to look at, got none")
         found = validate(state, split)
