@@ -17,7 +17,7 @@ import pytest
 
 from tests.processes import launch
 
-CASES = os.environ.get("IMMUNITY_FUZZ", "12 110").split()
+CASES = os.environ.get("IMMUNITY_FUZZ", "8 110").split()
 
 
 def wrong(case: dict[str, Any], right: dict[str, Any]) -> str | None:
@@ -39,7 +39,7 @@ def wrong(case: dict[str, Any], right: dict[str, Any]) -> str | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("first", "last"), [("0", "12"), pytest.param(*CASES, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(("first", "last"), [("0", "8"), pytest.param(*CASES, marks=pytest.mark.exhaustive)])
 @pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded PyTorch")
 def test_what_is_spoilt_is_one_line_or_the_right_result(tmp_path: Path, first: str, last: str) -> None:
     printed = launch("-m", "tests.fuzzing", str(tmp_path / "runs"), first, last, processes=1, seconds=1800)
