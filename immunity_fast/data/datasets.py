@@ -154,18 +154,27 @@ class ImageDataset:
 def _labelled(part: str, split: AnySplit, ignore_index: int | None) -> AnySplit:
     if not isinstance(split, Split):  # its images without labels were left out when they were listed
         return split
-    labels = split.labels
     if ignore_index is not None:
-        known = (labels != ignore_index).flatten(1).any(1) if labels.dim() == 2 else labels != ignore_index
-        if len(labels) and not bool(known.any()):
-            raise ValueError(f"{part}: expected images with labels, got {len(labels)} of {ignore_index} alone")
+        known = with_labels(part, split.labels, ignore_index)
         if not bool(known.all()):
-            split = Split(split.images[known], labels[known])
+            split = Split(split.images[known], split.labels[known])
     return split if split.labels.dim() == 1 else Split(split.images, hard_labels(split.labels))
 
 
+def with_labels(part: str, labels: Tensor, ignore_index: int) -> Tensor:
+    """Which images of a split have a label: bool (n,).
+
+    Raises:
+        ValueError: there are images, and none has.
+    """
+    known = (labels != ignore_index).flatten(1).any(1) if labels.dim() == 2 else labels != ignore_index
+    if len(labels) and not bool(known.any()):
+        raise ValueError(f"{part}: expected images with labels, got {len(labels)} of {ignore_index} alone")
+    return known
+
+
 def fingerprint(*splits: AnySplit) -> str:
-    """A hash of all images and labels of some splits; of streamed ones of their images' names and sizes in bytes."""
+    """A hash of all images and labels of some splits; of those that are read as they are needed, of their listing."""
     digest = hashlib.sha256()
     for split in splits:
         if not isinstance(split, Split):

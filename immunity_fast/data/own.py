@@ -432,11 +432,6 @@ def as_targets(targets: Any, called: str) -> Tensor:
     return found.long()
 
 
-def hard(targets: Tensor) -> Tensor:
-    """The class numbers of targets, of probabilities the most probable."""
-    return targets if targets.ndim == 1 else targets.argmax(1)
-
-
 def check_labels(targets: Tensor, classes: int, called: str, ignore_index: int | None = None) -> None:
     """Check that class numbers are of so many classes, and probabilities of as many.
 

@@ -20,9 +20,10 @@ from torch.utils.data import (
 )
 
 from immunity_fast.data import OWN as NAME
-from immunity_fast.data.datasets import ImageDataset, Split, fits_in_memory
-from immunity_fast.data.own import TARGET_KEYS, Batches, Items, as_split, check_labels, hard
+from immunity_fast.data.datasets import ImageDataset, Split, fits_in_memory, with_labels
+from immunity_fast.data.own import TARGET_KEYS, Batches, Items, as_split, check_labels
 from immunity_fast.runtime.memory import check_fits
+from immunity_fast.targets import hard_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,18 +89,6 @@ class OwnDataset(ImageDataset):
     validation: Any
     test: Any
     augment: bool = False
-
-    def fingerprint(self) -> str:
-        """A hash of all images and labels in memory; of what is read as it is needed, of what can be told of it."""
-        digest = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
-            if isinstance(split, Split):
-                for tensor in (split.images, split.labels):
-                    digest.update(f"{tuple(tensor.shape)}".encode())
-                    digest.update(tensor.cpu().numpy().tobytes())
-            else:
-                digest.update(split.listing().encode())
-        return digest.hexdigest()
 
 
 def own_dataset(
@@ -181,12 +170,10 @@ def held(split: Split | Items | Batches, device: torch.device | None = None, ign
         return Split(torch.cat([images for images, _ in parts]), torch.cat([targets for _, targets in parts]))
     labels = items.labels
     if ignore_index is not None:
-        known = (labels != ignore_index).flatten(1).any(1) if labels.ndim == 2 else labels != ignore_index
-        if not bool(known.any()):
-            raise ValueError(f"{items.called}: expected images with labels, got {count} of {ignore_index} alone")
+        known = with_labels(items.called, labels, ignore_index)
         items = Items(Subset(items.items, known.nonzero().flatten().tolist()), items.called, items.workers)
         labels = labels[known]
-    return ReadSplit(items, hard(labels))
+    return ReadSplit(items, hard_labels(labels))
 
 
 def _items_of(batches: Batches) -> Items | None:

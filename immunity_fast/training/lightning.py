@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from immunity_fast.data.augmentation import as_float
-from immunity_fast.data.own import as_targets, check_range, hard, parted
+from immunity_fast.data.own import as_targets, check_range, parted
 from immunity_fast.evaluation.metrics import correct
 from immunity_fast.models.moe import CIFAR10_MEAN, CIFAR10_STD, ImmunityMoE
+from immunity_fast.targets import hard_labels
 from immunity_fast.training.checkpoint import described_model
 from immunity_fast.training.config import TrainConfig
 
@@ -202,6 +203,6 @@ class ImmunityLightningModule(lightning.LightningModule):  # type: ignore[misc]
 
     def _log_accuracies(self, part: str, batch: Any) -> None:
         images, targets = self._batch(batch)
-        right = correct(self.model, images, hard(targets))
+        right = correct(self.model, images, hard_labels(targets))
         named = {f"{part}_accuracy_{name}": count / len(images) for name, count in right.items()}
         self.log_dict(named, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(images), sync_dist=True)

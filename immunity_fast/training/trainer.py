@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from immunity_fast.data import OWN
 from immunity_fast.data.datasets import ImageDataset, Split
-from immunity_fast.data.own import as_split, check_labels, hard
+from immunity_fast.data.own import as_split, check_labels
 from immunity_fast.data.own_dataset import OwnDataset, held, own_dataset
 from immunity_fast.evaluation.results import Results
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
 from immunity_fast.runtime import cli, distributed
+from immunity_fast.targets import hard_labels
 from immunity_fast.training import loggers as logging_places
 from immunity_fast.training.callbacks import Callback, Callbacks, EarlyStopping
 from immunity_fast.training.checkpoint import load_checkpoint, load_module, model_file, under
@@ -440,7 +441,7 @@ class Trainer:
         if data is not None:
             split = held(as_split(data, "data"), state.device)
             if isinstance(split, Split):
-                split = Split(split.images, hard(split.labels))
+                split = Split(split.images, hard_labels(split.labels))
             check_labels(split.labels, state.dataset.num_classes, "data")
             split = split.to(state.device)
         if not len(split):
