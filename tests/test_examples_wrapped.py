@@ -21,6 +21,7 @@ def _run(name: str, *options: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
+@pytest.mark.exhaustive  # of `make test`, tests/models/test_wrappers.py
 @pytest.mark.parametrize("by", ["ddp", pytest.param("accelerate", marks=pytest.mark.exhaustive)])
 def test_two_processes_end_where_one_does(by: str) -> None:
     if by == "accelerate":

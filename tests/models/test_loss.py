@@ -131,7 +131,8 @@ def test_from_experts_takes_a_loss() -> None:
     assert SingleNetwork("resnet8", 4, loss_fn=LOSS).loss_fn is LOSS
 
 
-@pytest.mark.parametrize("batching", [pytest.param("loop", marks=pytest.mark.exhaustive), "vmap"])
+@pytest.mark.exhaustive  # of `make test`, a step is one graph, and tests/integrations compile a mixture with its loss
+@pytest.mark.parametrize("batching", ["loop", "vmap"])
 def test_it_compiles_to_one_graph(batching: Any) -> None:
     """Forward and backward; statistics move in compiled code, too."""
     model = _model(batching=batching, experts=2)

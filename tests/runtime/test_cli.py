@@ -176,6 +176,7 @@ def test_what_can_be_no_folder_is_refused_at_once(
         error_line(capsys, main, [*option, name, *what[1:], *(["--out", "x"] if main is ensemble.main else [])], code=2)
 
 
+@pytest.mark.exhaustive  # a whole run; of `make test`, data sets and reports by themselves
 @pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere take UTF-8 alone")
 @pytest.mark.parametrize("encoding", [pytest.param("utf-8", marks=pytest.mark.exhaustive), "ascii"])
 def test_names_that_are_no_text_are_trained_on_and_reported(encoding: str, tmp_path: Path) -> None:

@@ -109,6 +109,7 @@ def test_a_step_is_one_graph_and_trains_as_eager_does(amp: Any, double_backprop:
     assert compiled.compiled
 
 
+@pytest.mark.exhaustive  # of `make test`, a head in forward mode is one, and the rehearsal compiles it
 @pytest.mark.parametrize("double_backprop", [pytest.param("reverse", marks=pytest.mark.exhaustive), "forward"])
 def test_a_step_of_all_experts_at_once_is_one_graph(double_backprop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Dynamo captures it, run operator by operator; `aot_eager` cannot run some of what comes out of a `vmap`."""
@@ -417,6 +418,7 @@ if len(sys.argv) > 1:
 """
 
 
+@pytest.mark.exhaustive  # a whole run; of `make test`, where caches are kept
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="another user can be had by root alone")
 def test_a_user_without_home_and_account_trains_and_evaluates(tmp_path: Path) -> None:
     data, folder = write_data(tmp_path / "data.npz"), tmp_path / "mine"

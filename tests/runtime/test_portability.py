@@ -64,6 +64,7 @@ assert keep_caches().parent.name.startswith("immunity_fast")
 UNIX = ["fcntl", "pwd", "resource", "os.sched_getaffinity", "os.getuid", "os.sysconf", "signal.SIGHUP"]
 
 
+@pytest.mark.exhaustive  # a process that imports and trains; the workflow runs it
 @pytest.mark.parametrize(
     "missing",
     [
