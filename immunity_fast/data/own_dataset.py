@@ -121,22 +121,27 @@ def own_dataset(
     Raises:
         ValueError, TypeError: what was given is no such data; one line that names it.
     """
-    parts: dict[str, Any] = {
-        name: held(as_split(data, name, workers=workers), device, ignore_index)
-        for name, data in (("validation", validation), ("test", test))
-        if data is not None
-    }
+
+    def parts() -> dict[str, Any]:
+        """What is measured on, which may all be read for it: after what can be refused without."""
+        return {
+            name: held(as_split(data, name, workers=workers), device, ignore_index)
+            for name, data in (("validation", validation), ("test", test))
+            if data is not None
+        }
+
     if isinstance(train, ImageDataset):
         if classes is not None or steps is not None:
             name = "classes" if classes is not None else "steps_per_epoch"
             raise ValueError(f"{name}: expected None for an ImageDataset, which knows it, got another")
-        return replace(train, **parts)
+        return replace(train, **parts())
     trained = as_split(train, "train", steps=steps, workers=workers)
     if steps is not None and not isinstance(trained, Batches):
         raise ValueError("steps_per_epoch: expected None but for a loader of batches, got another")
-    names = _class_names(train, trained, list(parts.values()), classes, num_classes, ignore_index)
+    others = parts()
+    names = _class_names(train, trained, list(others.values()), classes, num_classes, ignore_index)
     size = (trained.channels, *trained.image_size)
-    for name, part in parts.items():
+    for name, part in others.items():
         found = (part.channels, *part.image_size)
         if found != size:
             raise ValueError(f"{name}: expected images of shape {size} as those of train, got {found}")
@@ -144,7 +149,9 @@ def own_dataset(
     if isinstance(trained, Split):
         check_labels(trained.labels, len(names), "train", ignore_index)
     empty = Split(torch.zeros(0, *size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
-    return OwnDataset(NAME, trained, parts.get("validation", empty), parts.get("test", empty), classes=names, flip=flip)
+    return OwnDataset(
+        NAME, trained, others.get("validation", empty), others.get("test", empty), classes=names, flip=flip
+    )
 
 
 def held(split: Split | Items | Batches, device: torch.device | None = None, ignore_index: int | None = None) -> Held:
@@ -160,7 +167,7 @@ def held(split: Split | Items | Batches, device: torch.device | None = None, ign
     """
     if isinstance(split, Split):
         return split
-    count = None if isinstance(split, Batches) and not hasattr(split.loader, "__len__") else len(split)
+    count = _count(split)
     size = 0 if count is None else count * split.first_image.nbytes
     items = split if isinstance(split, Items) else _items_of(split)
     if items is None or fits_in_memory(size, device or torch.device("cpu")):
@@ -174,6 +181,16 @@ def held(split: Split | Items | Batches, device: torch.device | None = None, ign
         items = Items(Subset(items.items, known.nonzero().flatten().tolist()), items.called, items.workers)
         labels = labels[known]
     return ReadSplit(items, hard_labels(labels))
+
+
+def _count(split: Items | Batches) -> int | None:
+    """How many images there are; None of a loader that does not know."""
+    if isinstance(split, Batches):
+        try:
+            len(split.loader)
+        except TypeError:
+            return None
+    return len(split)
 
 
 def _items_of(batches: Batches) -> Items | None:

@@ -12,6 +12,7 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    IterableDataset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -119,9 +120,17 @@ def test_a_loader_that_tells_no_items_is_held_or_refused(form: str, monkeypatch:
     assert "a data set instead of the loader" in str(raised.value)
 
 
+class Stream(IterableDataset[Any]):
+    """Items one after another, nobody knows how many: their loader has a length that cannot be asked for."""
+
+    def __iter__(self) -> Any:
+        return iter(zip(IMAGES, LABELS, strict=True))
+
+
 @pytest.mark.usefixtures("full")
-def test_a_loader_without_a_length_is_held() -> None:
-    found = held(as_split(Endless(), "validation"))
+@pytest.mark.parametrize("loader", [Endless(), DataLoader(Stream(), 4)], ids=["without", "not known"])
+def test_a_loader_without_a_length_is_held(loader: Any) -> None:
+    found = held(as_split(loader, "validation"))
     assert isinstance(found, Split)
     assert torch.equal(found.images, IMAGES)
 
