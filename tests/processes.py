@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,19 +32,26 @@ FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(["immunity_fast.train", "torch._dynamo"])  # the latter for an optimiser's first step
 
 
+def forked(target: Callable[..., Any], *arguments: Any) -> Any:
+    """A process that calls a function of a module, with one thread, and kernels in the interpreter on any machine."""
+    process = FORKING.Process(target=target, args=arguments)
+    with pytest.MonkeyPatch.context() as patch:  # of the first one: that from which all are forked has it then
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("TRITON_INTERPRET", "1")
+        process.start()
+    return process
+
+
 def launch(*command: str, processes: int = PROCESSES, seconds: float = 240) -> str:
     """Run a command of Python's, `-m …` or `-c …`, in processes as torchrun starts them; what they printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    common |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     with tempfile.NamedTemporaryFile(mode="r", encoding="utf-8") as printed:
-        started: list[Any] = []
-        for rank in range(processes):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment = {**os.environ, **common, **own}
-            started.append(FORKING.Process(target=_started, args=(command, environment, printed.name)))
-            started[-1].start()
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        started = [forked(_started, command, {**os.environ, **common, **own}, printed.name) for own in ranks]
         try:
             end = time.monotonic() + seconds
             for process in started:

@@ -1,20 +1,19 @@
-"""`python -m tests.sharing READ,WRITE …`: processes, one a pair of pipes, which do what a test asks them for at once.
+"""What a process does, again and again, as a test asks for it beside another such process.
 
-A request is a line of JSON, {"do": NAME, …}; the answer is one, too. The work is a moment's sleep, where it can be.
+A request is a dictionary, {"do": NAME, …}, and has an answer. The work is a moment's sleep, where it can be.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -185,39 +184,13 @@ def _within(folder: str) -> Any:
         os.chdir(before)
 
 
-def serve(read: int, write: int) -> None:
-    """Answer requests from a pipe until it is closed."""
+def serve(connection: Connection) -> None:
+    """Answer requests until there are no more."""
+    cli.console.quiet = True
     tasks: dict[str, Callable[..., Any]] = {
         function.__name__: function for function in (ledger, killed, lock, queue, resume, judge, begin)
     }
-    with open(read, encoding="utf-8") as requests, open(write, "w", encoding="utf-8") as answers:
-        for line in requests:
-            request = json.loads(line)
-            print(json.dumps(tasks[request.pop("do")](**request)), file=answers, flush=True)
-
-
-def main() -> None:
-    """See the top. What all of them import is imported once, before they part."""
-    importlib.import_module("torch._dynamo")  # which the first step of an optimiser does
-    sys.stdout = sys.stderr
-    cli.console.quiet = True
-    pairs = [tuple(map(int, words.split(","))) for words in sys.argv[1:]]
-    processes = []
-    for read, write in pairs:
-        process = os.fork()
-        if not process:
-            for other in pairs:
-                if other != (read, write):
-                    for pipe in other:  # or it would hold them open
-                        os.close(pipe)
-            with sketches.short():
-                serve(read, write)
-            return
-        processes.append(process)
-    for pipe in (pipe for pair in pairs for pipe in pair):
-        os.close(pipe)
-    sys.exit(int(any(os.waitpid(process, 0)[1] for process in processes)))
-
-
-if __name__ == "__main__":
-    main()
+    with sketches.short(), contextlib.suppress(EOFError):
+        while True:
+            request = connection.recv()
+            connection.send(tasks[request.pop("do")](**request))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
 import pytest
 
@@ -20,52 +17,40 @@ from immunity_fast.reproduction.jobs import Job, Queue
 from immunity_fast.runtime import files
 from immunity_fast.training import session
 from immunity_fast.training.run_folder import Run
-from tests.places import REPOSITORY
-from tests.processes import FORKING
-from tests.sharing import ALONE, JOBS, KEYS, hold
+from tests.processes import FORKING, forked
+from tests.sharing import ALONE, JOBS, KEYS, hold, serve
 from tests.small_runs import contents, error_line, half_trained, options, saved, trained, without_seconds
 
 pytestmark = pytest.mark.skipif(files.fcntl is None, reason="the system has no such locks")
 FEW = ["--attacks", "fgsm", "--attackers", "mean,sample", "--limit", "4", "--masking-images", "0", "--device", "cpu"]
 
 
-class Worker(NamedTuple):
-    """A process of `tests.sharing`: the ends of its pipes."""
+class Worker:
+    """A process of `tests.sharing`."""
 
-    requests: TextIO
-    answers: TextIO
+    def __init__(self) -> None:
+        self.connection, theirs = FORKING.Pipe()
+        self.process = forked(serve, theirs)
+        theirs.close()
 
     def ask(self, do: str, **request: Any) -> None:
-        self.requests.write(json.dumps({"do": do, **request}) + "\n")
-        self.requests.flush()
+        self.connection.send({"do": do, **request})
 
     def answer(self) -> Any:
-        line = self.answers.readline()
-        assert line, "it failed: see its traceback"
-        return json.loads(line)
+        try:
+            return self.connection.recv()
+        except EOFError:
+            raise AssertionError("it failed: see its traceback") from None
 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[list[Worker]]:
-    """Two of them, which have imported all they need."""
-    made, theirs = [], []
-    for _ in range(2):
-        (read, requests), (answers, write) = os.pipe(), os.pipe()
-        made.append(Worker(os.fdopen(requests, "w", encoding="utf-8"), os.fdopen(answers, encoding="utf-8")))
-        theirs.append((read, write))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.sharing", *(f"{read},{write}" for read, write in theirs)],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        pass_fds=[pipe for pair in theirs for pipe in pair],
-    )
-    for pipe in (pipe for pair in theirs for pipe in pair):
-        os.close(pipe)
+    made = [Worker(), Worker()]
     yield made
     for worker in made:
-        worker.requests.close()
-        worker.answers.close()
-    assert process.wait() == 0
+        worker.connection.close()
+        worker.process.join()
+        assert worker.process.exitcode == 0
 
 
 def both(workers: list[Worker], do: str, **request: Any) -> list[Any]:
@@ -221,8 +206,7 @@ def test_a_queue_reports_a_run_that_is_in_training_and_leaves_it(half: Path, dat
 def test_a_lock_ends_with_its_process(half: Path, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(half, folder)
-    training = FORKING.Process(target=hold, args=(str(folder),))
-    training.start()
+    training = forked(hold, str(folder))
     while not (folder / "training").exists():
         assert training.is_alive()
         time.sleep(0.01)
