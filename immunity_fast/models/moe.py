@@ -44,7 +44,7 @@ from immunity_fast.models.stacking import (
 from immunity_fast.runtime.checks import check_whole, kind_given
 from immunity_fast.runtime.compilation import eagerly
 from immunity_fast.runtime.distributed import training_group
-from immunity_fast.runtime.strategies import Batching, choose
+from immunity_fast.runtime.strategies import Batching, MemoryFormat, Use, choose, laid_out
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -86,6 +86,8 @@ class ImmunityMoE(nn.Module):
         classes: their names, or None.
         card: the model card that `save_pretrained` writes, in Markdown; None is one that says what the model is.
         stem: with what architectures of two forms begin; None of networks of the user's.
+        memory_format: how images and maps lie in memory, "contiguous" or "channels_last"; "auto" is what was measured
+            to be faster, see `strategies`.
         stage, layout: where Grad-CAM looks, and the axes of what it sees there; of experts that differ in it a tuple.
 
     Raises:
@@ -228,6 +230,7 @@ class ImmunityMoE(nn.Module):
         self.card: str | None = None
         self.classes = check_classes(classes, parts.num_classes)
         self.batching: Batching = parts.batching
+        self.memory_format: MemoryFormat = "auto"
         self.normalize = normalize
         self.gate = gate
         self.experts = parts.experts
@@ -657,7 +660,13 @@ class ImmunityMoE(nn.Module):
         return attention
 
     def _batching(self, x: Tensor) -> Batching:
-        return choose(self.batching, x.device, self.arch)
+        return choose(self.batching, x.device, self.arch, self._use(x))
+
+    def _use(self, x: Tensor) -> Use:
+        """What a pass of x is for, by which the fastest way is chosen."""
+        if self.training:
+            return "training"
+        return "attack" if torch.is_grad_enabled() and x.requires_grad else "inference"
 
     def _cut(self) -> tuple[nn.Sequential, nn.Sequential]:
         if self._halves is None:
@@ -673,6 +682,8 @@ class ImmunityMoE(nn.Module):
         if images.dim() != 4 or images.shape[1] != self.channels:
             raise ValueError(f"images: expected shape (B, {self.channels}, H, W), got {tuple(images.shape)}")
         normalized: Tensor = self.normalize(images)
+        if laid_out(self.memory_format, images.device, self.arch, self._use(images)) == "channels_last":
+            return normalized.contiguous(memory_format=torch.channels_last)
         return normalized
 
     @eagerly

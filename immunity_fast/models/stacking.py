@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.func import functional_call
 
 from immunity_fast.channelwise import ExpertsAsChannels
@@ -41,7 +42,7 @@ def stack_modules(experts: Sequence[nn.Module]) -> nn.Module:
     of_experts = [own_tensors(expert) for expert in experts]
     tensors: dict[str, Tensor] = {}
     for name, first in of_experts[0].items():
-        value = _stack([own[name].detach() for own in of_experts])
+        value = stack_maps([own[name].detach() for own in of_experts])
         tensors[name] = nn.Parameter(value, first.requires_grad) if isinstance(first, nn.Parameter) else value
     return count_on_device(_replace(experts[0], tensors))
 
@@ -71,7 +72,7 @@ def run_stacked(
         inputs = [x] * num_experts if shared else x.unbind()
         with in_use():
             own = slices(stacked, num_experts)
-            return torch.stack([call(stacked, mine, x) for mine, x in zip(own, inputs, strict=True)])
+            return stack_maps([call(stacked, mine, x) for mine, x in zip(own, inputs, strict=True)])
 
     def apply(own: dict[str, Tensor], x: Tensor) -> Any:
         with ExpertsAsChannels():
@@ -99,7 +100,7 @@ def call_stacked(
         buffers = {name: buffer.clone() for name, buffer in stacked.named_buffers()}
         if choose(batching, x.device) == "loop":
             own = zip(slices(stacked, num_experts), _unbound(buffers, num_experts), x, strict=True)
-            outputs = torch.stack([call(stacked, parameters | mine, maps) for parameters, mine, maps in own])
+            outputs = stack_maps([call(stacked, parameters | mine, maps) for parameters, mine, maps in own])
         else:
             outputs = torch.vmap(apply, randomness="different")(_parameters(stacked), buffers, x)
     return outputs, {name: buffer.detach() for name, buffer in buffers.items()}
@@ -185,18 +186,19 @@ def channels_last_(module: nn.Module) -> None:
 
 
 def _parameters(stacked: nn.Module) -> dict[str, Tensor]:
-    """The parameters; on a GPU as views whose gradients come laid out as they are.
+    """The parameters; those that lie channels-last as views whose gradients come laid out as they are.
 
-    The double backward of a convolution transposes its weight's gradient. What autograd has to lay out is a launch a
-    weight, after the compiled backward pass; the backward pass of a reshaping view is part of it.
+    The double backward of a convolution transposes its weight's gradient, and a stack of gradients of five axes would
+    be contiguous. What autograd has to lay out is a launch a weight, after the compiled backward pass, and a pass over
+    all weights on a CPU; the backward pass of a reshaping view is part of it.
     """
-    return {name: _as_laid_out(value) if value.is_cuda else value for name, value in stacked.named_parameters()}
+    return {name: _as_laid_out(value) for name, value in stacked.named_parameters()}
 
 
 def _as_laid_out(weight: Tensor) -> Tensor:
     convolution = weight.dim() in (4, 5)  # channels-last
     inward = weight.movedim(-3, -1) if convolution else weight
-    if not inward.is_contiguous():
+    if not inward.is_contiguous() or (weight.is_contiguous() and not weight.is_cuda):
         return weight
     view = inward.flatten().view(inward.shape)
     return view.movedim(-1, -3) if convolution else view
@@ -218,15 +220,16 @@ def slices(stacked: nn.Module, num_experts: int) -> list[dict[str, Tensor]]:
     return [parameters | buffers for parameters, buffers in zip(own, buffers, strict=True)]
 
 
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """(N, *shape); channels-last where all are."""
-    stack = torch.stack(tensors)
-    if stack.dim() == 5 and all(_is_channels_last(tensor) for tensor in tensors):
-        return stack.movedim(-3, -1).contiguous().movedim(-1, -3)
-    return stack
+def stack_maps(tensors: Sequence[Tensor]) -> Tensor:
+    """(N, *shape); channels-last where all are, which `torch.stack` does not know for five axes."""
+    if all(_is_channels_last(tensor) for tensor in tensors):
+        return torch.stack([tensor.movedim(1, -1) for tensor in tensors]).movedim(-1, 2)
+    return torch.stack(list(tensors))
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
+    if tensor.dim() != 4 or is_functorch_wrapped_tensor(tensor):  # in a `vmap` no layout can be asked for
+        return False
     return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 

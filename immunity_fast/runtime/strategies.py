@@ -1,8 +1,9 @@
-"""Which way of running the experts is fastest where: a table that `python -m benchmarks.steps` measures and writes.
+"""Which way of running the experts is fastest where: a table that is measured, and written by what measures it.
 
-`strategies.json` holds a record for each device and architecture that was measured: the way whose steps are fastest
-and, where steps are compiled, what each way takes to its first step and for each further one. What it does not hold is
-batched as another architecture on such a device, or else as `UNMEASURED` says.
+`strategies.json` holds a record for each device, architecture and use that was measured: the fastest of the ways that
+compute the same in float32 and, where steps are compiled, what each way takes to its first step and for each further
+one. `python -m benchmarks.steps` writes those of training, `python -m benchmarks.uses` those of attacks and inference.
+What the table does not hold is batched as another architecture on such a device, and else done as `unmeasured` says.
 """
 
 from __future__ import annotations
@@ -16,41 +17,52 @@ import torch
 
 Batching = Literal["auto", "loop", "vmap"]
 DoubleBackprop = Literal["auto", "reverse", "forward"]
+MemoryFormat = Literal["auto", "contiguous", "channels_last"]
+Use = Literal["training", "attack", "inference"]
 
 TABLE = Path(__file__).with_name("strategies.json")
 
 
 class Strategy(NamedTuple):
-    """How N experts run at once, and how Grad-CAM's weights are differentiated."""
+    """How N experts run at once, how Grad-CAM's weights are differentiated, and how maps lie in memory."""
 
     batching: Literal["loop", "vmap"]
     double_backprop: Literal["reverse", "forward"]
+    memory_format: Literal["contiguous", "channels_last"]
 
 
-# On a CPU grouped convolutions lose to a plain loop; on a GPU the launches of a loop are what an eager step waits for.
-UNMEASURED = {"cpu": Strategy("loop", "reverse"), "other": Strategy("vmap", "reverse")}
+def unmeasured(device_type: str, use: Use = "training") -> Strategy:
+    """What is done where nothing was measured.
+
+    On a CPU grouped convolutions lose to a plain loop; on a GPU the launches of a loop are what an eager step waits
+    for. Networks that nobody has measured may ask for contiguous maps, by `view`, and small maps gain nothing by
+    channels-last: on a CPU, and where a GPU does not train, they are left as they are.
+    """
+    if device_type == "cpu":
+        return Strategy("loop", "reverse", "contiguous")
+    return Strategy("vmap", "reverse", "channels_last" if use == "training" else "contiguous")
 
 
-def fastest(device_type: str, arch: str = "", compiled_steps: int | None = None) -> Strategy:
+def fastest(device_type: str, arch: str = "", use: Use = "training", *, compiled_steps: int | None = None) -> Strategy:
     """The measured strategy for an architecture on this machine's device of a type.
 
     Args:
         device_type: "cpu", "cuda", ….
         arch: its name; "" where it has none.
+        use: "training", a step of it; "attack", the gradient of images in evaluation mode; "inference", a pass in it.
         compiled_steps: of a run that compiles and takes so many: what counts is when it ends, the compiling included,
             which takes longest where a loop over the experts is unrolled. None counts the steps alone.
     """
     device = "cpu" if device_type == "cpu" else _device_name(device_type)
-    table = _table()
-    same = [record for record in table if record["device"] == device]
+    same = [record for record in _table() if record["device"] == device and record["use"] == use]
     for record in same:
         if record["arch"] == arch:
             if compiled_steps is not None and record.get("compiled"):
                 record = min(record["compiled"], key=lambda way: way["first_step_s"] + compiled_steps * way["step_s"])
-            return Strategy(record["batching"], record["double_backprop"])
+            return Strategy(record["batching"], record["double_backprop"], record["memory_format"])
     for record in same:
-        return Strategy(record["batching"], "reverse")  # which can differentiate any head
-    return UNMEASURED.get(device_type, UNMEASURED["other"])
+        return unmeasured(device_type, use)._replace(batching=record["batching"])
+    return unmeasured(device_type, use)
 
 
 # What `torch.compiler.assume_constant_result` does, which imports the compiler first: a second for whoever only wants a
@@ -58,9 +70,16 @@ def fastest(device_type: str, arch: str = "", compiled_steps: int | None = None)
 fastest._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose(batching: Batching, device: torch.device, arch: str = "") -> Literal["loop", "vmap"]:
-    """What "auto" means for a device and an architecture."""
-    return fastest(device.type, arch).batching if batching == "auto" else batching
+def choose(batching: Batching, device: torch.device, arch: str = "", use: Use = "training") -> Literal["loop", "vmap"]:
+    """What "auto" means for a device, an architecture and a use."""
+    return fastest(device.type, arch, use).batching if batching == "auto" else batching
+
+
+def laid_out(
+    memory_format: MemoryFormat, device: torch.device, arch: str = "", use: Use = "training"
+) -> Literal["contiguous", "channels_last"]:
+    """What "auto" means for a device, an architecture and a use."""
+    return fastest(device.type, arch, use).memory_format if memory_format == "auto" else memory_format
 
 
 @functools.cache

@@ -92,7 +92,9 @@ class TrainingState:
         if model is not None:  # its gate draws from what the checkpoint has
             self.gate_generator = model.gate.generator = model.gate.generator or self.gate_generator
         compiled = resolve(config.compile, device) != "off"
-        strategy = fastest(device.type, config.arch, config.epochs * len(self.loader) if compiled else None)
+        strategy = fastest(
+            device.type, config.arch, compiled_steps=config.epochs * len(self.loader) if compiled else None
+        )
         with distributed.together():  # a file of weights may be missing on one machine
             self.model = self._new_model(strategy, dataset) if model is None else model
             self.beginning = begin(self.model, config) if fresh else Beginning(None, [])

@@ -40,7 +40,8 @@ class TrainStep:
     clipped where it is, and what is measured stays there.
 
     Args:
-        model: on its device, which is fixed from here on. On a GPU its weights are laid out channels-last.
+        model: on its device, which is fixed from here on. Its weights are laid out channels-last where its
+            `memory_format` means that.
         loss_fn: what is minimised.
         optimizer: over the model's parameters; a fused one, or else float16's scaler waits for the device. A `FusedSGD`
             clips and updates in a launch each.
@@ -75,7 +76,7 @@ class TrainStep:
         self.model, self.optimizer, self.clip_grad_norm = model, optimizer, clip_grad_norm
         device = next(model.parameters()).device
         self.scaler = grad_scaler(amp, device)
-        if device.type == "cuda":
+        if strategies.laid_out(model.memory_format, device, model.arch) == "channels_last":
             channels_last_(model)
             lay_out_state(optimizer)
         if double_backprop == "auto":
@@ -223,8 +224,6 @@ class _Objective(nn.Module):
         self, images: Tensor, labels: Tensor, affine: Tensor | None, mixing: Tensor | None, clean: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         images, labels = self.augmented(images, labels, affine, mixing)
-        if self.device.type == "cuda":
-            images = images.contiguous(memory_format=torch.channels_last)
         with autocast(self.amp, self.device):
             loss, terms = loss_and_terms(
                 self.model,
@@ -240,8 +239,6 @@ class _Objective(nn.Module):
         """TRADES' losses of adversarial outputs, beside those of the clean images."""
         assert self.trades_weight is not None
         weight = self.trades_weight
-        if self.device.type == "cuda":
-            clean = clean.contiguous(memory_format=torch.channels_last)
         outputs = (self.model.expert_logits_with_copied_buffers(clean), self.model.gate_weights(clean))
         # One network alone has no experts besides.
         alpha = self.loss_fn.alpha if self.model.num_experts > 1 else 0.0
