@@ -47,8 +47,11 @@ class Way(NamedTuple):
     batching: str
     double_backprop: str
     compile: str
+    memory_format: str = "channels_last" if CUDA else "contiguous"
+    amp: str | None = None  # None is the case's
 
 
+CHANNELS_LAST = "channels_last"
 WAYS = [
     Way("eager loop", "loop", "reverse", "off"),
     Way("eager loop, forward mode", "loop", "forward", "off"),
@@ -59,6 +62,15 @@ WAYS = [
     Way("compiled vmap", "vmap", "reverse", "on"),
     Way("compiled vmap, forward mode", "vmap", "forward", "on"),
 ]
+# On a CPU contiguous maps and float32 are what everybody else has. A GPU's steps are always channels-last.
+CPU_WAYS = [
+    Way("eager loop, channels-last", "loop", "reverse", "off", CHANNELS_LAST),
+    Way("eager loop, bf16", "loop", "reverse", "off", "contiguous", "bf16"),
+    Way("eager loop, channels-last, bf16", "loop", "reverse", "off", CHANNELS_LAST, "bf16"),
+    Way("compiled loop, channels-last", "loop", "reverse", "on", CHANNELS_LAST),
+]
+WAYS += [] if CUDA else CPU_WAYS
+FORWARD_MODE = ", forward mode"
 
 # Of batching and compilation, in what is measured: the most promising first, and a compiled loop, whose graph is N
 # times as long, last.
@@ -76,6 +88,7 @@ class StepCase:
     compiled: tuple[str, ...] = ()  # which batchings are measured compiled, too
     quick: bool = False  # of what is compiled, only what the overhead is made of
     eager: bool = True  # whether eager ways are measured
+    few: bool = False  # of eager ways, only loops in reverse mode; weights held constant in one of them
     experts: int = EXPERTS
     side: int = SIDE
 
@@ -91,6 +104,9 @@ class StepCase:
     def ways(self, loss: str) -> list[Way]:
         """The ways in which a loss is measured, but for the naive one."""
         ways = [way for way in WAYS if (self.eager if way.compile == "off" else way.batching in self.compiled)]
+        if self.few:
+            loops = [way for way in ways if (way.batching, way.double_backprop) == ("loop", "reverse")]
+            ways = [way for way in loops if loss != DETACHED or way.name == "eager loop"]
         if self.quick:
             few = [way for way in ways if way.double_backprop == "reverse" and loss != DETACHED]
             ways = [way for way in ways if way.compile == "off" or way in few]
@@ -122,8 +138,13 @@ class StepCase:
         """What takes a step, and the model that it trains."""
         model = self.model().to(DEVICE)
         model.batching = way.batching  # type: ignore[assignment]
+        model.memory_format = way.memory_format  # type: ignore[assignment]
         images, labels = self.batch()
-        options: dict[str, Any] = {"amp": self.amp, "compile": way.compile, "log": _refuse}
+        options: dict[str, Any] = {
+            "amp": self.amp if way.amp is None else way.amp,
+            "compile": way.compile,
+            "log": _refuse,
+        }
         if loss == CROSS_ENTROPY:
             return _plain_step(model, images, labels, **options), model
         step = TrainStep(
@@ -186,9 +207,8 @@ def _default_stage(arch: str, side: int) -> str:
 
 def _plain_step(model: ImmunityMoE, images: Tensor, labels: Tensor, amp: Any, compile: Any, log: Any) -> Step:
     """Forward, cross-entropy, backward, optimiser: no Grad-CAM."""
-    if CUDA:
+    if model.memory_format == CHANNELS_LAST:
         channels_last_(model)
-        images = images.contiguous(memory_format=torch.channels_last)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         with autocast(amp, DEVICE):
@@ -218,14 +238,13 @@ def cases(quick: bool) -> list[StepCase]:
     """In the order in which they are measured: what matters most comes first."""
     if not CUDA:
         if quick:
-            return [StepCase("resnet8", None, 32, compiled=("loop",), quick=True)]
+            return [StepCase("resnet8", None, 32, compiled=("loop",), quick=True, few=True)]
         return [
             StepCase("resnet8", None, 32, compiled=("loop", "vmap")),
-            StepCase("resnet8", None, 128),
-            StepCase("resnet18", "layer2", 8),
-            StepCase("resnet18", "layer3", 8),
-            StepCase("googlenet", None, 4),
-            StepCase("densenet121", None, 4),
+            StepCase("resnet8", None, 128, few=True),
+            StepCase("resnet18", "layer2", 16, few=True),
+            StepCase("googlenet", None, 4, few=True),
+            StepCase("densenet121", None, 4, few=True),
         ]
     resnet18 = [StepCase("resnet18", "layer2", samples, compiled=("vmap",)) for samples in (512, 32)]
     resnet18 += [replace(case, compiled=("loop",), eager=False) for case in resnet18]

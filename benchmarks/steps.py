@@ -9,7 +9,6 @@ leaves the process without one: it ends, and `--go-on` takes up FILE with the wa
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Collection
@@ -19,14 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import memory, timing
+from benchmarks import memory, strategies_file, timing
 from benchmarks.cases import DEVICE, computes
 from benchmarks.measure import line, ratio
 from benchmarks.outcomes import write
 from benchmarks.record import begun
 from benchmarks.step_cases import (
+    CHANNELS_LAST,
+    CPU_WAYS,
     CROSS_ENTROPY,
     CUDA,
+    FORWARD_MODE,
     FULL,
     LOSSES,
     NAIVE,
@@ -38,7 +40,6 @@ from benchmarks.step_cases import (
 )
 from immunity_fast.runtime.compilation import keep_caches, resolve
 from immunity_fast.runtime.precision import set_float32
-from immunity_fast.runtime.strategies import TABLE
 
 # Dense bfloat16 with float32 accumulation, FLOP/s, from NVIDIA's data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -112,7 +113,7 @@ class Measured:
         step()
         closeness = float(torch.cosine_similarity(gradient(model), self._expected[loss], 0))
         self._first[way.name, loss] = time.perf_counter() - begin
-        if self.judged and not closeness > CLOSE[self.case.amp]:
+        if self.judged and not closeness > CLOSE[self.case.amp if way.amp is None else way.amp]:
             raise ValueError(f"the gradient is not the naive loop's: cosine {closeness:.4f}")
         self._steps[way.name, loss] = _run(step)
         if CUDA and way.compile != "off":
@@ -130,7 +131,7 @@ class Measured:
         for way_name, loss in keys:
             self._records[way_name, loss] = self._record(way_name, loss, seconds)
         for (way_name, _), record in self._records.items():
-            plain = self._records.get((way_name.split(",")[0], CROSS_ENTROPY))
+            plain = self._records.get((way_name.removesuffix(FORWARD_MODE), CROSS_ENTROPY))
             record["overhead"] = None if plain is None else round(record["median_ms"] / plain["median_ms"], 3)
 
     def _record(self, way_name: str, loss: str, seconds: dict[tuple[str, str], list[float]]) -> dict[str, Any]:
@@ -210,13 +211,14 @@ def fastest(records: list[dict[str, Any]], record: str, device: str | None = Non
     found = []
     for arch in dict.fromkeys(entry["arch"] for entry in records):
         full = [e for e in records if e["arch"] == arch and e["loss"] == FULL and e["way"].startswith(prefix)]
+        full = [e for e in full if not e["way"].endswith("bf16")]  # which has to be asked for
         if not full:
             continue
         most = max(entry["samples"] for entry in full)
         stage = next(entry["stage"] for entry in full if entry["samples"] == most)
         same = {e["way"]: e for e in full if e["samples"] == most and e["stage"] == stage}
         compiled = [
-            {**_ways(way), "first_step_s": e["first_step_s"], "step_s": round(e["median_ms"] / 1e3, 6)}
+            {**_ways(way, device), "first_step_s": e["first_step_s"], "step_s": round(e["median_ms"] / 1e3, 6)}
             for way, e in same.items()
             if prefix == "compiled" and e["first_step_s"] is not None
         ]
@@ -225,7 +227,8 @@ def fastest(records: list[dict[str, Any]], record: str, device: str | None = Non
             {
                 "device": device,
                 "arch": arch,
-                **_ways(best),
+                "use": "training",
+                **_ways(best, device),
                 "stage": stage,
                 "samples": most,
                 "record": record,
@@ -235,19 +238,17 @@ def fastest(records: list[dict[str, Any]], record: str, device: str | None = Non
     return found
 
 
-def _ways(name: str) -> dict[str, str]:
-    """What a way of `WAYS` means."""
-    way = next(way for way in WAYS if way.name == name)
-    return {"batching": way.batching, "double_backprop": way.double_backprop}
+def _ways(name: str, device: str) -> dict[str, str]:
+    """What a way means on a device, a GPU's name or "cpu"."""
+    way = next(way for way in (*WAYS, *CPU_WAYS) if way.name == name)
+    memory_format = way.memory_format if device == "cpu" else CHANNELS_LAST
+    return {"batching": way.batching, "double_backprop": way.double_backprop, "memory_format": memory_format}
 
 
 def write_strategies(found: dict[str, Any], out: Path) -> None:
     """Put what was found to be fastest into the package's table, in place of what it held of this device."""
     chosen = fastest(found["records"], f"benchmarks/results/{out.name}")
-    replaced = {(entry["device"], entry["arch"]) for entry in chosen}
-    table = json.loads(TABLE.read_text(encoding="utf-8"))["records"]
-    kept = [entry for entry in table if (entry["device"], entry["arch"]) not in replaced]
-    write(TABLE, {"records": kept + chosen})
+    strategies_file.replace(chosen)
 
 
 def table(found: dict[str, Any]) -> str:
@@ -260,7 +261,7 @@ def table(found: dict[str, Any]) -> str:
     for e in found["records"]:
         if e["loss"] != FULL:
             continue
-        beside = plain.get((e["arch"], e["stage"], e["samples"], e["way"].split(",")[0]))
+        beside = plain.get((e["arch"], e["stage"], e["samples"], e["way"].removesuffix(FORWARD_MODE)))
         rows.append(
             f"| {e['arch']}, {e['stage']} | {e['samples']} | {e['way']} | {_ms(beside)} | {_ms(e)} | "
             f"{e['speedup_over_naive']:.2f} | {'' if e['overhead'] is None else format(e['overhead'], '.2f')} | "

@@ -67,7 +67,7 @@ def collect() -> dict[str, Any]:
             "device": device.type,
             "backend of the losses": "triton" if HAS_TRITON and device.type == "cuda" else "torch",
             "compile": resolve("auto", device),
-            "batching, double backprop": _attempt(lambda: _strategies(device)),
+            "batching, double backprop, memory format": _attempt(lambda: _strategies(device)),
         },
         "architectures": {
             "of ours": ", ".join(NAMES),
@@ -148,7 +148,7 @@ def _number(library: str) -> str:
 
 
 def _strategies(device: torch.device) -> dict[str, str]:
-    """By architecture, of a step that is not compiled; where it is, the length of a run counts, too."""
+    """By architecture, of a training step that is not compiled; where it is, the length of a run counts, too."""
     return {arch: ", ".join(fastest(device.type, arch)) for arch in NAMES}
 
 

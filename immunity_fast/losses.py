@@ -500,7 +500,7 @@ def _direct_vjp(
     """`torch.func.vjp` with an auxiliary result, by autograd: less to do for Python, and a direct second derivative."""
     # A view, in which no other way that leads from the activations to the logits counts.
     maps = activations.view_as(activations) if activations.requires_grad else activations.detach().requires_grad_()
-    second = SecondDerivatives()
+    second = SecondDerivatives(maps)
     with second if differentiated else nullcontext():
         logits, aux = run(maps)
 

@@ -28,17 +28,21 @@ class SecondDerivatives(TorchFunctionMode):
 
     ::
 
-        with SecondDerivatives() as second:
+        with SecondDerivatives(maps) as second:
             logits = head(maps)
         with second.input_gradient():
             (slopes,) = torch.autograd.grad(logits.sum(), maps, create_graph=True)
 
     The values, and all derivatives of any order, are PyTorch's, but for rounding. Left to PyTorch are weights that are
     no parameters (they might depend on the maps), images without a batch, and what a compiler or `torch.func` traces.
+
+    Args:
+        maps: what the gradient will be taken by.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, maps: Tensor) -> None:
         super().__init__()
+        self._storage = maps.untyped_storage()._cdata
         self.of_input = False  # whether it is the input gradient that is being taken
 
     @contextmanager
@@ -58,13 +62,25 @@ class SecondDerivatives(TorchFunctionMode):
             return function(*args, **kwargs)
         if function in _CONVOLUTIONS:
             given = _convolution(*args, **kwargs)
-            if given is not None and given[0].dim() == 2 + _CONVOLUTIONS[function]:
+            if given is not None and self._are_constant(given[1:3]) and given[0].dim() == 2 + _CONVOLUTIONS[function]:
                 return _Convolution.apply(self, *_autocast(*given[:3]), *given[3:])
         elif function is F.batch_norm:
             known = _batch_norm(*args, **kwargs)
-            if known is not None:
+            if known is not None and self._are_constant(known[1:3]):
                 return _BatchNorm.apply(self, *known)
         return function(*args, **kwargs)
+
+    def _are_constant(self, weights: Sequence[Tensor | None]) -> bool:
+        """Whether all are parameters or views of them, and so nothing that maps could have been made into."""
+        return all(
+            weight is None or (_is_parameter(weight) and weight.untyped_storage()._cdata != self._storage)
+            for weight in weights
+        )
+
+
+def _is_parameter(weight: Tensor) -> bool:
+    """Whether it is a leaf of the graph, or a view of one, as an expert's of a stack is."""
+    return weight.is_leaf or bool(weight._is_view() and weight._base.is_leaf)  # type: ignore[union-attr]
 
 
 def _convolution(
@@ -77,7 +93,7 @@ def _convolution(
     groups: int = 1,
 ) -> tuple[Any, ...] | None:
     """The arguments of `_Convolution`; None where it is not for them."""
-    if isinstance(padding, str) or not (_is_constant(weight) and _is_constant(bias)):
+    if isinstance(padding, str):
         return None
     sides = weight.dim() - 2
     lists = [[each] * sides if isinstance(each, int) else list(each) for each in (stride, padding, dilation)]
@@ -96,15 +112,10 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> tuple[Any, ...] | None:
     """The arguments of `_BatchNorm`; None where it is not for them."""
-    if not training or not (_is_constant(weight) and _is_constant(bias)) or input.numel() == 0:
+    if not training or input.numel() == 0:
         return None
     F._verify_batch_size(input.size())  # type: ignore[attr-defined]
     return input, weight, bias, running_mean, running_var, momentum, eps
-
-
-def _is_constant(weight: Tensor | None) -> bool:
-    """Whether a weight is none, or a parameter or a view of one, and so nothing that maps could have been made into."""
-    return weight is None or weight.is_leaf or bool(weight._is_view() and weight._base.is_leaf)  # type: ignore[union-attr]
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -227,6 +238,7 @@ class _BatchNormInputGradient(torch.autograd.Function):
     def forward(
         ctx: Any, gradient: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor, eps: float
     ) -> Tensor:
+        found: Tensor
         found, along, total = _batch_norm_gradients(gradient, input, weight, mean, scale, eps, (True, True, True))
         ctx.save_for_backward(gradient, input, weight, mean, scale, along, total)
         ctx.eps = eps

@@ -16,7 +16,7 @@ COMMANDS = ("train", "evaluate", "explain", "export_model", "ensemble", "reprodu
 # From the ground up: a room imports what is on the floors below its own, and itself.
 FLOORS = (
     ("kernels", "runtime"),
-    ("permutations", "channelwise", "arguments"),
+    ("permutations", "channelwise", "second_derivatives", "arguments"),
     ("targets",),
     ("functional", "forward_mode", "data", "reporting"),
     ("experts", "losses"),

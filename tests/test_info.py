@@ -62,8 +62,8 @@ def test_auto_is_what_the_code_makes_of_it(home: Path) -> None:
     device = torch.device(auto["device"])
     tensors = [torch.zeros(1, device=device)]
     assert (auto["backend of the losses"] == "triton") == functional._use_triton("auto", "activations", tensors)
-    assert set(auto["batching, double backprop"]) == set(NAMES)
-    for arch, ways in auto["batching, double backprop"].items():
+    assert set(auto["batching, double backprop, memory format"]) == set(NAMES)
+    for arch, ways in auto["batching, double backprop, memory format"].items():
         assert ways.split(", ")[0] == choose("auto", device, arch)
     assert auto["compile"] == ("on" if device.type == "cuda" else "off")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory, steps, timing
+from benchmarks import memory, steps, strategies_file, timing, uses
 from benchmarks.step_cases import CROSS_ENTROPY, DETACHED, FULL, NAIVE, WAYS, StepCase, cases, rehearsed_cases
 from immunity_fast.runtime import strategies
 from tests.places import REPOSITORY
@@ -29,6 +29,9 @@ def test_every_way_takes_the_naive_step(loss: str) -> None:
     for way in CASE.ways(loss):
         step, model = CASE.step(way, loss)
         step()
+        if way.amp is not None:
+            assert torch.cosine_similarity(steps.gradient(model), expected, 0) > steps.CLOSE[way.amp]
+            continue
         torch.testing.assert_close(steps.gradient(model), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -43,7 +46,7 @@ def test_losses_differ() -> None:
 
 @pytest.mark.parametrize(
     ("arch", "stage", "floor"),
-    [("resnet8", "layer2", 1.33), pytest.param("resnet8", "layer3", 1.0, marks=pytest.mark.exhaustive)],
+    [("resnet8", "layer2", 1.3), pytest.param("resnet8", "layer3", 1.0, marks=pytest.mark.exhaustive)],
 )
 def test_the_floor_of_the_overhead_is_counted(arch: str, stage: str, floor: float) -> None:
     case = StepCase(arch, stage, 8)
@@ -59,6 +62,9 @@ def test_a_case_that_is_measured_can_be_built() -> None:
         assert len({str(case) for case in cases(quick)}) == len(cases(quick)) > 0
 
 
+LOOP = {"batching": "loop", "double_backprop": "reverse", "memory_format": "channels_last"}
+
+
 def _record(arch: str, way: str, median: float, *, samples: int = 32, stage: str = "layer2") -> dict[str, Any]:
     beside = {"speedup_over_naive": 1.0, "overhead": 1.4, "flop_floor": 1.3, "peak_mib": 10.0, "iqr_ms": 0.2}
     return beside | {
@@ -72,21 +78,27 @@ def _record(arch: str, way: str, median: float, *, samples: int = 32, stage: str
 
 
 @pytest.mark.parametrize(
-    ("medians", "batching", "double_backprop"),
+    ("medians", "expected"),
     [
-        ({"eager loop": 10.0, "eager vmap": 9.0, "compiled loop": 1.0}, "vmap", "reverse"),
-        ({"eager loop": 10.0, "eager vmap": 9.9, "eager loop, forward mode": 11.0}, "loop", "reverse"),
-        ({"eager loop": 10.0, "eager vmap": 12.0, "eager vmap, forward mode": 8.0}, "vmap", "forward"),
-        ({NAIVE: 5.0, "eager loop": 10.0}, "loop", "reverse"),
+        ({"eager loop": 10.0, "eager vmap": 9.0, "compiled loop": 1.0}, ("vmap", "reverse", "contiguous")),
+        ({"eager loop": 10.0, "eager vmap": 9.9, "eager loop, forward mode": 11.0}, ("loop", "reverse", "contiguous")),
+        ({"eager loop": 10.0, "eager vmap, forward mode": 8.0}, ("vmap", "forward", "contiguous")),
+        ({"eager loop": 10.0, "eager loop, channels-last": 8.0}, ("loop", "reverse", "channels_last")),
+        (
+            {"eager loop": 10.0, "eager loop, bf16": 4.0, "eager loop, channels-last, bf16": 3.0},
+            ("loop", "reverse", "contiguous"),
+        ),
+        ({NAIVE: 5.0, "eager loop": 10.0}, ("loop", "reverse", "contiguous")),
     ],
 )
 def test_the_fastest_way_that_auto_would_run_is_chosen(
-    medians: dict[str, float], batching: str, double_backprop: str
+    medians: dict[str, float], expected: tuple[str, str, str]
 ) -> None:
+    """bfloat16 is another result, and is never chosen."""
     records = [_record("resnet8", way, median) for way, median in medians.items()]
     records += [_record("resnet8", "eager vmap", 1.0, samples=8), _record("resnet8", "eager vmap", 1.0, stage="layer3")]
     (chosen,) = steps.fastest(records, "somewhere.json")
-    assert (chosen["batching"], chosen["double_backprop"]) == (batching, double_backprop)
+    assert (chosen["batching"], chosen["double_backprop"], chosen["memory_format"]) == expected
     assert (chosen["device"], chosen["samples"], chosen["stage"]) == ("cpu", 32, "layer2")
 
 
@@ -98,54 +110,65 @@ def test_of_compiled_ways_the_table_says_what_each_takes() -> None:
     ]
     (found,) = steps.fastest(records, "somewhere.json", "a GPU")
     assert (found["device"], found["batching"], found["double_backprop"]) == ("a GPU", "loop", "reverse")
+    same = {"double_backprop": "reverse", "memory_format": "channels_last"}
     assert found["compiled"] == [
-        {"batching": "vmap", "double_backprop": "reverse", "first_step_s": 20.0, "step_s": 0.004},
-        {"batching": "loop", "double_backprop": "reverse", "first_step_s": 90.5, "step_s": 0.002},
+        {**same, "batching": "vmap", "first_step_s": 20.0, "step_s": 0.004},
+        {**same, "batching": "loop", "first_step_s": 90.5, "step_s": 0.002},
     ]
 
 
 def test_the_table_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "strategies.json"
-    old = {"device": "cpu", "arch": "googlenet", "batching": "loop", "double_backprop": "reverse"}
+    old = {"device": "cpu", "arch": "googlenet", "use": "training"} | LOOP
     other = old | {"device": "another GPU", "arch": "resnet8"}
     file.write_text(json.dumps({"records": [old | {"arch": "resnet8"}, old, other]}), encoding="utf-8")
-    for module in (steps, strategies):
+    for module in (strategies_file, strategies):
         monkeypatch.setattr(module, "TABLE", file)
     found = {"records": [_record("resnet8", "eager loop", 10.0), _record("resnet8", "eager vmap, forward mode", 8.0)]}
     steps.write_strategies(found, tmp_path / "record.json")
     strategies._table.cache_clear()
     try:
-        assert strategies.fastest("cpu", "resnet8") == ("vmap", "forward")
-        assert strategies.fastest("cpu", "googlenet") == ("loop", "reverse")
-        assert strategies.fastest("cpu", "unknown") == ("loop", "reverse")  # of the first record of the device
+        assert strategies.fastest("cpu", "resnet8") == ("vmap", "forward", "contiguous")
+        assert strategies.fastest("cpu", "googlenet") == tuple(LOOP.values())
+        # Batched as the device's first record says; laid out as what is measured alone would be.
+        assert strategies.fastest("cpu", "unknown") == ("loop", "reverse", "contiguous")
+        assert strategies.fastest("cpu", "resnet8", "attack") == strategies.unmeasured("cpu", "attack")
+        assert strategies.laid_out("auto", torch.device("cpu"), "googlenet") == "channels_last"
+        assert strategies.laid_out("contiguous", torch.device("cpu"), "googlenet") == "contiguous"
         assert strategies.choose("auto", torch.device("cpu"), "resnet8") == "vmap"
         assert strategies.choose("loop", torch.device("cpu"), "resnet8") == "loop"
-        assert strategies.fastest("cuda", "resnet8") == strategies.UNMEASURED["other"]
+        assert strategies.fastest("cuda", "resnet8") == ("vmap", "reverse", "channels_last")
         assert len(strategies._table()) == 3
     finally:
         strategies._table.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("steps", "expected"), [(None, ("loop", "reverse")), (100, ("vmap", "forward")), (100_000, ("loop", "reverse"))]
+    ("steps", "expected"),
+    [
+        (None, ("loop", "reverse", "channels_last")),
+        (100, ("vmap", "forward", "contiguous")),
+        (100_000, ("loop", "reverse", "channels_last")),
+    ],
 )
 def test_a_run_that_compiles_takes_what_ends_first(
-    steps: int | None, expected: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    steps: int | None, expected: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loop over five experts compiles five times as much code: a short run is over before that pays."""
     ways = [
-        {"batching": "loop", "double_backprop": "reverse", "first_step_s": 500.0, "step_s": 0.010},
-        {"batching": "vmap", "double_backprop": "forward", "first_step_s": 170.0, "step_s": 0.014},
+        LOOP | {"first_step_s": 500.0, "step_s": 0.010},
+        {"batching": "vmap", "double_backprop": "forward", "memory_format": "contiguous"}
+        | {"first_step_s": 170.0, "step_s": 0.014},
     ]
-    record = {"device": "a GPU", "arch": "resnet18", "batching": "loop", "double_backprop": "reverse", "compiled": ways}
+    record = {"device": "a GPU", "arch": "resnet18", "use": "training", "compiled": ways} | LOOP
     file = tmp_path / "strategies.json"
     file.write_text(json.dumps({"records": [record]}), encoding="utf-8")
     monkeypatch.setattr(strategies, "TABLE", file)
     monkeypatch.setattr(strategies, "_device_name", lambda _: "a GPU")
     strategies._table.cache_clear()
     try:
-        assert strategies.fastest("cuda", "resnet18", steps) == expected
-        assert strategies.fastest("cuda", "densenet121", steps) == ("loop", "reverse")
+        assert strategies.fastest("cuda", "resnet18", compiled_steps=steps) == expected
+        assert strategies.fastest("cuda", "densenet121", compiled_steps=steps) == tuple(LOOP.values())
     finally:
         strategies._table.cache_clear()
 
@@ -155,7 +178,10 @@ def test_the_table_of_the_package_is_what_was_measured() -> None:
     root = REPOSITORY
     for entry in strategies._table():
         record = json.loads((root / entry["record"]).read_text(encoding="utf-8"))
-        assert entry in steps.fastest(record["records"], entry["record"], entry["device"])
+        measured = steps.fastest if entry["use"] == "training" else uses.fastest
+        assert entry in measured(
+            record["records" if "records" in record else "cases"], entry["record"], entry["device"]
+        )
 
 
 def test_on_a_cpu_auto_is_nowhere_slower_than_the_naive_loop() -> None:
@@ -168,11 +194,8 @@ def test_on_a_cpu_auto_is_nowhere_slower_than_the_naive_loop() -> None:
     assert {"resnet8", "resnet18", "googlenet", "densenet121"} <= {entry["arch"] for entry in record["records"]}
     for entry in record["records"]:
         strategy = strategies.fastest("cpu", entry["arch"])
-        way = next(
-            way.name
-            for way in WAYS
-            if (way.batching, way.double_backprop, way.compile) == (strategy.batching, strategy.double_backprop, "off")
-        )
+        wanted = (*strategy[:2], "off", strategy.memory_format, None)
+        way = next(way.name for way in WAYS if way[1:] == wanted)
         if entry["way"] == way and entry["loss"] == FULL:
             naive = next(e for e in record["records"] if e["way"] == NAIVE and same(e, entry))
             assert entry["median_ms"] <= 1.02 * naive["median_ms"]

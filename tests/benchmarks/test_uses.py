@@ -1,0 +1,47 @@
+"""The benchmark of attacks and inference: what it concludes, and one small case from beginning to end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import uses
+
+
+def _case(medians: dict[str, float], use: str = "attack") -> dict[str, Any]:
+    return {
+        "arch": "resnet8",
+        "use": use,
+        "images": 64,
+        "ways": {name: {"median_us": medians.get(name, 1e6)} for name in uses.WAYS},
+    }
+
+
+@pytest.mark.parametrize(
+    ("medians", "expected"),
+    [
+        ({uses.PLAIN: 10.0, "loop, channels-last": 9.0}, ("loop", "channels_last")),
+        ({uses.PLAIN: 10.0, "loop, channels-last": 9.9}, ("loop", "contiguous")),
+        ({uses.PLAIN: 10.0, "vmap, contiguous": 8.0, "loop, channels-last, bf16": 1.0}, ("vmap", "contiguous")),
+    ],
+)
+def test_the_fastest_float32_way_is_chosen(medians: dict[str, float], expected: tuple[str, str]) -> None:
+    """bfloat16 is another result, and is never chosen."""
+    (found,) = uses.fastest([_case(medians)], "somewhere.json", "cpu")
+    assert (found["batching"], found["memory_format"]) == expected
+    assert (found["device"], found["arch"], found["use"]) == ("cpu", "resnet8", "attack")
+
+
+@pytest.mark.parametrize("use", uses.USES)
+def test_all_ways_compute_the_same(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time is looked at; a way that computes something else is refused."""
+    monkeypatch.setattr(uses, "ROUNDS", 2)
+    monkeypatch.setattr(uses, "EXPERTS", 2)
+    monkeypatch.setitem(uses.IMAGES, "resnet8", 3)
+    found = uses.case("resnet8", use)
+    assert found["ways"].keys() == uses.WAYS.keys()
+    assert uses.table([found]).count("\n") == 2
+    monkeypatch.setitem(uses.CLOSE, "bf16", 1e-6)
+    with pytest.raises(ValueError, match="not what a loop computes"):
+        uses.case("resnet8", use)
