@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from immunity_fast.experts.folding import Layers, normalised
 from immunity_fast.experts.staged import StagedNetwork, classifier, initialise
@@ -29,7 +28,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         between = normalised(self.conv1, self.bn1, x, relu=True)
-        return F.relu(normalised(self.conv2, self.bn2, between) + self.shortcut(x))
+        return normalised(self.conv2, self.bn2, between, plus=self.shortcut(x), relu=True)
 
 
 def _resnet(
