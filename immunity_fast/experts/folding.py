@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from immunity_fast.experts.packed import PackedConv2d
 from immunity_fast.experts.plain import is_plain, is_recorded
@@ -46,7 +47,10 @@ def normalised(
         return F.relu(maps) if relu else maps
     maps = _made(convolution, normalisation, x)
     if plus is not None:
-        maps += plus
+        alike = maps.dtype == plus.dtype and not is_functorch_wrapped_tensor(
+            plus
+        )  # which `maps` may not be able to hold
+        maps = maps.add_(plus) if alike else maps + plus
     return F.relu(maps, inplace=True) if relu else maps
 
 

@@ -32,8 +32,8 @@ class _Packed(NamedTuple):
 class PackedConv2d(nn.Conv2d):
     """An `nn.Conv2d` whose passes without derivatives, on a CPU in float32, take and make channels-last maps.
 
-    Its weight is then in memory twice. A change of it is seen, but not one through `weight.data`, which PyTorch does
-    not count.
+    Its weight is then in memory twice. A change of it is seen, but not what is written into `weight.data`, which
+    PyTorch does not count.
     """
 
     _packed: _Packed | None = None

@@ -115,6 +115,21 @@ def test_tangents_and_their_gradients_are_the_layers(relu: bool) -> None:
         assert_matches(one, other)
 
 
+def test_what_is_added_keeps_its_type_its_derivatives_and_itself() -> None:
+    layers, x, plus = pair(), normal(2, 4, 6, 5), normal(2, 6, 4, 3, seed=1)
+    kept = plus.clone().requires_grad_()
+    found = normalised(layers[0], layers[1], x, plus=kept, relu=True)
+    expected = apart(layers, x) + plus
+    assert_matches(found, expected.relu())
+    assert torch.equal(kept, plus)
+    weight = normal(*found.shape, seed=2)
+    assert torch.equal(torch.autograd.grad((found * weight).sum(), kept)[0], weight * (expected > 0))
+    assert_matches(vmap(lambda p: normalised(layers[0], layers[1], x, plus=p))(plus[None]), expected[None])
+    layers.float()
+    with torch.no_grad():
+        assert normalised(layers[0], layers[1], x.float(), plus=plus).dtype == torch.float64
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_stacked_experts_under_vmap_are_each_alone(shared: bool) -> None:
     experts = [stirred(Layers(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()), seed) for seed in (5, 50, 500)]
