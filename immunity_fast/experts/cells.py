@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from immunity_fast.experts.folding import Layers
 from immunity_fast.experts.staged import StagedNetwork, classifier
 
 NODES = 4
@@ -79,7 +80,7 @@ def separable(channels: int, kernel: int, stride: int, *, affine: bool) -> nn.Se
             nn.Conv2d(channels, channels, 1, bias=False),
             nn.BatchNorm2d(channels, affine=affine),
         ]
-    return nn.Sequential(*layers)
+    return Layers(*layers)
 
 
 class Node(nn.Module):
@@ -199,7 +200,7 @@ def cell_network(
     starts = (0, *reductions)
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     width = 3 * channels
-    stages["stem"] = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+    stages["stem"] = Layers(nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
     before = (width, width)
     for stage, (start, end) in enumerate(zip(starts, (*reductions, cells), strict=True)):
         crossing = None if stage == 0 else before[0]
@@ -225,6 +226,6 @@ def reaches_output(edges: Iterable[Iterable[int]]) -> bool:
 
 
 def _pointwise(in_channels: int, out_channels: int, affine: bool) -> nn.Sequential:
-    return nn.Sequential(
+    return Layers(
         nn.ReLU(), nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels, affine=affine)
     )

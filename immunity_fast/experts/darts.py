@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from immunity_fast.experts.cells import NODES, Edge, Zero, cell_network, reaches_output, separable, skip
+from immunity_fast.experts.folding import Layers
 from immunity_fast.experts.staged import StagedNetwork
 
 Pairs = tuple[tuple[str, int], ...]
 
 
 def _dilated(channels: int, kernel: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
+    return Layers(
         nn.ReLU(),
         nn.Conv2d(channels, channels, kernel, stride, kernel - 1, dilation=2, groups=channels, bias=False),
         nn.Conv2d(channels, channels, 1, bias=False),
@@ -26,7 +27,7 @@ def _dilated(channels: int, kernel: int, stride: int) -> nn.Sequential:
 
 
 def _crossed(channels: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
+    return Layers(
         nn.ReLU(),
         nn.Conv2d(channels, channels, (1, 7), (1, stride), (0, 3), bias=False),
         nn.Conv2d(channels, channels, (7, 1), (stride, 1), (3, 0), bias=False),

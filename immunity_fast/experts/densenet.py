@@ -7,6 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from immunity_fast.experts.folding import Layers
 from immunity_fast.experts.staged import StagedNetwork, classifier, initialise
 from immunity_fast.experts.stems import Stem, imagenet_stem
 
@@ -18,7 +19,7 @@ class DenseLayer(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.features = nn.Sequential(
+        self.features = Layers(
             nn.BatchNorm2d(channels),
             nn.ReLU(),
             nn.Conv2d(channels, 4 * GROWTH, 1, bias=False),

@@ -8,16 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from immunity_fast.experts.folding import Layers
 from immunity_fast.experts.staged import StagedNetwork, classifier, initialise
 from immunity_fast.experts.stems import Stem
 
 IMAGENET_EPS = 1e-3  # of torchvision's batch normalisation in this network
 
 
-def _conv(in_channels: int, out_channels: int, kernel: int, *, stem: Stem, stride: int = 1) -> nn.Sequential:
+def _conv(in_channels: int, out_channels: int, kernel: int, *, stem: Stem, stride: int = 1) -> Layers:
     # Batch normalisation takes a convolution's bias out again; it stays for the parameters to be the known network's.
     small = stem == "cifar"
-    return nn.Sequential(
+    return Layers(
         nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=small),
         nn.BatchNorm2d(out_channels, eps=1e-5 if small else IMAGENET_EPS),
         nn.ReLU(),

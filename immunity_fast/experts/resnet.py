@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from immunity_fast.experts.folding import Layers, normalised
 from immunity_fast.experts.staged import StagedNetwork, classifier, initialise
 from immunity_fast.experts.stems import Stem, imagenet_stem
 
@@ -22,13 +22,13 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
+            self.shortcut = Layers(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        residual: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(residual + self.shortcut(x))
+        between = normalised(self.conv1, self.bn1, x, relu=True)
+        return normalised(self.conv2, self.bn2, between, plus=self.shortcut(x), relu=True)
 
 
 def _resnet(
@@ -40,7 +40,7 @@ def _resnet(
     if stem == "imagenet":
         stages["stem"] = imagenet_stem(channels, in_channels)
     else:
-        stages["stem"] = nn.Sequential(
+        stages["stem"] = Layers(
             nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
         )
     for index, width in enumerate(widths, start=1):

@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import nn
 
+from immunity_fast.experts.folding import Layers
+
 Stem = Literal["cifar", "imagenet"]
 StemChoice = Literal["auto", "cifar", "imagenet"]
 LARGEST_SMALL = 64  # pixels: of images whose smaller side exceeds it, "auto" is the ImageNet form
@@ -25,7 +27,7 @@ def imagenet_stem(channels: int, in_channels: int = 3) -> nn.Sequential:
 
     As ResNets and DenseNets have it (arXiv 1512.03385, 1608.06993).
     """
-    return nn.Sequential(
+    return Layers(
         OrderedDict(
             conv=nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False),
             bn=nn.BatchNorm2d(channels),

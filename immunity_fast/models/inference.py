@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from immunity_fast.experts.plain import is_plain
 from immunity_fast.kernels import reference
 from immunity_fast.runtime.outputs import logits_of
 from immunity_fast.runtime.precision import accumulation_dtype
@@ -112,7 +113,7 @@ def _pairs(network: nn.Module, images: Tensor) -> list[tuple[Any, Any]]:
     taken: list[tuple[nn.Module, Tensor]] = []
     hooks = []
     for layer in network.modules():
-        if _is_changed(layer):
+        if not is_plain(layer):
             continue
         if type(layer) in _CONVOLUTIONS:
             hooks.append(layer.register_forward_hook(lambda layer, _inputs, output: made.append((layer, output))))
@@ -131,11 +132,6 @@ def _pairs(network: nn.Module, images: Tensor) -> list[tuple[Any, Any]]:
         for layer, read in taken
         if id(read) in makers and readers.counts[id(read)] == calls[layer] == calls[makers[id(read)]] == 1
     ]
-
-
-def _is_changed(layer: nn.Module) -> bool:
-    """Whether more happens when it is called than its class says."""
-    return bool("forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _replace(network: nn.Module, others: dict[Any, nn.Module]) -> None:

@@ -15,6 +15,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from immunity_fast.arguments import Experts, Score, WeightScale
 from immunity_fast.experts import identical
+from immunity_fast.experts.packed import packed
 from immunity_fast.experts.registry import check_trusted
 from immunity_fast.experts.stems import Stem, StemChoice, chosen_stem
 from immunity_fast.functional import log_mixture
@@ -451,7 +452,8 @@ class ImmunityMoE(nn.Module):
         """A plain module that answers as this one in evaluation mode, for export, compiling and serving.
 
         It has N ordinary networks, each BatchNorm folded into the convolution before it where that is sure to be right,
-        and nothing random; it shares no tensors with this model.
+        and nothing random; it shares no tensors with this model. On a CPU, in float32, it keeps each convolution's
+        weight once more, as the kernels want it, which spares each pass to lay it out anew.
 
         Args:
             gate: what weighs the experts: "mean", 1/N each, the exact mean of the gate's permutations; or "off", the
@@ -468,7 +470,8 @@ class ImmunityMoE(nn.Module):
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(2, self.channels, *self.image_size, generator=generator).to(like)
         normalize = copy.deepcopy(self.normalize)
-        networks = [folded(network, normalize(images)) for network in self._networks()]
+        x = normalize(images)
+        networks = [packed(folded(network, x), x) for network in self._networks()]
         weigher = None if gate == "mean" or self.num_experts == 1 else copy.deepcopy(self.gate.network)
         return InferenceMixture(networks, normalize, weigher)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from immunity_fast import ImmunityMoE
+from immunity_fast.experts import packed
+from immunity_fast.experts.packed import PackedConv2d
 from immunity_fast.models.inference import InferenceMixture, folded
 from immunity_fast.models.moe import SingleNetwork
 from tests import grids
@@ -64,6 +67,25 @@ def test_it_answers_as_the_model(arch: str, gate: Literal["mean", "off"]) -> Non
     with torch.no_grad(), model.gate.switched(other):
         assert not torch.allclose(model(x), expected, rtol=1e-3)
     assert norms(plain) == 0
+
+
+def test_in_float32_its_convolutions_are_packed() -> None:
+    model = ImmunityMoE("resnet8,densenet121", 2, 5, image_size=16, stage="stem")
+    stirred(model).eval()
+    plain = model.for_inference()
+    kinds = Counter(type(layer) for layer in plain.modules() if isinstance(layer, nn.Conv2d))
+    assert kinds == ({PackedConv2d: 129} if packed._is_there() else {nn.Conv2d: 129})
+    x = images(2, (16, 16))
+    answers = [plain(x.float()), plain(x[:1].float())]
+    state = plain.state_dict()
+    model.double()
+    with torch.no_grad(), model.gate.switched("mean"):
+        expected = model(x)
+    for answer in answers:
+        assert_matches(answer, expected[: len(answer)], tolerance=1e-4)
+    plain.double()
+    assert_matches(plain(x), expected, tolerance=1e-4)  # by weights that were rounded once
+    assert list(plain.state_dict()) == list(state)
 
 
 def test_a_single_network_has_no_gate() -> None:
