@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.image import BboxImage
 from matplotlib.textpath import text_to_path
 
 from immunity_fast.reporting.canvas import Canvas, Cell
@@ -156,9 +157,8 @@ def _font(size: float, weight: str = "normal") -> FontProperties:
 def to_bytes(figure: Figure, kind: str) -> bytes:
     """The figure as a file, "pdf" or "png"."""
     # A PDF has each picture once, in its own pixels; in a PNG they are averaged, so that all become equally large.
-    for axes in figure.axes:
-        for image in axes.images:
-            image.set_interpolation("none" if kind == "pdf" else "antialiased")
+    for image in figure.findobj(BboxImage):
+        image.set_interpolation("none" if kind == "pdf" else "antialiased")
     buffer = io.BytesIO()
     # Type 42 keeps text as text, which publishers ask for. Neither file may say when it was made.
     metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
