@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.image import BboxImage
 from matplotlib.textpath import text_to_path
 
 from immunity_fast.reporting.canvas import Canvas, Cell
@@ -147,7 +146,10 @@ def _add_heatmap(canvas: Canvas, x: int, y: int, cell: Cell, gallery: Gallery, e
 def _add_picture(canvas: Canvas, x: int, y: int, cell: Cell, rgb: np.ndarray) -> None:
     """A picture of floats in [0, 1]; a small one gets larger pixels, since viewers smooth what they enlarge."""
     factor = max(1, 256 // max(rgb.shape[:2]))
-    canvas.picture(x, y, cell, np.round(255 * rgb).astype(np.uint8).repeat(factor, 0).repeat(factor, 1))
+    axes = canvas.axes(x, y, *cell)  # of its own: of others a PDF has no picture in its own pixels
+    axes.set_axis_off()
+    enlarged = np.round(255 * rgb).astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
+    axes.imshow(enlarged, aspect="auto", interpolation="antialiased")
 
 
 def _font(size: float, weight: str = "normal") -> FontProperties:
@@ -157,8 +159,9 @@ def _font(size: float, weight: str = "normal") -> FontProperties:
 def to_bytes(figure: Figure, kind: str) -> bytes:
     """The figure as a file, "pdf" or "png"."""
     # A PDF has each picture once, in its own pixels; in a PNG they are averaged, so that all become equally large.
-    for image in figure.findobj(BboxImage):
-        image.set_interpolation("none" if kind == "pdf" else "antialiased")
+    for axes in figure.axes:
+        for image in axes.images:
+            image.set_interpolation("none" if kind == "pdf" else "antialiased")
     buffer = io.BytesIO()
     # Type 42 keeps text as text, which publishers ask for. Neither file may say when it was made.
     metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
