@@ -73,8 +73,8 @@ def cut_as_sklearn(labels: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
 def _shares(counts: NDArray[np.int64], wanted: int, random: np.random.RandomState) -> NDArray[np.int64]:
     """How many of each class are taken of all: whole numbers, those with the largest remainders rounded up."""
     exact = counts / counts.sum() * wanted
-    taken = np.floor(exact)
-    remainder, missing = exact - taken, int(wanted - taken.sum())
+    taken: NDArray[np.int64] = np.floor(exact).astype(np.int64)
+    remainder, missing = exact - np.floor(exact), wanted - int(taken.sum())
     for value in np.unique(remainder)[::-1]:
         if not missing:
             break
@@ -82,4 +82,4 @@ def _shares(counts: NDArray[np.int64], wanted: int, random: np.random.RandomStat
         up = random.choice(alike, size=min(len(alike), missing), replace=False)
         taken[up] += 1
         missing -= len(up)
-    return taken.astype(np.int64)
+    return taken

@@ -91,14 +91,14 @@ def describe(parser: argparse.ArgumentParser, words: Mapping[str, Sequence[str]]
         for action in group._group_actions
         if group not in (parser._positionals, parser._optionals)
     }
-    kinds = {function: kind for kind, function in KINDS.items()}
+    kinds: dict[Any, str] = {function: kind for kind, function in KINDS.items()}
     found = []
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
             continue
         help = parser._get_formatter()._expand_help(action) if action.help else ""
         about = {"dest": action.dest, "flags": list(action.option_strings), "nargs": action.nargs, "help": help}
-        more = {
+        more: dict[str, Any] = {
             "choices": [str(choice) for choice in action.choices or ()],
             "words": list(words.get(action.dest, ())) if not action.choices else [],
             "metavar": action.metavar,
