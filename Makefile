@@ -55,10 +55,11 @@ lint: $(VENV)/.dev
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
 
-# One stamp an extra: the quickstart does not wait for the tools of the developers.
+# One stamp an extra: the quickstart does not wait for the tools of the developers, nor for pip to compile three times as
+# many modules as it imports, which Python compiles when it first does.
 $(VENV)/.%: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable ".[$*]"
+	$(BIN)/python $(INSTALL) $(if $(filter train,$*),--no-compile) --constraint constraints.txt --editable ".[$*]"
 	$(if $(filter dev,$*),$(INSTALL_MLFLOW))
 	touch $@
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import immunity_fast
-from immunity_fast.runtime import completion, interrupts
+from immunity_fast.runtime import completion, interrupts, recorded
 from immunity_fast.runtime.commands import COMMANDS, CONSOLE, called_as
 
 LINES = {name: command.line for name, command in COMMANDS.items()} | {completion.COMMAND: completion.LINE}
@@ -74,6 +74,7 @@ def run(words: list[str], called: str) -> NoReturn:
         sys.exit(0)
     if command not in COMMANDS:
         refuse(command, called)
+    recorded.answer(command, rest)
     module = importlib.import_module(f"immunity_fast.{COMMANDS[command].module}")
     if command == "info":  # which needs torch alone
         module.main(rest)

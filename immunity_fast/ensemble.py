@@ -6,6 +6,11 @@ is a run folder that has ended: `immunity_fast.evaluate` takes it as any other.
 
 from __future__ import annotations
 
+from immunity_fast.runtime import recorded
+
+if __name__ == "__main__":
+    recorded.answer("ensemble")  # before what takes seconds to import
+
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.commands import program
 from immunity_fast.runtime.parser import description

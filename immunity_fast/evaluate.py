@@ -4,6 +4,11 @@ Every attacked number says what the attacker knew of the gate. An evaluation tha
 the same command started twice shares the work.
 """
 
+from immunity_fast.runtime import recorded
+
+if __name__ == "__main__":
+    recorded.answer("evaluate")  # before what takes seconds to import
+
 import dataclasses
 from typing import Any, get_args
 

@@ -6,6 +6,11 @@ they predict, and a JSON file with the numbers.
 
 from __future__ import annotations
 
+from immunity_fast.runtime import recorded
+
+if __name__ == "__main__":
+    recorded.answer("explain")  # before what takes seconds to import
+
 from typing import Any
 
 from immunity_fast.deployment.explaining import FOLDER, explain_named

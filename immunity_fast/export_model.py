@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+from immunity_fast.runtime import recorded
+
+if __name__ == "__main__":
+    recorded.answer("export")  # before what takes seconds to import
+
 from pathlib import Path
 from typing import Any, get_args
 

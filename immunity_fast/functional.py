@@ -7,6 +7,7 @@ in float32 (autocast included), float64 stays float64. Equation numbers: arXiv 2
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -42,16 +43,9 @@ from immunity_fast.targets import (
     read_targets,
 )
 
-try:
-    from immunity_fast.kernels import cross_entropy as fused_cross_entropy
-    from immunity_fast.kernels import heatmap_losses as fused_losses
-    from immunity_fast.kernels import heatmaps as fused_heatmaps
-    from immunity_fast.kernels import launch
-    from immunity_fast.kernels import soft_cross_entropy as fused_soft_cross_entropy
-except ImportError:  # Triton is not made for every platform
-    HAS_TRITON = False
-else:
-    HAS_TRITON = True
+# Triton is not made for every platform. Where it is, it takes longer to import than all of this package, and so the
+# kernels are imported where they run.
+HAS_TRITON = find_spec("triton") is not None
 
 __all__ = [
     "HAS_TRITON",
@@ -105,6 +99,8 @@ def gradcam_heatmaps(
     size = HeatmapOptions(size=checked_size(size), weight_scale=weight_scale, backend=backend).size
     maps, slopes = check_maps(activations, gradients, layout)
     if _use_kernels(backend, maps, slopes, size):
+        from immunity_fast.kernels import heatmaps as fused_heatmaps
+
         scale = reference.weight_factor(maps[0], weight_scale)
         heatmaps: Tensor = fused_heatmaps.gradcam_heatmaps(maps, slopes, list(size or maps[0].shape[3:]), scale)[0]
         return heatmaps
@@ -176,6 +172,8 @@ def losses_of_heatmaps(
     if sum(part.shape[0] for part in maps) < 2:
         raise ValueError(f"activations: expected at least 2 experts, got shape {tuple(maps[0].shape)}")
     if _use_kernels(options.backend, maps, slopes, options.size):
+        from immunity_fast.kernels import heatmap_losses as fused_losses
+
         scale = reference.weight_factor(maps[0], options.weight_scale)
         mutual_information, position_stability, *_ = fused_losses.heatmap_losses(
             maps,
@@ -262,6 +260,8 @@ def gradients_of_heatmap_losses(
         )
         of_maps, of_slopes = pullback((of_information, of_stability))
         return information, stability, channels_back(of_maps, layout), of_slopes
+    from immunity_fast.kernels import heatmap_losses as fused_losses
+
     (maps_part,), (slopes_part,) = check_maps(maps, slopes)
     scale = reference.weight_factor(maps, options.weight_scale)
     in_kernels = (options.normalize, float(options.smoothing), scale)
@@ -363,6 +363,8 @@ def cross_entropies(
         logits, gate = at_least_float32(logits), at_least_float32(gate)
     if not targets.soft and options.label_smoothing == 0:
         if by_kernel:
+            from immunity_fast.kernels import cross_entropy as fused_cross_entropy
+
             losses: Tensor = fused_cross_entropy.mixture_cross_entropy(logits, gate, targets.values, float(alpha))[0]
         else:
             losses = reference.mixture_cross_entropy(logits, gate, targets.values, alpha)
@@ -370,6 +372,8 @@ def cross_entropies(
         return targets.masked(losses if weights is None else weights.to(losses.dtype) * losses)
     coefficients = targets.coefficients(options, logits.shape[2], accumulation_dtype(logits))
     if by_kernel:
+        from immunity_fast.kernels import soft_cross_entropy as fused_soft_cross_entropy
+
         losses = fused_soft_cross_entropy.soft_mixture_cross_entropy(logits, gate, coefficients, float(alpha))[0]
     else:
         losses = reference.soft_mixture_cross_entropy(logits, gate, coefficients, alpha)
@@ -447,10 +451,14 @@ def _use_triton(backend: str, name: str, tensors: Sequence[Tensor]) -> bool:
         if backend == "auto":
             return False
         raise ValueError("backend: expected 'torch' or 'auto', got 'triton', which is not installed here")
-    fit = all(tensor.dtype in launch.DTYPES for tensor in tensors)
     on_gpu = tensors[0].device.type == "cuda"
+    if backend == "auto" and not on_gpu:
+        return False
+    from immunity_fast.kernels import launch
+
+    fit = all(tensor.dtype in launch.DTYPES for tensor in tensors)
     if backend == "auto":
-        return on_gpu and fit and not _is_transformed(tensors)
+        return fit and not _is_transformed(tensors)
     if _is_transformed(tensors):
         raise ValueError(
             "backend: expected 'torch' or 'auto' under torch.func and in forward mode, got 'triton', which is for "

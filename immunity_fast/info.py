@@ -5,7 +5,11 @@ For bug reports. It needs torch alone, and goes on where something cannot be fou
 
 from __future__ import annotations
 
-import argparse
+from immunity_fast.runtime import recorded
+
+if __name__ == "__main__":
+    recorded.answer("info")  # before what takes seconds to import
+
 import importlib.metadata
 import json
 import os
@@ -24,6 +28,7 @@ from immunity_fast.experts.libraries import LIBRARIES, names
 from immunity_fast.functional import HAS_TRITON
 from immunity_fast.runtime.commands import program
 from immunity_fast.runtime.compilation import keep_caches, resolve
+from immunity_fast.runtime.parser import Parser
 from immunity_fast.runtime.strategies import fastest
 
 # Of setup.py, with the extra that each belongs to; "" is the core.
@@ -104,9 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: of the command line; None is this process's.
     """
-    parser = argparse.ArgumentParser(
-        prog=program("info"), description="Versions, devices, backends, and what `auto` means here."
-    )
+    parser = Parser(prog=program("info"), description="Versions, devices, backends, and what `auto` means here.")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.add_argument(
         "--archs",

@@ -3,6 +3,11 @@
 A run folder holds config.json, metrics.jsonl (a record an epoch), checkpoints/, figures/, results.json, report.html.
 """
 
+from immunity_fast.runtime import recorded
+
+if __name__ == "__main__":
+    recorded.answer("train")  # before what takes seconds to import
+
 from immunity_fast.runtime import cli, distributed, interrupts
 from immunity_fast.runtime.commands import program
 from immunity_fast.runtime.parser import description

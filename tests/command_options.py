@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from typing import Any
 
 import pytest
 
 from immunity_fast.evaluation.gate_attackers import KNOWLEDGE
 from immunity_fast.evaluation.runner import ATTACKS, SETS
 from immunity_fast.experts import NAMES
-from immunity_fast.runtime import completion
+from immunity_fast.runtime import recorded
 from immunity_fast.runtime.commands import COMMANDS
 from immunity_fast.training.loggers import LOGGERS
 from immunity_fast.training.monitoring import DIRECTIONS
@@ -49,10 +48,10 @@ def parser_of(module: str) -> argparse.ArgumentParser:
     return parsed.value.parser
 
 
-def current() -> dict[str, list[dict[str, Any]]]:
+def current() -> dict[str, recorded.Described]:
     """What options.json has to say now."""
-    return {name: completion.describe(parser_of(command.module), WORDS) for name, command in COMMANDS.items()}
+    return {name: recorded.describe(parser_of(command.module), WORDS) for name, command in COMMANDS.items()}
 
 
 if __name__ == "__main__":
-    print(completion.write(current()))
+    print(recorded.write(current()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 from types import ModuleType
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from immunity_fast.data.folders import SPLIT_SEED, TEST_SHARE, split_of
+from immunity_fast.data.cuts import cut_as_sklearn
+from immunity_fast.data.folders import split_of
 from immunity_fast.data.images import check_channels, to_grey
 from immunity_fast.runtime.failures import readable
 from immunity_fast.targets import TargetOptions, read_targets
@@ -40,17 +42,21 @@ class Parts(NamedTuple):
 def read_digits(channels: int = 3) -> Parts:
     """scikit-learn's 1,797 handwritten digits, 8×8 with values 0..16, as 32×32; 20 % of each class is the test."""
     check_channels(channels, "digits")
-    datasets = _need("sklearn.datasets", "scikit-learn")
-    selection = _need("sklearn.model_selection", "scikit-learn")
-    digits = datasets.load_digits()
-    grey = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)
+    rows = np.loadtxt(_digits_file(), delimiter=",", dtype=np.int64)  # 64 pixels and the digit
+    labels = rows[:, -1]
+    grey = torch.from_numpy(rows[:, :-1]).float().view(-1, 1, 8, 8) * (255 / 16)
     grey = interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
-    images, labels = grey.expand(-1, channels, -1, -1).contiguous(), torch.from_numpy(digits.target).long()
-    train, test = selection.train_test_split(
-        np.arange(len(labels)), test_size=TEST_SHARE, stratify=digits.target, random_state=SPLIT_SEED
-    )
-    classes = tuple(str(name) for name in digits.target_names)
-    return Parts((images[train], labels[train]), None, (images[test], labels[test]), classes, flip=False)
+    images, classes = grey.expand(-1, channels, -1, -1).contiguous(), tuple(map(str, range(10)))
+    train, test = ((images[part], torch.from_numpy(labels)[part]) for part in cut_as_sklearn(labels))
+    return Parts(train, None, test, classes, flip=False)
+
+
+def _digits_file() -> Path:
+    """Where scikit-learn has its digits; it is not imported for them, which takes longer than to read them."""
+    found = find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError("this data set needs scikit-learn: pip install scikit-learn (there is none here)")
+    return Path(found.origin).with_name("datasets") / "data" / "digits.csv.gz"
 
 
 def read_cifar(name: str, root: Path, channels: int = 3) -> Parts:

@@ -6,7 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.image import BboxImage
 from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox, TransformedBbox
 
 from immunity_fast.reporting.style import INK
 
@@ -36,9 +38,12 @@ class Canvas:
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
         """Axes whose upper left corner is at (x, y)."""
+        return self.figure.add_axes(self._extent(x, y, width, height))
+
+    def _extent(self, x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
+        """(left, bottom, width, height) of a box whose upper left corner is at (x, y), in parts of the figure."""
         # matplotlib 3.8 rounds the size of an image up: of 256 + 1e-13 pixels it makes 257, and rows come out shifted.
-        extent = ((width - 1e-6) / self.width, (height - 1e-6) / self.height)
-        return self.figure.add_axes((*self.place(x, y + height), *extent))
+        return (*self.place(x, y + height), (width - 1e-6) / self.width, (height - 1e-6) / self.height)
 
     def text(
         self,
@@ -69,10 +74,12 @@ class Canvas:
 
     def picture(self, x: float, y: float, cell: Cell, rgb: np.ndarray) -> None:
         """A picture (H, W, 3), uint8 or floats in [0, 1], as large as the cell."""
-        axes = self.axes(x, y, *cell)
-        axes.set_axis_off()
-        # "antialiased" is nearest for a whole factor, and smooths where a large image is shrunk.
-        axes.imshow(rgb, aspect="auto", interpolation="antialiased", vmin=0, vmax=1)
+        box = TransformedBbox(Bbox.from_bounds(*self._extent(x, y, *cell)), self.figure.transFigure)
+        # Not in axes of its own, which take longer to make than a picture takes to draw. "antialiased" is nearest for a
+        # whole factor, and smooths where a large image is shrunk.
+        image = BboxImage(box, interpolation="antialiased", resample=True)
+        image.set_data(rgb)
+        self.figure.add_artist(image)
 
     def badge(self, x: float, y: float, cell: Cell, text: str, font: FontProperties) -> None:
         """A word over the middle of a picture."""

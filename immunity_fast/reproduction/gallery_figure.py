@@ -146,7 +146,10 @@ def _add_heatmap(canvas: Canvas, x: int, y: int, cell: Cell, gallery: Gallery, e
 def _add_picture(canvas: Canvas, x: int, y: int, cell: Cell, rgb: np.ndarray) -> None:
     """A picture of floats in [0, 1]; a small one gets larger pixels, since viewers smooth what they enlarge."""
     factor = max(1, 256 // max(rgb.shape[:2]))
-    canvas.picture(x, y, cell, np.round(255 * rgb).astype(np.uint8).repeat(factor, 0).repeat(factor, 1))
+    axes = canvas.axes(x, y, *cell)  # of its own: of others a PDF has no picture in its own pixels
+    axes.set_axis_off()
+    enlarged = np.round(255 * rgb).astype(np.uint8).repeat(factor, 0).repeat(factor, 1)
+    axes.imshow(enlarged, aspect="auto", interpolation="antialiased")
 
 
 def _font(size: float, weight: str = "normal") -> FontProperties:

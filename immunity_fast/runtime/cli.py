@@ -1,8 +1,6 @@
 """What the commands share: one-line errors, the choice of a device, progress bars."""
 
-import argparse
 import atexit
-import io
 import os
 import shutil
 import sys
@@ -11,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
 import torch
@@ -48,7 +45,10 @@ except ModuleNotFoundError as missing:
 
 from immunity_fast.runtime.notebook import NotebookProgress, in_notebook
 from immunity_fast.runtime.parser import Parser as Parser
-from immunity_fast.runtime.parser import left_to_torchrun
+from immunity_fast.runtime.parser import left_to_torchrun, show_on_any_terminal
+from immunity_fast.runtime.parser import number as number
+from immunity_fast.runtime.parser import path as path
+from immunity_fast.runtime.parser import whole_or_word as whole_or_word
 
 TRUST_CODE = "import and run the module.path:callable that a run's --arch names: only of runs that you trust"
 STATUS_SECONDS = 30.0  # seconds between two lines in a log that is no terminal
@@ -67,9 +67,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     from immunity_fast.runtime.compilation import keep_caches  # not at the top, where missing packages are asked for
     from immunity_fast.runtime.interrupts import raised, status_of
 
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a × that a terminal cannot show must not end a run
+    show_on_any_terminal()
     try:
         keep_caches()  # before anything imports the compiler, which sets folders of its own
         with raised():
@@ -95,44 +93,6 @@ def input_errors() -> Iterator[None]:
         yield
     except (ValueError, ModuleNotFoundError) as error:
         raise InputError(str(error)) from error
-
-
-def path(text: str) -> Path:
-    """A path of a command line, for argparse: ~ is the home, which shells leave in ``--out=~/runs``.
-
-    It has to be UTF-8: checkpoints cannot be read from any other.
-
-    Raises:
-        argparse.ArgumentTypeError: it is no path.
-    """
-    try:
-        os.fsencode(text).decode("utf-8")
-        return Path(text).expanduser()
-    except UnicodeError:
-        raise argparse.ArgumentTypeError(f"{text}: expected a name in UTF-8") from None
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
-
-
-def number(text: str) -> float:
-    """A number of a command line, for argparse, also as a fraction: 8/255.
-
-    Raises:
-        ValueError: it is no number.
-    """
-    numerator, _, denominator = text.partition("/")
-    try:
-        return float(numerator) / float(denominator or 1)
-    except ZeroDivisionError:
-        raise ValueError(f"{text}: a fraction of zero") from None
-
-
-def whole_or_word(text: str) -> int | str:
-    """A whole number of a command line, or a word such as auto, for argparse."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
 
 
 @contextmanager

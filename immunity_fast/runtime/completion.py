@@ -1,26 +1,22 @@
 """What a shell completes of the console command: its commands, their options, and what these take.
 
-The options of all commands are written down in options.json, an option a line, so that nothing has to be imported for
-them but the standard library; a test compares them with what the commands take.
+Nothing has to be imported for that but the standard library, because the options of all commands are `recorded`.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+from immunity_fast.runtime import recorded
 from immunity_fast.runtime.commands import COMMANDS, CONSOLE
 from immunity_fast.runtime.parser import Parser
 
 SHELLS = ("bash", "zsh", "tcsh", "fish", "powershell")
-OPTIONS = "options.json"
 COMMAND = "completion"
 LINE = "print what a shell needs to complete all this"
 
@@ -96,70 +92,16 @@ def described_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=CONSOLE)
     parser.add_argument("--version", "-V", action="store_true", help="print the version")
     commands = parser.add_subparsers()
-    for name, options in described().items():
+    for name, described in recorded.read().items():
         added = commands.add_parser(name, help=COMMANDS[name].line, prog=f"{CONSOLE} {name}")
-        for option in options:
-            _add(added, option)
+        for option in described["options"]:
+            action = recorded.add(added, option)
+            action.choices = action.choices or option.get("words")
+            if (path := _path(option["dest"])) is not None:
+                action.complete = path  # type: ignore[attr-defined]  # where shtab looks
     own = commands.add_parser(COMMAND, help=LINE, prog=f"{CONSOLE} {COMMAND}")
     own.add_argument("shell", choices=SHELLS)
     return parser
-
-
-def described() -> dict[str, list[dict[str, Any]]]:
-    """The options of each command, as options.json has them."""
-    text = resources.files("immunity_fast.runtime").joinpath(OPTIONS).read_text(encoding="utf-8")
-    found: dict[str, list[dict[str, Any]]] = json.loads(text)
-    return found
-
-
-def describe(parser: argparse.ArgumentParser, words: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """What completion has to know of a command's options and arguments, of each a JSON object.
-
-    Args:
-        parser: the command's own.
-        words: by `dest`, what may be proposed where a parser takes more than it could list.
-    """
-    found = []
-    for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
-            continue
-        help = parser._get_formatter()._expand_help(action) if action.help else ""
-        about = {"dest": action.dest, "flags": list(action.option_strings), "nargs": action.nargs, "help": help}
-        choices = [str(choice) for choice in action.choices or words.get(action.dest, ())]
-        found.append(about | ({"choices": choices} if choices else {}))
-    return found
-
-
-def to_text(options: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The text of options.json, an option a line: versions of it can be compared, and merged."""
-    parts = []
-    for name, described in options.items():
-        lines = ",\n".join(f"  {json.dumps(option, ensure_ascii=False)}" for option in described)
-        parts.append(f"{json.dumps(name)}: [\n{lines}\n ]")
-    return "{\n " + ",\n ".join(parts) + "\n}\n"
-
-
-def write(options: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
-    """Write options.json anew, in a checkout; returns the file."""
-    file = Path(__file__).with_name(OPTIONS)
-    file.write_text(to_text(options), encoding="utf-8")
-    return file
-
-
-def _add(parser: argparse.ArgumentParser, option: Mapping[str, Any]) -> None:
-    keywords: dict[str, Any] = {"help": option["help"].replace("%", "%%")}
-    if option.get("choices"):
-        keywords["choices"] = option["choices"]
-    if option["nargs"] == 0:
-        keywords["action"] = "store_true"
-    elif option["nargs"] is not None:
-        keywords["nargs"] = option["nargs"]
-    flags = option["flags"]
-    action = parser.add_argument(*flags, dest=option["dest"], **keywords) if flags else None
-    if action is None:
-        action = parser.add_argument(option["dest"], **keywords)
-    if (path := _path(option["dest"])) is not None:
-        action.complete = path  # type: ignore[attr-defined]  # where shtab looks
 
 
 def _path(dest: str) -> Any:

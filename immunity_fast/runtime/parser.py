@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,3 +42,53 @@ def left_to_torchrun(message: str) -> bool:
     except OSError:
         return False
     return os.environ.get("RANK") != "0"
+
+
+def show_on_any_terminal() -> None:
+    """A × that a terminal cannot show is a question mark there, and ends no run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def path(text: str) -> Path:
+    """A path of a command line, for argparse: ~ is the home, which shells leave in ``--out=~/runs``.
+
+    It has to be UTF-8: checkpoints cannot be read from any other.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no path.
+    """
+    try:
+        os.fsencode(text).decode("utf-8")
+        return Path(text).expanduser()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{text}: expected a name in UTF-8") from None
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+def number(text: str) -> float:
+    """A number of a command line, for argparse, also as a fraction: 8/255.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    numerator, _, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator or 1)
+    except ZeroDivisionError:
+        raise ValueError(f"{text}: a fraction of zero") from None
+
+
+def whole_or_word(text: str) -> int | str:
+    """A whole number of a command line, or a word such as auto, for argparse."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+# What turns a word of a command line into a value, by the name under which an option's is recorded; what is another's
+# takes part in nothing that is recorded.
+KINDS: dict[str, Callable[[str], Any]] = {"int": int, "number": number, "path": path, "whole_or_word": whole_or_word}

@@ -18,7 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from immunity_fast.data.cuts import cut_as_sklearn
 from immunity_fast.data.datasets import NAMES, ImageDataset, Split, load
+from immunity_fast.data.folders import SPLIT_SEED, TEST_SHARE
 
 Arrays = dict[str, Any]
 
@@ -199,7 +201,6 @@ def test_import_needs_torch_and_numpy_only() -> None:
     ("name", "module", "package"),
     [
         ("digits", "sklearn", "scikit-learn"),
-        ("digits", "sklearn.model_selection", "scikit-learn"),
         ("cifar10", "torchvision", "torchvision"),
         ("folder", "PIL.Image", "pillow"),
     ],
@@ -239,6 +240,24 @@ def test_digits() -> None:
     nearest = torch.cdist(blocks, originals).argmin(dim=1)
     assert len(set(nearest.tolist())) > 0.99 * len(digits.target)
     assert torch.equal(torch.from_numpy(digits.target)[nearest], labels)
+
+
+def test_digits_are_read_without_scikit_learn_s_import() -> None:
+    pytest.importorskip("sklearn")
+    code = "import sys; from immunity_fast.data.datasets import load; load('digits'); print('sklearn' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("counts", [(5, 5), (7, 4, 11, 3, 8), (60, 61, 62, 61, 60, 2)], ids=str)
+def test_digits_are_cut_as_scikit_learn_cuts(counts: tuple[int, ...]) -> None:
+    selection = pytest.importorskip("sklearn.model_selection")
+    labels = np.random.RandomState(1).permutation(np.repeat(np.arange(len(counts)), counts))
+    expected = selection.train_test_split(
+        np.arange(len(labels)), test_size=TEST_SHARE, stratify=labels, random_state=SPLIT_SEED
+    )
+    for part, of_sklearn in zip(cut_as_sklearn(labels), expected, strict=True):
+        assert part.tolist() == of_sklearn.tolist()
 
 
 def test_digits_are_the_same_every_time() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from immunity_fast import FusedImmunityLoss, ImmunityMoE, functional
 from immunity_fast.functional import gradcam_heatmaps, heatmap_losses, mixture_cross_entropy
+from immunity_fast.kernels import launch
 from tests import grids
 from tests.kernels.cases import DEVICE, assert_as_exact_as, error, normal
 
@@ -146,7 +147,7 @@ def test_an_unknown_backend_is_named() -> None:
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="of machines without a GPU")
 def test_without_gpu_and_interpreter_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional.launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(
         ValueError, match=r"backend: expected CUDA tensors for 'triton', got activations on cpu .*INTERPRET=1"
     ):

@@ -439,10 +439,15 @@ def test_a_user_without_home_and_account_trains_and_evaluates(tmp_path: Path) ->
 
 
 def test_the_package_s_import_is_light() -> None:
-    """It imports nothing heavy, and changes neither the environment nor a signal's handler."""
+    """Neither it nor the use of a loss on a CPU imports anything heavy, or changes environment or signals' handlers."""
     program = (
-        "import os, signal, sys\nimport torch\nbefore = dict(os.environ)\nimport immunity_fast\n"
-        "heavy = ('torch._dynamo', 'torch._inductor', 'numpy.testing', 'matplotlib', 'rich', 'safetensors', 'sympy')\n"
+        "import os, signal, sys\nimport torch\nbefore = dict(os.environ)\n"
+        "from immunity_fast import FusedImmunityLoss, ImmunityMoE, RandomSwitchGate, capture_activations\n"
+        "model = ImmunityMoE('resnet8', 2)\n"
+        "logits, activations, gate = model.expert_outputs(torch.rand(2, 3, 8, 8))\n"
+        "FusedImmunityLoss()(logits, activations, torch.tensor([0, 1]), gate)\n"
+        "heavy = ('torch._dynamo', 'torch._inductor', 'triton', 'sympy', 'numpy.testing', 'matplotlib', 'rich', "
+        "'safetensors', 'sklearn', 'torchvision')\n"
         "print([name for name in heavy if name in sys.modules], dict(os.environ) == before)\n"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     )

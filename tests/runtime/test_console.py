@@ -17,7 +17,7 @@ import pytest
 import immunity_fast
 from immunity_fast import __main__ as console
 from immunity_fast.data.datasets import NAMES as DATASETS
-from immunity_fast.runtime import commands, completion, interrupts
+from immunity_fast.runtime import commands, completion, interrupts, recorded
 from tests import command_options
 from tests.places import REPOSITORY
 
@@ -90,12 +90,24 @@ def test_every_command_file_has_its_console_command() -> None:
 # As the commands themselves end
 
 
-@pytest.mark.parametrize("name", commands.COMMANDS)
-def test_a_command_gets_its_words_and_ends_well(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["train", "--out", "a b"],
+        ["evaluate", "a b"],
+        ["explain", "a b", "c", "--class", "d e"],
+        ["export", "a b", "c"],
+        ["ensemble", "a b", "--out", "c d"],
+        ["reproduce", "all", "--out", "a b"],
+        ["info", "--archs", "a b"],
+    ],
+    ids=lambda line: line[0],
+)
+def test_a_command_gets_its_words_and_ends_well(line: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
-    monkeypatch.setattr(f"immunity_fast.{commands.COMMANDS[name].module}.main", given.append)
-    assert ended([name, "--option", "a b"]) == 0
-    assert given == [["--option", "a b"]]
+    monkeypatch.setattr(f"immunity_fast.{commands.COMMANDS[line[0]].module}.main", given.append)
+    assert ended(line) == 0
+    assert given == [line[1:]]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +233,11 @@ def test_setup_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
 # It opens at once
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["completion", "bash"], ["trian"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["completion", "bash"], ["trian"], ["train", "--help"], ["evaluate", "--no-such-option"]],
+    ids=" ".join,
+)
 def test_nothing_slow_is_imported_for_a_list(arguments: list[str], tmp_path: Path) -> None:
     slow = ["torch", "numpy", "rich", "matplotlib", "jinja2", "triton"]
     program = (
@@ -314,11 +330,11 @@ def test_bash_completes(words: list[str], proposed: list[str], bash: Path, folde
 
 
 def test_the_written_options_are_those_of_the_commands() -> None:
-    assert completion.described() == command_options.current(), (
+    assert recorded.read() == command_options.current(), (
         "options have changed: python -m tests.command_options writes immunity_fast/runtime/options.json anew"
     )
-    file = REPOSITORY / "immunity_fast" / "runtime" / completion.OPTIONS
-    assert file.read_text(encoding="utf-8") == completion.to_text(completion.described()), "an option a line"
+    file = REPOSITORY / "immunity_fast" / "runtime" / recorded.FILE
+    assert file.read_text(encoding="utf-8") == recorded.to_text(recorded.read()), "an option a line"
 
 
 @pytest.mark.parametrize("shell", completion.SHELLS)
