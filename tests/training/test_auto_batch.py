@@ -276,3 +276,17 @@ def test_nothing_is_left_of_a_backward_pass_that_failed() -> None:
     assert [graph() is not None for graph in Kept.graphs] == [True, False], "what this test is about"
     found.begin_again(tried)
     assert [graph() is not None for graph in Kept.graphs] == [False, False]
+
+
+def test_compiled_steps_begin_again_too(limited: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that runs out of memory is tried in eager mode first, and compiled again behind that."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    found = Trainer(dataclasses.replace(CONFIG, auto_batch=True, compile="on"), dataset(), device="cpu")
+    found.fit()
+    given = Trainer(dataclasses.replace(CONFIG, batch_size=2, accumulate=2, compile="on"), dataset(), device="cpu")
+    given.fit()
+    assert found.state is not None
+    assert given.state is not None
+    assert found.state.train_step.compiled
+    assert limited["seen"][:3] == [4, 4, 2]
+    assert weights(found.state) == weights(given.state)
