@@ -47,6 +47,8 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "epochs": (["7"], 7),
     "batch_size": (["9"], 9),
     "accumulate": (["3"], 3),
+    "auto_batch": ([], True),
+    "checkpoint_activations": ([], True),
     "optimizer": (["adamw"], "adamw"),
     "lr": (["0.125"], 0.125),
     "betas": (["0.8,0.95"], (0.8, 0.95)),

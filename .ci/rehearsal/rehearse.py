@@ -87,6 +87,8 @@ def cases() -> list[Case]:
         train("forward mode loop", "--batching loop --double-backprop forward"),
         train("forward mode bf16", "--double-backprop forward --amp bf16"),
         train("detached", "--detach-weights"),
+        train("recomputed", "--checkpoint-activations"),
+        train("recomputed loop bf16", "--checkpoint-activations --batching loop --amp bf16"),
         train("probability", "--score probability"),
         train("clipped", "--clip-grad-norm 1 --float32 ieee"),
         train("one network", "--experts 1"),

@@ -33,6 +33,7 @@ from immunity_fast.models.inference import InferenceMixture, folded
 from immunity_fast.models.layers import NoChoice, Normalize
 from immunity_fast.models.maps import MapLayout, Reshape
 from immunity_fast.models.objective import loss_and_terms
+from immunity_fast.models.recomputing import parts_recomputed, run_recomputed
 from immunity_fast.models.stacking import (
     call,
     call_stacked,
@@ -82,6 +83,9 @@ class ImmunityMoE(nn.Module):
             `image_size`.
 
     Attributes:
+        checkpoint_activations: whether the trunk's activations are not kept for the backward pass, but computed again
+            in it, stage by stage, and where nothing is differentiated twice the head's, too: less memory, more time,
+            the same numbers.
         image_size, channels: (H, W) and C of the images that it was made for.
         num_classes: K.
         classes: their names, or None.
@@ -98,6 +102,7 @@ class ImmunityMoE(nn.Module):
 
     _fewest: ClassVar[int] = 2  # experts
     _warned = False  # of gradients that are not averaged
+    checkpoint_activations: bool = False
 
     def __init__(
         self,
@@ -347,6 +352,8 @@ class ImmunityMoE(nn.Module):
         x = self._normalized(images)
         if isinstance(self.experts, ExpertList):
             return self.experts.logits_with_copied_buffers(x)
+        if self.checkpoint_activations and is_chain(self.experts):
+            return self._logits(x)  # which computes on copies
         inputs = x.expand(self.num_experts, *x.shape)
         with in_use():
             logits, buffers = call_stacked(self.experts, inputs, self.num_experts, batching=self._batching(x))
@@ -392,8 +399,9 @@ class ImmunityMoE(nn.Module):
         """Activations (N, B, C, h, w) and the gate's weights (B, N); the first half of `expert_outputs`."""
         self._check_synchronised("trunk_outputs")
         x = self._normalized(images)
-        maps = run_stacked(self._cut()[0], x, self.num_experts, shared=True, batching=self._batching(x))
-        return maps, self.gate(x)
+        trunk = self._cut()[0]
+        run = run_recomputed if self.checkpoint_activations else partial(run_stacked, shared=True)
+        return run(trunk, x, self.num_experts, batching=self._batching(x)), self.gate(x)
 
     def head_outputs(self, activations: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The second half of `expert_outputs`, as a function: for `FusedImmunityLoss.from_head` with `has_aux=True`.
@@ -650,6 +658,10 @@ class ImmunityMoE(nn.Module):
             return unstack_modules(self.experts, self.num_experts)
 
     def _logits(self, x: Tensor) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            if is_chain(self.experts):
+                return run_recomputed(self.experts, x, self.num_experts, batching=self._batching(x))
+            return self._run_parts(x)
         if isinstance(self.experts, ExpertList):
             return self.experts.logits(x)
         return run_stacked(self.experts, x, self.num_experts, shared=True, batching=self._batching(x))
@@ -692,21 +704,43 @@ class ImmunityMoE(nn.Module):
     @eagerly
     def _run_whole(self, x: Tensor, detach_weights: bool) -> tuple[Tensor, list[Tensor]]:
         """One expert after another: the activations inside a `vmap` are in no graph outside of it."""
-        experts = self.experts
-        runs: list[tuple[nn.Module, Callable[[], Tensor]]]
         logits, activations = [], []
-        with nullcontext() if isinstance(experts, ExpertList) else in_use():
-            if isinstance(experts, ExpertList):
-                runs = [(expert, partial(experts.run, index, x)) for index, expert in enumerate(experts)]
-            else:
-                runs = [(experts, partial(call, experts, own, x)) for own in slices(experts, self.num_experts)]
-            for index, (network, run) in enumerate(runs):
+        with self._one_by_one():
+            for index, (network, run) in enumerate(self._runs(x)):
                 catcher = Catcher(self._stages[index], index)
                 reading = self._readings[index]
                 reading = replace(reading, attention=reading.attention and not detach_weights)
-                logits.append(catch(network, catcher, run, reading, (x.shape[2], x.shape[3])))
+                with self._parts_recomputed(network, index, catcher):
+                    logits.append(catch(network, catcher, run, reading, (x.shape[2], x.shape[3])))
                 activations.append(catcher.caught("stage"))
         return torch.stack(logits), activations
+
+    @eagerly
+    def _run_parts(self, x: Tensor) -> Tensor:
+        """`_logits` of experts that run whole, with parts that are computed again."""
+        logits = []
+        with self._one_by_one():
+            for index, (network, run) in enumerate(self._runs(x)):
+                with self._parts_recomputed(network, index, None):
+                    logits.append(run())
+        return torch.stack(logits)
+
+    def _runs(self, x: Tensor) -> list[tuple[nn.Module, Callable[[], Tensor]]]:
+        experts = self.experts
+        if isinstance(experts, ExpertList):
+            return [(expert, partial(experts.run, index, x)) for index, expert in enumerate(experts)]
+        return [(experts, partial(call, experts, own, x)) for own in slices(experts, self.num_experts)]
+
+    def _one_by_one(self) -> AbstractContextManager[object]:
+        alone = isinstance(self.experts, ExpertList) and not self.checkpoint_activations
+        return nullcontext() if alone else in_use()
+
+    def _parts_recomputed(
+        self, network: nn.Module, index: int, catcher: Catcher | None
+    ) -> AbstractContextManager[object]:
+        if not self.checkpoint_activations:
+            return nullcontext()
+        return parts_recomputed(network, self._stages[index], catcher)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ImmunityMoE":
         """`nn.Module`'s, which `to` and its like call: of stacked tensors each expert's own is converted, and the

@@ -74,14 +74,34 @@ def run_stacked(
             own = slices(stacked, num_experts)
             return stack_maps([call(stacked, mine, x) for mine, x in zip(own, inputs, strict=True)])
 
-    def apply(own: dict[str, Tensor], x: Tensor) -> Any:
-        with ExpertsAsChannels():
+    with in_use():
+        return run_by_vmap(stacked, stacked_tensors(stacked), x, shared=shared)
+
+
+def run_by_vmap(
+    stacked: nn.Module,
+    tensors: Mapping[str, Tensor],
+    x: Tensor,
+    *,
+    shared: bool,
+    mode: Callable[[], AbstractContextManager[object]] = ExpertsAsChannels,
+) -> Tensor:
+    """`run_stacked` by `vmap`, with such tensors (N, *shape) in the place of the module's own. To be called `in_use`.
+
+    `mode` is what each expert runs in.
+    """
+
+    def apply(own: Mapping[str, Tensor], x: Tensor) -> Any:
+        with mode():
             return call(stacked, own, x)
 
-    with in_use():
-        tensors = _parameters(stacked) | dict(stacked.named_buffers())
-        outputs: Tensor = torch.vmap(apply, in_dims=(0, None if shared else 0), randomness="different")(tensors, x)
+    outputs: Tensor = torch.vmap(apply, in_dims=(0, None if shared else 0), randomness="different")(dict(tensors), x)
     return outputs
+
+
+def stacked_tensors(stacked: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, (N, *shape) each, as they are computed with."""
+    return _parameters(stacked) | dict(stacked.named_buffers())
 
 
 def call_stacked(
@@ -116,7 +136,7 @@ def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
     """
     # `functional_call` given one place under two names takes it twice, and puts the wrong tensor back.
     by_own = {value: tensors[name] for name, value in own_tensors(module).items()}
-    by_place = {name: by_own[value] for name, value in _places(module)}
+    by_place = {name: by_own[value] for name, value in places(module)}
     return logits_of(explained(lambda: functional_call(module, by_place, (x,), tie_weights=False), tensors, x))
 
 
@@ -154,7 +174,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _places(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def places(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Where a parameter or buffer is kept, each place under one name; tied tensors are in several places."""
     for prefix, part in module.named_modules():
         for name, value in (*part._parameters.items(), *part._buffers.items()):

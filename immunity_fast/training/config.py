@@ -64,6 +64,8 @@ ADDED = {
     "channels": 3,
     "optimizer": "sgd",
     "accumulate": 1,
+    "auto_batch": False,
+    "checkpoint_activations": False,
     "betas": None,
     "optimizer_eps": None,
     "decay": "all",
@@ -187,6 +189,9 @@ class TrainConfig:
     epochs: int = _optimiser(12, "passes over the training images")
     batch_size: int = _optimiser(32, "images a batch")
     accumulate: int = _optimiser(1, "batches a step of the optimiser, which takes the mean of their gradients")
+    auto_batch: bool = _optimiser(
+        False, "where a batch does not fit into memory, halve it, and take twice as many a step; said and recorded"
+    )
     optimizer: Optimiser = _optimiser("sgd", "torch.optim's of that name, sgd with Nesterov momentum")
     # Those of None are what the optimiser has in `optimizers.KINDS`, from the moment the settings are made.
     lr: float = _optimiser(None, f"highest learning rate; default: {_of_each('lr')}")
@@ -217,6 +222,9 @@ class TrainConfig:
     compile: Compile = _speed("auto", "compile the step; max: try kernels out, takes long; auto: on, on a GPU")
     batching: Batching = _speed("auto", "how the experts run at once; auto: what was measured to be faster")
     double_backprop: DoubleBackprop = _speed("auto", "how to differentiate Grad-CAM, both exact; auto: likewise")
+    checkpoint_activations: bool = _speed(
+        False, "compute activations again in the backward pass, stage by stage, instead of keeping them: less memory"
+    )
     amp: Amp = _speed("off", "half precision for convolutions and products")
     float32: Float32 = _speed("tf32", "factors of a GPU's float32 convolutions and products in training")
     shard: bool = _speed(
@@ -394,6 +402,8 @@ class TrainConfig:
             _check(self, "amp", self.amp != "fp16", "off or bf16 with --shard")
             _check(self, "compile", self.compile in ("auto", "off"), "auto or off with --shard")
             _check(self, "batching", self.batching != "vmap", "auto or loop with --shard")
+            _check(self, "checkpoint_activations", not self.checkpoint_activations, "none with --shard")
+            _check(self, "auto_batch", not self.auto_batch, "none with --shard")
 
     def _check_targets(self) -> None:
         for name in ("mixup", "cutmix"):

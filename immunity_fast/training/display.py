@@ -68,6 +68,10 @@ class Display:
                 self._progress.console.print(f"first step after {time.perf_counter() - self._began:.1f} s")
         self._progress.advance(self._task)
 
+    def begun_again(self) -> None:
+        """The bar stands at the beginning, for as many steps as the run has now."""
+        self._progress.update(self._task, total=self.state.steps, completed=self.state.step)
+
     def checking(self) -> None:
         """The bar says what is done after an epoch's steps."""
         self._set_status("checking on the validation split")

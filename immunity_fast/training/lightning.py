@@ -17,6 +17,7 @@ from immunity_fast.data.augmentation import as_float
 from immunity_fast.data.own import as_targets, check_range, parted
 from immunity_fast.evaluation.metrics import correct
 from immunity_fast.models.moe import CIFAR10_MEAN, CIFAR10_STD, ImmunityMoE
+from immunity_fast.models.recomputing import check_recomputable
 from immunity_fast.targets import hard_labels
 from immunity_fast.training.checkpoint import described_model
 from immunity_fast.training.config import TrainConfig
@@ -42,7 +43,7 @@ def _package() -> Any:
 lightning: Any = _package()
 
 # Settings that say how images become batches or how weights are kept, which is Lightning's here.
-LEFT_TO_OTHERS = {"adversarial": "off", "mixup": 0.0, "cutmix": 0.0, "ema": None, "shard": False}
+LEFT_TO_OTHERS = {"adversarial": "off", "mixup": 0.0, "cutmix": 0.0, "ema": None, "shard": False, "auto_batch": False}
 
 
 class ImmunityLightningModule(lightning.LightningModule):  # type: ignore[misc]
@@ -107,6 +108,9 @@ class ImmunityLightningModule(lightning.LightningModule):  # type: ignore[misc]
                     "class_weights: expected numbers in a LightningModule, which sees no labels before, got balanced"
                 )
             weights = self.config.weights_of_classes(torch.zeros(0, dtype=torch.int64), model.num_classes)
+        if self.config.checkpoint_activations:
+            check_recomputable(model)
+            model.checkpoint_activations = True
         model.loss_fn = self.config.loss_fn(model.image_size, class_weights=weights)
         self._checked = False
         self.save_hyperparameters(

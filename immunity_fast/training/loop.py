@@ -11,6 +11,7 @@ from immunity_fast.runtime import cli, distributed, interrupts
 from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.profiling import profiled
 from immunity_fast.runtime.sharding import local
+from immunity_fast.training.auto_batch import AutoBatch
 from immunity_fast.training.callbacks import Callbacks, StepMetrics
 from immunity_fast.training.checkpoint import save_checkpoint
 from immunity_fast.training.collapse import collapse_line, collapsed
@@ -72,10 +73,11 @@ def train(
         interrupts.deferred(run is not None and agreement.possible) as asked,
     ):
         callbacks.call("on_fit_start")
+        smaller = AutoBatch(state, run)
         while state.epoch < state.config.epochs and state.stopped is None:
             callbacks.call("on_epoch_start")
             images, seconds = take_steps(
-                state, run, callbacks, display, profile, lambda: agreement.ask(asked[0] if asked else 0)
+                state, run, callbacks, display, profile, smaller, lambda: agreement.ask(asked[0] if asked else 0)
             )
             state.synchronize()
             check_finite(state, run)
@@ -106,6 +108,7 @@ def take_steps(
     callbacks: Callbacks,
     display: Display,
     profile: Any,
+    smaller: AutoBatch,
     asked: Callable[[], int],
 ) -> tuple[int, float]:
     """The rest of an epoch's steps, with a checkpoint now and then.
@@ -114,6 +117,7 @@ def take_steps(
         state, run: what is trained, and where it is saved.
         callbacks, display: are told of each step.
         profile: the profiler, is told as well; None where there is none.
+        smaller: where a batch does not fit, it begins the run again with smaller ones, if it was asked for.
         asked: is called once a step: the signal by which the training is to stop, saved; or 0.
 
     Returns:
@@ -125,13 +129,25 @@ def take_steps(
     loader, started, images = state.loader, time.perf_counter(), 0
     state.model.train()
     for batch in loader:
-        measured = state.advance(batch)
+        try:
+            measured = state.advance(batch)
+        except Exception as error:
+            tried = smaller.instead(error)
+            if tried is None:
+                raise
+        else:
+            tried = None
+        if tried is not None:  # the exception, and what it held of the step, is gone
+            display.line(smaller.begin_again(tried))
+            display.begun_again()
+            return take_steps(state, run, callbacks, display, profile, smaller, asked)
         images += len(batch.labels) * distributed.count()
         if profile is not None:
             profile.step()
         if not state.between_steps:
             continue
         display.step_taken()
+        smaller.step_taken()
         if callbacks.sees_steps:
             callbacks.call("on_step_end", StepMetrics(measured))
         signal = asked()
@@ -165,6 +181,7 @@ def check(state: TrainingState, run: Run | None, display: Display, images: int, 
         "lr": state.lr,
         **training_means(state),
         **validate(state),
+        **found_batches(state),
         "images_per_second": images / seconds,
         "seconds": seconds,
         **reading,
@@ -180,6 +197,12 @@ def check(state: TrainingState, run: Run | None, display: Display, images: int, 
     if lost is not None:
         display.line(collapse_line(record, lost, None if run is None else run.best_checkpoint))
     return record
+
+
+def found_batches(state: TrainingState) -> dict[str, int]:
+    """What a record says of batches whose size was not given, but found."""
+    config = state.config
+    return {"batch_size": config.batch_size, "accumulate": config.accumulate} if config.auto_batch else {}
 
 
 def save_best(state: TrainingState, run: Run) -> None:

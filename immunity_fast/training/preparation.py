@@ -26,6 +26,7 @@ from immunity_fast.runtime.files import write_atomically
 from immunity_fast.runtime.memory import check_fits
 from immunity_fast.runtime.outputs import kind_of, logits_of
 from immunity_fast.runtime.precision import set_float32
+from immunity_fast.training.auto_batch import is_begun_with
 from immunity_fast.training.checkpoint import not_finite
 from immunity_fast.training.config import TrainConfig, check_data
 from immunity_fast.training.optimizers import KINDS, NUMBERS
@@ -35,12 +36,13 @@ from immunity_fast.training.state import TrainingState
 # Settings that may differ when a run goes on: where, and by which of several exact ways.
 CHANGEABLE_ON_RESUME = (
     *("data", "stream", "workers", "device", "compile", "batching", "double_backprop", "profile"),
-    "loggers",
+    *("checkpoint_activations", "loggers"),
 )
 # Those that may differ as well once the loss has diverged: without it, no run could ever go on from there.
 CHANGEABLE_AFTER_DIVERGENCE = ("lr", "clip_grad_norm")
 MEMORY_ADVICE = (
-    "a smaller --batch-size, fewer --experts, a smaller --arch, smaller images, --stream on or fewer --workers"
+    "a smaller --batch-size, --auto-batch, --checkpoint-activations, fewer --experts, a smaller --arch, smaller "
+    "images, --stream on or fewer --workers"
 )
 
 
@@ -72,8 +74,8 @@ def begin(config: TrainConfig, out: Path | None = None) -> Start:
         raise ValueError("--flip on: a mirrored digit is another sign; leave it out for --dataset digits")
     if out is None:
         out = Run.free_name(Path("runs") / f"{default_name(config)}{datetime.now():%Y%m%d-%H%M%S}")
-    elif restarted() and Run(out).config_file.is_file() and Run(out).config() == config:
-        return Start(out, True, config)
+    elif restarted() and Run(out).config_file.is_file() and is_begun_with(Run(out).config(), config):
+        return Start(out, True, Run(out).config())
     else:
         Run.check_free(out)
     return Start(out, False, config)
@@ -274,6 +276,10 @@ def check_trainable(
         find = _known_sizes if name in NAMES or name.startswith("{") else sizes
         of_one = find(name, chosen_stem(config.stem, image_size), config.channels, image_size, num_classes, batch)
         weights, values = weights + count * of_one[0], values + count * of_one[1]
+    if config.checkpoint_activations:
+        values = 0
+    elif config.auto_batch:  # which ends at one image
+        batch, values = 1, values // batch
     # Weights, their gradients and what the optimiser keeps of them, in float32; and half of what the layers put out,
     # which is kept for the backward pass, in half precision at least.
     kept = len([name for name in KINDS[config.optimizer].state if name not in NUMBERS])

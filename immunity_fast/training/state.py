@@ -1,7 +1,7 @@
 """A training run in memory: what it consists of, and how all of it is saved and taken up again."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +82,17 @@ class TrainingState:
     ) -> None:
         self.config = config
         self.device = device
+        self._log, self._traceback_file = log, traceback_file
         dataset = dataset.labelled(config.ignore_index)
         self.dataset = dataset.to(device)
         torch.manual_seed(config.seed)
         self.description = self._describe(dataset, model)
         self.loader = self._new_loader()
-        self.mixer = Mixer(config.mixup, config.cutmix, dataset.image_size, -1 - config.seed)
+        self.mixer = self._new_mixer()
         self.gate_generator = torch.Generator().manual_seed(config.seed + 1)
         if model is not None:  # its gate draws from what the checkpoint has
             self.gate_generator = model.gate.generator = model.gate.generator or self.gate_generator
-        compiled = resolve(config.compile, device) != "off"
-        strategy = fastest(
-            device.type, config.arch, compiled_steps=config.epochs * len(self.loader) if compiled else None
-        )
+        strategy = self._strategy()
         with distributed.together():  # a file of weights may be missing on one machine
             self.model = self._new_model(strategy, dataset) if model is None else model
             self.beginning = begin(self.model, config) if fresh else Beginning(None, [])
@@ -110,10 +108,7 @@ class TrainingState:
         if config.class_weights is not None:  # or a data set would be read for its labels
             weights = config.weights_of_classes(dataset.train.labels, dataset.num_classes)
         self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name, weights).to(device)
-        self.optimizer = config.optimizer_of(self.model)
-        self.learning_rate = config.learning_rate(self.steps_per_epoch)
-        self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
-        self.train_step = self._new_step(strategy, log, traceback_file)
+        self._make_step(strategy)
         self._expert_logits = Compiled(self.model.expert_logits, self._compile, device, log, traceback_file)
         self.fingerprint = dataset.fingerprint()
         distributed.check_same(
@@ -154,6 +149,13 @@ class TrainingState:
         """The training batches, or this process' part of each."""
         config = self.config
         train: Any = self.dataset.train
+        if config.auto_batch and isinstance(train, Batches):
+            raise ValueError("auto_batch: expected False beside a loader, which makes the batches, got True")
+        if config.auto_batch and distributed.count() > 1:
+            raise ValueError(
+                f"--auto-batch: expected one process, got {distributed.count()}, of which one may find its memory "
+                "short while the others wait for it; name a --batch-size that fits, and --accumulate"
+            )
         flip = self.dataset.flip if config.flip == "auto" else config.flip == "on"
         augment: dict[str, Any] = {"padding": config.crop_padding, "degrees": config.rotation, "flip": flip}
         allowed: dict[str, Any] = {"classes": self.dataset.num_classes, "ignore_index": config.ignore_index}
@@ -190,6 +192,56 @@ class TrainingState:
         """FSDP2's gathering is nothing to be compiled."""
         return "off" if self.config.shard else self.config.compile
 
+    def _strategy(self) -> Strategy:
+        """How experts run at once, and how Grad-CAM is differentiated, where the settings leave that open."""
+        compiled = resolve(self.config.compile, self.device) != "off"
+        steps = self.config.epochs * len(self.loader) if compiled else None
+        return fastest(self.device.type, self.config.arch, compiled_steps=steps)
+
+    def _make_step(self, strategy: Strategy) -> None:
+        """What makes steps of batches: the optimiser, its rates, the average of the weights, and the step."""
+        config = self.config
+        self.optimizer = config.optimizer_of(self.model)
+        self.learning_rate = config.learning_rate(self.steps_per_epoch)
+        self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
+        self.train_step = self._new_step(strategy, self._log, self._traceback_file)
+
+    def untouched(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of what steps change and does not follow from the settings; for `begin_again`."""
+        kept = {f"model/{name}": value for name, value in _own_tensors(self.model).items()}
+        kept |= {"random/torch": torch.get_rng_state(), "random/gate": self.gate_generator.get_state()}
+        if self.device.type == "cuda":
+            kept["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        return {name: value.detach().to("cpu", copy=True) for name, value in kept.items()}
+
+    def begin_again(self, config: TrainConfig, kept: Mapping[str, Tensor]) -> None:
+        """Stand where a run with such settings begins, whatever steps were taken, or failed halfway.
+
+        Args:
+            config: other sizes of batches, and else the same settings.
+            kept: `untouched`, from before the first step.
+        """
+        self.config = config
+        with torch.no_grad():
+            for name, value in _own_tensors(self.model).items():
+                value.copy_(kept[f"model/{name}"])
+        self.model.zero_grad(set_to_none=True)
+        self.loader = self._new_loader()
+        self.mixer = self._new_mixer()
+        strategy = self._strategy()
+        if config.batching == "auto":
+            self.model.batching = strategy.batching
+        self._make_step(strategy)
+        self.sums.zero_()
+        self.gate_generator.set_state(kept["random/gate"])
+        torch.set_rng_state(kept["random/torch"])
+        if "random/cuda" in kept:
+            torch.cuda.set_rng_state(kept["random/cuda"], self.device)
+
+    def _new_mixer(self) -> Mixer:
+        config = self.config
+        return Mixer(config.mixup, config.cutmix, self.dataset.image_size, -1 - config.seed)
+
     def _new_step(self, strategy: Strategy, log: Log | None, traceback_file: Path | None) -> TrainStep:
         """What makes one step of a batch, with the attack in it where training is adversarial."""
         config = self.config
@@ -217,6 +269,7 @@ class TrainingState:
             attack=attack,
             trades_weight=config.trades_weight,
             group=distributed.group(),
+            checkpoint_activations=config.checkpoint_activations,
         )
 
     @property
@@ -423,6 +476,10 @@ class TrainingState:
         for name in ("scaler/scale", "scaler/growth_factor", "scaler/backoff_factor"):
             if name in tensors and not 0 < float(tensors[name]) < math.inf:
                 raise ValueError(f"{path}: {name}: expected a finite number above 0, got {float(tensors[name])}")
+
+
+def _own_tensors(model: ImmunityMoE) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def check_generator_state(path: Path, name: str, state: Tensor) -> None:

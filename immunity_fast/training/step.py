@@ -20,6 +20,7 @@ from immunity_fast.data.mixing import apply_mixing
 from immunity_fast.losses import Classification, FusedImmunityLoss
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.models.objective import loss_and_terms
+from immunity_fast.models.recomputing import check_recomputable
 from immunity_fast.models.stacking import channels_last_
 from immunity_fast.runtime import strategies
 from immunity_fast.runtime.compilation import Compile, Compiled, Log
@@ -53,8 +54,13 @@ class TrainStep:
         attack: what makes adversarial images of a batch, on which the whole of the loss is then minimised; None trains
             on the images as they are. With TRADES' attack, cross-entropy is that of `adversarial.trades_losses`.
         trades_weight: λ of TRADES.
+        checkpoint_activations: compute activations again in the backward pass, see `ImmunityMoE`, whose attribute it
+            sets; False leaves that as it is.
         group: processes that train together, each on as many samples of its own; None is this one alone. Then
             `loss_fn.group_name` is to be this group's.
+
+    Raises:
+        ValueError: activations of such experts cannot be computed again.
     """
 
     def __init__(
@@ -72,7 +78,11 @@ class TrainStep:
         attack: InnerAttack | None = None,
         trades_weight: float = 6.0,
         group: torch.distributed.ProcessGroup | None = None,
+        checkpoint_activations: bool = False,
     ) -> None:
+        if checkpoint_activations:
+            check_recomputable(model)
+            model.checkpoint_activations = True
         self.model, self.optimizer, self.clip_grad_norm = model, optimizer, clip_grad_norm
         device = next(model.parameters()).device
         self.scaler = grad_scaler(amp, device)

@@ -221,7 +221,12 @@ class Trainer:
 
     def train(self) -> None:
         """Train what has been prepared to the end."""
-        train(self._ready(), self.run, self._callbacks, self._loggers, progress=self.progress)
+        state = self._ready()
+        try:
+            train(state, self.run, self._callbacks, self._loggers, progress=self.progress)
+        finally:  # it may have found smaller batches
+            found = state.config
+            self.config = dataclasses.replace(self.config, batch_size=found.batch_size, accumulate=found.accumulate)
 
     def stop(self, reason: str = "a callback has asked for it") -> None:
         """End the training after the present epoch, as if it were the last one.

@@ -29,6 +29,7 @@ CASES = grids.sampled(
         "reverse-off-torch-weighted",
         "forward-off-triton-weighted",
         "soft-off-torch-weighted",
+        "recomputed-off-torch",
     ],
     ordinary=lambda case: case not in ("reverse-off-triton", "forward-off-triton", "reverse-off-torch-weighted"),
 )
@@ -56,8 +57,9 @@ def take(double_backprop, compile, backend, targets=""):
     group = distributed.group()
     options = {"class_weights": [1.0, 3.0, 0.5], "label_smoothing": 0.1} if targets else {}
     loss_fn = FusedImmunityLoss(0.5, 0.7, 1e-2, size=SIZE, backend=backend, group_name=group.group_name, **options)
-    way = "reverse" if double_backprop == "soft" else double_backprop
-    step = TrainStep(model, loss_fn, SGD(model.parameters(), 0.0), double_backprop=way, compile=compile, group=group)
+    way = double_backprop if double_backprop == "forward" else "reverse"
+    options = {"double_backprop": way, "compile": compile, "checkpoint_activations": double_backprop == "recomputed"}
+    step = TrainStep(model, loss_fn, SGD(model.parameters(), 0.0), group=group, **options)
     images = torch.rand(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     labels = torch.tensor(MISSING if targets else LABELS)
     if double_backprop == "soft":

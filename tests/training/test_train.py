@@ -139,6 +139,7 @@ EFFECTS: dict[str, Any] = {
     "amp": "bf16",
 }
 NO_EFFECT: dict[str, Any] = {"check_images": 4, "attack_images": 3, "checkpoint_every": 1, "ema": 0.5, "profile": True}
+NO_EFFECT |= {"auto_batch": True, "checkpoint_activations": True}
 # `_train` is given its images.
 OF_IMAGES = {"preset", "dataset", "data", "image_size", "channels", "stream", "workers", "limit_train"}
 BEGINNING = {"stem", "weights", "perturbation"}  # with what networks begin: test_any_network.py
