@@ -506,7 +506,7 @@ def test_leaving_whom_nobody_gets_right_changes_no_accuracy(tmp_path: Path) -> N
     assert passes[1] < 0.9 * passes[0]
     for place, right in found[1].items():
         assert all(before or not now for before, now in zip(found[0][place], right, strict=True)), place
-        if place[1] != "sample":
+        if not place[0].attacker.startswith("expert"):  # which may move another expert back to what is right
             assert right == found[0][place], place
     assert 0.05 < sum(map(sum, found[1].values())) / (12 * len(found[1])) < 0.95
 
