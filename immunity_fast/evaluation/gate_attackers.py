@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from immunity_fast.attacks.mixtures import Answers, ExactJudge, LabelledModel, Model, Rows, trained_gate
 from immunity_fast.functional import log_mixture
@@ -74,11 +74,19 @@ def attacker(
     if isinstance(knowledge, int):
         if not 0 <= knowledge < model.num_experts:
             raise ValueError(f"knowledge: expected an expert 0 to {model.num_experts - 1}, got {knowledge}")
-        alone = model.unstack()[knowledge].eval()
-        return lambda images, labels: alone(images)
+        return alone(model.unstack()[knowledge].eval())
     if knowledge not in KNOWLEDGE:
         raise ValueError(f"knowledge: expected an expert's number or one of {', '.join(KNOWLEDGE)}, got {knowledge!r}")
     return GateAttacker(model, knowledge, draws, generator, logits_of)
+
+
+def alone(expert: nn.Module) -> LabelledModel:
+    """What somebody differentiates who knows of one expert alone.
+
+    Args:
+        expert: images to logits, in evaluation mode.
+    """
+    return lambda images, labels: expert(images)
 
 
 class GateAttacker:

@@ -141,6 +141,7 @@ class MixtureTarget(TargetModel):
         self.expert_logits = expert_logits or model.expert_logits
         self.attackers = self.attacker_names(model.num_experts, transfer=transfer is not None)
         self.judges = ("sample", "mean", "off", "worst", *_expert_names(model.num_experts))
+        self._experts: list[nn.Module] = []
 
     @staticmethod
     def attacker_names(num_experts: int, *, transfer: bool) -> tuple[str, ...]:
@@ -151,7 +152,9 @@ class MixtureTarget(TargetModel):
         if name == "transfer" and self.transfer is not None:
             other = self.transfer
             return lambda images, labels: other(images)
-        knowledge: Any = int(name.removeprefix("expert ")) - 1 if name.startswith("expert ") else name
+        if name.startswith("expert "):
+            return gate_attackers.alone(self._expert(int(name.removeprefix("expert ")) - 1))
+        knowledge: Any = name
         return gate_attackers.attacker(
             self.model, knowledge, draws=self.draws, generator=generator, expert_logits=self.expert_logits
         )
@@ -163,6 +166,11 @@ class MixtureTarget(TargetModel):
             _check_outputs(logits, self.num_classes)
             loss = F.nll_loss(log_mixture(logits), labels, reduction="none")
             return gate_attackers.answered_rightly(logits, gate, labels, generator), loss
+
+    def _expert(self, index: int) -> nn.Module:
+        """An expert as a module of its own; all are made once, as that takes as long as a step of an attack on one."""
+        self._experts = self._experts or [expert.eval() for expert in self.model.unstack()]
+        return self._experts[index]
 
     def attack_judge(self, name: str) -> Judge | Literal["outputs"] | None:
         # The exact mean, too: whoever fools that alone may still be answered rightly while the gate switches.
