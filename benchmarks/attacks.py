@@ -304,8 +304,8 @@ def main() -> None:
     parser.add_argument("--compile", choices=("off", "on"), default="on" if DEVICE.type == "cuda" else "off")
     given = parser.parse_args()
     config = Run.open(given.run).config()
-    options = {"image_size": config.image_size, "channels": config.channels}
-    dataset = load(config.dataset, given.data or config.data, **options).to(DEVICE)
+    form = {"image_size": config.image_size, "channels": config.channels}
+    dataset = load(config.dataset, given.data or config.data, **form).to(DEVICE)
     model, _ = load_model(given.run, DEVICE)
     model.gate.switch = "mean"
     chosen = sample(dataset.validation, given.images)

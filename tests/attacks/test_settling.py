@@ -149,7 +149,7 @@ def test_what_fools_in_bfloat16_alone_is_attacked_further(options: dict[str, Any
 
 
 @pytest.mark.parametrize("options", [{}, {"keep_best": True}, {"drop_fooled": True}])
-def test_attacks_in_bfloat16_are_about_as_strong_and_exactly_in_the_ball(options: dict[str, Any]) -> None:
+def test_in_bfloat16_attacks_are_as_strong_and_in_the_ball(options: dict[str, Any]) -> None:
     network, labels = small_network(dtype=torch.float32), small_labels(60)
     images = small_images(60, dtype=torch.float32)
     right = []

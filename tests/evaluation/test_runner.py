@@ -525,7 +525,7 @@ def test_a_network_that_draws_is_attacked_to_the_end(tmp_path: Path, draws: int 
         assert bool(shared) == (network is brightness and draws is None)
 
 
-def test_attacks_share_their_first_gradient_and_no_number_changes(tmp_path: Path) -> None:
+def test_a_first_gradient_is_shared_and_no_number_changes(tmp_path: Path) -> None:
     plan = replace(PLAN, attacks=("fgsm", "bim", "mim"), attackers=("off", "sample", "mean", "worst", "expert 2"))
     plan, found, passes = replace(plan, masking_images=0), [], []
 
