@@ -70,10 +70,31 @@ def always_fooled(logits: Tensor, gate: Tensor, labels: Tensor, targets: Tensor 
     """
     if targets is not None:
         return worst_margins(logits, gate, targets).amax(-1) < 0
+    return _least_sums(_differences(logits, labels), gate).amax(-1) > 0  # of the label itself it is 0
+
+
+def nobody_right(logits: Tensor, gate: Tensor, labels: Tensor, slack: float = 0.0) -> Tensor:
+    """(B,) bool: images that neither the mixture under any of the N! permutations nor any expert alone gets right.
+
+    Of the permutations those alone count that `always_fooled` does: under all of them the same class is likelier than
+    the label. Their mean is then wrong, too.
+
+    Args:
+        logits: (N, B, K) of the experts.
+        gate: (B, N) weights.
+        labels: (B,) integers in 0..K−1.
+        slack: by how much another class has to be likelier than the label, each time.
+    """
+    differences = _differences(logits, labels)
+    alone = (differences.amax(-1) > slack).all(0)
+    return alone & (_least_sums(differences, gate).amax(-1) > slack)
+
+
+def _least_sums(differences: Tensor, gate: Tensor) -> Tensor:
+    """min over all N! permutations π of Σ_i g_π(i) d_im, for each class m: (B, K), of d (N, B, K) and g (B, N)."""
     # The least sum of products: factors in opposite orders.
-    differences = _differences(logits, labels).sort(0).values
     weights = gate.sort(-1, descending=True).values.T[..., None].to(differences.dtype)
-    return (weights * differences).sum(0).amax(-1) > 0  # of the label itself it is 0
+    return (weights * differences.sort(0).values).sum(0)
 
 
 def worst_weights(logits: Tensor, gate: Tensor, labels: Tensor) -> Tensor:

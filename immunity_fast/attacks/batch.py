@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,22 @@ class State(NamedTuple):
     momentum: Tensor | None  # (B, C, H, W), of MIM
     eps: Tensor | None = None  # (B, 1, 1, 1), float64, where each image has a radius of its own
     alpha: Tensor | None = None  # likewise, of a step
+    rows: Tensor | None = None  # (B,) which of the whole batch's images they are, for a model that wants to know
 
     def select(self, rows: Tensor) -> State:
         """Some of the images, by their indices (B′,)."""
         return State(*(None if tensor is None else tensor[rows] for tensor in self))  # type: ignore[arg-type]
+
+
+class Found(NamedTuple):
+    """What one pass finds of B images, there and back."""
+
+    gradient: Tensor  # (B, C, H, W) of the loss
+    loss: Tensor  # (B,)
+    fooled: Tensor  # (B,) bool: whether the attack has succeeded
+    broken: Tensor  # (B,) bool: whether an output is no number
+    classes: int  # K
+    seen: Any = None  # what a model that can be observed has shown on the way
 
 
 class Step(NamedTuple):
@@ -41,6 +53,18 @@ class Step(NamedTuple):
     broken: Tensor  # (B,) bool: whether an output or the gradient is no number
     still: Tensor  # (B,) bool: whether the gradient is exactly zero
     classes: int  # K
+    seen: Any = None  # as `Found` has it
+
+
+class First:
+    """What is found of clean images, kept for the next attack on the same objective that begins at them.
+
+    Attributes:
+        found: None as long as nobody has looked.
+    """
+
+    def __init__(self) -> None:
+        self.found: Found | None = None
 
 
 @dataclass

@@ -12,20 +12,29 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from immunity_fast.attacks.batch import FOR_GOOD, Batch, State, Step, Worst
+from immunity_fast.attacks.batch import FOR_GOOD, Batch, First, Found, State, Step, Worst
 from immunity_fast.attacks.checks import check_finite, check_images, check_range, not_finite, outputs_of
 from immunity_fast.attacks.dependence import check_dependence, image_gradient
 from immunity_fast.attacks.losses import Loss, OwnLoss, loss_of
-from immunity_fast.attacks.mixtures import Judge, LabelledModel, Model, asked_modules, judge_of
+from immunity_fast.attacks.mixtures import (
+    ExactJudge,
+    Judge,
+    LabelledModel,
+    Model,
+    Observed,
+    Rows,
+    asked_modules,
+    judge_of,
+)
 from immunity_fast.attacks.modes import attacked
 from immunity_fast.attacks.preprocessing import Preprocessing, preprocessed
 from immunity_fast.attacks.projections import (
@@ -40,10 +49,11 @@ from immunity_fast.attacks.projections import (
     unit,
 )
 from immunity_fast.attacks.radii import for_each_image
+from immunity_fast.attacks.settling import ASKED_AT, Settling
 from immunity_fast.runtime.checks import check_choice, is_number, is_whole
 from immunity_fast.runtime.compilation import Compile, Compiled, Log
 from immunity_fast.runtime.outputs import kind_of
-from immunity_fast.runtime.precision import accumulation_dtype
+from immunity_fast.runtime.precision import AttackAmp, accumulation_dtype, at_least_float32, autocast
 
 EPS: dict[Norm, float] = {"Linf": 8 / 255, "L2": 1.0}
 ALPHA: dict[Norm, float] = {"Linf": 2 / 255, "L2": 0.2}
@@ -75,6 +85,8 @@ class Attack:
         keep_best: the worst of all images on the way counts, not the last.
         drop_fooled: an image that fools the model leaves the batch as it then is, and costs nothing more.
         bounds: the lowest and the highest value of a pixel, rounded to the images' dtype.
+        amp: "bf16" takes gradients under autocast, convolutions and products in bfloat16, which is faster where a
+            processor can; what fools the model is found out in the model's own format.
 
     Raises:
         ValueError: a setting out of its range.
@@ -91,9 +103,11 @@ class Attack:
     keep_best: bool = False
     drop_fooled: bool = False
     bounds: Bounds = UNIT
+    amp: AttackAmp = "off"
 
     def __post_init__(self) -> None:
         check_choice("norm", self.norm, Norm)
+        check_choice("amp", self.amp, AttackAmp)
         if not callable(self.loss):
             check_choice("loss", self.loss, Loss)
         object.__setattr__(self, "bounds", checked_bounds(self.bounds))
@@ -163,9 +177,14 @@ class BoundAttack:
             gradients of parameters. Where that fails, the step is eager, and says so.
         device: where the images will be; only compiling asks for it.
         log, traceback_file: what takes such a line, and the whole traceback; see `Compiled`.
+        settling: says which images are attacked no further, as nobody who answers is right about them: they stay as
+            they then are. Of an attack whose last image counts, without `keep_best`, `drop_fooled` and restarts.
 
     Attributes:
-        unmoved: (B,) bool, which images of the last call had a gradient of exactly zero at every step.
+        unmoved: (B,) bool, which images of the last call had a gradient of exactly zero at every step that they took.
+
+    Raises:
+        ValueError: `settling` with `keep_best`, `drop_fooled` or restarts, or compiled.
     """
 
     def __init__(
@@ -179,12 +198,19 @@ class BoundAttack:
         device: torch.device | None = None,
         log: Log | None = None,
         traceback_file: Path | None = None,
+        settling: Settling | None = None,
     ) -> None:
-        self.attack, self.model, self.elsewhere = attack, model, elsewhere
+        self.attack, self.model, self.elsewhere, self.settling = attack, model, elsewhere, settling
         self.judge = getattr(model, "exact_judge", None) if judge is None else judge
+        self._whole = 0  # images of the batch that is under way
         self.unmoved = torch.zeros(0, dtype=torch.bool)
         self._box = attack.bounds
         self._step_function = Compiled(self._step, compile, device or torch.device("cpu"), log, traceback_file)
+        last_counts = not (attack.keep_best or attack.drop_fooled or attack.restarts > 1)
+        if settling is not None and (self.compiled or not last_counts):
+            raise ValueError("settling: expected an eager attack whose last image counts, got another")
+        exact = isinstance(self.judge, ExactJudge) and not last_counts
+        self._observing = hasattr(model, "observed") and not self.compiled and (settling is not None or exact)
 
     @property
     def compiled(self) -> bool:
@@ -203,6 +229,7 @@ class BoundAttack:
         start: Tensor | None = None,
         reference: Tensor | None = None,
         trusted: bool = False,
+        first: First | None = None,
     ) -> Tensor:
         """Adversarial images for a batch of images. The model is asked in the mode that it is in.
 
@@ -215,6 +242,8 @@ class BoundAttack:
             start: (B, C, H, W) where to begin, once projected; None is as the settings say.
             reference: (B, K) probabilities: instead of `loss`, the KL divergence of the model's from them is maximised.
             trusted: skip all checks, each of which waits for the device.
+            first: what another attack on the same model, images and labels by the same loss has found of the images
+                themselves, where this one begins at them, too; filled in where nothing is in it yet.
 
         Returns:
             Adversarial images (B, C, H, W) of the images' dtype, detached, inside the ball and the bounds, exactly.
@@ -231,12 +260,15 @@ class BoundAttack:
         attack = self.attack
         self.unmoved = torch.full((len(images),), attack.steps > 0, device=images.device)
         worst = Worst(images, needed=attack.keep_best or attack.drop_fooled or attack.restarts > 1)
+        if self.settling is not None:
+            worst.images = images.clone()
         for restart in range(attack.restarts if len(images) else 0):
             begin = self._begin(images, generator, start, own[0])
             batch = self._whole_batch(begin, images, labels, targets, reference, own)
             if attack.drop_fooled and restart:
                 batch = batch.select(worst.survivors())
-            self._descend(batch, worst, trusted)
+            shared = first if begin is images and not restart and not self.compiled else None
+            self._descend(batch, worst, trusted, shared)
         if not trusted and bool(self.unmoved.any()):
             self._warn_of_the_unmoved()
         return worst.images.clone()
@@ -269,11 +301,14 @@ class BoundAttack:
             low, high = linf_bounds(images, attack.radius if own[0] is None else own[0], self._box)
         if attack.decay is not None:
             momentum = torch.zeros_like(images, dtype=accumulation_dtype(images))
-        state = State(begin, images, labels, targets, reference, low, high, momentum, *own)
-        return Batch(torch.arange(len(images), device=images.device), state, len(images))
+        self._whole, rows = len(images), torch.arange(len(images), device=images.device)
+        shown = rows if self._observing else None
+        eps, alpha = own
+        state = State(begin, images, labels, targets, reference, low, high, momentum, eps, alpha, shown)
+        return Batch(rows, state, len(images))
 
-    def _descend(self, batch: Batch, worst: Worst, trusted: bool) -> None:
-        """One descent of the images in the batch, into `worst`."""
+    def _descend(self, batch: Batch, worst: Worst, trusted: bool, first: First | None) -> None:
+        """One descent of the images in the batch, into `worst`; `first`: where what its first step finds is shared."""
         attack = self.attack
         broken = torch.zeros(batch.whole, dtype=torch.bool, device=batch.where.device)
         judge = self.judge if worst.needed else "outputs"
@@ -283,7 +318,7 @@ class BoundAttack:
             if not len(batch.where):
                 break
             with asked_modules() if judge is None else nullcontext() as asked:
-                result = self._take_step(batch)
+                result = self._take_step(batch, None if step else first)
             state = batch.state
             if asked is not None:
                 judge = judge_of(self.model, state.adversarial, state.labels) if asked.random_gates else "outputs"
@@ -294,15 +329,20 @@ class BoundAttack:
                 check_finite(broken)
                 if bool(result.still.all()):
                     check_dependence(self.model, state.adversarial, state.labels, self.elsewhere, self._box)
-            loss, success = result.loss, FOR_GOOD * result.fooled
+            left = None  # who is attacked further
             if attack.keep_best or attack.drop_fooled:
-                if judge != "outputs":
-                    loss, success, _ = self._standing(state, judge)
+                loss, success = self._success(state, result, judge)
                 worst.update(batch.where, state.adversarial, loss, success)
+                left = success < FOR_GOOD if attack.drop_fooled else None
+            elif self.settling is not None:
+                left = ~self._settled(state, result, step)
+                worst.images[batch.where] = state.adversarial
             batch.state = state._replace(adversarial=result.adversarial, momentum=result.momentum)
-            if attack.drop_fooled:
-                batch = batch.select((success < FOR_GOOD).nonzero()[:, 0])
-        if not worst.needed:
+            if left is not None:
+                batch = batch.select(left.nonzero()[:, 0])
+        if self.settling is not None:
+            worst.images[batch.where] = batch.state.adversarial
+        elif not worst.needed:
             worst.images = batch.state.adversarial
         elif len(batch.where):
             loss, success, bad = self._standing(batch.state, judge)
@@ -311,10 +351,47 @@ class BoundAttack:
         if not trusted:
             check_finite(broken)
 
-    def _take_step(self, batch: Batch) -> Step:
+    def _success(self, state: State, result: Step, judge: Judge | Literal["outputs"] | None) -> tuple[Tensor, Tensor]:
+        """(loss; success) of the images that a step has begun with, as `_standing` has them, each (B,)."""
+        if judge == "outputs":
+            loss, success = result.loss, FOR_GOOD * result.fooled
+        elif result.seen is not None and isinstance(judge, ExactJudge):
+            outputs, always = judge.of_answers(result.seen, state.labels, state.targets)
+            loss, success, _ = self._judged(outputs, always, state)
+        else:
+            return self._standing(state, judge)[:2]
+        if self.attack.amp != "off":  # what fools a model in another format need not fool it
+            rows = (success > 0).nonzero()[:, 0]
+            if len(rows):
+                sure, certain, _ = self._standing(state.select(rows), judge)
+                loss, success = loss.index_copy(0, rows, sure), success.index_copy(0, rows, certain.to(success))
+        return loss, success
+
+    def _settled(self, state: State, result: Step, step: int) -> Tensor:
+        """Which of the images that a step has begun with are settled, (B,) bool."""
+        settling, last = self.settling, step + 1 == self.attack.steps
+        assert settling is not None
+        settled = torch.zeros_like(result.fooled)
+        if result.seen is not None and settling.seen is not None:
+            maybe = settling.seen(result.seen, state.labels)
+            if self.attack.amp == "off":
+                return maybe
+        elif step in ASKED_AT:
+            maybe = result.fooled
+        else:
+            return settled
+        rows = maybe.nonzero()[:, 0]
+        if len(rows) and not last:  # whose pass would spare nobody anything
+            settled[rows] = settling.asked(state.adversarial[rows], state.labels[rows])
+        return settled
+
+    def _take_step(self, batch: Batch, first: First | None) -> Step:
         """The step of a batch; a compiled one of a size that it is compiled for."""
         if not self._step_function.active:
-            return self._step(batch.state)
+            if first is None:
+                return self._step(batch.state)
+            first.found = first.found or self._differentiate(batch.state)
+            return self._move(batch.state, first.found)
         state, size = batch.state, len(batch.where)
         padded = _compiled_size(size, batch.whole)
         if padded > size:
@@ -326,8 +403,12 @@ class BoundAttack:
 
     def _step(self, state: State) -> Step:
         """What an attack does over and over, and all that is compiled of it."""
+        return self._move(state, self._differentiate(state))
+
+    def _move(self, state: State, found: Found) -> Step:
+        """A step along what was found."""
         attack, adversarial, momentum = self.attack, state.adversarial, state.momentum
-        gradient, loss, fooled, broken, classes = self._differentiate(state)
+        gradient, loss, fooled, broken, classes, seen = found
         broken = broken | ~gradient.isfinite().flatten(1).all(1)
         still = (gradient == 0).flatten(1).all(1)
         if attack.loss == "dlr":  # which is 1, whatever the logits are, where the label is the third likeliest
@@ -352,13 +433,27 @@ class BoundAttack:
             move = attack.alpha * along if state.alpha is None else state.alpha.to(along.dtype) * along
             radius = attack.radius if state.eps is None else state.eps
             moved = project_l2(adversarial + move, state.images, radius, self._box)
-        return Step(moved, momentum, loss, fooled, broken, still, classes)
+        return Step(moved, momentum, loss, fooled, broken, still, classes, seen)
 
-    def _differentiate(self, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-        """(the loss's gradient (B, C, H, W); `_verdict` of the outputs, each (B,); K)."""
+    def _differentiate(self, state: State) -> Found:
+        """The loss's gradient, and the verdict on the outputs.
+
+        PyTorch computes no gradients of weights: it is asked for the images' alone.
+        """
+        seen: Any = None
 
         def objective(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-            outputs = outputs_of(self.model(x, state.labels), len(x))
+            nonlocal seen
+            with self._number_format(x):
+                if self._observing:
+                    assert state.rows is not None
+                    rows = Rows(state.rows, self._whole)
+                    returned, seen = cast(Observed, self.model).observed(x, state.labels, rows)
+                else:
+                    returned = self.model(x, state.labels)
+            outputs = outputs_of(returned, len(x))
+            if self.attack.amp != "off":
+                outputs = at_least_float32(outputs)
             loss, fooled, broken = self._verdict(outputs, state)
             # The sum, not the mean: an image's gradient then does not shrink with the size of its batch.
             return loss.sum(), (loss.detach(), fooled, broken, outputs.detach())
@@ -366,11 +461,15 @@ class BoundAttack:
         if torch.compiler.is_compiling():
             with torch.no_grad():  # of parameters; the images' is torch.func's
                 gradient, (loss, fooled, broken, outputs) = torch.func.grad(objective, has_aux=True)(state.adversarial)
-            return gradient, loss, fooled, broken, outputs.shape[-1]
+            return Found(gradient, loss, fooled, broken, outputs.shape[-1])
         with torch.enable_grad():
             x = state.adversarial.detach().requires_grad_()
             total, (loss, fooled, broken, outputs) = objective(x)
-            return image_gradient(total, x), loss, fooled, broken, outputs.shape[-1]
+            return Found(image_gradient(total, x), loss, fooled, broken, outputs.shape[-1], seen)
+
+    def _number_format(self, x: Tensor) -> AbstractContextManager[object]:
+        """What the model runs in for its gradient; without `amp` what the caller runs in."""
+        return nullcontext() if self.attack.amp == "off" else autocast(self.attack.amp, x.device)
 
     def _standing(self, state: State, judge: Judge | Literal["outputs"] | None) -> tuple[Tensor, Tensor, Tensor]:
         """(loss; success: 0, 1, or 2 where it is `FOR_GOOD`; whether not finite) of images as they are, each (B,)."""
@@ -379,7 +478,11 @@ class BoundAttack:
                 outputs, always = judge(state.adversarial, state.labels, state.targets)
             else:
                 outputs, always = outputs_of(self.model(state.adversarial, state.labels), len(state.labels)), None
-            loss, fooled, broken = self._verdict(outputs, state)
+            return self._judged(outputs, always, state)
+
+    def _judged(self, outputs: Tensor, always: Tensor | None, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """`_standing` of outputs; `always`: who is fooled whatever a random model draws; None: it is not random."""
+        loss, fooled, broken = self._verdict(outputs, state)
         return loss, FOR_GOOD * fooled if always is None else fooled.int() + (fooled & always), broken
 
     def _verdict(self, outputs: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:

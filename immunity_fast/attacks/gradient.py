@@ -20,6 +20,7 @@ from immunity_fast.attacks.mixtures import Model
 from immunity_fast.attacks.preprocessing import Preprocessing
 from immunity_fast.attacks.projections import UNIT, Bounds, Norm
 from immunity_fast.attacks.radii import Given, of_each, one_or_each
+from immunity_fast.runtime.precision import AttackAmp
 
 
 @overload
@@ -34,6 +35,7 @@ def fgsm(
     targets: Tensor | None = None,
     bounds: Bounds = UNIT,
     preprocessing: Preprocessing | None = None,
+    amp: AttackAmp = "off",
 ) -> Tensor: ...
 
 
@@ -49,6 +51,7 @@ def fgsm(
     targets: Tensor | None = None,
     bounds: Bounds = UNIT,
     preprocessing: Preprocessing | None = None,
+    amp: AttackAmp = "off",
 ) -> list[Tensor]: ...
 
 
@@ -63,6 +66,7 @@ def fgsm(
     targets: Tensor | None = None,
     bounds: Bounds = UNIT,
     preprocessing: Preprocessing | None = None,
+    amp: AttackAmp = "off",
 ) -> Tensor | list[Tensor]:
     """Fast gradient sign method (Goodfellow et al., arXiv 1412.6572): one step of size eps.
 
@@ -82,6 +86,7 @@ def fgsm(
         targets: (B,) classes that the attack is to reach; None is any but the label.
         bounds: the lowest and the highest value of a pixel, rounded to the images' dtype.
         preprocessing: what is done to images on their way to the model, `dict(mean=…, std=…)`: (images − mean) / std.
+        amp: "bf16" takes gradients under autocast, in bfloat16; what fools the model is found out without.
 
     Returns:
         Adversarial images (B, C, H, W) of the images' dtype, detached, inside the ball and the bounds: exactly, in
@@ -98,7 +103,7 @@ def fgsm(
             are returned as they began.
         MovedStatisticsWarning: the model is a function that asks a module in training mode, whose statistics moved.
     """
-    settings = partial(Attack, steps=1, norm=norm, loss=loss, bounds=bounds)
+    settings = partial(Attack, steps=1, norm=norm, loss=loss, bounds=bounds, amp=amp)
 
     def one(radius: Given | None) -> Tensor:
         radius = settings().radius if radius is None else radius
@@ -123,6 +128,7 @@ def bim(
     drop_fooled: bool = False,
     bounds: Bounds = UNIT,
     preprocessing: Preprocessing | None = None,
+    amp: AttackAmp = "off",
 ) -> Tensor: ...
 
 
@@ -142,6 +148,7 @@ def bim(
     drop_fooled: bool = False,
     bounds: Bounds = UNIT,
     preprocessing: Preprocessing | None = None,
+    amp: AttackAmp = "off",
 ) -> list[Tensor]: ...
 
 
@@ -160,6 +167,7 @@ def bim(
     drop_fooled: bool = False,
     bounds: Bounds = UNIT,
     preprocessing: Preprocessing | None = None,
+    amp: AttackAmp = "off",
 ) -> Tensor | list[Tensor]:
     """Basic iterative method (Kurakin et al., arXiv 1607.02533): steps from the image itself.
 
@@ -184,6 +192,7 @@ def bim(
         drop_fooled: an image that fools the model leaves the batch as it then is, and costs nothing more.
         bounds: the lowest and the highest value of a pixel, rounded to the images' dtype.
         preprocessing: what is done to images on their way to the model, `dict(mean=…, std=…)`: (images − mean) / std.
+        amp: "bf16" takes gradients under autocast, in bfloat16; what fools the model is found out without.
 
     Returns:
         Adversarial images (B, C, H, W) of the images' dtype, detached, inside the ball and the bounds: exactly, in
@@ -201,7 +210,7 @@ def bim(
         MovedStatisticsWarning: the model is a function that asks a module in training mode, whose statistics moved.
     """
     settings = partial(
-        Attack, steps=steps, norm=norm, loss=loss, keep_best=keep_best, drop_fooled=drop_fooled, bounds=bounds
+        Attack, steps=steps, norm=norm, loss=loss, keep_best=keep_best, drop_fooled=drop_fooled, bounds=bounds, amp=amp
     )
 
     def one(radius: Given | None) -> Tensor:
@@ -229,6 +238,7 @@ def pgd(
     generator: torch.Generator | None = None,
     bounds: Bounds = UNIT,
     preprocessing: Preprocessing | None = None,
+    amp: AttackAmp = "off",
 ) -> Tensor: ...
 
 
@@ -251,6 +261,7 @@ def pgd(
     generator: torch.Generator | None = None,
     bounds: Bounds = UNIT,
     preprocessing: Preprocessing | None = None,
+    amp: AttackAmp = "off",
 ) -> list[Tensor]: ...
 
 
@@ -272,6 +283,7 @@ def pgd(
     generator: torch.Generator | None = None,
     bounds: Bounds = UNIT,
     preprocessing: Preprocessing | None = None,
+    amp: AttackAmp = "off",
 ) -> Tensor | list[Tensor]:
     """Projected gradient descent (Madry et al., arXiv 1706.06083): BIM from a random point of the ball.
 
@@ -299,6 +311,7 @@ def pgd(
         generator: of random starts; None is PyTorch's default generator.
         bounds: the lowest and the highest value of a pixel, rounded to the images' dtype.
         preprocessing: what is done to images on their way to the model, `dict(mean=…, std=…)`: (images − mean) / std.
+        amp: "bf16" takes gradients under autocast, in bfloat16; what fools the model is found out without.
 
     Returns:
         Adversarial images (B, C, H, W) of the images' dtype, detached, inside the ball and the bounds: exactly, in
@@ -325,6 +338,7 @@ def pgd(
         keep_best=keep_best,
         drop_fooled=drop_fooled,
         bounds=bounds,
+        amp=amp,
     )
 
     def one(radius: Given | None) -> Tensor:
@@ -350,6 +364,7 @@ def mim(
     drop_fooled: bool = False,
     bounds: Bounds = UNIT,
     preprocessing: Preprocessing | None = None,
+    amp: AttackAmp = "off",
 ) -> Tensor: ...
 
 
@@ -370,6 +385,7 @@ def mim(
     drop_fooled: bool = False,
     bounds: Bounds = UNIT,
     preprocessing: Preprocessing | None = None,
+    amp: AttackAmp = "off",
 ) -> list[Tensor]: ...
 
 
@@ -389,6 +405,7 @@ def mim(
     drop_fooled: bool = False,
     bounds: Bounds = UNIT,
     preprocessing: Preprocessing | None = None,
+    amp: AttackAmp = "off",
 ) -> Tensor | list[Tensor]:
     """Momentum iterative method (Dong et al., arXiv 1710.06081): steps along a decaying sum of scaled gradients.
 
@@ -414,6 +431,7 @@ def mim(
         drop_fooled: an image that fools the model leaves the batch as it then is, and costs nothing more.
         bounds: the lowest and the highest value of a pixel, rounded to the images' dtype.
         preprocessing: what is done to images on their way to the model, `dict(mean=…, std=…)`: (images − mean) / std.
+        amp: "bf16" takes gradients under autocast, in bfloat16; what fools the model is found out without.
 
     Returns:
         Adversarial images (B, C, H, W) of the images' dtype, detached, inside the ball and the bounds: exactly, in
@@ -439,6 +457,7 @@ def mim(
         keep_best=keep_best,
         drop_fooled=drop_fooled,
         bounds=bounds,
+        amp=amp,
     )
 
     def one(radius: Given | None) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import get_ident
-from typing import Any, Literal, Protocol, TypeGuard
+from typing import Any, Literal, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,30 @@ LabelledModel = Callable[[Tensor, Tensor], Tensor]
 # By what an attack judges a model that is random: (images (B, C, H, W), labels (B,), targets (B,) or None) to (outputs
 # (B, K) that are not random, (B,) bool: whether the attack has succeeded whatever the model draws).
 Judge = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
+
+
+class Answers(NamedTuple):
+    """What a mixture said of B images, on the way to its outputs; without a graph."""
+
+    logits: Tensor  # (N, B, K) of the experts
+    gate: Tensor  # (B, N) weights as they were trained
+
+
+class Rows(NamedTuple):
+    """Which images of a batch a model is shown, where others have left it: what it draws for them stays the same."""
+
+    where: Tensor  # (B,)
+    whole: int
+
+
+class Observed(Protocol):
+    """A model that can be asked what it saw on its way, so that it need not be asked a second time."""
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Outputs (B, K), or (draws, B, K)."""
+
+    def observed(self, images: Tensor, labels: Tensor, rows: Rows | None = None) -> tuple[Tensor, Any]:
+        """(the outputs of a call; what it saw: `Answers` of a mixture)."""
 
 
 class RandomGate(Protocol):
@@ -81,7 +105,7 @@ def drawn(model: Mixture, draws: int) -> Model:
     return outputs
 
 
-def exact_judge(model: Mixture, expert_logits: Callable[[Tensor], Tensor] | None = None) -> Judge:
+class ExactJudge:
     """The judge of a mixture whose gate switches: its exact mean, and who is fooled under every permutation.
 
     Args:
@@ -89,11 +113,18 @@ def exact_judge(model: Mixture, expert_logits: Callable[[Tensor], Tensor] | None
         expert_logits: what computes the model's, if compiled code is to; None is `model.expert_logits`.
     """
 
-    def judge(images: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
-        logits, gate = (expert_logits or model.expert_logits)(images), trained_gate(model, images)
-        return log_mixture(logits), always_fooled(logits, gate, labels, targets)
+    def __init__(self, model: Mixture, expert_logits: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.model, self.expert_logits = model, expert_logits or model.expert_logits
 
-    return judge
+    def __call__(self, images: Tensor, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See `Judge`."""
+        answers = Answers(self.expert_logits(images), trained_gate(self.model, images))
+        return self.of_answers(answers, labels, targets)
+
+    @staticmethod
+    def of_answers(answers: Answers, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What it says of images of which the mixture's answers are known already."""
+        return log_mixture(answers.logits), always_fooled(*answers, labels, targets)
 
 
 def judge_of(model: LabelledModel, images: Tensor, labels: Tensor) -> Judge | Literal["outputs"]:
@@ -115,7 +146,7 @@ def judge_of(model: LabelledModel, images: Tensor, labels: Tensor) -> Judge | Li
     if not asked.random_gates:
         return "outputs"
     if (mixture := asked.only(images, outputs)) is not None:
-        return exact_judge(mixture)
+        return ExactJudge(mixture)
 
     def judge(images: Tensor, labels: Tensor, _targets: Tensor | None) -> tuple[Tensor, Tensor]:
         with exact_means():

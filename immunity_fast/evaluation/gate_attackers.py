@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from immunity_fast.attacks.mixtures import LabelledModel, Model, exact_judge, trained_gate
+from immunity_fast.attacks.mixtures import Answers, ExactJudge, LabelledModel, Model, Rows, trained_gate
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
-from immunity_fast.permutations import permuted, worst_margins, worst_weights
+from immunity_fast.permutations import permuted, random_orders, worst_margins, worst_weights
 
 Knowledge = Literal["off", "sample", "eot", "mean", "worst"]
 KNOWLEDGE: tuple[Knowledge, ...] = get_args(Knowledge)
@@ -62,8 +62,8 @@ def attacker(
         expert_logits: what computes the model's, if compiled code is to; None is `model.expert_logits`.
 
     Returns:
-        (images (B, C, H, W), labels (B,)) to log-probabilities (B, K), or (draws, B, K). Where they are random, or the
-        mean of what is, an attribute `exact_judge` tells an attack what fools the mixture for good.
+        (images (B, C, H, W), labels (B,)) to log-probabilities (B, K), or (draws, B, K): of the mixture a
+        `GateAttacker`.
 
     Raises:
         ValueError: unknown knowledge, an expert that is not there, draws < 1.
@@ -74,27 +74,81 @@ def attacker(
     if isinstance(knowledge, int):
         if not 0 <= knowledge < model.num_experts:
             raise ValueError(f"knowledge: expected an expert 0 to {model.num_experts - 1}, got {knowledge}")
-        alone = model.unstack()[knowledge].eval()
-        return lambda images, labels: alone(images)
+        return alone(model.unstack()[knowledge].eval())
     if knowledge not in KNOWLEDGE:
         raise ValueError(f"knowledge: expected an expert's number or one of {', '.join(KNOWLEDGE)}, got {knowledge!r}")
+    return GateAttacker(model, knowledge, draws, generator, logits_of)
 
-    def outputs(images: Tensor, labels: Tensor) -> Tensor:
-        if knowledge == "mean":
-            return log_mixture(logits_of(images))
-        logits, gate = logits_of(images), trained_gate(model, images)
-        if knowledge == "off":
+
+def alone(expert: nn.Module) -> LabelledModel:
+    """What somebody differentiates who knows of one expert alone.
+
+    Args:
+        expert: images to logits, in evaluation mode.
+    """
+    return lambda images, labels: expert(images)
+
+
+class GateAttacker:
+    """What `attacker` says that somebody who knows something of the gate differentiates, of all experts.
+
+    Args:
+        model, knowledge, draws, generator: see `attacker`.
+        expert_logits: what computes the model's.
+
+    Attributes:
+        exact_judge: where the outputs are random, or the mean of what is: tells an attack what fools the mixture for
+            good; else None.
+    """
+
+    def __init__(
+        self,
+        model: ImmunityMoE,
+        knowledge: Knowledge,
+        draws: int,
+        generator: torch.Generator | None,
+        expert_logits: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.model, self.knowledge, self.draws, self.generator = model, knowledge, draws, generator
+        self.expert_logits = expert_logits
+        # Who fools the mean alone is still answered rightly now and then.
+        exact = knowledge in ("sample", "eot", "mean")
+        self.exact_judge = ExactJudge(model, expert_logits) if exact else None
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Log-probabilities (B, K), or (draws, B, K), of images (B, C, H, W) with labels (B,)."""
+        logits = self.expert_logits(images)
+        gate = None if self.knowledge == "mean" else trained_gate(self.model, images)
+        return self._mixed(logits, gate, labels, None)
+
+    def observed(self, images: Tensor, labels: Tensor, rows: Rows | None = None) -> tuple[Tensor, Answers]:
+        """(The same; what the experts and the gate have said.)
+
+        Args:
+            images, labels: as for a call.
+            rows: which they are of a batch that others have left: what is drawn for an image is the same as if all were
+                still there; None: they are all.
+        """
+        logits = self.expert_logits(images)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.knowledge != "mean"):
+            gate = trained_gate(self.model, images)
+        return self._mixed(logits, gate, labels, rows), Answers(logits.detach(), gate.detach())
+
+    def _mixed(self, logits: Tensor, gate: Tensor | None, labels: Tensor, rows: Rows | None) -> Tensor:
+        if gate is None or self.knowledge == "mean":
+            return log_mixture(logits)
+        if self.knowledge == "off":
             return log_mixture(logits, gate)
-        if knowledge == "worst":
+        if self.knowledge == "worst":
             return log_mixture(logits, worst_weights(logits, gate, labels))
-        if knowledge == "sample":
-            return log_mixture(logits, permuted(gate, generator))
-        mixtures = [log_mixture(logits, permuted(gate, generator)) for _ in range(draws)]
-        return torch.stack(mixtures)
+        if self.knowledge == "sample":
+            return log_mixture(logits, self._permuted(gate, rows))
+        return torch.stack([log_mixture(logits, self._permuted(gate, rows)) for _ in range(self.draws)])
 
-    if knowledge in ("sample", "eot", "mean"):  # who fools the mean alone is still answered rightly now and then
-        outputs.exact_judge = exact_judge(model, expert_logits)  # type: ignore[attr-defined]
-    return outputs
+    def _permuted(self, gate: Tensor, rows: Rows | None) -> Tensor:
+        if rows is None:
+            return permuted(gate, self.generator)
+        return gate.gather(-1, random_orders(rows.whole, gate.shape[1], self.generator, gate.device)[rows.where])
 
 
 def averaged(model: Model, draws: int) -> LabelledModel:

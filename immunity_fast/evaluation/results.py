@@ -150,6 +150,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
             "permutations (mean), the trained weights as they are (off), or each image's worst permutation (worst)"
         )
     note += "."
+    if plan.get("amp", "off") != "off":
+        note += " Gradients were taken in bfloat16; everything is judged in float32."
     accuracy = Table(
         "Test accuracy, %",
         ["attack", "what the attacker differentiates", "images", *(JUDGES[judge] for judge in judges)],

@@ -29,6 +29,7 @@ from immunity_fast.attacks import (
     square,
 )
 from immunity_fast.attacks.autoattack import DRAWS
+from immunity_fast.attacks.batch import First
 from immunity_fast.attacks.projections import Norm
 from immunity_fast.data.augmentation import as_float
 from immunity_fast.data.datasets import AnySplit
@@ -39,8 +40,9 @@ from immunity_fast.evaluation.targets import MixtureTarget, TargetModel
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.models.gate import draws_expected
 from immunity_fast.runtime.files import is_number
+from immunity_fast.runtime.precision import AttackAmp
 
-VERSION = 3  # of what a piece is: a change makes earlier ones unknown
+VERSION = 4  # of what a piece is: a change makes earlier ones unknown
 PROBES = 16  # test images that a model is told apart by
 COMPARED = 128  # test images of which a model answers some otherwise, or it does not depend on them
 GRADIENT_ATTACKS = ("fgsm", "bim", "mim", "pgd", "cw", "dlr")
@@ -52,6 +54,7 @@ SETS = {"quick": ("fgsm", "pgd"), "default": ("fgsm", "bim", "mim", "pgd"), "all
 SEED_WORDS = {"off": "fixed", "sample": "single", "subset": "sample"}
 LARGEST = 1e300  # in the place of an infinite loss, for which JSON has no number
 CURVE_STEPS = 20  # of PGD at each ε
+SHARED_BYTES = 1 << 28  # that first gradients of a chunk may take
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Plan:
         curve_steps: numbers of PGD's steps.
         drop_fooled: see `Attack`; an image that has fooled its attacker's own objective is then not attacked further:
             for good, where that is the gate's sample. Objectives that are random in another way are attacked to the
-            end.
+            end. Without it an image is attacked until no judge is right about it, see `TargetModel.settling`.
+        amp: see `Attack`; of attacks that follow gradients, without AutoAttack.
         queries: of Square.
         autoattack_steps: of AutoAttack's gradient attacks.
         seed: of random starts and draws.
@@ -85,6 +89,7 @@ class Plan:
     curve_eps: tuple[float, ...] = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
     curve_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
     drop_fooled: bool = False
+    amp: AttackAmp = "off"
     queries: int = 5000
     autoattack_steps: int = 100
     seed: int = 0
@@ -119,11 +124,12 @@ def gradient_attack(name: str, plan: Plan) -> Attack:
 
     Args:
         name: of the attack.
-        plan: its radius, norm and `drop_fooled`.
+        plan: its radius, norm, `drop_fooled` and `amp`.
     """
     eps = plan.radius
     step = eps / 4 if plan.norm == "Linf" else eps / 5
-    base = Attack(eps, step, norm=plan.norm, keep_best=plan.drop_fooled, drop_fooled=plan.drop_fooled)
+    dropped = plan.drop_fooled
+    base = Attack(eps, step, norm=plan.norm, keep_best=dropped, drop_fooled=dropped, amp=plan.amp)
     changes: dict[str, dict[str, Any]] = {
         "fgsm": {"alpha": eps, "steps": 1},
         "bim": {"steps": 10},
@@ -211,6 +217,9 @@ class Evaluation:
             )
         self._compared = self._images(sample_order(test, COMPARED))
         self.curves = curve_rows(target, plan)
+        self._repeats: bool | None = None
+        self._firsts: dict[str, First] = {}  # by attacker, of the chunk that is under way
+        self._chunk = (0, 0)
         self._identity = {
             "version": VERSION,
             "target": target.weights_hash(),
@@ -259,7 +268,7 @@ class Evaluation:
             if new:
                 chosen = torch.arange(start, stop) if row.kind == "clean" else self.order[start:stop]
                 try:
-                    self.ledger.add(key, self._piece(row, chosen, self._seed(row, start)))
+                    self.ledger.add(key, self._piece(row, chosen, self._seed(row, start), (start, stop)))
                 except NotFiniteError as error:
                     raise ValueError(
                         f"model: expected finite outputs and gradients, got NaN or infinite ones for test image "
@@ -278,7 +287,13 @@ class Evaluation:
         return [self.ledger[key] for key in itertools.takewhile(self.ledger.__contains__, keys)]
 
     def attacked(
-        self, row: Row, images: Tensor, labels: Tensor, seed: int, unmoved: list[Tensor] | None = None
+        self,
+        row: Row,
+        images: Tensor,
+        labels: Tensor,
+        seed: int,
+        unmoved: list[Tensor] | None = None,
+        first: First | None = None,
     ) -> Tensor:
         """What a row makes of some images.
 
@@ -288,6 +303,7 @@ class Evaluation:
             labels: (B,) integers in 0..K−1.
             seed: of all chance.
             unmoved: where `BoundAttack.unmoved` (B,) of an attack by gradients is appended to.
+            first: what attacks of this attacker share that begin at these images, see `BoundAttack`.
 
         Returns:
             (B, C, H, W).
@@ -301,8 +317,9 @@ class Evaluation:
             noise = Attack(plan.radius, norm=plan.norm, steps=0, random_start=True)
             return noise(lambda x: x, images, labels, generator=generator)
         if row.settings is not None:
-            bound = self._bound(row.settings, row.attacker, self.target.attacker(row.attacker, gate))
-            found = _quietly(bound, images, labels, generator=generator)
+            outputs = self.target.attacker(row.attacker, gate)
+            bound = self._bound(row.settings, row.attacker, outputs, settled=not self.to_the_end(row))
+            found = _quietly(bound, images, labels, generator=generator, first=first)
             if unmoved is not None:
                 unmoved.append(bound.unmoved)
             return found
@@ -329,16 +346,39 @@ class Evaluation:
             queries=plan.queries,
         )
 
-    def _bound(self, attack: Attack, attacker: str, outputs: LabelledModel) -> BoundAttack:
+    def _bound(self, attack: Attack, attacker: str, outputs: LabelledModel, *, settled: bool) -> BoundAttack:
+        """An attack; `settled`: it may leave images that no judge is right about, where it does not drop others."""
         judge = self.target.attack_judge(attacker)
         if judge is None and attacker in self.target.random:  # which image is worst would be a matter of luck
             attack = replace(attack, keep_best=False, drop_fooled=False)
-        return BoundAttack(attack, outputs, judge=judge, elsewhere=self._compared)
+        settling = None
+        if settled and not (attack.keep_best or attack.drop_fooled) and self._nothing_is_drawn():
+            settling = self.target.settling(attacker)
+        return BoundAttack(attack, outputs, judge=judge, elsewhere=self._compared, settling=settling)
+
+    def _nothing_is_drawn(self) -> bool:
+        """Whether all that is random in what answers is a gate: else that nobody is right is luck, and none is shared.
+
+        The global generators are left as they were.
+        """
+        if self._repeats is None:
+            with torch.random.fork_rng():
+                self._repeats = self.target.repeats(self._compared[:PROBES])
+        return self._repeats
+
+    def _first(self, row: Row, chunk: tuple[int, int], images: Tensor) -> First | None:
+        """What the attacks of an attacker share on a chunk: the first gradient of those that begin at the images."""
+        if chunk != self._chunk:
+            self._firsts, self._chunk = {}, chunk
+        large = images.nbytes * len(self.target.attackers) > SHARED_BYTES
+        if row.settings is None or row.settings.random_start or row.attacker in self.target.random or large:
+            return None
+        return self._firsts.setdefault(row.attacker, First()) if self._nothing_is_drawn() else None
 
     def _images(self, chosen: Tensor) -> Tensor:
         return as_float(self.test.read(chosen))
 
-    def _piece(self, row: Row, chosen: Tensor, seed: int) -> dict[str, Any]:
+    def _piece(self, row: Row, chosen: Tensor, seed: int, chunk: tuple[int, int]) -> dict[str, Any]:
         images, labels = self._images(chosen), self.test.labels[chosen.to(self.test.labels.device)]
         with torch.random.fork_rng(), draws_expected():  # for what is random in a user's model
             torch.manual_seed(seed)
@@ -346,12 +386,12 @@ class Evaluation:
                 return {"points": list(self._points(row, images, labels, seed))}
             begin = time.perf_counter()
             unmoved: list[Tensor] = []
-            attacked = self.attacked(row, images, labels, seed, unmoved)
+            attacked = self.attacked(row, images, labels, seed, unmoved, self._first(row, chunk, images))
             seconds = time.perf_counter() - begin
             piece = self._judged(attacked, labels, seed)
         if unmoved:
             piece["unmoved"] = _written(unmoved[0])
-        if self.loss_fn is not None and isinstance(self.target, MixtureTarget) and self.has_heatmaps(row):
+        if self.has_heatmaps(row) and self.loss_fn is not None and isinstance(self.target, MixtureTarget):
             piece["heatmaps"] = heatmap_sums(self.target.model, self.loss_fn, attacked, labels).to_json()
         return piece | {"seconds": seconds}
 
@@ -363,7 +403,9 @@ class Evaluation:
             attacked, taken = self.attacked(Row("noise"), images, labels, seed), 0
             for steps in plan.curve_steps:
                 more = replace(pgd, steps=steps - taken, keep_best=False, drop_fooled=False)
-                attacked = _quietly(self._bound(more, row.attacker, outputs), images, labels, start=attacked)
+                attacked = _quietly(
+                    self._bound(more, row.attacker, outputs, settled=False), images, labels, start=attacked
+                )
                 taken = steps
                 yield {"steps": steps} | self._judged(attacked, labels, seed)
         else:
@@ -374,7 +416,9 @@ class Evaluation:
                     pgd, eps=eps, alpha=2.5 * eps / CURVE_STEPS, steps=CURVE_STEPS, keep_best=True, drop_fooled=True
                 )
                 generator = torch.Generator().manual_seed(seed)
-                attacked = _quietly(self._bound(attack, row.attacker, outputs), images, labels, generator=generator)
+                attacked = _quietly(
+                    self._bound(attack, row.attacker, outputs, settled=False), images, labels, generator=generator
+                )
                 yield {"eps": eps} | self._judged(attacked, labels, seed)
 
     def _judged(self, images: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
@@ -391,7 +435,7 @@ class Evaluation:
         if row.kind == "eps":
             return self._are_points(piece, "eps", [_curve_radius(self.plan, x) for x in self.plan.curve_eps], images)
         heatmaps = piece.get("heatmaps")
-        if self.loss_fn is not None and isinstance(self.target, MixtureTarget) and self.has_heatmaps(row):
+        if self.has_heatmaps(row) and isinstance(self.target, MixtureTarget):
             if not _are_heatmap_sums(heatmaps, self.target.model.num_experts, images):
                 return False
         elif "heatmaps" in piece:
@@ -416,8 +460,19 @@ class Evaluation:
             and is_number(found.get("loss"))
         )
 
+    def to_the_end(self, row: Row) -> bool:
+        """Whether a row's images are attacked to the end, although no judge may be right about some any more.
+
+        The exact attacker's FGSM and PGD: signs of masking compare them with noise and with transfer, and an attack
+        that keeps what was wrong from the start would pass for one whose gradients have found it. Heatmaps are
+        measured there, too.
+        """
+        return row.attacker == self.target.exact and row.attack in ("fgsm", "pgd")
+
     def has_heatmaps(self, row: Row) -> bool:
         """Whether heatmaps are measured on a row's images: the clean ones, and PGD's on the exact mean."""
+        if self.loss_fn is None or not isinstance(self.target, MixtureTarget):
+            return False
         return row.kind == "subset" or (row.kind == "attack" and (row.attack, row.attacker) == ("pgd", "mean"))
 
     def _description(self, row: Row) -> dict[str, Any]:
@@ -426,7 +481,7 @@ class Evaluation:
             return description
         ball: dict[str, Any] = {"eps": self.plan.radius, "norm": self.plan.norm}
         if row.kind in ("eps", "steps"):
-            return description | ball | {"points": [self.plan.curve_eps, self.plan.curve_steps]}
+            return description | ball | {"points": [self.plan.curve_eps, self.plan.curve_steps], "amp": self.plan.amp}
         if row.settings is not None:
             settings = {
                 name: value for name, value in asdict(row.settings).items() if name != "bounds"

@@ -12,15 +12,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import torch
+
 from immunity_fast.attacks.autoattack import check_installed
 from immunity_fast.attacks.projections import Norm
 from immunity_fast.evaluation.gate_attackers import KNOWLEDGE
 from immunity_fast.evaluation.runner import ATTACKS, OTHER_ATTACKS, SETS, Plan
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.checks import check_choice, is_number
+from immunity_fast.runtime.precision import attack_amp
 
 MOST_DRAWS = 10_000  # of EOT
 LARGEST = 2**63 - 1  # of whole numbers
+AMPS = Literal["off", "bf16", "auto"]
 FORMER_ATTACKERS = {"fixed": "off", "single": "sample"}  # what they were called, for who still calls them so
 
 
@@ -50,6 +54,7 @@ class EvaluationSettings:
     norm: Norm = _attack("Linf", "of the perturbation")
     draws: int | None = _attacker(None, "of the gate, or of a random model, for EOT; default: 20 of a gate")
     drop_fooled: bool = _attack(False, "attack an image until it fools what its attacker attacks; faster")
+    amp: AMPS = _attack("off", "bf16: gradients in bfloat16, judged in float32; auto: where the processor has it")
     masking_images: int = _attack(64, "that the curves are made of; 0: no curves")
     queries: int = _attack(5000, "of Square")
     autoattack_steps: int = _attack(100, "of AutoAttack's gradient attacks; fewer than 100 is no AutoAttack")
@@ -72,6 +77,7 @@ class EvaluationSettings:
         ):
             check_whole(name, getattr(self, name), least)
         check_choice("--norm", self.norm, Norm)
+        check_choice("--amp", self.amp, AMPS)
         if self.draws is not None and self.draws > MOST_DRAWS:  # each is a mixture of its own in every step
             raise ValueError(f"--draws: expected at most {MOST_DRAWS}, got {self.draws}")
         if self.eps is not None and not (is_number(self.eps) and 0 <= self.eps < math.inf):
@@ -98,6 +104,7 @@ class EvaluationSettings:
         seed: int,
         chunk: int,
         channels: int = 3,
+        device: torch.device | None = None,
     ) -> Plan:
         """What these settings mean for a network.
 
@@ -108,6 +115,7 @@ class EvaluationSettings:
             seed: where `seed` says nothing.
             chunk: images at once.
             channels: of the images.
+            device: where it is attacked; None is the CPU.
 
         Raises:
             ValueError: the network has no such attacker, or no two images are as far apart as the radius.
@@ -120,6 +128,7 @@ class EvaluationSettings:
             norm=self.norm,
             masking_images=self.masking_images,
             drop_fooled=self.drop_fooled,
+            amp=attack_amp(self.amp, device or torch.device("cpu")),
             queries=self.queries,
             autoattack_steps=self.autoattack_steps,
             seed=seed if self.seed is None else self.seed,

@@ -14,14 +14,28 @@ from torch import Tensor, nn
 from immunity_fast.attacks import LabelledModel, Model
 from immunity_fast.attacks.autoattack import seeded
 from immunity_fast.attacks.checks import check_finite, not_finite
-from immunity_fast.attacks.mixtures import Judge, exact_judge, exact_means, trained_gate
+from immunity_fast.attacks.mixtures import (
+    Answers,
+    ExactJudge,
+    Judge,
+    Rows,
+    asked_modules,
+    exact_means,
+    trained_gate,
+)
 from immunity_fast.attacks.saving import hash_of_weights
+from immunity_fast.attacks.settling import Settling
 from immunity_fast.evaluation import gate_attackers
 from immunity_fast.experts.imported import called, imported
 from immunity_fast.experts.libraries import LIBRARIES
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.permutations import nobody_right
 from immunity_fast.runtime.outputs import kind_of, logits_of
+from immunity_fast.runtime.precision import at_least_float32
+
+SLACK = 1e-4  # of a probability: a pass of another batch rounds otherwise, and nobody is to be right for that
+REPEATS = 8  # how often a network is asked, to see whether it draws: one of two ways is then missed once in 128 times
 
 
 class TargetModel(Protocol):
@@ -71,6 +85,15 @@ class TargetModel(Protocol):
     def attack_judge(self, name: str) -> Judge | Literal["outputs"] | None:
         """By what an attack on that attacker's objective judges which image is worst; see `attacks.BoundAttack`."""
 
+    def settling(self, name: str) -> Settling:
+        """Which images an attack on that attacker's objective can leave, as none of `judges` is right about them.
+
+        Whatever is drawn: but where `repeats` says that more is random than a gate, of which this knows nothing.
+        """
+
+    def repeats(self, images: Tensor) -> bool:
+        """Whether nothing is random in what answers but a mixture's gate, as far as several looks at images show."""
+
     def several_draws(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
         """`draws` of a random attacker's outputs at once, (draws, B, K), where that costs less; else its outputs."""
 
@@ -118,6 +141,7 @@ class MixtureTarget(TargetModel):
         self.expert_logits = expert_logits or model.expert_logits
         self.attackers = self.attacker_names(model.num_experts, transfer=transfer is not None)
         self.judges = ("sample", "mean", "off", "worst", *_expert_names(model.num_experts))
+        self._experts: list[nn.Module] = []
 
     @staticmethod
     def attacker_names(num_experts: int, *, transfer: bool) -> tuple[str, ...]:
@@ -128,7 +152,9 @@ class MixtureTarget(TargetModel):
         if name == "transfer" and self.transfer is not None:
             other = self.transfer
             return lambda images, labels: other(images)
-        knowledge: Any = int(name.removeprefix("expert ")) - 1 if name.startswith("expert ") else name
+        if name.startswith("expert "):
+            return gate_attackers.alone(self._expert(int(name.removeprefix("expert ")) - 1))
+        knowledge: Any = name
         return gate_attackers.attacker(
             self.model, knowledge, draws=self.draws, generator=generator, expert_logits=self.expert_logits
         )
@@ -141,9 +167,29 @@ class MixtureTarget(TargetModel):
             loss = F.nll_loss(log_mixture(logits), labels, reduction="none")
             return gate_attackers.answered_rightly(logits, gate, labels, generator), loss
 
+    def _expert(self, index: int) -> nn.Module:
+        """An expert as a module of its own; all are made once, as that takes as long as a step of an attack on one."""
+        self._experts = self._experts or [expert.eval() for expert in self.model.unstack()]
+        return self._experts[index]
+
     def attack_judge(self, name: str) -> Judge | Literal["outputs"] | None:
         # The exact mean, too: whoever fools that alone may still be answered rightly while the gate switches.
-        return exact_judge(self.model, self.expert_logits) if name in ("sample", "eot", "mean") else "outputs"
+        return ExactJudge(self.model, self.expert_logits) if name in ("sample", "eot", "mean") else "outputs"
+
+    def settling(self, name: str) -> Settling:
+        def asked(images: Tensor, labels: Tensor) -> Tensor:
+            with torch.no_grad():
+                return seen(Answers(self.expert_logits(images), trained_gate(self.model, images)), labels)
+
+        def seen(answers: Answers, labels: Tensor) -> Tensor:
+            return nobody_right(*answers, labels, SLACK)
+
+        return Settling(asked, seen if name in gate_attackers.KNOWLEDGE else None)
+
+    def repeats(self, images: Tensor) -> bool:
+        return _repeats(lambda x: self.expert_logits(x), images) and _repeats(
+            lambda x: trained_gate(self.model, x), images
+        )
 
     def several_draws(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
         if name != "sample":
@@ -198,8 +244,10 @@ class NetworkTarget(TargetModel):
     def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
         if name == "eot" and self.draws is not None:
             return gate_attackers.averaged(self.outputs, self.draws)
-        model = self.transfer if name == "transfer" and self.transfer is not None else self.outputs
-        return lambda images, labels: model(images)
+        if name == "transfer" and self.transfer is not None:
+            other = self.transfer
+            return lambda images, labels: other(images)
+        return _Output(self.outputs)
 
     def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
         with torch.no_grad():
@@ -211,6 +259,24 @@ class NetworkTarget(TargetModel):
     def attack_judge(self, name: str) -> Judge | Literal["outputs"] | None:
         return None
 
+    def settling(self, name: str) -> Settling:
+        def asked(images: Tensor, labels: Tensor) -> Tensor:
+            with torch.no_grad():
+                return seen(self.outputs(images), labels)
+
+        def seen(outputs: Tensor, labels: Tensor) -> Tensor:
+            shares = at_least_float32(outputs).softmax(-1)
+            return (shares - shares.gather(-1, labels[:, None])).amax(-1) > SLACK
+
+        return Settling(asked, seen if name == "output" else None)
+
+    def repeats(self, images: Tensor) -> bool:
+        if self.draws is not None:
+            return False
+        with asked_modules() as asked:
+            alike = _repeats(self.outputs, images)
+        return alike and not asked.random_gates
+
     def several_draws(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
         return self.attacker(name, generator)
 
@@ -221,6 +287,27 @@ class NetworkTarget(TargetModel):
         weights = hash_of_weights(self.model) if isinstance(self.model, nn.Module) else ""
         other = hash_of_weights(self.transfer) if isinstance(self.transfer, nn.Module) else ""
         return f"{self.name}-{weights}-{self.draws}-{other}"
+
+
+class _Output:
+    """What a network says, as an attack differentiates it, and as it can be looked at on the way."""
+
+    def __init__(self, outputs: Model) -> None:
+        self.outputs = outputs
+
+    def __call__(self, images: Tensor, _labels: Tensor) -> Tensor:
+        return self.outputs(images)
+
+    def observed(self, images: Tensor, _labels: Tensor, _rows: Rows | None = None) -> tuple[Tensor, Tensor]:
+        outputs = self.outputs(images)
+        return outputs, outputs.detach()
+
+
+def _repeats(model: Model, images: Tensor) -> bool:
+    """Whether outputs for the same images are the same, up to what a device may round otherwise."""
+    with torch.no_grad():
+        first = model(images)
+        return all(torch.allclose(model(images), first, 1e-4, 1e-5, equal_nan=True) for _ in range(REPEATS - 1))
 
 
 def _expert_names(num_experts: int) -> tuple[str, ...]:

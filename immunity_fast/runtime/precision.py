@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 Amp = Literal["off", "bf16", "fp16"]
+AttackAmp = Literal["off", "bf16"]  # of the gradients that an attack follows
 Float32 = Literal["tf32", "ieee"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,6 +28,21 @@ def at_least_float32(x: Tensor) -> Tensor:
 def autocast(amp: Amp, device: torch.device) -> torch.autocast:
     """Convolutions and products in half precision; statistics of BatchNorm, the losses and weights in float32."""
     return torch.autocast(device.type, _DTYPES.get(amp), enabled=amp != "off")
+
+
+def attack_amp(choice: Literal["off", "bf16", "auto"], device: torch.device) -> AttackAmp:
+    """What "auto" means: bfloat16 where a GPU or a CPU multiplies in it; of a CPU that emulates it, float32."""
+    if choice != "auto":
+        return choice
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+    return "bf16" if device.type == "cpu" and has_bfloat16() else "off"
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16, by AVX-512 or AMX, as far as PyTorch says."""
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(bool(ask()) for ask in asked if ask is not None)
 
 
 def grad_scaler(amp: Amp, device: torch.device) -> torch.amp.GradScaler:

@@ -186,6 +186,7 @@ def evaluate_callable(
         seed=0,
         chunk=attack_batch(device),
         channels=dataset.channels,
+        device=device,
     )
     about = About(
         title=f"{place} on {dataset.name}",
@@ -275,6 +276,7 @@ def evaluate_folder(
         seed=config.seed,
         chunk=attack_batch(device),
         channels=dataset.channels,
+        device=device,
     )
     with broken_weights_named(model, file):
         evaluate_run(run, target, dataset, config, plan, outputs_in(folder, again))

@@ -336,6 +336,7 @@ SAME: list[tuple[Attack, dict[str, Any], dict[str, Any]]] = [
     (pgd, {"steps": 3}, {"steps": 3, "random_start": True}),
     (pgd, {"steps": 3, "restarts": 2, "drop_fooled": True, "loss": "dlr"}, {"random_start": True, "steps": 3}),
     (bim, {"bounds": (-1.0, 1.0)}, {"eps": 16 / 255, "alpha": 4 / 255, "bounds": (-1.0, 1.0)}),
+    (bim, {"steps": 3, "amp": "bf16"}, {"steps": 3, "amp": "bf16"}),
 ]
 
 
@@ -377,6 +378,7 @@ BAD: list[tuple[str, Any]] = [
     ("norm", "l2"),
     ("norm", 2),
     ("loss", "nll"),
+    ("amp", "fp16"),
     ("bounds", (1.0, 0.0)),
 ]
 

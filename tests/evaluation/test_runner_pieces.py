@@ -185,6 +185,7 @@ CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "eps": ({"eps": 0.08}, ATTACKED),
     "norm": ({"norm": "L2"}, ATTACKED),
     "drop_fooled": ({"drop_fooled": True}, {"fgsm", "pgd"}),
+    "amp": ({"amp": "bf16"}, {"fgsm", "pgd", "eps", "steps"}),
     "queries": ({"queries": 3}, {"square", "autoattack"}),
     "curve_eps": ({"curve_eps": (0.5, 7)}, {"eps", "steps"}),
     "curve_steps": ({"curve_steps": (1, 2)}, {"eps", "steps"}),

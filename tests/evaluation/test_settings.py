@@ -18,6 +18,7 @@ CHANGED: dict[str, Any] = {
     "norm": "L2",
     "draws": 7,
     "drop_fooled": True,
+    "amp": "bf16",
     "masking_images": 0,
     "queries": 9,
     "autoattack_steps": 8,
@@ -46,7 +47,7 @@ def test_a_plan_has_the_settings_and_for_the_rest_the_run_s() -> None:
     plan = EvaluationSettings(**CHANGED).plan(attackers, (8, 8), images=5, seed=6, chunk=2)
     assert (plan.attacks, plan.attackers) == (("fgsm", "pgd", "dlr"), attackers)
     assert (plan.images, plan.seed) == (3, 4)
-    for name in ("eps", "norm", "drop_fooled", "masking_images", "queries", "autoattack_steps"):
+    for name in ("eps", "norm", "drop_fooled", "amp", "masking_images", "queries", "autoattack_steps"):
         assert getattr(plan, name) == CHANGED[name]
 
 
