@@ -29,6 +29,7 @@ from immunity_fast.functional import HAS_TRITON
 from immunity_fast.runtime.commands import program
 from immunity_fast.runtime.compilation import keep_caches, resolve
 from immunity_fast.runtime.parser import Parser
+from immunity_fast.runtime.precision import chosen_amp
 from immunity_fast.runtime.strategies import fastest
 
 # Of setup.py, with the extra that each belongs to; "" is the core.
@@ -72,6 +73,7 @@ def collect() -> dict[str, Any]:
             "device": device.type,
             "backend of the losses": "triton" if HAS_TRITON and device.type == "cuda" else "torch",
             "compile": resolve("auto", device),
+            "amp": chosen_amp("auto", device),
             "batching, double backprop, memory format": _attempt(lambda: _strategies(device)),
         },
         "architectures": {

@@ -20,7 +20,7 @@ from immunity_fast.evaluation.gate_attackers import KNOWLEDGE
 from immunity_fast.evaluation.runner import ATTACKS, OTHER_ATTACKS, SETS, Plan
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.checks import check_choice, is_number
-from immunity_fast.runtime.precision import attack_amp
+from immunity_fast.runtime.precision import chosen_amp
 
 MOST_DRAWS = 10_000  # of EOT
 LARGEST = 2**63 - 1  # of whole numbers
@@ -128,7 +128,7 @@ class EvaluationSettings:
             norm=self.norm,
             masking_images=self.masking_images,
             drop_fooled=self.drop_fooled,
-            amp=attack_amp(self.amp, device or torch.device("cpu")),
+            amp=chosen_amp(self.amp, device or torch.device("cpu")),
             queries=self.queries,
             autoattack_steps=self.autoattack_steps,
             seed=seed if self.seed is None else self.seed,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 Amp = Literal["off", "bf16", "fp16"]
+AmpChoice = Literal["auto", "off", "bf16", "fp16"]
 AttackAmp = Literal["off", "bf16"]  # of the gradients that an attack follows
 Float32 = Literal["tf32", "ieee"]
 
@@ -30,7 +31,15 @@ def autocast(amp: Amp, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, _DTYPES.get(amp), enabled=amp != "off")
 
 
-def attack_amp(choice: Literal["off", "bf16", "auto"], device: torch.device) -> AttackAmp:
+@overload
+def chosen_amp(choice: Literal["auto", "off", "bf16"], device: torch.device) -> AttackAmp: ...
+
+
+@overload
+def chosen_amp(choice: AmpChoice, device: torch.device) -> Amp: ...
+
+
+def chosen_amp(choice: AmpChoice, device: torch.device) -> Amp:
     """What "auto" means: bfloat16 where a GPU or a CPU multiplies in it; of a CPU that emulates it, float32."""
     if choice != "auto":
         return choice

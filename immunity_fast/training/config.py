@@ -34,7 +34,7 @@ from immunity_fast.models.gate import Switch
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compile
 from immunity_fast.runtime.files import abbreviated, write_atomically
-from immunity_fast.runtime.precision import Amp, Float32
+from immunity_fast.runtime.precision import AmpChoice, Float32
 from immunity_fast.runtime.strategies import Batching, DoubleBackprop
 from immunity_fast.targets import balanced_weights
 from immunity_fast.training import config_file
@@ -225,7 +225,7 @@ class TrainConfig:
     checkpoint_activations: bool = _speed(
         False, "compute activations again in the backward pass, stage by stage, instead of keeping them: less memory"
     )
-    amp: Amp = _speed("off", "half precision for convolutions and products")
+    amp: AmpChoice = _speed("off", "half precision for convolutions and products; auto: bf16 where it is fast")
     float32: Float32 = _speed("tf32", "factors of a GPU's float32 convolutions and products in training")
     shard: bool = _speed(
         False, "weights in shards, one in each process of torchrun: for experts that are too large for one device"

@@ -21,6 +21,7 @@ from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime import distributed
 from immunity_fast.runtime.compilation import Compile, Compiled, Log, at_size, resolve
 from immunity_fast.runtime.files import abbreviated
+from immunity_fast.runtime.precision import chosen_amp
 from immunity_fast.runtime.strategies import Strategy, fastest
 from immunity_fast.training.adversarial import InnerAttack
 from immunity_fast.training.beginning import Beginning, begin
@@ -250,7 +251,7 @@ class TrainingState:
             attack = InnerAttack(
                 self.model,
                 config.inner_attack,
-                amp=config.amp,
+                amp=chosen_amp(config.amp, self.device),
                 compile=self._compile,
                 device=self.device,
                 log=log,
@@ -261,7 +262,7 @@ class TrainingState:
             self.loss_fn,
             self.optimizer,
             clip_grad_norm=config.clip_grad_norm,
-            amp=config.amp,
+            amp=chosen_amp(config.amp, self.device),
             double_backprop=strategy.double_backprop if config.double_backprop == "auto" else config.double_backprop,
             compile=self._compile,
             log=log,
