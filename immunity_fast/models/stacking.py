@@ -206,16 +206,12 @@ def channels_last_(module: nn.Module) -> None:
 
 
 def _parameters(stacked: nn.Module) -> dict[str, Tensor]:
-    """The parameters; on a GPU, and where they lie channels-last, as views whose gradients come laid out as they are.
+    """The parameters; on a GPU as views whose gradients come laid out as they are.
 
-    The double backward of a convolution transposes its weight's gradient, and a stack of gradients of five axes would
-    be contiguous. What autograd has to lay out is a launch a weight, after the compiled backward pass, and a pass over
-    all weights on a CPU; the backward pass of a reshaping view is part of it.
+    The double backward of a convolution transposes its weight's gradient. What autograd has to lay out is a launch a
+    weight, after the compiled backward pass; the backward pass of a reshaping view is part of it.
     """
-    return {
-        name: _as_laid_out(value) if value.is_cuda or not value.is_contiguous() else value
-        for name, value in stacked.named_parameters()
-    }
+    return {name: _as_laid_out(value) if value.is_cuda else value for name, value in stacked.named_parameters()}
 
 
 def _as_laid_out(weight: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ class TrainStep:
     clipped where it is, and what is measured stays there.
 
     Args:
-        model: on its device, which is fixed from here on. Its weights are laid out channels-last where its
-            `memory_format` means that.
+        model: on its device, which is fixed from here on. On a GPU its weights are laid out channels-last, unless its
+            `memory_format` is "contiguous".
         loss_fn: what is minimised.
         optimizer: over the model's parameters; a fused one, or else float16's scaler waits for the device. A `FusedSGD`
             clips and updates in a launch each.
@@ -86,7 +86,8 @@ class TrainStep:
         self.model, self.optimizer, self.clip_grad_norm = model, optimizer, clip_grad_norm
         device = next(model.parameters()).device
         self.scaler = grad_scaler(amp, device)
-        if strategies.laid_out(model.memory_format, device, model.arch) == "channels_last":
+        last = strategies.laid_out(model.memory_format, device, model.arch) == "channels_last"
+        if last and device.type == "cuda":  # a CPU's kernels lay out weights themselves, whatever their layout
             channels_last_(model)
             lay_out_state(optimizer)
         if double_backprop == "auto":

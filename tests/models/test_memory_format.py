@@ -1,4 +1,4 @@
-"""How a mixture's images, maps and weights lie in memory changes no value, and is what `strategies` says."""
+"""How a mixture's images and maps lie in memory changes no value, and is what `strategies` says."""
 
 from __future__ import annotations
 
@@ -51,10 +51,8 @@ def test_training_is_the_same_in_both(batching: Any, way: Any) -> None:
     contiguous, last = _step("contiguous", batching, way), _step("channels_last", batching, way)
     for (name, one), (_, two) in zip(contiguous.state_dict().items(), last.state_dict().items(), strict=True):
         assert float((one - two).abs().max()) <= 1e-9 * max(1.0, float(one.abs().max())), name
-    weights = [parameter for parameter in last.experts.parameters() if parameter.dim() == 5]
-    assert all(weight[0].is_contiguous(memory_format=LAST) for weight in weights)
-    assert all(weight.grad is not None and weight.grad[0].is_contiguous(memory_format=LAST) for weight in weights)
-    assert all(parameter.is_contiguous() for parameter in contiguous.parameters())
+    # Saved as they are by safetensors, which wants them contiguous.
+    assert all(parameter.is_contiguous() for model in (contiguous, last) for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -82,7 +82,7 @@ MISTAKES: list[tuple[str, str]] = [
     ("epochs: 1.5", "epochs: expected int, got 1.5"),
     ("epochs: [1]", "epochs: expected int, got [1]"),
     ("experts: null", "experts: expected int, got None"),
-    ("amp: 3", "--amp: expected one of off, bf16, fp16, got 3"),
+    ("amp: 3", "--amp: expected one of auto, off, bf16, fp16, got 3"),
     ("optimizer: lion", "--optimizer: expected one of sgd, adam"),
     ("betas: {a: 1}", "betas: expected numbers or null, got {'a': 1}"),
     ("optimisation: {lr: 1}", "optimisation: expected the name of a setting"),
