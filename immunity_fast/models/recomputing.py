@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -58,6 +59,8 @@ def run_recomputed(stacked: nn.Sequential, x: Tensor, num_experts: int, *, batch
     if not torch.is_grad_enabled():
         return run_stacked(stacked, x, num_experts, shared=True, batching=batching)
     parts = segments(stacked)
+    if torch.compiler.is_compiling():
+        _check_compilable(stacked)
     if choose(batching, x.device) == "loop":
         with in_use():
             of_parts = [slices(part, num_experts) for part in parts]
@@ -218,6 +221,22 @@ def check_recomputable(model: Recomputable) -> None:
             raise ValueError(
                 f"checkpoint_activations: expected experts with parts of several layers besides {stage!r}, got number "
                 f"{index}, a {type(network).__name__} of single layers"
+            )
+
+
+def _check_compilable(module: nn.Module) -> None:
+    """Check that what a pass computes does not depend on buffers that it changes.
+
+    In compiled code the second computation would begin with buffers as the first has left them.
+
+    Raises:
+        ValueError: it may; compiled code then falls back to eager.
+    """
+    for part in module.modules():
+        if not isinstance(part, _NormBase) and any(True for _ in part.buffers(recurse=False)):
+            raise ValueError(
+                "checkpoint_activations: expected no buffers but those of normalisation in what is compiled, got some "
+                f"of a {type(part).__name__}"
             )
 
 

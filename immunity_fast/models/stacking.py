@@ -247,7 +247,8 @@ def stack_maps(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    if tensor.dim() != 4 or is_functorch_wrapped_tensor(tensor):  # in a `vmap` no layout can be asked for
+    # A compiler chooses layouts itself, and in a `vmap` none can be asked for.
+    if tensor.dim() != 4 or torch.compiler.is_compiling() or is_functorch_wrapped_tensor(tensor):
         return False
     return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 

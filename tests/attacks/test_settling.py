@@ -160,3 +160,20 @@ def test_in_bfloat16_attacks_are_as_strong_and_in_the_ball(options: dict[str, An
         right.append(int((network(x).argmax(-1) == labels).sum()))
     assert 0 < right[0] < 50
     assert abs(right[0] - right[1]) <= 3
+
+
+@pytest.mark.parametrize("sure", [False, True])
+def test_in_bfloat16_an_image_is_left_after_a_pass_without(sure: bool) -> None:
+    images, labels, network = small_images(dtype=torch.float32), small_labels(), small_network(dtype=torch.float32)
+    cast: list[bool] = []
+
+    def asked(_: Tensor, own: Tensor) -> Tensor:
+        cast.append(torch.is_autocast_enabled("cpu"))
+        return torch.full_like(own, sure, dtype=torch.bool)
+
+    settling = Settling(asked, lambda _, own: torch.ones_like(own, dtype=torch.bool))
+    attack = Attack(steps=4, amp="bf16")
+    adversarial = BoundAttack(attack, _Watched(network), settling=settling)(images, labels)
+    expected = images if sure else BoundAttack(attack, _Watched(network))(images, labels)
+    assert torch.equal(adversarial, expected)
+    assert cast == [False] * (1 if sure else 3), "not before the last step, which nobody is spared"

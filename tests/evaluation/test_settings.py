@@ -9,6 +9,7 @@ import pytest
 
 from immunity_fast import evaluate
 from immunity_fast.evaluation.settings import EvaluationSettings
+from immunity_fast.runtime import precision
 
 CHANGED: dict[str, Any] = {
     "attacks": ("quick", "dlr"),
@@ -80,3 +81,16 @@ def test_the_widest_radius_in_l2_is_that_of_the_images() -> None:
 def test_a_setting_out_of_its_range_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         EvaluationSettings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("amp", "has", "expected"), [("off", True, "off"), ("auto", True, "bf16"), ("auto", False, "off")]
+)
+def test_auto_is_bfloat16_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, amp: Any, has: bool, expected: str
+) -> None:
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: has)
+    plan = EvaluationSettings(amp=amp).plan(("mean",), (8, 8), images=1, seed=0, chunk=1)
+    assert plan.amp == expected
+    with pytest.raises(ValueError, match=r"--amp: expected .*fp16"):
+        EvaluationSettings(amp="fp16")  # type: ignore[arg-type]

@@ -322,16 +322,14 @@ def test_networks_without_parts_are_refused() -> None:
 
 
 @pytest.mark.exhaustive  # half a minute of tracing
-@pytest.mark.parametrize("kind", ["loop", "vmap"])
-def test_compiled_steps_are_the_same_in_one_graph(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batching", ["loop", "vmap"])
+def test_compiled_steps_are_the_same_in_one_graph(batching: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, and by the compiler's own rules for what is computed again, but for kernels."""
     compiler = torch.compile
     whole = {"fullgraph": True, "dynamic": False, "backend": "aot_eager"}
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiler(function, **whole))
-    model = _made(kind)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    torch.manual_seed(0)
+    model = ImmunityMoE("resnet8", 2, CLASSES, image_size=SIDE, batching=batching).double().train()
     model.gate.switch = "off"
 
     def refuse(line: str) -> None:
@@ -339,6 +337,16 @@ def test_compiled_steps_are_the_same_in_one_graph(kind: str, monkeypatch: pytest
 
     found = _stepped(model, True, steps=2, compile="on", log=refuse)
     _assert_same(found, _stepped(model, False, steps=2), exact=False)
+
+
+@pytest.mark.slow
+def test_buffers_that_a_pass_depends_on_are_not_compiled() -> None:
+    """Compiled code would compute again with what the first pass has made of them."""
+    model, said = _made("loop"), list[str]()
+    found = _stepped(model, True, compile="on", log=said.append)
+    _assert_same(found, _stepped(model, False))
+    assert len(said) == 1
+    assert "going on in eager mode" in said[0]
 
 
 def test_a_single_layer_s_chain_is_one_part() -> None:
