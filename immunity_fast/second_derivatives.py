@@ -15,12 +15,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_batchedtensor, peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
 aten = torch.ops.aten
 
 _CONVOLUTIONS: dict[Callable[..., Tensor], int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+
+
+class _Pass:
+    """What backward passes look at; not the mode itself, which as an argument would be asked about each function."""
+
+    def __init__(self, mode: SecondDerivatives) -> None:
+        self.mode = mode
+        self.of_input = False  # whether it is the input gradient that is being taken
 
 
 class SecondDerivatives(TorchFunctionMode):
@@ -43,31 +51,34 @@ class SecondDerivatives(TorchFunctionMode):
     def __init__(self, maps: Tensor) -> None:
         super().__init__()
         self._storage = maps.untyped_storage()._cdata
-        self.of_input = False  # whether it is the input gradient that is being taken
+        self._pass = _Pass(self)
 
     @contextmanager
     def input_gradient(self) -> Iterator[None]:
         """While in it, backward passes give the gradients of maps alone; those of the weights are left out."""
-        self.of_input = True
+        self._pass.of_input = True
         try:
             yield
         finally:
-            self.of_input = False
+            self._pass.of_input = False
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if peek_interpreter_stack() is not None:
+            given = _convolution(*args, **kwargs) if function in _CONVOLUTIONS else None
+            if given is not None and is_batchedtensor(given[0]) and is_batchedtensor(given[1]):
+                return _OfExperts.apply(self._pass, function, *given)
             return function(*args, **kwargs)
         if function in _CONVOLUTIONS:
             given = _convolution(*args, **kwargs)
             if given is not None and self._are_constant(given[1:3]) and given[0].dim() == 2 + _CONVOLUTIONS[function]:
-                return _Convolution.apply(self, *_autocast(*given[:3]), *given[3:])
+                return _Convolution.apply(self._pass, *_autocast(*given[:3]), *given[3:])
         elif function is F.batch_norm:
             known = _batch_norm(*args, **kwargs)
             if known is not None and self._are_constant(known[1:3]):
-                return _BatchNorm.apply(self, *known)
+                return _BatchNorm.apply(self._pass, *known)
         return function(*args, **kwargs)
 
     def _are_constant(self, weights: Sequence[Tensor | None]) -> bool:
@@ -129,18 +140,16 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, mode: SecondDerivatives, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
-    ) -> Tensor:
+    def forward(ctx: Any, of: _Pass, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.mode, ctx.options, ctx.biased = mode, options, bias is not None
+        ctx.of, ctx.options, ctx.biased = of, options, bias is not None
         result: Tensor = aten.convolution(input, weight, bias, *_geometry(options))
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         input, weight = ctx.saved_tensors
-        if ctx.mode.of_input:
+        if ctx.of.of_input:
             own = None
             if ctx.needs_input_grad[1]:
                 own = _ConvolutionInputGradient.apply(gradient, weight, input.detach(), *ctx.options)
@@ -149,6 +158,37 @@ class _Convolution(torch.autograd.Function):
         wanted = [needed and (index < 2 or ctx.biased) for index, needed in enumerate(ctx.needs_input_grad[1:4])]
         found = aten.convolution_backward(gradient, input, weight, sizes, *_geometry(ctx.options), wanted)
         return None, *found, None, None, None, None
+
+
+class _OfExperts(torch.autograd.Function):
+    """A convolution of each expert inside of a `vmap` over all, as one of N groups; it exists for that rule."""
+
+    @staticmethod
+    def forward(*_: Any) -> Tensor:
+        raise RuntimeError("input: expected a tensor of each expert, got none that vmap batches")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        of: _Pass,
+        function: Callable[..., Tensor],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *options: Any,
+    ) -> tuple[Tensor, int]:
+        maps, kernels = input.movedim(in_dims[2], 1), weight.movedim(in_dims[3], 0)
+        if bias is not None:
+            bias = bias.expand(info.batch_size, -1) if in_dims[4] is None else bias.movedim(in_dims[4], 0)
+            bias = bias.flatten()
+        *geometry, groups = options
+        with of.mode:  # in which a function's own rule does not run
+            found = function(maps.flatten(1, 2), kernels.flatten(0, 1), bias, *geometry, groups * info.batch_size)
+        return found.view(len(found), info.batch_size, -1, *found.shape[2:]), 1
 
 
 class _ConvolutionInputGradient(torch.autograd.Function):
@@ -194,7 +234,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        mode: SecondDerivatives,
+        of: _Pass,
         input: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -208,13 +248,13 @@ class _BatchNorm(torch.autograd.Function):
             input, weight, bias, running_mean, running_var, True, momentum, eps
         )
         ctx.save_for_backward(input, weight, mean, scale)
-        ctx.mode, ctx.eps = mode, eps
+        ctx.of, ctx.eps = of, eps
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         input, weight, mean, scale = ctx.saved_tensors
-        if ctx.mode.of_input:
+        if ctx.of.of_input:
             own = None
             if ctx.needs_input_grad[1]:
                 own = _BatchNormInputGradient.apply(gradient, input, weight, mean, scale, ctx.eps)
@@ -252,8 +292,8 @@ class _BatchNormInputGradient(torch.autograd.Function):
         v = v.contiguous(memory_format=_layout(x))
         by_g, v_along, v_total = _batch_norm_gradients(v, x, weight, mean, scale, ctx.eps, (True, True, True))
         zero, one = torch.zeros_like(mean), torch.ones_like(scale)
-        # Σ v·g, as the one kernel takes such a sum.
-        product = _batch_norm_gradients(v, g, None, zero, one, ctx.eps, (False, True, False))[1]
+        # Σ v·g, as the one kernel takes such a sum, in float32 of half precision.
+        product = _batch_norm_gradients(v, g, None, zero, one, ctx.eps, (True, True, False))[1]
         count = x.numel() // x.shape[1]
         a, b = g_along / count, v_along / count
         projected = product - v_total * g_total / count - v_along * a  # M·c

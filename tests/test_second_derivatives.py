@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from immunity_fast.models.stacking import call_stacked, stack_modules
 from immunity_fast.second_derivatives import SecondDerivatives
 from tests import grids
 
@@ -251,3 +252,30 @@ def test_unbatched_images_and_empty_batches_are_computed() -> None:
         assert layer(torch.rand(0, 3, 5, 6)).shape == (0, 4, 3, 4)
         assert nn.Conv1d(3, 4, 3)(torch.rand(2, 3, 7)).shape == (2, 4, 5)
         assert nn.Conv3d(3, 4, 3)(torch.rand(2, 3, 7, 5, 4)).shape == (2, 4, 5, 3, 2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_experts_of_a_vmap_are_groups_of_one_convolution(layout: Any, bias: bool) -> None:
+    """Also of kernels' gradients, which PyTorch takes group by group; one expert after another gives the same."""
+    heads = [_head({"kernel_size": 3, "stride": 2, "bias": bias}) for _ in range(3)]
+    for index, head in enumerate(heads):
+        for parameter in head.parameters():
+            parameter.data.mul_(1 + index / 3)
+    stacked = stack_modules(heads)
+    start = torch.stack([_maps(layout) + index for index in range(3)]).requires_grad_()
+    maps = start * 1
+    second = SecondDerivatives(maps)
+    with second:
+        scores, _ = call_stacked(stacked, maps, 3, batching="vmap")
+    with second.input_gradient():
+        (slopes,) = torch.autograd.grad(scores.tanh().mean((3, 4)).square().sum(), maps, create_graph=True)
+    loss = (slopes.sum((3, 4)) * maps.mean((3, 4)).sin()).square().sum((1, 2)) + scores.square().mean((1, 2, 3, 4))
+    with _Kernels() as kernels:
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+    assert max(kernels.sides) == 3
+    assert sum("convolution_backward" in name for name in kernels.names) == 2 * 2
+    found = [start.grad, *(parameter.grad for parameter in stacked.parameters())]
+    for index, head in enumerate(heads):
+        own = [each[index] for each in found if each is not None]
+        _assert_equal(own, _gradients(head, start[index], direct=False))
