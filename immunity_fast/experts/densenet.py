@@ -32,9 +32,9 @@ class DenseLayer(nn.Module):
         return torch.cat([x, self.features(x)], dim=1)
 
 
-def _transition(channels: int) -> nn.Sequential:
+def _transition(channels: int) -> Layers:
     """Halves channels and sides: (B, C, h, w) to (B, C/2, ⌊h/2⌋, ⌊w/2⌋)."""
-    return nn.Sequential(
+    return Layers(
         nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels // 2, 1, bias=False), nn.AvgPool2d(2)
     )
 
@@ -62,5 +62,5 @@ def densenet121(num_classes: int, stem: Stem = "cifar", in_channels: int = 3) ->
             layers.append(DenseLayer(channels))
             channels += GROWTH
         stages[f"block{index}"] = nn.Sequential(*layers)
-    stages["classifier"] = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(), *classifier(channels, num_classes))
+    stages["classifier"] = Layers(nn.BatchNorm2d(channels), nn.ReLU(), *classifier(channels, num_classes))
     return initialise(StagedNetwork(stages))

@@ -5,8 +5,9 @@ weight and bias:
 
     s = γ / √(σ² + ε),  BN(W * x + b) = (s·W) * x + (β + s·(b − μ)).
 
-That spares a pass over the maps, and one of each derivative, for one over the weight. What comes next is done in place.
-On a GPU folding would spare nothing: there a convolution's bias is a pass of its own.
+That spares a pass over the maps, and one of each derivative, for one over the weight. On a GPU folding would spare
+nothing: there a convolution's bias is a pass of its own. An addition and a ReLU behind a BatchNorm are done in place,
+in either mode and on any device: its backward pass does not look at what it returned.
 """
 
 from __future__ import annotations
@@ -41,17 +42,15 @@ def normalised(
         plus: (B, C', h', w'); None is nothing.
         relu: whether a ReLU follows.
     """
-    if not _are_one(convolution, normalisation, x):
-        maps: Tensor = normalisation(convolution(x))
-        maps = maps if plus is None else maps + plus
-        return F.relu(maps) if relu else maps
-    maps = _made(convolution, normalisation, x)
+    fresh = folded = _are_one(convolution, normalisation, x)
+    maps: Tensor = _made(convolution, normalisation, x) if folded else normalisation(convolution(x))
+    if not folded:
+        fresh = _is_fresh(normalisation, x)
     if plus is not None:
-        alike = maps.dtype == plus.dtype and not is_functorch_wrapped_tensor(
-            plus
-        )  # which `maps` may not be able to hold
+        # What no other has is added to in place, unless it may not be able to hold the sum.
+        alike = fresh and maps.dtype == plus.dtype and not is_functorch_wrapped_tensor(plus)
         maps = maps.add_(plus) if alike else maps + plus
-    return F.relu(maps, inplace=True) if relu else maps
+    return F.relu(maps, inplace=fresh) if relu else maps
 
 
 class Layers(nn.Sequential):
@@ -62,14 +61,24 @@ class Layers(nn.Sequential):
         layers: list[Any] = list(self._modules.values())
         while layers:
             if len(layers) > 1 and _are_one(layers[0], layers[1], x):
-                x = _made(layers[0], layers[1], x)
+                x, fresh = _made(layers[0], layers[1], x), True
                 del layers[:2]
-                if layers and type(layers[0]) is nn.ReLU and is_plain(layers[0]):
-                    x = F.relu(x, inplace=True)
-                    del layers[0]
             else:
+                fresh = _is_fresh(layers[0], x)
                 x = layers.pop(0)(x)
+            if fresh and layers and type(layers[0]) is nn.ReLU and is_plain(layers[0]):
+                x = F.relu(x, inplace=True)
+                del layers[0]
         return x
+
+
+def _is_fresh(layer: Any, x: Tensor) -> bool:
+    """Whether what a layer makes of x is nobody else's, nor needed for its backward pass: it may be written over.
+
+    Of a transformation's tensors it is not asked: writing over some of them copies more than it spares.
+    """
+    plain = type(layer) is nn.BatchNorm2d and is_plain(layer)
+    return plain and not is_recorded(x) and not is_functorch_wrapped_tensor(x)
 
 
 def _are_one(convolution: Any, normalisation: Any, x: Tensor) -> bool:

@@ -66,10 +66,12 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """
     from immunity_fast.runtime.compilation import keep_caches  # not at the top, where missing packages are asked for
     from immunity_fast.runtime.interrupts import raised, status_of
+    from immunity_fast.runtime.memory import keep_freed
 
     show_on_any_terminal()
     try:
         keep_caches()  # before anything imports the compiler, which sets folders of its own
+        keep_freed()
         with raised():
             main()
     except KeyboardInterrupt as interrupt:

@@ -1,7 +1,8 @@
-"""How much memory a device has: what cannot fit is better said than tried."""
+"""How much memory a device has: what cannot fit is better said than tried. And what becomes of freed memory."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -13,6 +14,26 @@ from immunity_fast.runtime.failures import in_units
 
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _CGROUPS_USED = (Path("/sys/fs/cgroup/memory.current"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"))
+
+
+_KEPT = (-3, 1 << 30), (-1, (1 << 31) - 1)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, in bytes
+_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def keep_freed() -> bool:
+    """Have the process keep the memory that it frees, for what it allocates next; a process of a command's own.
+
+    A step allocates what the one before has freed. What is given back in between the system clears anew, page by page.
+    The most that the process holds stays the same.
+
+    Returns:
+        Whether that is so: of glibc alone, and not where the environment says otherwise.
+    """
+    if any(name in os.environ for name in _USERS):
+        return False
+    with suppress(OSError, AttributeError, TypeError):  # macOS, musl, Windows
+        return all(ctypes.CDLL(None).mallopt(*option) for option in _KEPT)
+    return False
 
 
 def total(device: torch.device) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,3 +50,45 @@ def test_what_processes_have_is_counted() -> None:
         assert memory.private([os.getpid()]) > own + len(block) // 2
     assert memory.private([]) == 0
     assert memory.private([0]) is None
+
+
+_TOUCHED = """
+import resource, sys
+from immunity_fast.runtime.memory import keep_freed
+import torch
+
+kept = keep_freed()
+faults = []
+for _ in range(4):
+    for _ in range(20):
+        torch.ones(1 << 20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(kept, faults[-1] - faults[0])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "confstr") or "glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="of glibc")
+@pytest.mark.parametrize("own", [False, True])
+def test_freed_memory_is_kept_unless_the_environment_decides(own: bool) -> None:
+    """60 tensors of 1,024 pages each: kept, none of their pages is new."""
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536"} if own else {}
+    clean = {name: value for name, value in os.environ.items() if name not in memory._USERS}
+    done = subprocess.run(
+        [sys.executable, "-c", _TOUCHED], env=clean | environment, capture_output=True, text=True, check=True
+    )
+    kept, faults = done.stdout.split()
+    assert kept == str(not own)
+    assert (int(faults) > 50_000) == own
+    assert (int(faults) < 3_000) != own
+
+
+def test_without_glibc_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_name: object) -> object:
+        raise TypeError("an integer is required")  # what Windows says
+
+    for name in memory._USERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(memory.ctypes, "CDLL", missing)
+    assert not memory.keep_freed()
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _name: object())  # musl has no mallopt
+    assert not memory.keep_freed()
