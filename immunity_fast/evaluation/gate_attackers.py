@@ -17,6 +17,7 @@ from immunity_fast.attacks.mixtures import Answers, ExactJudge, LabelledModel, M
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.permutations import permuted, random_orders, worst_margins, worst_weights
+from immunity_fast.runtime.strategies import laid_out
 
 Knowledge = Literal["off", "sample", "eot", "mean", "worst"]
 KNOWLEDGE: tuple[Knowledge, ...] = get_args(Knowledge)
@@ -74,19 +75,27 @@ def attacker(
     if isinstance(knowledge, int):
         if not 0 <= knowledge < model.num_experts:
             raise ValueError(f"knowledge: expected an expert 0 to {model.num_experts - 1}, got {knowledge}")
-        return alone(model.unstack()[knowledge].eval())
+        return alone(model, model.unstack()[knowledge].eval())
     if knowledge not in KNOWLEDGE:
         raise ValueError(f"knowledge: expected an expert's number or one of {', '.join(KNOWLEDGE)}, got {knowledge!r}")
     return GateAttacker(model, knowledge, draws, generator, logits_of)
 
 
-def alone(expert: nn.Module) -> LabelledModel:
+def alone(model: ImmunityMoE, expert: nn.Module) -> LabelledModel:
     """What somebody differentiates who knows of one expert alone.
 
     Args:
-        expert: images to logits, in evaluation mode.
+        model: the mixture, whose memory format is the expert's, too.
+        expert: images to logits, in evaluation mode; one of `model.unstack()`.
     """
-    return lambda images, labels: expert(images)
+
+    def outputs(images: Tensor, labels: Tensor) -> Tensor:
+        if laid_out(model.memory_format, images.device, model.arch, "attack") == "channels_last":
+            images = images.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = expert(images)
+        return logits
+
+    return outputs
 
 
 class GateAttacker:

@@ -153,7 +153,7 @@ class MixtureTarget(TargetModel):
             other = self.transfer
             return lambda images, labels: other(images)
         if name.startswith("expert "):
-            return gate_attackers.alone(self._expert(int(name.removeprefix("expert ")) - 1))
+            return gate_attackers.alone(self.model, self._expert(int(name.removeprefix("expert ")) - 1))
         knowledge: Any = name
         return gate_attackers.attacker(
             self.model, knowledge, draws=self.draws, generator=generator, expert_logits=self.expert_logits
