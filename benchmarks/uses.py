@@ -35,7 +35,7 @@ WAYS: dict[str, tuple[str, str, Any]] = {
     for batching in ("loop", "vmap")
     for memory_format in ("contiguous", "channels_last")
 }
-CLOSE = {"off": 1e-3, "bf16": 0.5}  # largest difference of outputs, of the largest output
+CLOSE = {"off": 0.999, "bf16": 0.9}  # cosine of what a way computes and what the plain one does, at least
 
 
 def main() -> None:
@@ -63,9 +63,9 @@ def case(arch: str, use: str) -> dict[str, Any]:
     calls = {name: _call(model, images, way, use) for name, way in WAYS.items()}
     expected = calls[PLAIN]()
     for name, call in calls.items():
-        difference = float((call() - expected).abs().max() / expected.abs().max())
-        if not difference < CLOSE[WAYS[name][2]]:
-            raise ValueError(f"{arch}, {use}, {name}: not what a loop computes: {difference:.2g} off")
+        closeness = float(torch.cosine_similarity(call().flatten(), expected.flatten(), 0))
+        if not closeness > CLOSE[WAYS[name][2]]:
+            raise ValueError(f"{arch}, {use}, {name}: not what a loop computes: cosine {closeness:.4f}")
     seconds = in_turns(calls)
     ways = {name: summary(times) | {"times_as_fast": ratio(seconds[PLAIN], times)} for name, times in seconds.items()}
     return {"arch": arch, "use": use, "experts": EXPERTS, "images": len(images), "ways": ways}

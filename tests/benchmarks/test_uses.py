@@ -42,6 +42,6 @@ def test_all_ways_compute_the_same(use: str, monkeypatch: pytest.MonkeyPatch) ->
     found = uses.case("resnet8", use)
     assert found["ways"].keys() == uses.WAYS.keys()
     assert uses.table([found]).count("\n") == 2
-    monkeypatch.setitem(uses.CLOSE, "bf16", 1e-6)
+    monkeypatch.setitem(uses.CLOSE, "bf16", 1.0)
     with pytest.raises(ValueError, match="not what a loop computes"):
         uses.case("resnet8", use)
