@@ -43,6 +43,7 @@ from immunity_fast.runtime.precision import set_float32
 
 # Dense bfloat16 with float32 accumulation, FLOP/s, from NVIDIA's data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+PROVISIONAL = 2  # rounds of a way by itself, before all are timed together
 TIE = 0.02  # by which a way has to be faster than a loop in reverse mode to be chosen
 CLOSE = {"off": 0.999, "bf16": 0.95}  # cosine of a way's gradient and the naive loop's, at least
 
@@ -91,7 +92,8 @@ class Measured:
                 self._naive(loss)
             try:
                 self._add(way, loss)
-                self._time([(NAIVE, loss), (way.name, loss)])
+                # A CPU is not lost on the way: what is timed again at the end is only looked at here.
+                self._time([(NAIVE, loss), (way.name, loss)], None if CUDA else PROVISIONAL)
             except Exception as error:
                 self._steps.pop((way.name, loss), None)
                 self.failures.append({**self._named(way.name, loss), "error": line(error)})
@@ -120,13 +122,13 @@ class Measured:
             # The call that records CUDA graphs is the one that allocates their memory: a replay allocates nothing.
             self._peaks[way.name, loss] = memory.peak(step)
 
-    def _time(self, keys: list[tuple[str, str]]) -> None:
-        """Time these in turns, and put what was found in the place of what was known of them."""
+    def _time(self, keys: list[tuple[str, str]], most: int | None = None) -> None:
+        """Time these in turns, at `most` so many rounds, and put what was found in the place of what was known."""
         for key in keys:
             if key not in self._peaks:
                 self._steps[key].start()
                 self._peaks[key] = memory.peak(self._steps[key].start)
-        timings = timing.interleaved({" / ".join(key): self._steps[key] for key in keys})
+        timings = timing.interleaved({" / ".join(key): self._steps[key] for key in keys}, most)
         seconds = {key: timings[" / ".join(key)].seconds for key in keys}
         for way_name, loss in keys:
             self._records[way_name, loss] = self._record(way_name, loss, seconds)

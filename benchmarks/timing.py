@@ -99,13 +99,14 @@ def prepare(calls: Sequence[Call], pool: Any) -> Run:
     return Run("cuda graph", len(calls), graph.replay, calls)
 
 
-def interleaved(runs: Mapping[str, Run]) -> dict[str, Timing]:
-    """Seconds that one call of each run takes, round by round."""
+def interleaved(runs: Mapping[str, Run], most: int | None = None) -> dict[str, Timing]:
+    """Seconds that one call of each run takes, round by round; of `most` rounds where these are to be few."""
     if not runs:
         return {}
     repeats = {name: max(1, math.ceil(TURN / _duration(run.start))) for name, run in runs.items()}
     total = sum(_duration(run.start, repeats[name]) for name, run in runs.items())
     rounds = REHEARSED_ROUNDS if _rehearsing else min(max(int(BUDGET / total), ROUNDS[0]), ROUNDS[1])
+    rounds = min(rounds, most or rounds)
     marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
     names = list(runs)
     for run in runs.values():  # the first mark must not find an idle device, and time the host

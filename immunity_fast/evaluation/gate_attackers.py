@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from immunity_fast.attacks.mixtures import Answers, ExactJudge, LabelledModel, Model, Rows, trained_gate
 from immunity_fast.functional import log_mixture
+from immunity_fast.models.layers import channels_last
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.permutations import permuted, random_orders, worst_margins, worst_weights
 from immunity_fast.runtime.strategies import laid_out
@@ -91,7 +92,7 @@ def alone(model: ImmunityMoE, expert: nn.Module) -> LabelledModel:
 
     def outputs(images: Tensor, labels: Tensor) -> Tensor:
         if laid_out(model.memory_format, images.device, model.arch, "attack") == "channels_last":
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = channels_last(images)
         logits: Tensor = expert(images)
         return logits
 

@@ -1,4 +1,4 @@
-"""Small parts of a mixture: normalisation of images, and the axes of a stage's maps."""
+"""Small parts of a mixture: normalisation and layout of images, and the axes of a stage's maps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from immunity_fast.arguments import Layout, channels_back, channels_first
 
@@ -31,6 +32,18 @@ class Normalize(nn.Module):
         if images.shape[-3] != self.mean.shape[0]:
             raise ValueError(f"images: expected shape (B, {self.mean.shape[0]}, H, W), got {tuple(images.shape)}")
         return (images - self.mean) / self.std
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) with their channels last in memory.
+
+    Their gradient comes back contiguous, on which attacks of other libraries call `view`.
+    """
+    seen = torch.compiler.is_compiling() or is_functorch_wrapped_tensor(images)
+    if images.requires_grad and torch.is_grad_enabled() and not seen:
+        images = images.view_as(images)  # whose hook is nobody else's
+        images.register_hook(torch.Tensor.contiguous)
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 class ToRead(nn.Module):

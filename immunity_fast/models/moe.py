@@ -30,7 +30,7 @@ from immunity_fast.models.gate import RandomSwitchGate, Switch
 from immunity_fast.models.gradcam import expert_heatmaps
 from immunity_fast.models.inference import Gate as InferenceGate
 from immunity_fast.models.inference import InferenceMixture, folded
-from immunity_fast.models.layers import NoChoice, Normalize
+from immunity_fast.models.layers import NoChoice, Normalize, channels_last
 from immunity_fast.models.maps import MapLayout, Reshape
 from immunity_fast.models.objective import loss_and_terms
 from immunity_fast.models.recomputing import parts_recomputed, run_recomputed
@@ -698,7 +698,7 @@ class ImmunityMoE(nn.Module):
             raise ValueError(f"images: expected shape (B, {self.channels}, H, W), got {tuple(images.shape)}")
         normalized: Tensor = self.normalize(images)
         if laid_out(self.memory_format, images.device, self.arch, self._use(images)) == "channels_last":
-            return normalized.contiguous(memory_format=torch.channels_last)
+            return channels_last(normalized)
         return normalized
 
     @eagerly

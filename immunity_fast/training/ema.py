@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from immunity_fast.arguments import Backend
-from immunity_fast.functional import HAS_TRITON
 from immunity_fast.runtime.sharding import local
 
-if HAS_TRITON:
+try:
     from immunity_fast.kernels import multi_tensor
+except ImportError:  # Triton is not made for every platform
+    HAS_KERNELS = False
+else:
+    HAS_KERNELS = True
 
 
 class WeightAverage:
@@ -80,7 +83,7 @@ class WeightAverage:
 
     def _lay_out(self, state: dict[str, Tensor]) -> dict[str, None]:
         """Names of what the kernel takes, in an order; their averages lie in memory as they do."""
-        if not HAS_TRITON or self._backend == "torch":
+        if not HAS_KERNELS or self._backend == "torch":
             return {}
         found: dict[str, None] = {}
         for name, value in state.items():

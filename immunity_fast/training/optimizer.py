@@ -11,12 +11,15 @@ from torch.autograd.graph import increment_version
 from torch.optim import SGD
 
 from immunity_fast.arguments import Backend
-from immunity_fast.functional import HAS_TRITON
 from immunity_fast.runtime.precision import begin_momentum
 from immunity_fast.runtime.sharding import local
 
-if HAS_TRITON:
+try:
     from immunity_fast.kernels import multi_tensor
+except ImportError:  # Triton is not made for every platform
+    HAS_KERNELS = False
+else:
+    HAS_KERNELS = True
 
 
 class FusedSGD(SGD):
@@ -50,7 +53,7 @@ class FusedSGD(SGD):
         groups, parameters = _listed(params)
         super().__init__(groups, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=fuses(parameters))
         wanted = backend == "triton" or (backend == "auto" and parameters[0].is_cuda)
-        if wanted and HAS_TRITON and _fit(parameters):
+        if wanted and HAS_KERNELS and _fit(parameters):
             self._tables = [multi_tensor.Table(parameters[0].device)]
         if backend == "triton" and self._tables is None:
             raise ValueError("backend: 'triton' expects float32 parameters on one GPU, without gaps in their memory")

@@ -83,6 +83,19 @@ def test_a_mixture_and_its_gradients_are_the_same_in_both() -> None:
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
 
 
+def test_the_images_gradient_is_contiguous_and_their_hooks_are_their_own() -> None:
+    """Attacks of other libraries call `view` on it."""
+    model = _model().eval()
+    model.memory_format = "channels_last"
+    for module in (model, ImmunityMoE.from_experts(model.unstack(), gate=model.gate, image_size=16)):
+        module.memory_format = "channels_last"
+        images = _batch()[0].requires_grad_()
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(module(images).square().sum(), images)
+            assert gradient.is_contiguous()
+        assert not images._backward_hooks
+
+
 def test_what_is_measured_is_asked_for_by_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step, an attack's gradient and a pass each by its own record."""
     asked: list[Use] = []

@@ -179,9 +179,14 @@ def test_an_interrupt_while_importing_is_a_line(number: signal.Signals, tmp_path
     """Torch's import takes most of it: here a stand-in, in whose import Ctrl-C is pressed."""
     (tmp_path / "torch.py").write_text(f"import os, time\nos.kill(os.getpid(), {number:d})\ntime.sleep(60)\n")
     path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
-    for module in ("train", "evaluate", "reproduce", "ensemble"):
+    for command in (
+        "train",
+        "evaluate run",
+        "reproduce all",
+        "ensemble one two --out both",
+    ):  # complete: a line refuses others
         ended = subprocess.run(
-            [sys.executable, "-m", f"immunity_fast.{module}"],
+            [sys.executable, "-m", *f"immunity_fast.{command}".split()],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": path},
             capture_output=True,
