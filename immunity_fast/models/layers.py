@@ -42,7 +42,7 @@ def channels_last(images: Tensor) -> Tensor:
     seen = torch.compiler.is_compiling() or is_functorch_wrapped_tensor(images)
     if images.requires_grad and torch.is_grad_enabled() and not seen:
         images = images.view_as(images)  # whose hook is nobody else's
-        images.register_hook(torch.Tensor.contiguous)
+        images.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
     return images.contiguous(memory_format=torch.channels_last)
 
 
