@@ -83,7 +83,7 @@ def test_a_mixture_and_its_gradients_are_the_same_in_both() -> None:
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
 
 
-def test_the_images_gradient_is_contiguous_and_their_hooks_are_their_own() -> None:
+def test_the_gradient_of_images_is_contiguous() -> None:
     """Attacks of other libraries call `view` on it."""
     model = _model().eval()
     model.memory_format = "channels_last"
