@@ -286,9 +286,17 @@ class _BatchNormInputGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
-        g, x, weight, mean, scale, g_along, g_total = ctx.saved_tensors
+        g, x, weight, *_ = ctx.saved_tensors
+        found = _BatchNormInputGradient._derivatives(ctx, v)
         if torch.is_grad_enabled():
-            return *_differentiable(v, g, x, weight, mean, scale, ctx.eps), None, None, None
+            found = tuple(None if each is None else _Last.apply(each, v, g, x, weight) for each in found)
+        return *found, None, None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def _derivatives(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        """By g, by x and by γ."""
+        g, x, weight, mean, scale, g_along, g_total = ctx.saved_tensors
         v = v.contiguous(memory_format=_layout(x))
         by_g, v_along, v_total = _batch_norm_gradients(v, x, weight, mean, scale, ctx.eps, (True, True, True))
         zero, one = torch.zeros_like(mean), torch.ones_like(scale)
@@ -304,7 +312,7 @@ class _BatchNormInputGradient(torch.autograd.Function):
         channel = (1, -1, *[1] * (x.dim() - 2))
         by_x.addcmul_(v, (factor * a).to(by_x.dtype).view(channel))
         by_x.addcmul_(g, (factor * b).to(by_x.dtype).view(channel))
-        return by_g, by_x, None if weight is None else scale * projected, None, None, None
+        return by_g, by_x, None if weight is None else scale * projected
 
 
 def _batch_norm_gradients(
@@ -330,14 +338,16 @@ def _normalised(x: Tensor, mean: Tensor, factor: Tensor, offset: Tensor) -> Tens
     return result
 
 
-def _differentiable(
-    v: Tensor, g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor, eps: float
-) -> list[Tensor | None]:
-    """The same by PyTorch's formula, whose result can be differentiated once more."""
-    # Views, beyond which nothing is differentiated: the gradient g is itself made of x.
-    g, x, weight = g.view_as(g), x.view_as(x), None if weight is None else weight.view_as(weight)
-    found = _batch_norm_gradients(g, x, weight, mean, scale, eps, (True, False, False))[0]
-    given = (g, x, weight)
-    wanted = [tensor for tensor in given if tensor is not None and tensor.requires_grad]
-    gradients = iter(torch.autograd.grad(found, wanted, v, create_graph=True, allow_unused=True))
-    return [next(gradients) if tensor is not None and tensor.requires_grad else None for tensor in given]
+class _Last(torch.autograd.Function):
+    """A second derivative, in the graph of what it was made of, which refuses to be differentiated once more.
+
+    PyTorch's own formula does so, too, from 2.14 on; that of 2.11 is wrong, in silence.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, found: Tensor, *_: Tensor | None) -> Tensor:
+        return found.view_as(found)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError("batch_norm: expected at most second derivatives, got a 3rd: it has no formula")

@@ -142,24 +142,32 @@ def test_a_batch_moves_running_statistics_once() -> None:
 
 
 def test_a_third_derivative_is_right_or_raises() -> None:
-    """BatchNorm's PyTorch does not know; that of convolutions it does."""
+    """That of convolutions is right; BatchNorm refuses."""
     torch.manual_seed(0)
-    head = nn.Sequential(nn.Conv2d(6, 6, 3, 2, bias=False), nn.Softplus(), nn.Conv2d(6, 4, 1)).double()
+    head: Any = nn.Sequential(nn.Conv2d(6, 6, 3, 2, bias=False), nn.Softplus(), nn.Conv2d(6, 4, 1)).double()
 
     def third(direct: bool) -> list[Tensor]:
         leaf = _maps().requires_grad_()
         wanted = [leaf, *head.parameters()]
-        first = torch.autograd.grad(
-            _loss(list(head), leaf * 1, direct=direct), wanted, create_graph=True, allow_unused=True
-        )
+        loss = _loss(list(head), leaf * 1, direct=direct)
+        first = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
         total = sum((each.square().sum() for each in first if each is not None), torch.zeros(()))
         return list(torch.autograd.grad(total, [leaf, head[0].weight]))
 
     _assert_equal(third(True), third(False))
-    normalised, leaf = _head(CONVOLUTIONS[0]), _maps().requires_grad_()
-    (first,) = torch.autograd.grad(_loss(list(normalised), leaf * 1, direct=True), leaf, create_graph=True)
+    head.insert(1, nn.BatchNorm2d(6).double())
     with pytest.raises(RuntimeError, match="3rd"):
-        first.square().sum().backward()  # type: ignore[no-untyped-call]
+        third(True)
+
+
+def test_a_graph_of_second_derivatives_has_their_values() -> None:
+    """Of `create_graph`, which nobody has to use."""
+    head, maps = _head(CONVOLUTIONS[0]), _maps()
+    leaf = maps.requires_grad_()
+    loss = _loss(list(head), leaf * 1, direct=True)
+    found = torch.autograd.grad(loss, [leaf, *head.parameters()], create_graph=True, allow_unused=True)
+    expected = _gradients(copy.deepcopy(head), maps, direct=False)
+    _assert_equal([each for each in found if each is not None], expected)
 
 
 class _Kernels(TorchDispatchMode):
