@@ -301,7 +301,7 @@ class _BatchNormInputGradient(torch.autograd.Function):
         by_g, v_along, v_total = _batch_norm_gradients(v, x, weight, mean, scale, ctx.eps, (True, True, True))
         zero, one = torch.zeros_like(mean), torch.ones_like(scale)
         # Σ v·g, as the one kernel takes such a sum, in float32 of half precision.
-        product = _batch_norm_gradients(v, g, None, zero, one, ctx.eps, (True, True, False))[1]
+        product = _batch_norm_gradients(v, g, None, zero, one, ctx.eps, (True, True, True))[1]
         count = x.numel() // x.shape[1]
         a, b = g_along / count, v_along / count
         projected = product - v_total * g_total / count - v_along * a  # M·c
@@ -325,8 +325,9 @@ def _batch_norm_gradients(
     wanted: Sequence[bool],
 ) -> tuple[Any, ...]:
     """γ·r·P(g), Σ g·x̂ and Σ g a channel."""
+    factor = torch.ones_like(scale) if weight is None else weight  # without one not every device gives the sums
     found: tuple[Any, ...] = aten.native_batch_norm_backward(
-        gradient, input, weight, None, None, mean, scale, True, eps, list(wanted)
+        gradient, input, factor, None, None, mean, scale, True, eps, list(wanted)
     )
     return found
 

@@ -86,7 +86,7 @@ def run_by_vmap(
     shared: bool,
     mode: Callable[[], AbstractContextManager[object]] = ExpertsAsChannels,
 ) -> Tensor:
-    """`run_stacked` by `vmap`, with such tensors (N, *shape) in the place of the module's own. To be called `in_use`.
+    """`run_stacked` by `vmap`, with such tensors (N, ...) in the place of the module's own. To be called `in_use`.
 
     `mode` is what each expert runs in.
     """
@@ -100,7 +100,7 @@ def run_by_vmap(
 
 
 def stacked_tensors(stacked: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, (N, *shape) each, as they are computed with."""
+    """Parameters and buffers, (N, ...) each, as they are computed with."""
     return _parameters(stacked) | dict(stacked.named_buffers())
 
 
@@ -240,7 +240,7 @@ def slices(stacked: nn.Module, num_experts: int) -> list[dict[str, Tensor]]:
 
 
 def stack_maps(tensors: Sequence[Tensor]) -> Tensor:
-    """(N, *shape); channels-last where all are, which `torch.stack` does not know for five axes."""
+    """(N, ...); channels-last where all are, which `torch.stack` does not know for five axes."""
     if all(_is_channels_last(tensor) for tensor in tensors):
         return torch.stack([tensor.movedim(1, -1) for tensor in tensors]).movedim(-1, 2)
     return torch.stack(list(tensors))
