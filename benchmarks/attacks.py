@@ -13,7 +13,6 @@ import argparse
 import copy
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch.optim import SGD
 
 from benchmarks import naive
 from benchmarks.cases import DEVICE
-from benchmarks.measure import ratio, summary
+from benchmarks.measure import in_turns, ratio, summary
 from benchmarks.outcomes import write
 from benchmarks.record import header
 from immunity_fast import FusedImmunityLoss, ImmunityMoE
@@ -117,21 +116,6 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share that is right."""
     with torch.no_grad():
         return float((model(images).argmax(-1) == labels).double().mean())
-
-
-def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, round by round, in rotating order, after one call of each that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for index in range(rounds + 1):
-        names = list(calls)
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            begin = time.perf_counter()
-            calls[name]()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            if index:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
 
 
 def speed(model: ImmunityMoE, images: Tensor, labels: Tensor, rounds: int, compile: Any) -> list[dict[str, Any]]:

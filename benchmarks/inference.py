@@ -11,7 +11,6 @@ of those within each round, to the networks.
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import DEVICE
-from benchmarks.measure import ratio, summary
+from benchmarks.measure import in_turns, ratio, summary
 from benchmarks.outcomes import write
 from benchmarks.record import header
 from immunity_fast import ImmunityMoE
@@ -68,7 +67,7 @@ def case(arch: str, experts: int, batch: int, *, compiled: bool) -> dict[str, An
     images = torch.rand(batch, 3, 32, 32, device=DEVICE)
     with torch.inference_mode():
         off = {name: float((way(images) - model(images)).abs().max()) for name, way in ways.items()}
-        seconds = in_turns({name: lambda way=way: way(images) for name, way in ways.items()})
+        seconds = in_turns({name: lambda way=way: way(images) for name, way in ways.items()}, ROUNDS)
     return {
         "arch": arch,
         "experts": experts,
@@ -124,21 +123,6 @@ def _without_folding() -> Iterator[None]:
         yield
     finally:
         folding.LEAST_SPARED = least
-
-
-def in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each call, round by round, in rotating order, after a round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for index in range(ROUNDS + 1):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            start = time.perf_counter()
-            calls[name]()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            if index:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 if __name__ == "__main__":

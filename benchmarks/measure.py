@@ -3,7 +3,9 @@
 import functools
 import gc
 import statistics
+import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,21 @@ def summary(seconds: list[float]) -> dict[str, Any]:
     """Median, range between the quartiles, and number of rounds."""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return {"median_us": round(median * 1e6, 3), "iqr_us": round((high - low) * 1e6, 3), "rounds": len(seconds)}
+
+
+def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, round by round, in rotating order, after one call of each that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(rounds + 1):
+        names = list(calls)
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            begin = time.perf_counter()
+            calls[name]()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            if index:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:

@@ -8,7 +8,6 @@ fastest float32 way.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import strategies_file
 from benchmarks.cases import DEVICE, EXPERTS
-from benchmarks.measure import ratio, summary
+from benchmarks.measure import in_turns, ratio, summary
 from benchmarks.outcomes import write
 from benchmarks.record import header
 from immunity_fast import ImmunityMoE
@@ -66,7 +65,7 @@ def case(arch: str, use: str) -> dict[str, Any]:
         closeness = float(torch.cosine_similarity(call().flatten(), expected.flatten(), 0))
         if not closeness > CLOSE[WAYS[name][2]]:
             raise ValueError(f"{arch}, {use}, {name}: not what a loop computes: cosine {closeness:.4f}")
-    seconds = in_turns(calls)
+    seconds = in_turns(calls, ROUNDS)
     ways = {name: summary(times) | {"times_as_fast": ratio(seconds[PLAIN], times)} for name, times in seconds.items()}
     return {"arch": arch, "use": use, "experts": EXPERTS, "images": len(images), "ways": ways}
 
@@ -85,21 +84,6 @@ def _call(model: ImmunityMoE, images: Tensor, way: tuple[str, str, Any], use: st
         return gradient
 
     return call
-
-
-def in_turns(calls: dict[str, Callable[[], Tensor]]) -> dict[str, list[float]]:
-    """Seconds of each call, round by round, in rotating order, after a round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for index in range(ROUNDS + 1):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            begin = time.perf_counter()
-            calls[name]()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            if index:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
 
 
 def fastest(cases: list[dict[str, Any]], record: str, device: str | None = None) -> list[dict[str, Any]]:

@@ -46,8 +46,8 @@ def capture_activations(
 
     Args:
         networks: N ≥ 1 modules from images (B, C, H, W) to logits (B, K), each another one. They are kept, not copied,
-            and nothing is changed in them. Of an object with ``.logits``, a dictionary with "logits" or a tuple these are
-            taken.
+            and nothing is changed in them. Of an object with ``.logits``, a dictionary with "logits" or a tuple these
+            are taken.
         layer: the dotted name of the submodule whose output Grad-CAM looks at, or one a network; None is the last stage
             whose map exceeds 8×8 and changes the logits, found at the first pass.
         reshape: what the layer returns: "NCHW" for (B, C, h, w), "NHWC" for (B, h, w, C), as in a Swin Transformer,

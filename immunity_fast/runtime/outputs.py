@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def logits_of(output: Any) -> Any:
-    """The logits of an output object (``.logits``), of a dictionary ("logits"), or first in a tuple; a tensor is itself.
+    """The logits of an output object (``.logits``) or a dictionary ("logits"), or first in a tuple; a tensor is itself.
 
     So do Hugging Face's image classifiers return them, and torchvision's Inception and GoogLeNet in training mode.
     What has none is returned as it is.
