@@ -1,8 +1,8 @@
 """Convolution and batch normalisation whose input gradients have derivatives of their own, for double backprop.
 
 PyTorch writes the derivative of a convolution's input gradient by the kernel as a convolution of transposed maps, whose
-kernel is a whole map: on a CPU two to five times as slow as what it equals, the kernel's gradient itself; and where
-experts are groups it takes a call a group. That of batch normalisation is some fifteen operators, each a pass over the
+kernel is a whole map: on a CPU several times as slow as what it equals, the kernel's gradient itself; and where experts
+are groups it takes a call a group. That of batch normalisation is some fifteen operators, each a pass over the
 maps. Here the first is the one kernel that it equals, the second three reductions in two passes and one sum of maps.
 """
 
