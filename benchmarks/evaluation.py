@@ -3,9 +3,10 @@
     python -m benchmarks.evaluation RUN --old TREE --out benchmarks/results/evaluation_cpu.json [--images 100]
 
 What is timed is the command, `python -m immunity_fast.evaluate RUN --limit N`, each time in a process and a folder of
-its own, by one tree after the other; TREE is a checkout, such as `git worktree add TREE COMMIT` makes. Beside the
-seconds stand the accuracies that both have found, judge by judge: how far the newer one's are at most above the older
-one's, and the worst case of each. `--amp` is added to the newer one's command, as a way of its own.
+its own, by one tree after the other; TREE is a checkout, such as `git worktree add TREE COMMIT` makes, and RUN one that
+it can read, trained by itself for instance. Beside the seconds stand the accuracies that both have found, judge by
+judge: how far the newer one's are at most above the older one's, and the worst case of each. `--amp` is added to the
+newer one's command, as a way of its own.
 """
 
 import argparse

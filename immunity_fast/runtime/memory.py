@@ -24,7 +24,6 @@ def keep_freed() -> bool:
     """Have the process keep the memory that it frees, for what it allocates next; a process of a command's own.
 
     A step allocates what the one before has freed. What is given back in between the system clears anew, page by page.
-    The most that the process holds stays the same.
 
     Returns:
         Whether that is so: of glibc alone, and not where the environment says otherwise.
