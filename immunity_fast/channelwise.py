@@ -86,7 +86,7 @@ def _torch_batch_norm(
     return torch.native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)[0]
 
 
-class _Rule(torch.autograd.Function):
+class Rule(torch.autograd.Function):
     """Exists for its rule under `vmap`, whose operations are differentiated as they are."""
 
     @staticmethod
@@ -97,7 +97,7 @@ class _Rule(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
 
 
-class _BatchNorm(_Rule):
+class _BatchNorm(Rule):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], input: Tensor, *rest: Any) -> tuple[Tensor, int]:
         *tensors, training, momentum, eps = rest
@@ -105,7 +105,7 @@ class _BatchNorm(_Rule):
             raise ValueError(
                 "running_mean: expected statistics of each expert in training, got some that all would update"
             )
-        maps = _expert_second(input, in_dims[0], info.batch_size)
+        maps = expert_second(input, in_dims[0], info.batch_size)
         by_expert = [
             None if tensor is None else tensor.expand(info.batch_size, -1) if dim is None else tensor.movedim(dim, 0)
             for tensor, dim in zip(tensors, in_dims[1:5], strict=True)
@@ -121,20 +121,20 @@ class _BatchNorm(_Rule):
         return normalized.view(maps.shape), 1
 
 
-class _Pooling(_Rule):
+class _Pooling(Rule):
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[Any, ...], input: Tensor, function: Any, args: Any, kwargs: Any
     ) -> tuple[Tensor, int]:
-        maps = _expert_second(input, in_dims[0], info.batch_size)
+        maps = expert_second(input, in_dims[0], info.batch_size)
         pooled = function(maps.flatten(1, 2), *args, **kwargs)
         return pooled.view(*maps.shape[:3], *pooled.shape[2:]), 1
 
 
-class _Concatenation(_Rule):
+class _Concatenation(Rule):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Tensor) -> tuple[Tensor, int]:
-        maps = [_expert_second(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims, strict=True)]
+        maps = [expert_second(x, dim, info.batch_size) for x, dim in zip(inputs, in_dims, strict=True)]
         nested = any(map(is_batchedtensor, maps))  # in another `vmap`, where no layout can be asked for
         if nested or not maps[0].flatten(1, 2).is_contiguous(memory_format=torch.channels_last):
             return torch.cat(maps, 2), 1
@@ -155,6 +155,9 @@ def _concatenated_channels(tensors: Any, dim: int = 0, *, axis: int | None = Non
     return maps if fit and any(map(is_batchedtensor, maps)) else []
 
 
-def _expert_second(x: Tensor, dim: int | None, experts: int) -> Tensor:
-    """(B, N, C, …); for what a convolution under `vmap` returns its first axes are one in memory."""
+def expert_second(x: Tensor, dim: int | None, experts: int) -> Tensor:
+    """Maps in a rule under `vmap`, batched along `dim`, as (B, N, C, …).
+
+    For what a convolution under `vmap` returns its first axes are one in memory.
+    """
     return x.unsqueeze(1).expand(-1, experts, *x.shape[1:]) if dim is None else x.movedim(dim, 1)

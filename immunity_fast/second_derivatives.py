@@ -18,6 +18,8 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor, peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
+from immunity_fast.channelwise import Rule, expert_second
+
 aten = torch.ops.aten
 
 _CONVOLUTIONS: dict[Callable[..., Tensor], int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
@@ -160,15 +162,8 @@ class _Convolution(torch.autograd.Function):
         return None, *found, None, None, None, None
 
 
-class _OfExperts(torch.autograd.Function):
-    """A convolution of each expert inside of a `vmap` over all, as one of N groups; it exists for that rule."""
-
-    @staticmethod
-    def forward(*_: Any) -> Tensor:
-        raise RuntimeError("input: expected a tensor of each expert, got none that vmap batches")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+class _OfExperts(Rule):
+    """A convolution of each expert inside of a `vmap` over all, as one of N groups."""
 
     @staticmethod
     def vmap(
@@ -181,7 +176,7 @@ class _OfExperts(torch.autograd.Function):
         bias: Tensor | None,
         *options: Any,
     ) -> tuple[Tensor, int]:
-        maps, kernels = input.movedim(in_dims[2], 1), weight.movedim(in_dims[3], 0)
+        maps, kernels = expert_second(input, in_dims[2], info.batch_size), weight.movedim(in_dims[3], 0)
         if bias is not None:
             bias = bias.expand(info.batch_size, -1) if in_dims[4] is None else bias.movedim(in_dims[4], 0)
             bias = bias.flatten()

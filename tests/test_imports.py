@@ -16,8 +16,8 @@ COMMANDS = ("train", "evaluate", "explain", "export_model", "ensemble", "reprodu
 # From the ground up: a room imports what is on the floors below its own, and itself.
 FLOORS = (
     ("kernels", "runtime"),
-    ("permutations", "channelwise", "second_derivatives", "arguments"),
-    ("targets",),
+    ("permutations", "channelwise", "arguments"),
+    ("targets", "second_derivatives"),
     ("functional", "forward_mode", "data", "reporting"),
     ("experts", "losses"),
     ("attacks", "models"),

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from immunity_fast.arguments import Experts, Score, WeightScale
 from immunity_fast.experts import identical
@@ -42,6 +41,7 @@ from immunity_fast.models.stacking import (
     run_stacked,
     slices,
     unstack_modules,
+    write_back,
 )
 from immunity_fast.runtime.checks import check_whole, kind_given
 from immunity_fast.runtime.compilation import eagerly
@@ -417,10 +417,10 @@ class ImmunityMoE(nn.Module):
 
     def update_head(self, buffers: dict[str, Tensor]) -> None:
         """Take over what a pass through `head_outputs` made of the head's buffers, such as BatchNorm's statistics."""
-        own = dict(self._cut()[1].named_buffers())
-        with in_use(), _unseen(own):
-            for name, buffer in own.items():
-                buffer.copy_(buffers[name])
+        with in_use():
+            # A BatchNorm in both halves has kept its own for the trunk's backward pass, which in training mode never
+            # looks.
+            write_back(dict(self._cut()[1].named_buffers()), buffers)
 
     def heatmaps(
         self,
@@ -833,11 +833,3 @@ def _normalize(mean: Sequence[float] | None, std: Sequence[float] | None, channe
         if len(values) != channels:
             raise ValueError(f"{name}: expected {channels} numbers, one a channel, got {len(values)}")
     return Normalize(mean, std)
-
-
-def _unseen(buffers: dict[str, Tensor]) -> AbstractContextManager[object]:
-    """Where autograd does not see that buffers change.
-
-    A BatchNorm in both halves has kept its own for the trunk's backward pass, which in training mode never looks.
-    """
-    return nullcontext() if torch.compiler.is_compiling() else _unsafe_preserve_version_counter(tuple(buffers.values()))

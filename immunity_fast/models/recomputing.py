@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree
@@ -34,6 +33,7 @@ from immunity_fast.models.stacking import (
     slices,
     stack_maps,
     stacked_tensors,
+    write_back,
 )
 from immunity_fast.runtime.sharding import is_sharded
 from immunity_fast.runtime.strategies import Batching, choose
@@ -131,9 +131,7 @@ def recomputed(run: Run, tensors: Mapping[str, Tensor], buffers: list[str], give
 
     output, updated = checkpoint(compute, given, use_reentrant=False)
     check_kept()
-    with _unseen([tensors[name] for name in buffers]):
-        for name in buffers:
-            tensors[name].copy_(updated[name].detach())
+    write_back({name: tensors[name] for name in buffers}, updated)  # another expert's pass has kept its row of them
     return output
 
 
@@ -246,10 +244,3 @@ def _is_composed(module: nn.Module) -> bool:
 
 def _names(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_buffers()]
-
-
-def _unseen(buffers: list[Tensor]) -> Any:
-    """Where autograd does not see that buffers change: another expert's pass has kept its row of them."""
-    if torch.compiler.is_compiling():
-        return torch.no_grad()
-    return _unsafe_preserve_version_counter(tuple(buffers))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.func import functional_call
 
 from immunity_fast.channelwise import ExpertsAsChannels
@@ -124,6 +125,14 @@ def call_stacked(
         else:
             outputs = torch.vmap(apply, randomness="different")(_parameters(stacked), buffers, x)
     return outputs, {name: buffer.detach() for name, buffer in buffers.items()}
+
+
+def write_back(buffers: Mapping[str, Tensor], updated: Mapping[str, Tensor]) -> None:
+    """Buffers become what a pass has made of copies of them; autograd, which may have kept them, does not see it."""
+    kept: tuple[Tensor, ...] = tuple(buffers.values())
+    with torch.no_grad() if torch.compiler.is_compiling() else _unsafe_preserve_version_counter(kept):
+        for name, buffer in buffers.items():
+            buffer.copy_(updated[name].detach())
 
 
 def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:

@@ -11,13 +11,10 @@ from torch.autograd.graph import increment_version
 
 from immunity_fast.arguments import Backend
 from immunity_fast.runtime.sharding import local
+from immunity_fast.training.optimizer import HAS_KERNELS
 
-try:
+if HAS_KERNELS:
     from immunity_fast.kernels import multi_tensor
-except ImportError:  # Triton is not made for every platform
-    HAS_KERNELS = False
-else:
-    HAS_KERNELS = True
 
 
 class WeightAverage:

@@ -18,6 +18,7 @@ from immunity_fast.data.streaming import StreamedSplit
 from immunity_fast.experts import WITH_STEMS, split_names
 from immunity_fast.experts.stems import chosen_stem
 from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.models.stacking import own_tensors
 from immunity_fast.runtime import distributed
 from immunity_fast.runtime.compilation import Compile, Compiled, Log, at_size, resolve
 from immunity_fast.runtime.files import abbreviated
@@ -209,7 +210,7 @@ class TrainingState:
 
     def untouched(self) -> dict[str, Tensor]:
         """Copies, on the CPU, of what steps change and does not follow from the settings; for `begin_again`."""
-        kept = {f"model/{name}": value for name, value in _own_tensors(self.model).items()}
+        kept = {f"model/{name}": value for name, value in own_tensors(self.model).items()}
         kept |= {"random/torch": torch.get_rng_state(), "random/gate": self.gate_generator.get_state()}
         if self.device.type == "cuda":
             kept["random/cuda"] = torch.cuda.get_rng_state(self.device)
@@ -224,7 +225,7 @@ class TrainingState:
         """
         self.config = config
         with torch.no_grad():
-            for name, value in _own_tensors(self.model).items():
+            for name, value in own_tensors(self.model).items():
                 value.copy_(kept[f"model/{name}"])
         self.model.zero_grad(set_to_none=True)
         self.loader = self._new_loader()
@@ -477,10 +478,6 @@ class TrainingState:
         for name in ("scaler/scale", "scaler/growth_factor", "scaler/backoff_factor"):
             if name in tensors and not 0 < float(tensors[name]) < math.inf:
                 raise ValueError(f"{path}: {name}: expected a finite number above 0, got {float(tensors[name])}")
-
-
-def _own_tensors(model: ImmunityMoE) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def check_generator_state(path: Path, name: str, state: Tensor) -> None:
