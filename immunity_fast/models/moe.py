@@ -43,7 +43,7 @@ from immunity_fast.models.stacking import (
     unstack_modules,
     write_back,
 )
-from immunity_fast.runtime.checks import check_whole, kind_given
+from immunity_fast.runtime.checks import check_choice, check_whole, kind_given
 from immunity_fast.runtime.compilation import eagerly
 from immunity_fast.runtime.distributed import training_group
 from immunity_fast.runtime.strategies import Batching, MemoryFormat, Use, choose, laid_out
@@ -263,8 +263,10 @@ class ImmunityMoE(nn.Module):
             if not isinstance(value, FusedImmunityLoss):
                 raise TypeError(f"loss_fn: expected a FusedImmunityLoss, got {type(value).__name__}")
             object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
+            return
+        if name == "memory_format":
+            check_choice("memory_format", value, MemoryFormat)
+        super().__setattr__(name, value)
 
     @overload
     def forward(

@@ -128,6 +128,13 @@ def test_networks_of_ones_own_are_left_contiguous() -> None:
     assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
+def test_an_unknown_format_is_refused_at_once() -> None:
+    model = _model()
+    with pytest.raises(ValueError, match="memory_format: expected one of auto, contiguous, channels_last, got 'NHWC'"):
+        model.memory_format = "NHWC"  # type: ignore[assignment]
+    assert model.memory_format == "auto"
+
+
 def test_the_format_is_copied_and_one_network_has_it_too() -> None:
     model = SingleNetwork("resnet8", 5, image_size=16, stage="layer2").eval()
     model.memory_format = "channels_last"
