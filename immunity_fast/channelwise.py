@@ -94,7 +94,8 @@ class Rule(torch.autograd.Function):
         raise RuntimeError("input: expected a tensor of each expert, got none that vmap batches")
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keeps nothing: there is no backward pass of its own."""
 
 
 class _BatchNorm(Rule):
