@@ -4,9 +4,10 @@
 
 The model is the run's, by the exact mean of its gate, in evaluation mode; images are validation images, contiguous, in
 float32. All attacks begin at the same random start: torchattacks' on this module, as a user calls it, and on the same
-experts as plain modules, one after another; ours eager and compiled, with gradients in float32 and in bfloat16. What is
-timed is timed in turns, in one process; accuracy is judged in float32. Then PGD-20 with `keep_best` and `drop_fooled`,
-and a training step with PGD-10 inside: this package's, and torchattacks' PGD in a naive training loop.
+experts as plain modules, one after another; ours eager and compiled, with gradients in float32 and, where the device
+multiplies in it, in bfloat16. What is timed is timed in turns, in one process; accuracy is judged in float32. Then
+PGD-20 with `keep_best` and `drop_fooled`, and a training step with PGD-10 inside: this package's, and torchattacks' PGD
+in a naive training loop.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from immunity_fast.data.datasets import load
 from immunity_fast.data.sampling import sample
 from immunity_fast.losses import ALPHA, BETA, GAMMA
 from immunity_fast.reporting.html import Table
+from immunity_fast.runtime.precision import chosen_amp
 from immunity_fast.training.adversarial import InnerAttack, InnerAttackSettings
 from immunity_fast.training.checkpoint import load_model
 from immunity_fast.training.run_folder import Run
@@ -63,7 +65,7 @@ Attacker = Callable[[Tensor, Tensor], Tensor]
 
 def ways(model: ImmunityMoE, name: str, compile: Any) -> dict[str, Attacker]:
     """All that makes an attack: torchattacks, over this module and over plain ones; ours, eager and compiled, with
-    gradients in float32 and in bfloat16.
+    gradients in float32 and, where the device multiplies in it, in bfloat16.
     """
     theirs, ours = PAIRS[name]
     found: dict[str, Attacker] = {
@@ -71,7 +73,7 @@ def ways(model: ImmunityMoE, name: str, compile: Any) -> dict[str, Attacker]:
         PLAIN: theirs(Plain(model)),
     }
     for mode in ("off",) if compile == "off" else ("off", compile):
-        for amp in ("off", "bf16"):
+        for amp in dict.fromkeys(("off", chosen_amp("auto", DEVICE))):
             way = ("eager" if mode == "off" else "compiled") + (", bf16" if amp == "bf16" else "")
             attack = dataclasses.replace(ours, amp=amp)
             found[way] = BoundAttack(attack, lambda x, _: model(x), compile=mode, device=DEVICE, log=_refuse)
@@ -297,15 +299,17 @@ def main() -> None:
     command = (
         f"python -m benchmarks.attacks RUN --images {given.images} --rounds {given.rounds} --compile {given.compile}"
     )
-    found = header(command) | {
-        "model": {"arch": config.arch, "experts": config.experts, "adversarial": config.adversarial},
-        "images": len(labels),
-        "parity": parity(model, images, labels, given.compile),
-        "speed": speed(model, images, labels, given.rounds, given.compile),
-        "options": options(model, images, labels, given.rounds),
-        "training": training(model, images, labels, given.rounds, given.compile),
+    about = {"arch": config.arch, "experts": config.experts, "adversarial": config.adversarial}
+    found = header(command) | {"model": about, "images": len(labels)}
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "parity": lambda: parity(model, images, labels, given.compile),
+        "speed": lambda: speed(model, images, labels, given.rounds, given.compile),
+        "options": lambda: options(model, images, labels, given.rounds),
+        "training": lambda: training(model, images, labels, given.rounds, given.compile),
     }
-    write(given.out, found)
+    for name, part in parts.items():
+        found[name] = part()
+        write(given.out, found)
     print("\n\n".join(table.to_markdown() for table in tables(found)))
 
 

@@ -18,11 +18,11 @@ COPIED = 1 << 30 if DEVICE.type == "cuda" else 1 << 28  # bytes
 
 
 def device() -> str:
-    """The GPU's name, or the processor's."""
+    """The GPU's name, or the processor's with its widest vectors."""
     if DEVICE.type == "cuda":
         return torch.cuda.get_device_name(DEVICE)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{platform.machine()} ({_processor()}), {cores} cores"
+    return f"{platform.machine()} ({_processor()}, {torch.backends.cpu.get_cpu_capability()}), {cores} cores"
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from immunity_fast.kernels import launch
 from immunity_fast.losses import ALPHA, BETA, GAMMA
 from immunity_fast.models.stacking import channels_last_
 from immunity_fast.runtime.compilation import Compiled
-from immunity_fast.runtime.precision import autocast
+from immunity_fast.runtime.precision import autocast, chosen_amp
 from immunity_fast.training.optimizer import FusedSGD
 from immunity_fast.training.step import TrainStep
 
@@ -102,8 +102,9 @@ class StepCase:
         return _default_stage(self.arch, self.side) if self.stage is None else self.stage
 
     def ways(self, loss: str) -> list[Way]:
-        """The ways in which a loss is measured, but for the naive one."""
+        """The ways in which a loss is measured, but for the naive one; in bf16 where the device multiplies in it."""
         ways = [way for way in WAYS if (self.eager if way.compile == "off" else way.batching in self.compiled)]
+        ways = [way for way in ways if way.amp in (None, chosen_amp("auto", DEVICE))]
         if self.few:
             loops = [way for way in ways if (way.batching, way.double_backprop) == ("loop", "reverse")]
             ways = [way for way in loops if loss == FULL or (loss == CROSS_ENTROPY and way.amp is None)]

@@ -1,6 +1,7 @@
 """Measures training steps: the naive loop, and this package's step in each of its ways; writes one record.
 
-    python -m benchmarks.steps --out FILE [--quick | --rehearse] [--time-limit SECONDS] [--write-strategies] [--go-on]
+    python -m benchmarks.steps --out FILE [--quick | --rehearse] [--eager] [--time-limit SECONDS] [--write-strategies]
+                               [--go-on]
 
 Each way of a case is checked against the naive one and timed in turns with it, and the record written: an interruption
 costs one way. Once all ways of a case have been seen they are timed again, all of them in turns. A fault of the device
@@ -12,6 +13,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from benchmarks.step_cases import (
     cases,
     rehearsed_cases,
 )
+from immunity_fast.runtime import strategies
 from immunity_fast.runtime.compilation import keep_caches, resolve
 from immunity_fast.runtime.precision import set_float32
 
@@ -205,11 +208,11 @@ def fastest(records: list[dict[str, Any]], record: str, device: str | None = Non
     Args:
         records: of steps.
         record: where they are kept.
-        device: where they were measured, a GPU's name or "cpu"; None is this machine's.
+        device: where they were measured, by its name in the table; None is this machine's.
     """
-    if device is None:
-        device = torch.cuda.get_device_name() if CUDA else "cpu"
-    prefix = "eager" if resolve("auto", torch.device("cpu" if device == "cpu" else "cuda")) == "off" else "compiled"
+    device = device or strategies.device_name(DEVICE.type)
+    kind = torch.device("cpu" if device.startswith(strategies.CPU) else "cuda")
+    prefix = "eager" if resolve("auto", kind) == "off" else "compiled"
     found = []
     for arch in dict.fromkeys(entry["arch"] for entry in records):
         full = [e for e in records if e["arch"] == arch and e["loss"] == FULL and e["way"].startswith(prefix)]
@@ -241,9 +244,9 @@ def fastest(records: list[dict[str, Any]], record: str, device: str | None = Non
 
 
 def _ways(name: str, device: str) -> dict[str, str]:
-    """What a way means on a device, a GPU's name or "cpu"."""
+    """What a way means on a device of that name."""
     way = next(way for way in (*WAYS, *CPU_WAYS) if way.name == name)
-    memory_format = way.memory_format if device == "cpu" else CHANNELS_LAST
+    memory_format = way.memory_format if device.startswith(strategies.CPU) else CHANNELS_LAST
     return {"batching": way.batching, "double_backprop": way.double_backprop, "memory_format": memory_format}
 
 
@@ -283,6 +286,7 @@ def main() -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="the most important cases only: minutes on two cores")
     size.add_argument("--rehearse", action="store_true", help="one small case, to see that all of it runs")
+    parser.add_argument("--eager", action="store_true", help="leave out what is compiled, which takes minutes a way")
     parser.add_argument("--time-limit", type=float, default=float("inf"), metavar="SECONDS", help="begin no way after")
     parser.add_argument("--go-on", action="store_true", help="with FILE, behind a way that cost the device")
     parser.add_argument("--write-strategies", action="store_true", help="have --batching auto choose what was fastest")
@@ -290,7 +294,7 @@ def main() -> None:
     keep_caches()
     set_float32("tf32")
     begin = time.monotonic()
-    chosen = [f"--{name}" for name in ("quick", "rehearse") if getattr(options, name)]
+    chosen = [f"--{name}" for name in ("quick", "rehearse", "eager") if getattr(options, name)]
     found = begun(options.out, " ".join(["python -m benchmarks.steps", *chosen]), options.go_on)
     write(options.out, found)  # where that is not possible, it is better known now
     judged = not options.rehearse or computes()
@@ -300,7 +304,10 @@ def main() -> None:
     def over() -> bool:
         return bool(time.monotonic() - begin > options.time_limit)
 
-    for case in rehearsed_cases() if options.rehearse else cases(options.quick):
+    chosen_cases = rehearsed_cases() if options.rehearse else cases(options.quick)
+    if options.eager:
+        chosen_cases = [replace(case, compiled=()) for case in chosen_cases if case.eager]
+    for case in chosen_cases:
         if over():
             found["not_measured"].append({"case": str(case), "reason": f"{options.time_limit:.0f} s were over"})
             continue

@@ -3,8 +3,8 @@
     python -m benchmarks.uses --out benchmarks/results/uses_cpu.json [--write-strategies] [--arch resnet8,resnet18]
 
 In evaluation mode, five experts: batched by a loop or by `vmap`, maps contiguous or channels-last, each in turns with
-the others; and in bf16, which is another result and has to be asked for. `--write-strategies` has "auto" choose the
-fastest float32 way.
+the others; and in bf16, which is another result and has to be asked for, where the device multiplies in it.
+`--write-strategies` has "auto" choose the fastest float32 way.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from benchmarks.measure import in_turns, ratio, summary
 from benchmarks.outcomes import write
 from benchmarks.record import header
 from immunity_fast import ImmunityMoE
-from immunity_fast.runtime.precision import autocast
+from immunity_fast.runtime.precision import autocast, chosen_amp
+from immunity_fast.runtime.strategies import device_name
 
 IMAGES = {"resnet8": 64, "resnet18": 16, "googlenet": 8, "densenet121": 8}
 USES = ("attack", "inference")
@@ -59,7 +60,8 @@ def case(arch: str, use: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = ImmunityMoE(arch, EXPERTS).to(DEVICE).eval()
     images = torch.rand(IMAGES[arch], 3, 32, 32, device=DEVICE)
-    calls = {name: _call(model, images, way, use) for name, way in WAYS.items()}
+    formats = ("off", chosen_amp("auto", DEVICE))
+    calls = {name: _call(model, images, way, use) for name, way in WAYS.items() if way[2] in formats}
     expected = calls[PLAIN]()
     for name, call in calls.items():
         closeness = float(torch.cosine_similarity(call().flatten(), expected.flatten(), 0))
@@ -92,10 +94,9 @@ def fastest(cases: list[dict[str, Any]], record: str, device: str | None = None)
     Args:
         cases: of a record.
         record: where it is kept.
-        device: where it was measured, a GPU's name or "cpu"; None is this machine's.
+        device: where it was measured, by its name in the table; None is this machine's.
     """
-    if device is None:
-        device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    device = device or device_name(DEVICE.type)
     found = []
     for each in cases:
         exact = {name: way["median_us"] for name, way in each["ways"].items() if WAYS[name][2] == "off"}
@@ -120,7 +121,7 @@ def table(cases: list[dict[str, Any]]) -> str:
     """Markdown: a row a case, a column a way."""
     rows = [f"| 5 experts, images | {' | '.join(WAYS)} |", f"|---|{'---:|' * len(WAYS)}"]
     for each in cases:
-        numbers = [f"{each['ways'][name]['median_us'] / 1e3:,.1f}" for name in WAYS]
+        numbers = [f"{each['ways'][name]['median_us'] / 1e3:,.1f}" if name in each["ways"] else "" for name in WAYS]
         rows.append(f"| {each['arch']}, {each['use']}; {each['images']} | {' | '.join(numbers)} |")
     return "\n".join(rows)
 

@@ -17,6 +17,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose error is one line, without the long usage before it."""
 
     def error(self, message: str) -> NoReturn:
+        """Print what is wrong, and exit with status 2."""
         line = f"error: {message} (--help lists the options)"
         self.exit(2, None if left_to_torchrun(line) else f"{line}\n")
 

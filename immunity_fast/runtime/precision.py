@@ -54,6 +54,13 @@ def has_bfloat16() -> bool:
     return any(bool(ask()) for ask in asked if ask is not None)
 
 
+def emulated(amp: AmpChoice, device: torch.device) -> str | None:
+    """A line for whoever asks a CPU for bfloat16 that it has to emulate; None where there is nothing to say."""
+    if amp == "bf16" and device.type == "cpu" and not has_bfloat16():
+        return "--amp bf16: this processor emulates bfloat16, which takes many times as long; see --amp auto"
+    return None
+
+
 def grad_scaler(amp: Amp, device: torch.device) -> torch.amp.GradScaler:
     """What keeps gradients in float16's range; for the other formats it does nothing."""
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")

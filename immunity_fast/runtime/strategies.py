@@ -3,6 +3,7 @@
 `strategies.json` holds a record for each device, architecture and use that was measured: the fastest of the ways that
 compute the same in float32 and, where steps are compiled, what each way takes to its first step and for each further
 one. `python -m benchmarks.steps` writes those of training, `python -m benchmarks.uses` those of attacks and inference.
+CPUs are told apart by the widest vectors that PyTorch computes with: what channels-last maps gain depends on them.
 What the table does not hold is batched as another architecture on such a device, and else done as `unmeasured` says.
 """
 
@@ -21,6 +22,7 @@ MemoryFormat = Literal["auto", "contiguous", "channels_last"]
 Use = Literal["training", "attack", "inference"]
 
 TABLE = Path(__file__).with_name("strategies.json")
+CPU = "CPU"  # how the name of one begins
 
 
 class Strategy(NamedTuple):
@@ -53,7 +55,7 @@ def fastest(device_type: str, arch: str = "", use: Use = "training", *, compiled
         compiled_steps: of a run that compiles and takes so many: what counts is when it ends, the compiling included,
             which takes longest where a loop over the experts is unrolled. None counts the steps alone.
     """
-    device = "cpu" if device_type == "cpu" else _device_name(device_type)
+    device = device_name(device_type)
     same = [record for record in _table() if record["device"] == device and record["use"] == use]
     for record in same:
         if record["arch"] == arch:
@@ -83,7 +85,10 @@ def laid_out(
 
 
 @functools.cache
-def _device_name(device_type: str) -> str:
+def device_name(device_type: str) -> str:
+    """What the table calls this machine's device of a type: a GPU's name, or a CPU by its vectors, as "CPU, AVX2"."""
+    if device_type == "cpu":
+        return f"{CPU}, {torch.backends.cpu.get_cpu_capability()}"
     return torch.cuda.get_device_name() if device_type == "cuda" and torch.cuda.is_available() else device_type
 
 

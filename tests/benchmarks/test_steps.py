@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import memory, steps, strategies_file, timing, uses
 from benchmarks.step_cases import CROSS_ENTROPY, DETACHED, FULL, NAIVE, WAYS, StepCase, cases, rehearsed_cases
-from immunity_fast.runtime import strategies
+from immunity_fast.runtime import precision, strategies
 from tests.places import REPOSITORY
 
 CASE = StepCase("resnet8", None, 4, amp="off")
@@ -21,11 +21,12 @@ CASE = StepCase("resnet8", None, 4, amp="off")
 @pytest.mark.parametrize(
     "loss", [FULL, *(pytest.param(loss, marks=pytest.mark.exhaustive) for loss in (DETACHED, CROSS_ENTROPY))]
 )
-def test_every_way_takes_the_naive_step(loss: str) -> None:
+def test_every_way_takes_the_naive_step(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled ways take minutes, and are checked when they are measured."""
     step, naive = CASE.naive_step(loss)
     step()
     expected = steps.gradient(naive)
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: True)
     for way in CASE.ways(loss):
         step, model = CASE.step(way, loss)
         step()
@@ -33,6 +34,13 @@ def test_every_way_takes_the_naive_step(loss: str) -> None:
             assert torch.cosine_similarity(steps.gradient(model), expected, 0) > steps.CLOSE[way.amp]
             continue
         torch.testing.assert_close(steps.gradient(model), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_is_measured_where_the_processor_has_it(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is emulated a step takes many times as long, which nobody waits for."""
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: has)
+    assert any(way.amp == "bf16" for way in CASE.ways(FULL)) == (has and not steps.CUDA)
 
 
 def test_losses_differ() -> None:
@@ -99,7 +107,7 @@ def test_the_fastest_way_that_auto_would_run_is_chosen(
     records += [_record("resnet8", "eager vmap", 1.0, samples=8), _record("resnet8", "eager vmap", 1.0, stage="layer3")]
     (chosen,) = steps.fastest(records, "somewhere.json")
     assert (chosen["batching"], chosen["double_backprop"], chosen["memory_format"]) == expected
-    assert (chosen["device"], chosen["samples"], chosen["stage"]) == ("cpu", 32, "layer2")
+    assert (chosen["device"], chosen["samples"], chosen["stage"]) == (strategies.device_name("cpu"), 32, "layer2")
 
 
 def test_of_compiled_ways_the_table_says_what_each_takes() -> None:
@@ -119,9 +127,9 @@ def test_of_compiled_ways_the_table_says_what_each_takes() -> None:
 
 def test_the_table_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "strategies.json"
-    old = {"device": "cpu", "arch": "googlenet", "use": "training"} | LOOP
-    other = old | {"device": "another GPU", "arch": "resnet8"}
-    file.write_text(json.dumps({"records": [old | {"arch": "resnet8"}, old, other]}), encoding="utf-8")
+    old = {"device": strategies.device_name("cpu"), "arch": "googlenet", "use": "training"} | LOOP
+    others = [old | {"device": device, "arch": "resnet8"} for device in ("another GPU", "CPU, of another kind")]
+    file.write_text(json.dumps({"records": [old | {"arch": "resnet8"}, old, *others]}), encoding="utf-8")
     for module in (strategies_file, strategies):
         monkeypatch.setattr(module, "TABLE", file)
     found = {"records": [_record("resnet8", "eager loop", 10.0), _record("resnet8", "eager vmap, forward mode", 8.0)]}
@@ -138,7 +146,7 @@ def test_the_table_is_written_and_read(tmp_path: Path, monkeypatch: pytest.Monke
         assert strategies.choose("auto", torch.device("cpu"), "resnet8") == "vmap"
         assert strategies.choose("loop", torch.device("cpu"), "resnet8") == "loop"
         assert strategies.fastest("cuda", "resnet8") == ("vmap", "reverse", "channels_last")
-        assert len(strategies._table()) == 3
+        assert len(strategies._table()) == 4
     finally:
         strategies._table.cache_clear()
 
@@ -164,7 +172,7 @@ def test_a_run_that_compiles_takes_what_ends_first(
     file = tmp_path / "strategies.json"
     file.write_text(json.dumps({"records": [record]}), encoding="utf-8")
     monkeypatch.setattr(strategies, "TABLE", file)
-    monkeypatch.setattr(strategies, "_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(strategies, "device_name", lambda _: "a GPU")
     strategies._table.cache_clear()
     try:
         assert strategies.fastest("cuda", "resnet18", compiled_steps=steps) == expected
@@ -184,21 +192,31 @@ def test_the_table_of_the_package_is_what_was_measured() -> None:
         )
 
 
-def test_on_a_cpu_auto_is_nowhere_slower_than_the_naive_loop() -> None:
-    """As far as it was measured, but for 2 % of noise."""
-
-    def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-        return all(one[name] == other[name] for name in ("arch", "stage", "samples", "loss"))
-
-    record = json.loads((REPOSITORY / "benchmarks/results/steps_cpu.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("capability", "suffix"), [("AVX512", ""), ("AVX2", "_avx2")])
+def test_on_a_cpu_auto_is_nowhere_slower_than_the_naive_loop(
+    capability: str, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Round by round, as far as it was measured, but for 2 % of noise."""
+    monkeypatch.setattr(strategies, "device_name", lambda _: f"CPU, {capability}")
+    record = json.loads((REPOSITORY / f"benchmarks/results/steps_cpu{suffix}.json").read_text(encoding="utf-8"))
     assert {"resnet8", "resnet18", "googlenet", "densenet121"} <= {entry["arch"] for entry in record["records"]}
     for entry in record["records"]:
         strategy = strategies.fastest("cpu", entry["arch"])
         wanted = (*strategy[:2], "off", strategy.memory_format, None)
         way = next(way.name for way in WAYS if way[1:] == wanted)
         if entry["way"] == way and entry["loss"] == FULL:
-            naive = next(e for e in record["records"] if e["way"] == NAIVE and same(e, entry))
-            assert entry["median_ms"] <= 1.02 * naive["median_ms"]
+            assert entry["speedup_over_naive"] >= 0.98
+
+
+def test_cpus_are_told_apart_by_their_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that nobody has measured is not taken for another."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "SVE256")
+    strategies.device_name.cache_clear()
+    try:
+        assert strategies.device_name("cpu") == "CPU, SVE256"
+        assert strategies.fastest("cpu", "resnet8") == strategies.unmeasured("cpu")
+    finally:
+        strategies.device_name.cache_clear()
 
 
 def test_the_markdown_has_a_row_a_way() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -33,6 +35,8 @@ ENDINGS = {
     "txt",
     "zip",
 }
+OURS = ("immunity_fast", "kernels")
+NOT_DOCUMENTED = {"forward", "extra_repr"}  # docs/conf.py leaves them out
 OTHERS = {"autograd", "images", "output"}  # torch.autograd, what a network takes, and what it puts out
 
 
@@ -87,3 +91,30 @@ def test_what_is_referred_to_is_there(file: Path) -> None:
         if not any(_is_there(rest, module) for module in _modules()[first]):
             missing.append(reference)
     assert missing == []
+
+
+def _foreign_docstrings() -> Iterator[str]:
+    """Methods whose documentation would be that of a class of another package, whose references lead nowhere here."""
+    for cls in _classes():
+        foreign = [base for base in cls.__mro__ if base.__module__.split(".")[0] not in OURS]
+        for word, method in vars(cls).items():
+            own = getattr(method, "__func__", method)
+            shown = isinstance(own, FunctionType) and word[0] != "_" and word not in NOT_DOCUMENTED
+            if shown and own.__doc__ is None and any(getattr(vars(base).get(word), "__doc__", "") for base in foreign):
+                yield f"{cls.__module__}.{cls.__name__}.{word}"
+
+
+def _classes() -> Iterator[type]:
+    """Those that the reference shows."""
+    for folder in OURS:
+        for file in (REPOSITORY / folder).rglob("*.py"):
+            parts = file.relative_to(REPOSITORY).with_suffix("").parts
+            if parts[-1] != "__main__":
+                module = importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+                for value in vars(module).values():
+                    if isinstance(value, type) and value.__module__ == module.__name__ and value.__name__[0] != "_":
+                        yield value
+
+
+def test_no_docstring_is_inherited_from_another_package() -> None:
+    assert list(_foreign_docstrings()) == []
