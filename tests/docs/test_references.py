@@ -35,7 +35,6 @@ ENDINGS = {
     "txt",
     "zip",
 }
-OURS = ("immunity_fast", "kernels")
 NOT_DOCUMENTED = {"forward", "extra_repr"}  # docs/conf.py leaves them out
 OTHERS = {"autograd", "images", "output"}  # torch.autograd, what a network takes, and what it puts out
 
@@ -96,7 +95,7 @@ def test_what_is_referred_to_is_there(file: Path) -> None:
 def _foreign_docstrings() -> Iterator[str]:
     """Methods whose documentation would be that of a class of another package, whose references lead nowhere here."""
     for cls in _classes():
-        foreign = [base for base in cls.__mro__ if base.__module__.split(".")[0] not in OURS]
+        foreign = [base for base in cls.__mro__ if base.__module__.split(".")[0] != "immunity_fast"]
         for word, method in vars(cls).items():
             own = getattr(method, "__func__", method)
             shown = isinstance(own, FunctionType) and word[0] != "_" and word not in NOT_DOCUMENTED
@@ -106,14 +105,12 @@ def _foreign_docstrings() -> Iterator[str]:
 
 def _classes() -> Iterator[type]:
     """Those that the reference shows."""
-    for folder in OURS:
-        for file in (REPOSITORY / folder).rglob("*.py"):
-            parts = file.relative_to(REPOSITORY).with_suffix("").parts
-            if parts[-1] != "__main__":
-                module = importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-                for value in vars(module).values():
-                    if isinstance(value, type) and value.__module__ == module.__name__ and value.__name__[0] != "_":
-                        yield value
+    for page in (REPOSITORY / "docs" / "api").glob("*.md"):
+        for module_name in re.findall(r"automodule:: (immunity_fast[\w.]*)", page.read_text(encoding="utf-8")):
+            module = importlib.import_module(module_name)
+            for value in vars(module).values():
+                if isinstance(value, type) and value.__module__ == module_name and value.__name__[0] != "_":
+                    yield value
 
 
 def test_no_docstring_is_inherited_from_another_package() -> None:

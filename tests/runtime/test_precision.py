@@ -70,7 +70,7 @@ def test_commands_say_what_is_emulated(
     data = write_data(tmp_path / "data.npz")
     train.main([*options(data, amp="bf16", epochs=1, limit_train=8, attack_images=2), "--out", str(run)])
     assert capsys.readouterr().out.count("emulates bfloat16") == 1
-    again = [str(run), "--device", "cpu", "--attacks", "fgsm", "--attackers", "exact", "--limit", "1"]
+    again = [str(run), "--device", "cpu", "--attacks", "fgsm", "--attackers", "mean", "--limit", "1"]
     evaluate.main([*again, "--amp", "bf16"])
     assert capsys.readouterr().out.count("emulates bfloat16") == 1
     evaluate.main([*again, "--amp", "auto"])
