@@ -95,7 +95,7 @@ class Rule(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps nothing: there is no backward pass of its own."""
+        """Keep nothing: there is no backward pass of its own."""
 
 
 class _BatchNorm(Rule):
