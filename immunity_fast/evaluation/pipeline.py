@@ -10,7 +10,7 @@ from immunity_fast.evaluation.runner import Evaluation, Plan, Row
 from immunity_fast.evaluation.targets import TargetModel
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.runtime import cli
-from immunity_fast.runtime.precision import emulated, set_float32
+from immunity_fast.runtime.precision import emulation_line, set_float32
 
 
 def evaluate(
@@ -52,7 +52,7 @@ def evaluate(
     outputs.figures.mkdir(parents=True, exist_ok=True)
     for pair in evaluation.left_out:
         cli.console.print(f"left out: {pair['attack']} by {pair['attacker']}: {pair['why']}")
-    if (note := emulated(plan.amp, dataset.test.labels.device)) is not None:
+    if (note := emulation_line(plan.amp, dataset.test.labels.device)) is not None:
         cli.console.print(note)
     _run(evaluation)
     found, shown = write(evaluation, dataset, outputs, about)

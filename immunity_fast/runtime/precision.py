@@ -54,7 +54,7 @@ def has_bfloat16() -> bool:
     return any(bool(ask()) for ask in asked if ask is not None)
 
 
-def emulated(amp: AmpChoice, device: torch.device) -> str | None:
+def emulation_line(amp: AmpChoice, device: torch.device) -> str | None:
     """A line for whoever asks a CPU for bfloat16 that it has to emulate; None where there is nothing to say."""
     if amp == "bf16" and device.type == "cpu" and not has_bfloat16():
         return "--amp bf16: this processor emulates bfloat16, which takes many times as long; see --amp auto"

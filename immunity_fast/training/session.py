@@ -9,7 +9,7 @@ from immunity_fast.experts.registry import repeated
 from immunity_fast.runtime import cli, distributed, interrupts
 from immunity_fast.runtime.failures import in_units, one_line, traceback_note
 from immunity_fast.runtime.modes import evaluating
-from immunity_fast.runtime.precision import emulated
+from immunity_fast.runtime.precision import emulation_line
 from immunity_fast.runtime.sharding import local
 from immunity_fast.training.preparation import MEMORY_ADVICE, Start
 from immunity_fast.training.run_evaluation import evaluate_trained
@@ -76,7 +76,7 @@ def say_what_is_trained(state: TrainingState, run: Run) -> None:
         cli.console.print(looks)
     if config.shard:
         cli.console.print(shard_line(state))
-    if (note := emulated(config.amp, state.device)) is not None:
+    if (note := emulation_line(config.amp, state.device)) is not None:
         cli.console.print(note)
     if state.epoch or state.loader.position:
         cli.console.print(f"going on after epoch {state.epoch}, step {state.step}")

@@ -1,4 +1,4 @@
-"""The profile of what the losses add to a step: each operator is of one kind, and nothing is lost."""
+"""The profile of what the losses add to a step: each operator is of one kind."""
 
 from __future__ import annotations
 

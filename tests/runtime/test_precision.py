@@ -53,7 +53,7 @@ def test_who_asks_for_what_is_emulated_is_told(
     amp: Any, device: torch.device, has: bool, said: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "has_bfloat16", lambda: has)
-    note = precision.emulated(amp, device)
+    note = precision.emulation_line(amp, device)
     assert (note is not None) == said
     assert note is None or note.startswith("--amp bf16: this processor emulates bfloat16")
 
