@@ -3,10 +3,18 @@
 Shapes: N experts, B images, K classes.
 """
 
+import itertools
+import math
+
 import torch
 from torch import Tensor
 
 from immunity_fast.runtime.precision import accumulation_dtype
+
+
+MOST_EXPERTS = 8  # of which all permutations are tried: 40,320
+SAMPLED = 5040  # permutations of more experts, drawn once and for all
+CELLS = 1 << 22  # numbers that are held at once while permutations are tried
 
 
 def random_orders(rows: int, num_experts: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -121,3 +129,47 @@ def _differences(logits: Tensor, labels: Tensor) -> Tensor:
     probabilities = logits.softmax(-1, dtype=accumulation_dtype(logits))
     own = probabilities.gather(-1, labels.expand(len(logits), -1)[..., None])
     return probabilities - own
+
+
+def orders_tried(num_experts: int) -> Tensor:
+    """(P, N) int64: all N! orders of up to 8 experts; of more 5,040 random ones, the same each time.
+
+    Args:
+        num_experts: N.
+    """
+    if num_experts <= MOST_EXPERTS:
+        return torch.tensor(list(itertools.permutations(range(num_experts))))
+    return random_orders(SAMPLED, num_experts, torch.Generator().manual_seed(0), torch.device("cpu"))
+
+
+def share_is_exact(num_experts: int) -> bool:
+    """Whether `shares_right` tries all N! permutations where they do not agree."""
+    return num_experts <= MOST_EXPERTS
+
+
+def shares_right(logits: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
+    """Which share of the N! permutations answers rightly: the exact expectation of 0/1 accuracy. (B,) float64.
+
+    A sort decides most images: all permutations are right where the worst is, and none where one class beats the label
+    under each. For the others permutations are tried, by sums of products, without another pass of an expert: all N! of
+    up to 8 experts; of more a fixed sample of 5,040, and the share is an estimate with an error of 0.7 % at most
+    (standard deviation). A class that is exactly as likely as the label counts as wrong.
+
+    Args:
+        logits: (N, B, K) of the experts.
+        gate: (B, N) weights.
+        labels: (B,) integers in 0..K−1.
+    """
+    shares = (worst_margins(logits, gate, labels).amax(-1) < 0).double()
+    split = ((shares == 0) & ~always_fooled(logits, gate, labels)).nonzero()[:, 0]
+    if not len(split):
+        return shares
+    differences = _differences(logits[:, split], labels[split])
+    own = torch.arange(differences.shape[-1], device=labels.device) == labels[split, None]
+    weights = gate[split].to(differences.dtype)
+    orders = orders_tried(len(logits)).to(labels.device)
+    right = torch.zeros(len(split), dtype=torch.float64, device=labels.device)
+    for some in orders.split(max(1, CELLS // differences[0].numel())):
+        margins = torch.einsum("bpn,nbk->bpk", weights[:, some], differences)
+        right += margins.masked_fill(own[:, None], -math.inf).amax(-1).lt(0).sum(1)
+    return shares.index_copy(0, split, right / len(orders))
