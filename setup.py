@@ -8,7 +8,6 @@ from setuptools import setup
 
 # The lower bounds are what `make test-oldest` installs; constraints-oldest.txt holds the same versions, and a test
 # compares the two. torch, triton and torchvision must not be raised beyond what rented GPUs come with: 2.11, 3.6, 0.26.
-ATTACKS = ["torchattacks>=3.5,<3.6"]  # whose internals attacks/autoattack.py replaces, see its test
 EXPORT = ["onnx>=1.17", "onnxscript>=0.6"]  # torch 2.11's exporter asks onnxscript for an interface that 0.6 brought
 NOTEBOOK = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]  # what runs a notebook without a browser
 HUB = ["huggingface_hub>=0.25", "safetensors>=0.4"]
@@ -30,7 +29,6 @@ TRAIN = [
 ]
 TEST = [
     *TRAIN,
-    *ATTACKS,
     *EXPORT,
     *HUB,
     *NOTEBOOK,
@@ -40,9 +38,10 @@ TEST = [
     "pytest-benchmark>=5",
     "pytest-xdist>=3.0.2",
     "pytorch-lightning>=2.6",
+    "torchattacks>=3.5,<3.6",  # what tests compare attacks with
     "torchdata>=0.11",
 ]
-DOCS = [*TRAIN, *ATTACKS, "furo>=2024.8.6", "myst-parser>=4", "sphinx>=7.3"]
+DOCS = [*TRAIN, "furo>=2024.8.6", "myst-parser>=4", "sphinx>=7.3"]
 # Other people's networks, wrappers and attacks, which only tests and examples use, in the versions of constraints.txt;
 # where one is missing its tests are skipped.
 OTHERS = [
@@ -108,7 +107,6 @@ setup(
     install_requires=["torch>=2.11", "triton>=3.6; platform_system == 'Linux'"],
     extras_require={
         "train": TRAIN,
-        "attacks": ATTACKS,
         "export": EXPORT,
         "hub": HUB,
         "streaming": STREAMING,

@@ -47,7 +47,6 @@ PACKAGES = {
     "shtab": "train",
     "tensorboard": "train",
     "torchvision": "train",
-    "torchattacks": "attacks",
 }
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from immunity_fast.runtime.precision import accumulation_dtype
 
-
 MOST_EXPERTS = 8  # of which all permutations are tried: 40,320
 SAMPLED = 5040  # permutations of more experts, drawn once and for all
 CELLS = 1 << 22  # numbers that are held at once while permutations are tried
@@ -169,7 +168,7 @@ def shares_right(logits: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
     weights = gate[split].to(differences.dtype)
     orders = orders_tried(len(logits)).to(labels.device)
     right = torch.zeros(len(split), dtype=torch.float64, device=labels.device)
-    for some in orders.split(max(1, CELLS // differences[0].numel())):
+    for some in torch.split(orders, max(1, CELLS // differences[0].numel())):
         margins = torch.einsum("bpn,nbk->bpk", weights[:, some], differences)
         right += margins.masked_fill(own[:, None], -math.inf).amax(-1).lt(0).sum(1)
     return shares.index_copy(0, split, right / len(orders))

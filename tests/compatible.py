@@ -168,7 +168,7 @@ WRAPPERS: dict[str, str] = {
 ATTACKS: dict[str, str] = {
     "ours": "",
     "torchattacks": "torchattacks",
-    "AutoAttack, by torchattacks": "torchattacks",
+    "our AutoAttack": "",
     "foolbox": "foolbox",
     "ART": "art",
 }
@@ -248,7 +248,7 @@ SAMPLE: dict[str, tuple[str, ...]] = {
     "`export`, ONNX": (GREY,),
     "`export`, torch.export": ("ours, ResNet8",),
     "`export`, TorchScript": ("ours, ResNet8", TWO),
-    "AutoAttack, by torchattacks": (GREY, "`model.deterministic()`"),
+    "our AutoAttack": (GREY, "`model.deterministic()`"),
 }
 OF_OTHERS = ("ours, ResNet8", "timm, ViT", TWO, GREY)  # networks that libraries attack besides ours
 

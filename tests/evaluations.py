@@ -32,8 +32,11 @@ PLAN = Plan(
     masking_images=4,
     curve_eps=(0.5, 8),
     curve_steps=(1, 3),
+    curve_draws=(1, 2),
     queries=2,
     autoattack_steps=1,
+    mora_steps=1,
+    arc_steps=1,
     seed=5,
     chunk=3,
 )

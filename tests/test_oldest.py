@@ -31,7 +31,7 @@ def test_the_lower_bounds_are_what_is_tested(metadata: dict[str, Any]) -> None:
     tested = {canonicalize_name(name): Version(version) for name, version in pins.items()}
     assert len(tested) == len(pins), "one package, one version"
     extras = metadata["extras_require"]
-    for extra in ("train", "attacks", "export", "hub"):
+    for extra in ("train", "export", "hub"):
         assert set(extras[extra]) <= set(extras["test"]) <= set(extras["dev"]), extra
     for requirement in map(Requirement, [*metadata["install_requires"], *extras["test"]]):
         (bound,) = (each for each in requirement.specifier if each.operator == ">=")

@@ -1,4 +1,4 @@
-"""The members of a mixture as an attack on it sees them: N networks, and the weights with which their answers are mixed.
+"""The members of a mixture as an attack on it sees them: N networks, and the weights by which answers are mixed.
 
 `arc` and `mora` attack through them. A mixture of this package, or anybody's that can do what `mixtures.Mixture` says,
 has them; a list of networks has them; of any other callable nothing is known.

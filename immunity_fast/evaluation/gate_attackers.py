@@ -18,10 +18,12 @@ from immunity_fast.functional import log_mixture
 from immunity_fast.models.layers import channels_last
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.permutations import permuted, random_orders, worst_margins, worst_weights
+from immunity_fast.runtime.precision import at_least_float32
 from immunity_fast.runtime.strategies import laid_out
 
-Knowledge = Literal["off", "sample", "eot", "mean", "worst"]
+Knowledge = Literal["off", "sample", "eot", "mean", "logits", "worst"]
 KNOWLEDGE: tuple[Knowledge, ...] = get_args(Knowledge)
+GATELESS = ("mean", "logits")  # who has no use for the gate's weights
 
 # What the gate is called in tables and figures, as an answer and as what is attacked.
 GATE_WORDS: dict[str, str] = {name: f"gate {name}" for name in ("sample", "mean", "off", "worst", "eot")}
@@ -32,6 +34,7 @@ DESCRIPTIONS: dict[str, str] = {
     "sample": f"{GATE_WORDS['sample']}: one random permutation an image and gradient",
     "eot": f"{GATE_WORDS['eot']}: an average over several draws",
     "mean": f"{GATE_WORDS['mean']}: the exact mean of all permutations",
+    "logits": "the mean of the experts' logits, transferred",
     "worst": f"{GATE_WORDS['worst']}: each image's worst permutation",
     "transfer": "another, independently trained ensemble",
     "output": "the model's own output",
@@ -57,6 +60,8 @@ def attacker(
             * "eot": by `draws` permutations, whose losses are averaged (expectation over transformation, Athalye et
               al., arXiv 1707.07397), at the price of one;
             * "mean": by 1/N each, the exact expectation of the output over all N! permutations;
+            * "logits": not their probabilities, but their logits, by 1/N each: nothing answers so, and what fools it is
+              transferred to what does (it broke an aggregation whose own gradients misled, arXiv 2411.14834);
             * "worst": by the permutation of all N! that is worst for the image, see `worst_weights`;
             * a number 0..N−1: not at all, this expert alone, whose images are then transferred to the mixture.
         draws: k of "eot".
@@ -128,7 +133,7 @@ class GateAttacker:
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Log-probabilities (B, K), or (draws, B, K), of images (B, C, H, W) with labels (B,)."""
         logits = self.expert_logits(images)
-        gate = None if self.knowledge == "mean" else trained_gate(self.model, images)
+        gate = None if self.knowledge in GATELESS else trained_gate(self.model, images)
         return self._mixed(logits, gate, labels, None)
 
     def observed(self, images: Tensor, labels: Tensor, rows: Rows | None = None) -> tuple[Tensor, Answers]:
@@ -140,11 +145,13 @@ class GateAttacker:
                 still there; None: they are all.
         """
         logits = self.expert_logits(images)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.knowledge != "mean"):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.knowledge not in GATELESS):
             gate = trained_gate(self.model, images)
         return self._mixed(logits, gate, labels, rows), Answers(logits.detach(), gate.detach())
 
     def _mixed(self, logits: Tensor, gate: Tensor | None, labels: Tensor, rows: Rows | None) -> Tensor:
+        if self.knowledge == "logits":
+            return at_least_float32(logits).mean(0).log_softmax(-1)
         if gate is None or self.knowledge == "mean":
             return log_mixture(logits)
         if self.knowledge == "off":

@@ -41,7 +41,7 @@ def correct(
     return {name: int(right[name].sum()) for name in ("sample", "mean")}
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     """95 % confidence interval of a proportion (Wilson, 1927); for 0 trials (0, 1)."""
     if trials == 0:
         return 0.0, 1.0

@@ -3,10 +3,12 @@
 import time
 
 from immunity_fast.data.datasets import ImageDataset, fingerprint
+from immunity_fast.evaluation.least import least_sentence
 from immunity_fast.evaluation.ledger import Ledger
+from immunity_fast.evaluation.plan import Plan, Row
 from immunity_fast.evaluation.report import About, Outputs, write
 from immunity_fast.evaluation.results import Results, worst_case
-from immunity_fast.evaluation.runner import Evaluation, Plan, Row
+from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.evaluation.targets import TargetModel
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.runtime import cli
@@ -61,6 +63,8 @@ def evaluate(
         cli.console.print(table.to_markdown())
     if printed:
         cli.console.print(f"\nreport: {outputs.report}")
+        if (least := least_sentence(found)) is not None:
+            cli.console.print(least)
     return found
 
 

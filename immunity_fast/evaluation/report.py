@@ -13,9 +13,10 @@ from immunity_fast.data.augmentation import as_float
 from immunity_fast.data.datasets import ImageDataset
 from immunity_fast.data.sampling import sample
 from immunity_fast.evaluation.metrics import expert_maps
-from immunity_fast.evaluation.results import Results, find, percent, results, tables, to_csv
+from immunity_fast.evaluation.results import Results, results, tables, to_csv
 from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.evaluation.targets import MixtureTarget
+from immunity_fast.evaluation.words import find, percent
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.reporting.curves import robustness_figure, training_curves
 from immunity_fast.reporting.heatmaps import attacked_heatmap_figure, heatmap_figure
@@ -116,15 +117,18 @@ def _figures(
     if isinstance(evaluation.target, MixtureTarget) and evaluation.loss_fn is not None:
         figures += _heatmap_figures(evaluation, evaluation.target, dataset, outputs)
     curves = found["curves"]
-    if curves["eps"] or curves["steps"]:
+    if any(curves.values()):
         path = outputs.figures / "robustness.png"
         name = "gate mean" if evaluation.target.exact == "mean" else "accuracy"
-        robustness_figure({name: curves["eps"]}, {name: curves["steps"]}, path)
+        random = "gate sample" if evaluation.target.exact == "mean" else "accuracy"
+        draws = {random: curves["draws"]} if curves["draws"] else {}
+        robustness_figure({name: curves["eps"]}, {name: curves["steps"]}, path, draws)
         figures.append(
             (
                 path,
                 "PGD on the exact attacker's objective: accuracy falls to 0 as ε grows, and loss rises with steps, "
-                "unless gradients are masked. The band is the 95 % Wilson interval.",
+                "unless gradients are masked. The band is the 95 % Wilson interval."
+                + (" Accuracy against draws is the expectation of what answers at random." if draws else ""),
             )
         )
     if about.records:

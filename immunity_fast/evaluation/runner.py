@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -25,160 +25,45 @@ from immunity_fast.attacks import (
     NotFiniteError,
     UnmovedWarning,
     autoattack,
-    radius_of,
     square,
 )
+from immunity_fast.attacks.arc import Arc
 from immunity_fast.attacks.autoattack import DRAWS
 from immunity_fast.attacks.batch import First
-from immunity_fast.attacks.projections import Norm
+from immunity_fast.attacks.members import Weighing
+from immunity_fast.attacks.mora import Mora
 from immunity_fast.data.augmentation import as_float
 from immunity_fast.data.datasets import AnySplit
 from immunity_fast.data.sampling import EVALUATION_BATCH, sample_order
 from immunity_fast.evaluation.ledger import Ledger, key_of
 from immunity_fast.evaluation.metrics import heatmap_sums
-from immunity_fast.evaluation.targets import MixtureTarget, TargetModel
+from immunity_fast.evaluation.plan import ATTACKS as ATTACKS
+from immunity_fast.evaluation.plan import (
+    MEMBER_ATTACKS,
+    Plan,
+    Row,
+    attack_rows,
+    curve_rows,
+    gradient_attack,
+    left_out,
+)
+from immunity_fast.evaluation.plan import SETS as SETS
+from immunity_fast.evaluation.targets import TRIES, MixtureTarget, TargetModel
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.models.gate import draws_expected
 from immunity_fast.runtime.files import is_number
-from immunity_fast.runtime.precision import AttackAmp
 
-VERSION = 4  # of what a piece is: a change makes earlier ones unknown
+VERSION = 5  # of what a piece is: a change makes earlier ones unknown
 PROBES = 16  # test images that a model is told apart by
 COMPARED = 128  # test images of which a model answers some otherwise, or it does not depend on them
-GRADIENT_ATTACKS = ("fgsm", "bim", "mim", "pgd", "cw", "dlr")
-OTHER_ATTACKS = ("square", "autoattack")
-ATTACKS = (*GRADIENT_ATTACKS, *OTHER_ATTACKS)
-SETS = {"quick": ("fgsm", "pgd"), "default": ("fgsm", "bim", "mim", "pgd"), "all": ATTACKS}
 # Words that seeds are made of: the attackers off and sample, and the kind subset, under names that they had. With other
 # words every number that is random would be another.
 SEED_WORDS = {"off": "fixed", "sample": "single", "subset": "sample"}
 LARGEST = 1e300  # in the place of an infinite loss, for which JSON has no number
 CURVE_STEPS = 20  # of PGD at each ε
+CURVES = ("eps", "steps", "draws")  # kinds of rows whose pieces are points
+SHARES = 6  # decimals of a share of permutations
 SHARED_BYTES = 1 << 28  # that first gradients of a chunk may take
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be found out.
-
-    Args:
-        attacks: of `ATTACKS`.
-        attackers: of the target's; None is all of them.
-        images: how many of the test split, in its fixed random order, are attacked.
-        eps: of the ball; None is 8/255 for Linf, 1 for L2.
-        norm: of the ball, "Linf" or "L2".
-        masking_images: how many of them the curves against ε and against steps are made of; 0 leaves them out.
-        curve_eps: multiples of the radius.
-        curve_steps: numbers of PGD's steps.
-        drop_fooled: see `Attack`; an image that has fooled its attacker's own objective is then not attacked further:
-            for good, where that is the gate's sample. Objectives that are random in another way are attacked to the
-            end. Without it an image is attacked until no judge is right about it, see `TargetModel.settling`.
-        amp: see `Attack`; of attacks that follow gradients, without AutoAttack.
-        queries: of Square.
-        autoattack_steps: of AutoAttack's gradient attacks.
-        seed: of random starts and draws.
-        chunk: images at once.
-    """
-
-    attacks: tuple[str, ...] = SETS["default"]
-    attackers: tuple[str, ...] | None = None
-    images: int = 1000
-    eps: float | None = None
-    norm: Norm = "Linf"
-    masking_images: int = 64
-    curve_eps: tuple[float, ...] = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
-    curve_steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
-    drop_fooled: bool = False
-    amp: AttackAmp = "off"
-    queries: int = 5000
-    autoattack_steps: int = 100
-    seed: int = 0
-    chunk: int = 50
-
-    @property
-    def radius(self) -> float:
-        """The ball's radius: `eps`, its default filled in."""
-        return radius_of(self.eps, self.norm)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One attack by one attacker.
-
-    Args:
-        kind: "clean", all test images; "subset", those that are attacked, clean; "noise", with random noise; "attack";
-            or a curve, "eps" or "steps".
-        attack: its name in `ATTACKS`, of the kind "attack" alone.
-        attacker: of the target's, of attacks and curves.
-        settings: of an attack that follows gradients.
-    """
-
-    kind: str
-    attack: str = ""
-    attacker: str = ""
-    settings: Attack | None = None
-
-
-def gradient_attack(name: str, plan: Plan) -> Attack:
-    """The settings of an attack of `GRADIENT_ATTACKS`: steps of a quarter (Linf) or a fifth (L2) of the plan's radius.
-
-    Args:
-        name: of the attack.
-        plan: its radius, norm, `drop_fooled` and `amp`.
-    """
-    eps = plan.radius
-    step = eps / 4 if plan.norm == "Linf" else eps / 5
-    dropped = plan.drop_fooled
-    base = Attack(eps, step, norm=plan.norm, keep_best=dropped, drop_fooled=dropped, amp=plan.amp)
-    changes: dict[str, dict[str, Any]] = {
-        "fgsm": {"alpha": eps, "steps": 1},
-        "bim": {"steps": 10},
-        "mim": {"steps": 10, "decay": 1.0},
-        "pgd": {"steps": 20, "random_start": True},
-        "cw": {"steps": 20, "random_start": True, "loss": "cw"},
-        "dlr": {"steps": 20, "random_start": True, "loss": "dlr"},
-    }
-    return replace(base, **changes[name])
-
-
-def attack_rows(target: TargetModel, plan: Plan) -> list[Row]:
-    """The rows of a target's table under a plan, in its order: clean, noise, and each attack by each attacker."""
-    rows = [Row("subset"), Row("noise")]
-    for attack, attacker in _pairs(target, plan):
-        if _why_not(target, attack, attacker) is None:
-            settings = gradient_attack(attack, plan) if attack in GRADIENT_ATTACKS else None
-            rows.append(Row("attack", attack, attacker, settings))
-    return rows
-
-
-def left_out(target: TargetModel, plan: Plan) -> list[dict[str, str]]:
-    """What a plan asks for and no row is made of, as {attack, attacker, why}."""
-    return [
-        {"attack": attack, "attacker": attacker, "why": why}
-        for attack, attacker in _pairs(target, plan)
-        if (why := _why_not(target, attack, attacker)) is not None
-    ]
-
-
-def _pairs(target: TargetModel, plan: Plan) -> list[tuple[str, str]]:
-    attackers = [name for name in target.attackers if plan.attackers is None or name in plan.attackers]
-    return [(attack, attacker) for attack in plan.attacks for attacker in attackers]
-
-
-def _why_not(target: TargetModel, attack: str, attacker: str) -> str | None:
-    """Why an attack is not for an attacker; None if it is."""
-    if attack == "dlr" and target.num_classes < 3:
-        return "its ratio is not defined for fewer than 3 classes"
-    if attack == "square" and attacker not in ("mean", "sample", "output"):
-        return "it asks what answers, and differentiates nothing: it is for mean, sample and output"
-    if attack == "autoattack" and attacker not in ("off", "mean", "sample", "output"):
-        return "its standard version is for off, mean and output, its randomised one for sample"
-    return None
-
-
-def curve_rows(target: TargetModel, plan: Plan) -> list[Row]:
-    """The rows of both curves, PGD on the attacker whose objective is not random; none where a plan has no images."""
-    return [Row(kind, "", target.exact) for kind in ("steps", "eps")] if plan.masking_images else []
 
 
 class Evaluation:
@@ -281,7 +166,7 @@ class Evaluation:
         size, chunk = len(self.order), self.plan.chunk
         if row.kind == "clean":
             size, chunk = len(self.test), EVALUATION_BATCH
-        elif row.kind in ("eps", "steps"):
+        elif row.kind in CURVES:
             size = min(size, self.plan.masking_images)
         keys = [self.key(row, start, stop) for start, stop in _chunks(size, chunk)]
         return [self.ledger[key] for key in itertools.takewhile(self.ledger.__contains__, keys)]
@@ -308,16 +193,19 @@ class Evaluation:
         Returns:
             (B, C, H, W).
         """
-        plan = self.plan
+        plan, eps = self.plan, self.plan.radius if row.eps is None else row.eps
         generator = torch.Generator().manual_seed(seed)
         gate = torch.Generator().manual_seed(seed + 1)
         if row.kind in ("clean", "subset"):
             return images
         if row.kind == "noise":
-            noise = Attack(plan.radius, norm=plan.norm, steps=0, random_start=True)
+            noise = Attack(eps, norm=plan.norm, steps=0, random_start=True)
             return noise(lambda x: x, images, labels, generator=generator)
+        if row.attack in MEMBER_ATTACKS and row.settings is None:
+            return self._by_members(row, eps, images, labels, generator)
         if row.settings is not None:
-            outputs = self.target.attacker(row.attacker, gate)
+            own = row.attack in MEMBER_ATTACKS
+            outputs = self.target.expected_loss() if own else self.target.attacker(row.attacker, gate)
             bound = self._bound(row.settings, row.attacker, outputs, settled=not self.to_the_end(row))
             found = _quietly(bound, images, labels, generator=generator, first=first)
             if unmoved is not None:
@@ -332,19 +220,29 @@ class Evaluation:
             return outputs(x, labels)  # of these two, the labels are for "worst" alone
 
         if row.attack == "square":
-            return square(model, images, labels, eps=plan.radius, norm=plan.norm, queries=plan.queries, seed=seed)
+            return square(model, images, labels, eps=eps, norm=plan.norm, queries=plan.queries, seed=seed)
         return autoattack(
             model,
             images,
             labels,
             num_classes=self.target.num_classes,
-            eps=plan.radius,
+            eps=eps,
             norm=plan.norm,
             version="rand" if row.attacker in self.target.random else "standard",
             seed=seed,
             steps=plan.autoattack_steps,
             queries=plan.queries,
         )
+
+    def _by_members(self, row: Row, eps: float, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """ARC, on the permutations of the gate's weights; or MORA, on the experts as the attacker weighs them."""
+        plan = self.plan
+        if row.attack == "arc":
+            walk = Arc(eps=eps, steps=plan.arc_steps, norm=plan.norm)
+            return walk(self.target.members("off"), images, labels, generator=generator)
+        weighing: Weighing = "off" if row.attacker == "off" else "mean"
+        stages = Mora(eps=eps, steps=plan.mora_steps, norm=plan.norm)
+        return stages(self.target.members(weighing), images, labels, generator=generator)
 
     def _bound(self, attack: Attack, attacker: str, outputs: LabelledModel, *, settled: bool) -> BoundAttack:
         """An attack; `settled`: it may leave images that no judge is right about, where it does not drop others."""
@@ -382,7 +280,7 @@ class Evaluation:
         images, labels = self._images(chosen), self.test.labels[chosen.to(self.test.labels.device)]
         with torch.random.fork_rng(), draws_expected():  # for what is random in a user's model
             torch.manual_seed(seed)
-            if row.kind in ("eps", "steps"):
+            if row.kind in CURVES:
                 return {"points": list(self._points(row, images, labels, seed))}
             begin = time.perf_counter()
             unmoved: list[Tensor] = []
@@ -396,9 +294,18 @@ class Evaluation:
         return piece | {"seconds": seconds}
 
     def _points(self, row: Row, images: Tensor, labels: Tensor, seed: int) -> Iterator[dict[str, Any]]:
-        """A curve's points, judged: {"eps" or "steps": where, …} each."""
-        outputs = self.target.attacker(row.attacker, torch.Generator().manual_seed(seed + 1))
+        """A curve's points, judged: {"eps", "steps" or "draws": where, …} each."""
         pgd, plan = gradient_attack("pgd", self.plan), self.plan
+        if row.kind == "draws":
+            for draws in plan.curve_draws:
+                averaged = self.target.averaged(draws, torch.Generator().manual_seed(seed + 1))
+                attack = self._bound(pgd, row.attacker, averaged, settled=False)
+                generator = torch.Generator().manual_seed(seed)
+                yield {"draws": draws} | self._judged(
+                    _quietly(attack, images, labels, generator=generator), labels, seed
+                )
+            return
+        outputs = self.target.attacker(row.attacker, torch.Generator().manual_seed(seed + 1))
         if row.kind == "steps":  # one descent, looked at on its way
             attacked, taken = self.attacked(Row("noise"), images, labels, seed), 0
             for steps in plan.curve_steps:
@@ -422,23 +329,30 @@ class Evaluation:
                 yield {"eps": eps} | self._judged(attacked, labels, seed)
 
     def _judged(self, images: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
-        right, loss = self.target.judge(images, labels, torch.Generator().manual_seed(seed + 2))
-        return {
-            "right": {name: _written(each) for name, each in right.items()},
-            "loss": min(float(loss.double().sum()), LARGEST),
+        verdict = self.target.judge(images, labels, torch.Generator().manual_seed(seed + 2))
+        found: dict[str, Any] = {
+            "right": {name: _written(each) for name, each in verdict.right.items()},
+            "loss": min(float(verdict.loss.double().sum()), LARGEST),
         }
+        if verdict.shares is not None:
+            found["shares"] = [round(share, SHARES) for share in verdict.shares.tolist()]
+        if verdict.tries is not None:
+            found["tries"] = [_written(each) for each in verdict.tries]
+        return found
 
     def _is_whole(self, piece: dict[str, Any], row: Row, images: int) -> bool:
         """Whether what a file says of a piece has the form of one; one that has not is computed again."""
         if row.kind == "steps":
             return self._are_points(piece, "steps", self.plan.curve_steps, images)
+        if row.kind == "draws":
+            return self._are_points(piece, "draws", self.plan.curve_draws, images)
         if row.kind == "eps":
             return self._are_points(piece, "eps", [_curve_radius(self.plan, x) for x in self.plan.curve_eps], images)
         heatmaps = piece.get("heatmaps")
         if self.has_heatmaps(row) and isinstance(self.target, MixtureTarget):
             if not _are_heatmap_sums(heatmaps, self.target.model.num_experts, images):
                 return False
-        elif "heatmaps" in piece:
+        elif "heatmaps" in piece and row.eps is None:  # it may have been the plan's own radius once
             return False
         return self._is_judged(piece, images) and is_number(piece.get("seconds"))
 
@@ -457,7 +371,25 @@ class Evaluation:
             and right.keys() == set(self.target.judges)
             and all(_are_bits(value, images) for value in right.values())
             and _are_bits(found.get("unmoved", "0" * images), images)
+            and self._are_draws(found, images)
             and is_number(found.get("loss"))
+        )
+
+    def _are_draws(self, found: dict[str, Any], images: int) -> bool:
+        """Whether what is said of draws is there where something is drawn."""
+        shares, tries = found.get("shares"), found.get("tries")
+        if isinstance(self.target, MixtureTarget) != (shares is not None) or bool(self.target.random) != (
+            tries is not None
+        ):
+            return False
+        drawn = tries is None or (
+            isinstance(tries, list) and len(tries) == TRIES and all(_are_bits(each, images) for each in tries)
+        )
+        return drawn and (
+            shares is None
+            or (
+                isinstance(shares, list) and len(shares) == images and all(is_number(s) and 0 <= s <= 1 for s in shares)
+            )
         )
 
     def to_the_end(self, row: Row) -> bool:
@@ -471,7 +403,7 @@ class Evaluation:
 
     def has_heatmaps(self, row: Row) -> bool:
         """Whether heatmaps are measured on a row's images: the clean ones, and PGD's on the exact mean."""
-        if self.loss_fn is None or not isinstance(self.target, MixtureTarget):
+        if self.loss_fn is None or row.eps is not None or not isinstance(self.target, MixtureTarget):
             return False
         return row.kind == "subset" or (row.kind == "attack" and (row.attack, row.attacker) == ("pgd", "mean"))
 
@@ -479,16 +411,22 @@ class Evaluation:
         description: dict[str, Any] = {"kind": row.kind, "attacker": row.attacker}
         if row.kind in ("clean", "subset"):
             return description
-        ball: dict[str, Any] = {"eps": self.plan.radius, "norm": self.plan.norm}
-        if row.kind in ("eps", "steps"):
-            return description | ball | {"points": [self.plan.curve_eps, self.plan.curve_steps], "amp": self.plan.amp}
+        plan = self.plan
+        ball: dict[str, Any] = {"eps": plan.radius if row.eps is None else row.eps, "norm": plan.norm}
+        if row.kind in CURVES:
+            points = {"eps": plan.curve_eps, "steps": plan.curve_steps, "draws": plan.curve_draws}[row.kind]
+            return description | ball | {"points": points, "amp": plan.amp}
         if row.settings is not None:
-            settings = {
-                name: value for name, value in asdict(row.settings).items() if name != "bounds"
-            }  # always [0, 1]
-            return description | {"settings": settings}
-        others = {"attack": row.attack, "queries": self.plan.queries, "steps": self.plan.autoattack_steps}
-        return description | ball | (others if row.kind == "attack" else {})
+            settings = {name: value for name, value in asdict(row.settings).items() if name != "bounds"}  # [0, 1]
+            own = {"attack": row.attack} if row.attack in MEMBER_ATTACKS else {}
+            return description | {"settings": settings} | own
+        others: dict[str, dict[str, Any]] = {
+            "arc": {"steps": plan.arc_steps},
+            "mora": {"steps": plan.mora_steps},
+            "square": {"queries": plan.queries},
+            "autoattack": {"queries": plan.queries, "steps": plan.autoattack_steps},
+        }
+        return description | ball | ({"attack": row.attack} | others[row.attack] if row.kind == "attack" else {})
 
     def _seed(self, row: Row, start: int) -> int:
         kind, attacker = (SEED_WORDS.get(word, word) for word in (row.kind, row.attacker))
@@ -516,6 +454,12 @@ def _are_bits(value: Any, images: int) -> bool:
     return isinstance(value, str) and len(value) == images and set(value) <= {"0", "1"}
 
 
+def _are_shares(value: Any, images: int) -> bool:
+    return (
+        isinstance(value, list) and len(value) == images and all(is_number(each) and 0 <= each <= 1 for each in value)
+    )
+
+
 def _curve_radius(plan: Plan, factor: float) -> float:
     return min(factor * plan.radius, 1) if plan.norm == "Linf" else factor * plan.radius
 
@@ -532,6 +476,20 @@ def _are_heatmap_sums(value: Any, experts: int, images: int) -> bool:
         and len(pairs) == experts * images
         and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in pairs)
     )
+
+
+def shares(pieces: Sequence[dict[str, Any]]) -> list[float] | None:
+    """Which share of all permutations is right on each image of some pieces; None where nobody has said."""
+    found: list[list[float] | None] = [piece.get("shares") for piece in pieces]
+    return (
+        [share for each in found for share in each or []] if found and all(each is not None for each in found) else None
+    )
+
+
+def tries(pieces: Sequence[dict[str, Any]]) -> list[list[bool]]:
+    """Whether each of `targets.TRIES` draws is right on each image of some pieces: [draw][image]; [] without draws."""
+    found = [piece["tries"] for piece in pieces if "tries" in piece]
+    return [[bit == "1" for text in draw for bit in text] for draw in zip(*found, strict=True)]
 
 
 def bits(pieces: Sequence[dict[str, Any]], judge: str) -> list[bool]:

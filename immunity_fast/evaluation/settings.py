@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from immunity_fast.attacks.autoattack import check_installed
 from immunity_fast.attacks.projections import Norm
 from immunity_fast.evaluation.gate_attackers import KNOWLEDGE
-from immunity_fast.evaluation.runner import ATTACKS, OTHER_ATTACKS, SETS, Plan
+from immunity_fast.evaluation.plan import ATTACKS, SETS, Plan
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.checks import check_choice, is_number
 from immunity_fast.runtime.precision import chosen_amp
@@ -50,7 +49,9 @@ class EvaluationSettings:
         None, f"what is known of the gate: {', '.join(KNOWLEDGE)}, experts (each), transfer; default: all there are"
     )
     limit: int | None = _attack(None, "test images to attack; default: the run's setting")
-    eps: float | None = _attack(None, "radius, of images in [0, 1]; default: 8/255 for Linf, 1 for L2")
+    eps: float | tuple[float, ...] | None = _attack(
+        None, "radius, of images in [0, 1], or several: 2/255,4/255,8/255; default: 8/255 for Linf, 1 for L2"
+    )
     norm: Norm = _attack("Linf", "of the perturbation")
     draws: int | None = _attacker(None, "of the gate, or of a random model, for EOT; default: 20 of a gate")
     drop_fooled: bool = _attack(False, "attack an image until it fools what its attacker attacks; faster")
@@ -58,6 +59,8 @@ class EvaluationSettings:
     masking_images: int = _attack(64, "that the curves are made of; 0: no curves")
     queries: int = _attack(5000, "of Square")
     autoattack_steps: int = _attack(100, "of AutoAttack's gradient attacks; fewer than 100 is no AutoAttack")
+    mora_steps: int = _attack(100, "of each of MORA's stages; fewer than 100 is no MORA")
+    arc_steps: int = _attack(20, "of ARC's walks over the members; 20 as published")
     seed: int | None = _attack(None, "of what is random in attacks; default: the run's")
 
     def __post_init__(self) -> None:
@@ -73,6 +76,8 @@ class EvaluationSettings:
             ("masking_images", 0),
             ("queries", 1),
             ("autoattack_steps", 1),
+            ("mora_steps", 1),
+            ("arc_steps", 1),
             ("seed", 0),
         ):
             check_whole(name, getattr(self, name), least)
@@ -80,20 +85,19 @@ class EvaluationSettings:
         check_choice("--amp", self.amp, AMPS)
         if self.draws is not None and self.draws > MOST_DRAWS:  # each is a mixture of its own in every step
             raise ValueError(f"--draws: expected at most {MOST_DRAWS}, got {self.draws}")
-        if self.eps is not None and not (is_number(self.eps) and 0 <= self.eps < math.inf):
-            raise ValueError(f"--eps: expected a finite number of at least 0, got {self.eps}")
-        if self.eps is not None and self.norm == "Linf" and self.eps > 1:
-            given = f"{self.eps:g}"
-            raise ValueError(
-                f"--eps: expected at most 1, as images are in [0, 1], got {given}; of 255 levels: {given}/255"
-            )
+        for eps in self.radii():
+            if not (is_number(eps) and 0 <= eps < math.inf):
+                raise ValueError(f"--eps: expected a finite number of at least 0, got {eps}")
+            if self.norm == "Linf" and eps > 1:
+                raise ValueError(
+                    f"--eps: expected at most 1, as images are in [0, 1], got {eps:g}; of 255 levels: {eps:g}/255"
+                )
+        if self.eps == ():
+            raise ValueError("--eps: expected at least one radius, got none")
 
-    def check_installed(self) -> None:
-        """Look for what the attacks need, before anything is loaded; ModuleNotFoundError where it is missing."""
-        attacks = [attack for name in self.attacks for attack in SETS.get(name, (name,))]
-        for attack in OTHER_ATTACKS:
-            if attack in attacks:
-                check_installed(attack)
+    def radii(self) -> tuple[Any, ...]:
+        """The radii that are asked for; none where it is the norm's default."""
+        return () if self.eps is None else self.eps if isinstance(self.eps, (tuple, list)) else (self.eps,)
 
     def plan(
         self,
@@ -120,17 +124,21 @@ class EvaluationSettings:
         Raises:
             ValueError: the network has no such attacker, or no two images are as far apart as the radius.
         """
+        radii = sorted(set(self.radii()))
         plan = Plan(
             attacks=tuple(dict.fromkeys(attack for name in self.attacks for attack in SETS.get(name, (name,)))),
             attackers=None if self.attackers is None else self._chosen(self.attackers, attackers),
             images=self.limit or images,
-            eps=self.eps,
+            eps=radii[-1] if radii else None,
             norm=self.norm,
+            other_eps=tuple(radii[:-1]),
             masking_images=self.masking_images,
             drop_fooled=self.drop_fooled,
             amp=chosen_amp(self.amp, device or torch.device("cpu")),
             queries=self.queries,
             autoattack_steps=self.autoattack_steps,
+            mora_steps=self.mora_steps,
+            arc_steps=self.arc_steps,
             seed=seed if self.seed is None else self.seed,
             chunk=chunk,
         )
@@ -164,7 +172,7 @@ class EvaluationSettings:
             if isinstance(value, bool):
                 words.append(flag)
             else:
-                words += [flag, ",".join(value) if isinstance(value, tuple) else str(value)]
+                words += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
         return words
 
 
@@ -186,7 +194,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             else:
                 parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
                 kind = next(kind for kind in kinds if kind in (parts[0], typing.get_origin(parts[0])))
-                keywords |= {"type": kinds[kind], "metavar": "LIST" if kind is tuple else kind.__name__.upper()}
+                several = kind is float and any(typing.get_origin(part) is tuple for part in parts)
+                convert = cli.numbers if several else kinds[kind]
+                keywords |= {"type": convert, "metavar": "LIST" if kind is tuple else kind.__name__.upper()}
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         groups[group].add_argument(f"--{option.name.replace('_', '-')}", **keywords)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from immunity_fast.attacks import LabelledModel, Model
+from immunity_fast.attacks.arc import every_member
 from immunity_fast.attacks.autoattack import seeded
 from immunity_fast.attacks.checks import check_finite, not_finite
+from immunity_fast.attacks.members import Members, MixtureMembers, Weighing
 from immunity_fast.attacks.mixtures import (
     Answers,
     ExactJudge,
@@ -30,12 +32,22 @@ from immunity_fast.experts.imported import called, imported
 from immunity_fast.experts.libraries import LIBRARIES
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
-from immunity_fast.permutations import nobody_right
+from immunity_fast.permutations import nobody_right, permuted, shares_right
 from immunity_fast.runtime.outputs import kind_of, logits_of
 from immunity_fast.runtime.precision import at_least_float32
 
 SLACK = 1e-4  # of a probability: a pass of another batch rounds otherwise, and nobody is to be right for that
+TRIES = 10  # draws by which what is random is judged: whoever may try again needs one to fool it
 REPEATS = 8  # how often a network is asked, to see whether it draws: one of two ways is then missed once in 128 times
+
+
+class Verdict(NamedTuple):
+    """What is said of some adversarial images."""
+
+    right: dict[str, Tensor]  # which are answered rightly, (B,) bool by each judge
+    loss: Tensor  # (B,) cross-entropy of the exact attacker's output
+    shares: Tensor | None = None  # (B,) of all permutations that are right, of a mixture
+    tries: Tensor | None = None  # (TRIES, B) bool, which are answered rightly by a draw, of what is random
 
 
 class TargetModel(Protocol):
@@ -47,6 +59,7 @@ class TargetModel(Protocol):
         exact: the attacker with whom masking is looked for: it knows all, and its objective is not random.
         random: the attackers whose objective is random.
         judges: what may answer; the first is what answers in use.
+        has_members: whether it is known which networks it is made of.
     """
 
     num_classes: int
@@ -54,6 +67,7 @@ class TargetModel(Protocol):
     exact: str
     random: tuple[str, ...]
     judges: tuple[str, ...]
+    has_members: bool
 
     def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
         """What an attacker of that name differentiates.
@@ -66,17 +80,13 @@ class TargetModel(Protocol):
             (images (B, C, H, W), labels (B,)) to outputs (B, K), or (draws, B, K).
         """
 
-    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Verdict:
         """Judge the answers for some images.
 
         Args:
             images: (B, C, H, W) in [0, 1].
             labels: (B,) integers in 0..K−1.
             generator: of the judges that are random.
-
-        Returns:
-            (which are answered rightly, (B,) bool by each of `judges`; cross-entropy (B,) of the exact attacker's
-            output).
 
         Raises:
             ValueError: outputs of another shape; as `NotFiniteError`, NaN or infinite ones.
@@ -93,6 +103,15 @@ class TargetModel(Protocol):
 
     def repeats(self, images: Tensor) -> bool:
         """Whether nothing is random in what answers but a mixture's gate, as far as several looks at images show."""
+
+    def averaged(self, draws: int, generator: torch.Generator) -> LabelledModel:
+        """Outputs (draws, B, K) that the attacker "eot" averages, of any number of draws."""
+
+    def members(self, weighing: Weighing) -> Members:
+        """The networks that it is made of, where `has_members`; `weighing`: by which weights they are mixed."""
+
+    def expected_loss(self) -> LabelledModel:
+        """Outputs whose losses' mean is the expected loss over all that may be drawn, where `has_members`."""
 
     def several_draws(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
         """`draws` of a random attacker's outputs at once, (draws, B, K), where that costs less; else its outputs."""
@@ -127,6 +146,7 @@ class MixtureTarget(TargetModel):
 
     exact = "mean"
     random = ("sample", "eot")
+    has_members = True
 
     def __init__(
         self,
@@ -159,13 +179,15 @@ class MixtureTarget(TargetModel):
             self.model, knowledge, draws=self.draws, generator=generator, expert_logits=self.expert_logits
         )
 
-    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Verdict:
         with torch.no_grad():
             logits = self.expert_logits(images)
             gate = trained_gate(self.model, images)
             _check_outputs(logits, self.num_classes)
             loss = F.nll_loss(log_mixture(logits), labels, reduction="none")
-            return gate_attackers.answered_rightly(logits, gate, labels, generator), loss
+            right = gate_attackers.answered_rightly(logits, gate, labels, generator)
+            drawn = [log_mixture(logits, permuted(gate, generator)).argmax(-1) == labels for _ in range(TRIES)]
+            return Verdict(right, loss, shares_right(logits, gate, labels), torch.stack(drawn))
 
     def _expert(self, index: int) -> nn.Module:
         """An expert as a module of its own; all are made once, as that takes as long as a step of an attack on one."""
@@ -191,12 +213,19 @@ class MixtureTarget(TargetModel):
             lambda x: trained_gate(self.model, x), images
         )
 
-    def several_draws(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
-        if name != "sample":
-            return self.attacker(name, generator)
+    def averaged(self, draws: int, generator: torch.Generator) -> LabelledModel:
         return gate_attackers.attacker(
             self.model, "eot", draws=draws, generator=generator, expert_logits=self.expert_logits
         )
+
+    def members(self, weighing: Weighing) -> Members:
+        return MixtureMembers(self.model, weighing, self.expert_logits)
+
+    def expected_loss(self) -> LabelledModel:
+        return every_member(self.members("off"))
+
+    def several_draws(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
+        return self.averaged(draws, generator) if name == "sample" else self.attacker(name, generator)
 
     def weights_hash(self) -> str:
         other = hash_of_weights(self.transfer) if isinstance(self.transfer, nn.Module) else ""
@@ -221,6 +250,7 @@ class NetworkTarget(TargetModel):
 
     exact = "output"
     judges = ("output",)
+    has_members = False
 
     def __init__(
         self,
@@ -249,12 +279,15 @@ class NetworkTarget(TargetModel):
             return lambda images, labels: other(images)
         return _Output(self.outputs)
 
-    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Verdict:
         with torch.no_grad():
             outputs = self.outputs(images)
             _check_outputs(outputs[None] if isinstance(outputs, Tensor) else outputs, self.num_classes)
             loss = F.cross_entropy(outputs, labels, reduction="none")
-            return {"output": outputs.argmax(-1) == labels}, loss
+            right, tries = outputs.argmax(-1) == labels, None
+            if self.random:
+                tries = torch.stack([self.outputs(images).argmax(-1) == labels for _ in range(TRIES)])
+            return Verdict({"output": right}, loss, None, tries)
 
     def attack_judge(self, name: str) -> Judge | Literal["outputs"] | None:
         return None
@@ -276,6 +309,15 @@ class NetworkTarget(TargetModel):
         with asked_modules() as asked:
             alike = _repeats(self.outputs, images)
         return alike and not asked.random_gates
+
+    def averaged(self, draws: int, generator: torch.Generator) -> LabelledModel:
+        return gate_attackers.averaged(self.outputs, draws)
+
+    def members(self, weighing: Weighing) -> Members:
+        raise NotImplementedError("of a network it is not known what it is made of")
+
+    def expected_loss(self) -> LabelledModel:
+        raise NotImplementedError("of a network it is not known what it is made of")
 
     def several_draws(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
         return self.attacker(name, generator)

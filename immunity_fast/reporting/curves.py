@@ -133,12 +133,17 @@ def _draw_panel(axes: Axes, panel: _Panel, epochs: Sequence[float], records: Seq
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))  # no power of ten above the axis, where the title is
 
 
-def robustness_figure(accuracy_by_eps: Mapping[str, Points], loss_by_steps: Mapping[str, Points], path: Path) -> None:
-    """Draws accuracy against an attack's radius beside its loss against its number of steps into a PNG.
+def robustness_figure(
+    accuracy_by_eps: Mapping[str, Points],
+    loss_by_steps: Mapping[str, Points],
+    path: Path,
+    accuracy_by_draws: Mapping[str, Points] | None = None,
+) -> None:
+    """Draws accuracy against an attack's radius, its loss against its steps, and accuracy against draws into a PNG.
 
-    There is one panel where the other mapping is empty. Points are drawn in the order of their eps or steps, on an axis
-    that is logarithmic from the least one above 0 and linear below; a point without a finite eps or steps is left out,
-    and a value that is missing or not finite leaves a gap in its line or band.
+    There is no panel for an empty mapping. Points are drawn in the order of their eps, steps or draws, on an axis that
+    is logarithmic from the least one above 0 and linear below; a point without a finite one is left out, and a value
+    that is missing or not finite leaves a gap in its line or band.
 
     Args:
         accuracy_by_eps: name of a curve → points {"eps": radius ≥ 0 in units of [0, 1], "accuracy": fraction,
@@ -146,15 +151,23 @@ def robustness_figure(accuracy_by_eps: Mapping[str, Points], loss_by_steps: Mapp
         loss_by_steps: name of a curve → points {"steps": count ≥ 0, "loss": mean loss of the attacked images}; other
             keys, such as "accuracy" and its "interval", are ignored.
         path: the PNG file to write.
+        accuracy_by_draws: name of a curve → points {"draws": count ≥ 1 that an attack averages, "accuracy": fraction,
+            "interval": see above}.
 
     Raises:
-        ValueError: if both mappings are empty.
+        ValueError: if all mappings are empty.
     """
-    if not accuracy_by_eps and not loss_by_steps:
-        raise ValueError("accuracy_by_eps, loss_by_steps: expected a curve in at least one, got two empty mappings")
-    names = dict.fromkeys([*accuracy_by_eps, *loss_by_steps])  # one name looks the same in both panels
+    by_draws = accuracy_by_draws or {}
+    if not accuracy_by_eps and not loss_by_steps and not by_draws:
+        raise ValueError("accuracy_by_eps, loss_by_steps: expected a curve in at least one, got empty mappings")
+    names = dict.fromkeys([*accuracy_by_eps, *loss_by_steps, *by_draws])  # one name looks the same in all panels
     looks = dict(zip(names, zip(cycle(COLORS), cycle(MARKERS), strict=False), strict=False))
-    titles = ["Accuracy against ε"] * bool(accuracy_by_eps) + ["Loss against steps"] * bool(loss_by_steps)
+    panels = {
+        "Accuracy against ε": accuracy_by_eps,
+        "Loss against steps": loss_by_steps,
+        "Accuracy against draws": by_draws,
+    }
+    titles = [title for title, curves in panels.items() if curves]
     with panel_style():
         figure = panel_figure(len(titles), HEIGHT)
         row = [figure.add_subplot(1, len(titles), i + 1) for i in range(len(titles))]
@@ -164,10 +177,16 @@ def robustness_figure(accuracy_by_eps: Mapping[str, Points], loss_by_steps: Mapp
             row[0].set_ylabel("accuracy (%)", labelpad=2)
             row[0].set_ylim(0, 100)
         if loss_by_steps:
-            _draw_curves(row[-1], loss_by_steps, looks, ("steps", "loss"))
-            row[-1].set_xlabel("steps", labelpad=1)
-            row[-1].set_ylabel("mean loss of the attacked images", labelpad=2)
-            row[-1].yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+            panel = row[titles.index("Loss against steps")]
+            _draw_curves(panel, loss_by_steps, looks, ("steps", "loss"))
+            panel.set_xlabel("steps", labelpad=1)
+            panel.set_ylabel("mean loss of the attacked images", labelpad=2)
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        if by_draws:
+            _draw_curves(row[-1], by_draws, looks, ("draws", "accuracy"), (1, 100))
+            row[-1].set_xlabel("draws in a gradient", labelpad=1)
+            row[-1].set_ylabel("expected accuracy (%)", labelpad=2)
+            row[-1].set_ylim(0, 100)
         pad = add_titles(row, titles, LEGEND_WIDTH - 12)
         figure.set_figheight(HEIGHT + pad / 72)
         save_png(figure, path)

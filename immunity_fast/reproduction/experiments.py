@@ -50,7 +50,7 @@ class Scale:
     @property
     def evaluation(self) -> EvaluationSettings:
         """What is found out of every run."""
-        return EvaluationSettings(limit=self.limit, masking_images=self.masking)
+        return EvaluationSettings(attacks=("paper",), limit=self.limit, masking_images=self.masking)
 
 
 SCALES = {
@@ -152,7 +152,7 @@ class Experiments:
         """The baselines, single networks, and Immunity; standard and adversarial training."""
         entries = []
         evaluation = dataclasses.replace(
-            self.scale.evaluation, attacks=("default", "autoattack"), **self.scale.autoattack
+            self.scale.evaluation, attacks=("paper", "autoattack"), **self.scale.autoattack
         )
         for dataset in self.datasets:
             for training, adversarial in (("standard", "off"), ("PGD", "pgd")):

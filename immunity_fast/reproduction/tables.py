@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from immunity_fast.evaluation.gate_attackers import GATE_WORDS, KNOWLEDGE
-from immunity_fast.evaluation.results import find
+from immunity_fast.evaluation.words import find
 from immunity_fast.reporting.html import Table
 from immunity_fast.reproduction.experiments import IMMUNITY, INDEPENDENT, Entry
 from immunity_fast.reproduction.jobs import Done, Job
@@ -171,7 +171,7 @@ def table3(entries: Sequence[Entry], found: Found) -> Table:
 
 def switch_modes(entry: Entry, found: Found) -> Table:
     """What answers, against what the attacker knows, for PGD-20."""
-    attackers = {"nobody": None} | {GATE_WORDS[name]: name for name in KNOWLEDGE}
+    attackers = {"nobody": None} | {GATE_WORDS[name]: name for name in KNOWLEDGE if name in GATE_WORDS}
     judges = {GATE_WORDS[name]: name for name in ("sample", "mean", "off", "worst")}
     rows = [
         [

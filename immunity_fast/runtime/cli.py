@@ -47,6 +47,7 @@ from immunity_fast.runtime.notebook import NotebookProgress, in_notebook
 from immunity_fast.runtime.parser import Parser as Parser
 from immunity_fast.runtime.parser import left_to_torchrun, show_on_any_terminal
 from immunity_fast.runtime.parser import number as number
+from immunity_fast.runtime.parser import numbers as numbers
 from immunity_fast.runtime.parser import path as path
 from immunity_fast.runtime.parser import whole_or_word as whole_or_word
 

@@ -82,6 +82,16 @@ def number(text: str) -> float:
         raise ValueError(f"{text}: a fraction of zero") from None
 
 
+def numbers(text: str) -> float | tuple[float, ...]:
+    """One number of a command line, for argparse, or several with commas: 2/255,4/255.
+
+    Raises:
+        ValueError: one is no number.
+    """
+    found = tuple(number(part) for part in text.split(","))
+    return found[0] if len(found) == 1 else found
+
+
 def whole_or_word(text: str) -> int | str:
     """A whole number of a command line, or a word such as auto, for argparse."""
     try:
@@ -92,4 +102,10 @@ def whole_or_word(text: str) -> int | str:
 
 # What turns a word of a command line into a value, by the name under which an option's is recorded; what is another's
 # takes part in nothing that is recorded.
-KINDS: dict[str, Callable[[str], Any]] = {"int": int, "number": number, "path": path, "whole_or_word": whole_or_word}
+KINDS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "number": number,
+    "numbers": numbers,
+    "path": path,
+    "whole_or_word": whole_or_word,
+}

@@ -17,9 +17,9 @@ from immunity_fast.data.datasets import LISTED, ImageDataset, Stream, load
 from immunity_fast.data.sampling import EVALUATION_BATCH, attack_batch
 from immunity_fast.data.streaming import Workers
 from immunity_fast.evaluation.pipeline import evaluate
+from immunity_fast.evaluation.plan import SETS, Plan
 from immunity_fast.evaluation.report import About, Outputs
 from immunity_fast.evaluation.results import Results
-from immunity_fast.evaluation.runner import SETS, Plan
 from immunity_fast.evaluation.settings import EvaluationSettings, check_whole
 from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget, load_callable
 from immunity_fast.experts import title
@@ -55,6 +55,7 @@ AFTER_TRAINING = Plan(
     masking_images=32,
     curve_eps=(0.25, 1, 4, 32),
     curve_steps=(1, 5, 20),
+    curve_draws=(),
 )
 
 
@@ -95,7 +96,6 @@ def evaluate_named(
     """
     check_whole("image_size", image_size, 1)
     check_whole("channels", channels, 1)
-    settings.check_installed()
     if names_callable(place):
         for name, value in (("dataset", dataset), ("out", out)):
             if value is None:

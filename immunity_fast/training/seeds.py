@@ -16,8 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS
-from immunity_fast.evaluation.results import JUDGES, NAMES
+from immunity_fast.evaluation.words import JUDGES, NAMES, knows
 from immunity_fast.experts import title
 from immunity_fast.experts.registry import check_trusted, imports_code
 from immunity_fast.reporting.html import Table, write_report
@@ -304,11 +303,10 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         if entry["judge"] not in JUDGES:  # an expert alone; the file has it
             continue
         attack, attacker = entry["attack"], entry["attacker"]
-        knows = "—" if attacker is None else DESCRIPTIONS.get(attacker, attacker)
-        name, knows = (
-            (NAMES.get(attack, attack), knows) if attack else ("worst case for each image", "all of the above")
-        )
-        rows.append([name, knows, JUDGES[entry["judge"]], *_percents(entry, seeds)])
+        name, differentiates = "worst case for each image", "all of the above"
+        if attack:
+            name, differentiates = NAMES.get(attack, attack), knows(attack, attacker)
+        rows.append([name, differentiates, JUDGES[entry["judge"]], *_percents(entry, seeds)])
     test = Table(
         f"Test accuracy of {len(seeds)} seeds, %",
         ["attack", "what the attacker differentiates", "what answers", *columns],

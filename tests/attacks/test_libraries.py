@@ -75,7 +75,7 @@ def _check(exact: nn.Module, adversarial: Tensor) -> None:
 
 
 def test_torchattacks(model: ImmunityMoE) -> None:
-    torchattacks = pytest.importorskip("torchattacks", reason="the extra attacks")
+    torchattacks = pytest.importorskip("torchattacks", reason="a library that only tests use")
     exact = model.eval().deterministic()
     attack = torchattacks.PGD(exact, eps=EPS, alpha=ALPHA, steps=STEPS, random_start=False)
     _check(exact, attack(*_images()))

@@ -21,9 +21,9 @@ from immunity_fast.attacks import fgsm, pgd
 from immunity_fast.data.datasets import load
 from immunity_fast.data.sampling import sample
 from immunity_fast.evaluation import pipeline, runner
+from immunity_fast.evaluation.plan import MEMBER_ATTACKS, Plan
 from immunity_fast.evaluation.report import About, Outputs
 from immunity_fast.evaluation.results import tables, to_csv
-from immunity_fast.evaluation.runner import Plan
 from immunity_fast.evaluation.targets import NetworkTarget
 from immunity_fast.runtime import cli
 from immunity_fast.training.checkpoint import load_model
@@ -340,11 +340,26 @@ def test_a_failing_evaluation_gives_the_model_back_too(
 OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     ([], {}),
     (["--attacks", "quick"], {"attacks": ("fgsm", "pgd")}),
-    (["--attacks", "default,square"], {"attacks": ("fgsm", "bim", "mim", "pgd", "square")}),
+    (["--attacks", "paper,square"], {"attacks": ("fgsm", "bim", "mim", "pgd", "square")}),
+    (["--attacks", "default"], {"attacks": ("fgsm", "bim", "mim", "pgd", "pgd-sum", "arc", "mora")}),
     (["--attacks", "pgd,quick,pgd"], {"attacks": ("pgd", "fgsm")}),
     (
         ["--attacks", "all"],
-        {"attacks": ("fgsm", "bim", "mim", "pgd", "cw", "dlr", "square", "autoattack")},
+        {
+            "attacks": (
+                "fgsm",
+                "bim",
+                "mim",
+                "pgd",
+                "cw",
+                "dlr",
+                "cw100",
+                "dlr100",
+                *MEMBER_ATTACKS,
+                "square",
+                "autoattack",
+            )
+        },
     ),
     (["--attackers", "worst,experts"], {"attackers": ("worst", "expert 1", "expert 2")}),
     (["--attackers", "expert 2"], {"attackers": ("expert 2",)}),
@@ -355,14 +370,18 @@ OPTIONS: list[tuple[list[str], dict[str, Any]]] = [
     (["--drop-fooled"], {"drop_fooled": True}),
     (["--amp", "bf16"], {"amp": "bf16"}),
     (["--masking-images", "0"], {"masking_images": 0}),
+    (["--eps", "2/255,4/255"], {"eps": 4 / 255, "other_eps": (2 / 255,)}),
     (["--queries", "9", "--autoattack-steps", "8"], {"queries": 9, "autoattack_steps": 8}),
+    (["--mora-steps", "7", "--arc-steps", "6"], {"mora_steps": 7, "arc_steps": 6}),
     (["--seed", "0"], {"seed": 0}),
 ]
 
 
 def test_every_setting_of_a_plan_is_tried_by_its_option() -> None:
     tried = {name for _, expected in OPTIONS for name in expected}
-    assert tried | {"curve_eps", "curve_steps", "chunk"} == {field.name for field in dataclasses.fields(Plan)}
+    assert tried | {"curve_eps", "curve_steps", "curve_draws", "chunk"} == {
+        field.name for field in dataclasses.fields(Plan)
+    }
 
 
 @pytest.mark.parametrize(("arguments", "expected"), OPTIONS)
@@ -442,7 +461,6 @@ def test_attacks_that_are_for_none_of_the_attackers_are_an_error(run: Run, capsy
 def test_a_pair_that_is_left_out_is_a_line_with_the_reason(
     run: Run, capsys: pytest.CaptureFixture[str], plain: None
 ) -> None:
-    pytest.importorskip("torchattacks")
     arguments = ["--attacks", "fgsm,square", "--attackers", "worst,mean,experts", "--queries", "2", "--limit", "2"]
     evaluate.main([str(run.folder), *FEW, *arguments])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]

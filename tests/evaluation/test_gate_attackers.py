@@ -289,7 +289,7 @@ def _loss_and_gradient(outputs: Any, images: Tensor, labels: Tensor) -> tuple[Te
 
 def test_every_knowledge_is_described() -> None:
     assert set(DESCRIPTIONS) == {*KNOWLEDGE, "transfer", "output"}
-    assert KNOWLEDGE == ("off", "sample", "eot", "mean", "worst")
+    assert KNOWLEDGE == ("off", "sample", "eot", "mean", "logits", "worst")
 
 
 @pytest.mark.parametrize(("knowledge", "experts"), grids.every(2, KNOWLEDGE, [2, 3, 4]))
@@ -299,6 +299,11 @@ def test_what_each_attacker_differentiates_is_its_formula(knowledge: Any, expert
     found = attacker(model, knowledge, draws=3, generator=generator)(images, LABELS)
     logits, gate = _parts(model, images)
     weights = [gate]
+    if knowledge == "logits":
+        expected = torch.stack([sum(logits[i][q] for i in range(experts)) / experts for q in range(SAMPLES)])
+        expected = expected - expected.exp().sum(-1, keepdim=True).log()
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        return
     if knowledge == "mean":
         weights = [torch.full_like(gate, 1 / experts)]
     elif knowledge == "worst":

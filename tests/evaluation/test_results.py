@@ -18,10 +18,12 @@ from torch import Tensor
 
 from immunity_fast.data.datasets import Split
 from immunity_fast.evaluation import results as findings
-from immunity_fast.evaluation import runner
+from immunity_fast.evaluation import runner, words
+from immunity_fast.evaluation.plan import ATTACKS, Plan, Row
 from immunity_fast.evaluation.results import results, tables, to_csv
-from immunity_fast.evaluation.runner import ATTACKS, Evaluation, Plan, Row, bits, mean_loss
-from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget
+from immunity_fast.evaluation.runner import Evaluation, bits, mean_loss
+from immunity_fast.evaluation.targets import TRIES, MixtureTarget, NetworkTarget
+from immunity_fast.reporting.html import Table
 from tests import evaluations, grids
 from tests.evaluations import (
     PLAN,
@@ -45,6 +47,7 @@ whole = evaluations.whole
 def _made_up(path: Path, seed: int = 0, *, images: int = 11, plan: Plan | None = None) -> Evaluation:
     """An evaluation of random bits, without an attack."""
     plan = plan or Plan(attacks=ATTACKS, images=images, chunk=4, masking_images=6, curve_eps=(0.5, 4), eps=0.05)
+    curves = {"eps": plan.curve_eps, "steps": plan.curve_steps, "draws": plan.curve_draws}
     target = MixtureTarget(trained_mixture(3), CLASSES, transfer=brightness)
     evaluation = evaluation_of(path, plan, target, loss_fn=None)
     generator = torch.Generator().manual_seed(seed)
@@ -53,12 +56,19 @@ def _made_up(path: Path, seed: int = 0, *, images: int = 11, plan: Plan | None =
         # Likelier right than wrong, so that something is left of the worst case.
         drawn = torch.rand(len(target.judges), stop - start, generator=generator) < 0.97
         right = {judge: "".join("01"[int(bit)] for bit in row) for judge, row in zip(target.judges, drawn, strict=True)}
-        return {"right": right, "loss": float(torch.rand(1, generator=generator)) * (stop - start)}
+        loss = float(torch.rand(1, generator=generator)) * (stop - start)
+        shares = torch.rand(stop - start, generator=generator).tolist()
+        drawn = torch.rand(TRIES, stop - start, generator=generator) < 0.97
+        return {
+            "right": right,
+            "loss": loss,
+            "shares": shares,
+            "tries": ["".join("01"[int(bit)] for bit in row) for row in drawn],
+        }
 
     for row, start, stop in evaluation.pieces():
-        if row.kind in ("eps", "steps"):
-            values = plan.curve_eps if row.kind == "eps" else plan.curve_steps
-            piece: dict[str, Any] = {"points": [{row.kind: v} | judged(row, start, stop) for v in values]}
+        if row.kind in curves:
+            piece: dict[str, Any] = {"points": [{row.kind: v} | judged(row, start, stop) for v in curves[row.kind]]}
         else:
             piece = judged(row, start, stop) | {"seconds": 0.25}
         evaluation.ledger.pieces[evaluation.key(row, start, stop)] = piece
@@ -112,13 +122,18 @@ def test_withstanding_transfer_is_doing_so_from_every_expert(tmp_path: Path) -> 
 def test_curves_are_of_what_the_exact_attacker_attacks(tmp_path: Path) -> None:
     evaluation = _made_up(tmp_path / "l")
     found = results(evaluation)["curves"]
-    for row in evaluation.curves:
+    assert [row.kind for row in evaluation.curves] == ["steps", "eps", "draws"]
+    for row in evaluation.curves[:2]:
         values = {"eps": (0.5, 4), "steps": evaluation.plan.curve_steps}[row.kind]
         assert [point[row.kind] for point in found[row.kind]] == list(values)
         pieces = [evaluation.ledger[evaluation.key(row, *chunk)]["points"] for chunk in ((0, 4), (4, 6))]
         for i, point in enumerate(found[row.kind]):
             check_share(point, [int(bit) for piece in pieces for bit in piece[i]["right"]["mean"]])
             assert point["loss"] == pytest.approx(sum(piece[i]["loss"] for piece in pieces) / 6)
+    pieces = [evaluation.ledger[evaluation.key(evaluation.curves[2], *chunk)]["points"] for chunk in ((0, 4), (4, 6))]
+    for i, (point, draws) in enumerate(zip(found["draws"], (1, 10, 50), strict=True)):
+        assert (point["draws"], point["images"]) == (draws, 6)
+        assert point["accuracy"] == pytest.approx(sum(sum(piece[i]["shares"]) for piece in pieces) / 6)
 
 
 def test_the_worst_case_so_far_is_of_the_finished_chunks(tmp_path: Path) -> None:
@@ -167,6 +182,12 @@ def test_the_csv_has_every_number(tmp_path: Path) -> None:
         assert [float(line[name]) for name in ("accuracy", "low", "high")] == [entry["accuracy"], *entry["interval"]]
 
 
+def _captioned(evaluation: Evaluation, beginning: str) -> Table:
+    """The table of an evaluation whose caption begins so."""
+    (table,) = (table for table in tables(results(evaluation)) if table.caption.startswith(beginning))
+    return table
+
+
 def _cell(right: list[int]) -> str:
     """An accuracy with half its interval, in percent."""
     z, n, p = 1.959964, len(right), sum(right) / len(right)
@@ -190,14 +211,14 @@ def test_the_table_has_a_row_an_attack_and_a_column_a_judge(tmp_path: Path) -> N
     assert len(table.rows) == len(shown) + 6 + 1
     own = [row for row in table.rows if row[1] != "an expert alone, transferred; the worst of them"][:-1]
     for row, line in zip(shown, own, strict=True):
-        assert line[0] == findings.NAMES[row.attack or row.kind]
+        assert line[0] == words.NAMES[row.attack or row.kind]
         assert (line[1] == "—") == (not row.attacker)
         assert line[2] == ("23" if row.kind == "clean" else "11")
         assert list(line[3:]) == [_cell(_bits(evaluation, row, judge)) for judge in judges.values()]
     transferred = [row for row in table.rows if row not in own][:-1]
     for attack, line in zip(("fgsm", "bim", "mim", "pgd", "cw", "dlr"), transferred, strict=True):
         columns = [row for row in evaluation.rows if row.attack == attack and row.attacker.startswith("expert ")]
-        assert line[0] == findings.NAMES[attack]
+        assert line[0] == words.NAMES[attack]
         for cell, judge in zip(line[3:], judges.values(), strict=True):
             right = [_bits(evaluation, row, judge) for row in columns]
             assert cell == _cell([int(all(column)) for column in zip(*right, strict=True)])
@@ -206,19 +227,21 @@ def test_the_table_has_a_row_an_attack_and_a_column_a_judge(tmp_path: Path) -> N
         right = [_bits(evaluation, row, judge) for row in evaluation.rows]
         assert cell == _cell([int(all(column)) for column in zip(*right, strict=True)])
     names = [row[0] for row in table.rows[:-1]]
-    assert [name for name, _ in itertools.groupby(names)] == list(findings.NAMES.values())
+    assert [name for name, _ in itertools.groupby(names)] == list(words.NAMES.values())
 
 
 def test_the_experts_table_has_the_mean_s_attack_and_their_own(tmp_path: Path) -> None:
     evaluation = _made_up(tmp_path / "l")
-    table = tables(results(evaluation))[1]
+    table = _captioned(evaluation, "Accuracy of each expert alone")
     assert list(table.columns[2:]) == ["expert 1", "expert 2", "expert 3"]
     found = {(row[0], row[1]): list(row[2:]) for row in table.rows}
-    assert len(found) == len(table.rows) == 3 + 8 + 6
+    assert len(found) == len(table.rows) == 3 + 11 + 6
     for row in [Row("clean"), *evaluation.rows]:
-        name = findings.NAMES[row.attack or row.kind]
+        name = words.NAMES[row.attack or row.kind]
         if not row.attacker or row.attacker == "mean":
             knows = "—" if not row.attacker else "gate mean: the exact mean of all permutations"
+            if row.attack == "mora":
+                knows = "the experts, each weighed by what it adds; gate mean"
             assert found[name, knows] == [_cell(_bits(evaluation, row, f"expert {i}")) for i in (1, 2, 3)]
         elif row.attacker.startswith("expert "):
             cell = found[name, "this expert alone"][int(row.attacker[-1]) - 1]
@@ -251,7 +274,8 @@ def test_a_network_has_one_column(tmp_path: Path) -> None:
         tmp_path / "l", replace(PLAN, attackers=None, masking_images=0), NetworkTarget(brightness, 3)
     )
     run_to_end(evaluation)
-    (accuracy,) = tables(results(evaluation))
+    accuracy, least = tables(results(evaluation))
+    assert [(row[0], row[1]) for row in least.rows] == [("accuracy", accuracy.rows[-1][-1])]
     assert list(accuracy.columns) == ["attack", "what the attacker differentiates", "images", "accuracy"]
     assert [row[0] for row in accuracy.rows] == [
         "clean",
@@ -288,6 +312,7 @@ CHECKS = {
     "noise": "random noise of the same size is weaker than gradients",
     "steps": "many steps are at least as strong as one",
     "transfer": "the model's own gradients are stronger than transfer and black boxes",
+    "black": "gradients break what black boxes break",
     "loss": "loss rises with the number of steps",
     "success": "success rises with ε, to 100 %",
 }
@@ -348,7 +373,7 @@ def _masking(
     names = {text: name for name, text in CHECKS.items()} | {UNMOVED: "gradient"}
     checks = {names[check["check"]]: check for check in found["masking"]}
     assert len(checks) == len(found["masking"])
-    table = tables(found)[-1]
+    (table,) = (table for table in tables(found) if table.caption == "Signs of gradient masking")
     assert [list(row) for row in table.rows] == [
         [c["check"], "passed" if c["passed"] else "NOT PASSED", c["finding"]] for c in found["masking"]
     ]
@@ -387,10 +412,11 @@ def test_images_that_no_radius_fools_do_not_pass(tmp_path: Path) -> None:
 
 
 def test_a_black_box_that_is_stronger_does_not_pass(tmp_path: Path) -> None:
-    pytest.importorskip("torchattacks")
     honest = _masking(tmp_path, brightness, attacks=("pgd", "square"))
-    assert honest == {"noise": True, "transfer": True, "loss": True, "success": True}
-    assert not _masking(tmp_path, _flipped, attacks=("pgd", "square"))["transfer"]
+    assert honest == {"noise": True, "transfer": True, "black": True, "loss": True, "success": True}
+    masked = _masking(tmp_path, _flipped, attacks=("pgd", "square"))
+    assert not masked["transfer"]
+    assert not masked["black"]
 
 
 def test_checks_whose_attacks_were_not_made_are_left_out(tmp_path: Path) -> None:
@@ -448,6 +474,8 @@ def test_each_check_is_passed_and_not_passed_where_it_should(
         evaluation.ledger.pieces[evaluation.key(row, start, stop)] = made
     checks = {check["check"]: check["passed"] for check in results(evaluation)["masking"]}
     expected = dict.fromkeys(CHECKS.values(), True) | {CHECKS[which]: passed}
+    if which == "transfer":
+        expected[CHECKS["black"]] = passed
     assert checks == expected
 
 
@@ -513,7 +541,6 @@ def test_where_every_image_can_be_moved_nothing_is_said_of_it(whole: Evaluation)
 
 
 def test_what_is_not_attacked_is_listed_and_in_no_worst_case(tmp_path: Path) -> None:
-    pytest.importorskip("torchattacks")
     plan = replace(PLAN, attacks=("square", "fgsm"), attackers=("worst", "mean"), images=3, masking_images=0)
     evaluation = evaluation_of(tmp_path / "l", plan, loss_fn=None)
     run_to_end(evaluation)

@@ -45,13 +45,16 @@ whole = evaluations.whole
 
 def test_rows_are_every_attack_by_every_attacker_that_it_is_for() -> None:
     rows = attack_rows(MixtureTarget(trained_mixture(3), CLASSES, transfer=brightness), Plan(attacks=ATTACKS))
-    everybody = ["off", "sample", "eot", "mean", "worst", "expert 1", "expert 2", "expert 3", "transfer"]
+    everybody = ["off", "sample", "eot", "mean", "logits", "worst", "expert 1", "expert 2", "expert 3", "transfer"]
     expected = [("subset", "", ""), ("noise", "", "")]
     expected += [("attack", a, b) for a in ("fgsm", "bim", "mim", "pgd", "cw", "dlr") for b in everybody]
+    expected += [("attack", a, b) for a in ("cw100", "dlr100") for b in ("off", "mean", "logits")]
+    expected += [("attack", "pgd-sum", "sample"), ("attack", "arc", "sample")]
+    expected += [("attack", "mora", b) for b in ("off", "mean")]
     expected += [("attack", "square", b) for b in ("sample", "mean")]
     expected += [("attack", "autoattack", b) for b in ("off", "sample", "mean")]
     assert [(row.kind, row.attack, row.attacker) for row in rows] == expected
-    assert all((row.settings is None) == (row.attack in ("", "square", "autoattack")) for row in rows)
+    assert all((row.settings is None) == (row.attack in ("", "arc", "mora", "square", "autoattack")) for row in rows)
 
 
 def test_a_network_is_attacked_by_output_and_if_random_by_eot() -> None:
@@ -66,7 +69,8 @@ def test_attackers_and_curves_that_nobody_wants_are_left_out() -> None:
     rows = attack_rows(target, Plan(attacks=("fgsm", "pgd"), attackers=("expert 3", "mean")))
     expected = [(a, b) for a in ("fgsm", "pgd") for b in ("mean", "expert 3")]
     assert [(row.attack, row.attacker) for row in rows[2:]] == expected
-    assert [(row.kind, row.attacker) for row in curve_rows(target, Plan())] == [("steps", "mean"), ("eps", "mean")]
+    curves = [("steps", "mean"), ("eps", "mean"), ("draws", "eot")]
+    assert [(row.kind, row.attacker) for row in curve_rows(target, Plan())] == curves
     assert curve_rows(target, Plan(masking_images=0)) == []
     assert {row.attacker for row in curve_rows(NetworkTarget(brightness, CLASSES), Plan())} == {"output"}
 
@@ -75,12 +79,12 @@ def test_every_image_of_every_row_is_in_one_piece(whole: Evaluation) -> None:
     seen: dict[Row, list[int]] = {}
     for row, start, stop in whole.pieces():
         seen.setdefault(row, []).extend(range(start, stop))
-    counts = {"clean": 23, "eps": 4, "steps": 4}
+    counts = {"clean": 23, "eps": 4, "steps": 4, "draws": 4}
     assert {row: sorted(images) for row, images in seen.items()} == {
         row: list(range(counts.get(row.kind, 7))) for row in seen
     }
     assert list(seen)[: len(whole.rows)] == whole.rows
-    assert {row.kind for row in seen} == {"subset", "noise", "attack", "clean", "eps", "steps"}
+    assert {row.kind for row in seen} == {"subset", "noise", "attack", "clean", "eps", "steps", "draws"}
 
 
 # What is attacked, and how
@@ -328,7 +332,7 @@ def test_the_mixture_is_left_as_it_was(whole: Evaluation, tmp_path: Path, switch
     # Its switch and generator are no part of what it is.
     numbers = numbers_of(whole)
     again = {place: piece for place, piece in numbers_of(evaluation).items() if place in numbers}
-    assert len(again) == 10
+    assert len(again) == 11
     assert again.items() <= numbers.items()
 
 
@@ -553,7 +557,6 @@ def test_a_first_gradient_is_shared_and_no_number_changes(tmp_path: Path) -> Non
 
 
 def test_square_and_autoattack_are_pieces_like_others(tmp_path: Path) -> None:
-    pytest.importorskip("torchattacks")
     plan = replace(PLAN, attacks=("square", "autoattack"), attackers=("off", "sample", "mean"), masking_images=0)
     plan = replace(plan, images=3, eps=0.12, queries=15)
     evaluation = evaluation_of(tmp_path / "l", plan, loss_fn=None)
@@ -572,7 +575,6 @@ def test_square_and_autoattack_are_pieces_like_others(tmp_path: Path) -> None:
 
 
 def test_autoattack_on_a_draw_passes_the_experts_once_a_step(tmp_path: Path) -> None:
-    pytest.importorskip("torchattacks")
     passes: list[int] = []
 
     def logits(images: Tensor) -> Tensor:

@@ -179,21 +179,26 @@ def test_no_piece_is_taken_over_from_another(whole: Evaluation, name: str) -> No
     assert not {other.key(*piece) for piece in other.pieces()} & {whole.key(*piece) for piece in whole.pieces()}
 
 
-ATTACKED = {"noise", "fgsm", "pgd", "square", "autoattack", "eps", "steps"}
+MADE = ("fgsm", "pgd", "pgd-sum", "arc", "mora", "square", "autoattack")
+ATTACKED = {"noise", *MADE, "eps", "steps", "draws"}
 CHANGES: dict[str, tuple[dict[str, Any], set[str]]] = {
     # what changes → of which kinds or attacks the pieces are other ones
     "eps": ({"eps": 0.08}, ATTACKED),
     "norm": ({"norm": "L2"}, ATTACKED),
-    "drop_fooled": ({"drop_fooled": True}, {"fgsm", "pgd"}),
-    "amp": ({"amp": "bf16"}, {"fgsm", "pgd", "eps", "steps"}),
+    "drop_fooled": ({"drop_fooled": True}, {"fgsm", "pgd", "pgd-sum"}),
+    "amp": ({"amp": "bf16"}, {"fgsm", "pgd", "pgd-sum", "eps", "steps", "draws"}),
     "queries": ({"queries": 3}, {"square", "autoattack"}),
-    "curve_eps": ({"curve_eps": (0.5, 7)}, {"eps", "steps"}),
-    "curve_steps": ({"curve_steps": (1, 2)}, {"eps", "steps"}),
+    "other_eps": ({"other_eps": (0.05,)}, set()),
+    "curve_eps": ({"curve_eps": (0.5, 7)}, {"eps"}),
+    "curve_steps": ({"curve_steps": (1, 2)}, {"steps"}),
+    "curve_draws": ({"curve_draws": (1, 3)}, {"draws"}),
     "images": ({"images": 12}, set()),
     "attacks": ({"attacks": ("pgd", "square", "autoattack", "fgsm", "cw")}, set()),
-    "attackers": ({"attackers": ("mean", "worst")}, set()),
+    "attackers": ({"attackers": ("mean", "worst", "sample")}, set()),
     "masking_images": ({"masking_images": 6}, set()),
-    "autoattack_steps": ({"autoattack_steps": 2}, {"square", "autoattack"}),
+    "autoattack_steps": ({"autoattack_steps": 2}, {"autoattack"}),
+    "mora_steps": ({"mora_steps": 2}, {"mora"}),
+    "arc_steps": ({"arc_steps": 2}, {"arc"}),
     "seed": ({"seed": 6}, {"clean", "subset", *ATTACKED}),
     "chunk": ({"chunk": 2}, {"subset", *ATTACKED}),
 }
@@ -205,14 +210,16 @@ def test_every_setting_of_a_plan_is_tried_here() -> None:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_key_changes_with_what_its_piece_depends_on_alone(tmp_path: Path, name: str) -> None:
-    plan = replace(PLAN, attacks=("fgsm", "pgd", "square", "autoattack"), attackers=("mean",))
+    plan = replace(PLAN, attacks=MADE, attackers=("mean", "sample"))
     changes, expected = CHANGES[name]
     keys = []
     for each in (plan, replace(plan, **changes)):
         evaluation = evaluation_of(tmp_path / "l", each)
         first = [(row, start, stop) for row, start, stop in evaluation.pieces() if start == 0]
-        known = [piece for piece in first if piece[0].attacker in ("", "mean")]
-        keys.append({piece[0].attack or piece[0].kind: evaluation.key(*piece) for piece in known})
+        who = {"pgd-sum": "sample", "arc": "sample", "draws": "eot", "clean": "", "subset": "", "noise": ""}
+        named = {(piece[0].attack or piece[0].kind, piece[0].attacker): piece for piece in first if not piece[0].eps}
+        known = {name: piece for (name, attacker), piece in named.items() if attacker == who.get(name, "mean")}
+        keys.append({name: evaluation.key(*piece) for name, piece in known.items()})
     assert {name for name in keys[0].keys() & keys[1].keys() if keys[0][name] != keys[1][name]} == expected
 
 

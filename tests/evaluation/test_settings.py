@@ -23,6 +23,8 @@ CHANGED: dict[str, Any] = {
     "masking_images": 0,
     "queries": 9,
     "autoattack_steps": 8,
+    "mora_steps": 6,
+    "arc_steps": 5,
     "seed": 4,
 }
 
@@ -43,13 +45,32 @@ def test_options_and_settings_mean_each_other(changes: dict[str, Any]) -> None:
 def test_a_plan_has_the_settings_and_for_the_rest_the_run_s() -> None:
     attackers = ("mean", "expert 1", "expert 2")
     plan = EvaluationSettings().plan(attackers, (8, 8), images=5, seed=6, chunk=2)
-    assert (plan.attacks, plan.attackers) == (("fgsm", "bim", "mim", "pgd"), None)
+    assert (plan.attacks, plan.attackers) == (("fgsm", "bim", "mim", "pgd", "pgd-sum", "arc", "mora"), None)
     assert (plan.images, plan.seed, plan.chunk) == (5, 6, 2)
     plan = EvaluationSettings(**CHANGED).plan(attackers, (8, 8), images=5, seed=6, chunk=2)
     assert (plan.attacks, plan.attackers) == (("fgsm", "pgd", "dlr"), attackers)
     assert (plan.images, plan.seed) == (3, 4)
-    for name in ("eps", "norm", "drop_fooled", "amp", "masking_images", "queries", "autoattack_steps"):
+    for name in (
+        "eps",
+        "norm",
+        "drop_fooled",
+        "amp",
+        "masking_images",
+        "queries",
+        "autoattack_steps",
+        "mora_steps",
+        "arc_steps",
+    ):
         assert getattr(plan, name) == CHANGED[name]
+
+
+def test_several_radii_are_the_largest_and_others() -> None:
+    settings = evaluate.parse(["run", "--eps", "4/255,8/255,2/255"])[0]
+    assert settings.eps == (4 / 255, 8 / 255, 2 / 255)
+    assert evaluate.parse(["run", *settings.options()])[0] == settings
+    plan = settings.plan(("mean",), (8, 8), images=5, seed=6, chunk=2)
+    assert (plan.eps, plan.other_eps) == (8 / 255, (2 / 255, 4 / 255))
+    assert plan.radii == (2 / 255, 4 / 255, 8 / 255)
 
 
 def test_the_widest_radius_in_l2_is_that_of_the_images() -> None:
@@ -73,6 +94,8 @@ def test_the_widest_radius_in_l2_is_that_of_the_images() -> None:
         ({"eps": 8.0}, "--eps: expected at most 1, .* got 8"),
         ({"limit": 2.5}, "--limit: expected a whole number, got 2.5"),
         ({"seed": True}, "--seed: expected a whole number, got True"),
+        ({"eps": (0.1, -0.1)}, "--eps: expected a finite number of at least 0, got -0.1"),
+        ({"eps": ()}, "--eps: expected at least one radius, got none"),
         ({"norm": "L3"}, "--norm: expected one of Linf, L2, got 'L3'"),
         ({"eps": "x"}, "--eps: expected a finite number of at least 0, got x"),
         ({"eps": float("nan")}, "--eps: expected a finite number of at least 0, got nan"),

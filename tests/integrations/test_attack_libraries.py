@@ -73,7 +73,7 @@ def _art(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 LIBRARIES: dict[str, Attack] = {
     "ours": _ours,
     "torchattacks": _torchattacks,
-    "AutoAttack, by torchattacks": _autoattack,
+    "our AutoAttack": _autoattack,
     "foolbox": _foolbox,
     "ART": _art,
 }

@@ -1,0 +1,80 @@
+"""What tables call attacks, attackers, judges and radii; and accuracies as they are written down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS, GATE_WORDS
+from immunity_fast.evaluation.metrics import wilson_interval
+
+NAMES = {
+    "clean": "clean",
+    "subset": "clean, the attacked images",
+    "noise": "random noise of the same size",
+    "fgsm": "FGSM",
+    "bim": "BIM-10",
+    "mim": "MIM-10",
+    "pgd": "PGD-20",
+    "cw": "PGD-20 on the CW margin",
+    "dlr": "PGD-20 on DLR",
+    "cw100": "PGD-100 on the CW margin, 5 restarts",
+    "dlr100": "PGD-100 on DLR, 5 restarts",
+    "pgd-sum": "PGD-20 on the expected loss",
+    "arc": "ARC",
+    "mora": "MORA",
+    "square": "Square (no gradients)",
+    "autoattack": "AutoAttack",
+}
+JUDGES = {name: GATE_WORDS[name] for name in ("sample", "mean", "off", "worst")} | {"output": "accuracy"}
+# What is differentiated by attacks that are more than a loss.
+OF_MEMBERS = {
+    "pgd-sum": "the mean loss of all permutations: what ARC has to beat",
+    "arc": "one permutation after the other, for the expected accuracy of all",
+    "mora": "the experts, each weighed by what it adds",
+}
+
+
+def knows(attack: str, attacker: str | None) -> str:
+    """What somebody differentiates who makes an attack, as a table says it."""
+    if attacker is None:
+        return "—"
+    if attack in OF_MEMBERS:
+        return OF_MEMBERS[attack] + (f"; {GATE_WORDS[attacker]}" if attack == "mora" else "")
+    if attacker == "any expert":
+        return "an expert alone, transferred; the worst of them"
+    return DESCRIPTIONS.get(attacker, attacker)
+
+
+def radius_words(eps: float, norm: str) -> str:
+    """A radius as people write it: 8/255, where Linf's is so many levels of a pixel; else a number."""
+    levels = 255 * eps
+    whole = norm == "Linf" and levels >= 0.5 and math.isclose(levels, round(levels), rel_tol=1e-9)
+    return f"{round(levels)}/255" if whole else f"{eps:.4g}"
+
+
+def share(right: Sequence[bool]) -> dict[str, Any]:
+    """{correct, images, accuracy, interval (Wilson, 95 %)} of bits."""
+    correct, images = sum(right), len(right)
+    return {
+        "correct": correct,
+        "images": images,
+        "accuracy": correct / images if images else math.nan,
+        "interval": list(wilson_interval(correct, images)),
+    }
+
+
+def percent(entry: Mapping[str, Any] | None) -> str:
+    """An accuracy in %, ± half its interval; a dash for None."""
+    if entry is None:
+        return "—"
+    return f"{100 * entry['accuracy']:.1f} ± {50 * (entry['interval'][1] - entry['interval'][0]):.1f}"
+
+
+def find(found: Mapping[str, Any], attack: str, attacker: str | None, judge: str) -> dict[str, Any] | None:
+    """The entry of `results`' accuracies for an attack, an attacker (None: nobody) and a judge; None without one."""
+    for entry in found["accuracy"]:
+        if (entry["attack"], entry["attacker"], entry["judge"]) == (attack, attacker, judge):
+            return dict(entry)
+    return None
