@@ -304,7 +304,7 @@ class _Descents:
             low, high = linf_bounds(images, settings.radius if radii is None else radii, self.box)
         self.clean = State(images, images, labels, None, None, low, high, _zeros(images), radii)
         self.worst = Worst(images, needed=True)
-        self.unmoved = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        self.unmoved = torch.ones(len(images), dtype=torch.bool, device=images.device)
         self.first = True  # no gradient was taken yet
 
     def run(self) -> Tensor:
@@ -316,7 +316,7 @@ class _Descents:
                 self._descend(start, self._mixed(mixing, formula))
         for aimed_at in targets:
             self._descend(self._start()._replace(targets=aimed_at), self._targeted)
-        stuck = int((self.unmoved & (self.worst.success < FOR_GOOD)).sum())
+        stuck = 0 if self.first else int((self.unmoved & (self.worst.success < FOR_GOOD)).sum())
         if stuck:
             warnings.warn(
                 f"the attack cannot move: the gradient is exactly zero for {stuck} of {len(self.unmoved)} images "
@@ -333,7 +333,6 @@ class _Descents:
         check_range(self.clean.labels, None, found.logits.shape[-1])
         check_finite(found.broken)
         self.worst.update(self._everybody(), self.clean.images, found.loss, FOR_GOOD * found.fooled)
-        self.unmoved |= ~found.fooled & (self.settings.steps > 0)
         output = reweighing.answer(found.logits, found.weights, self.settings.average)
         count = min(self.settings.targeted, output.shape[-1] - 1)
         wrong = output.scatter(-1, self.clean.labels[:, None], -torch.inf)
@@ -471,8 +470,8 @@ def _members_of(
     mixture = mixture_in(model)
     if mixture is None:
         raise ValueError(
-            "model: expected a list of networks, or a mixture with `expert_logits`, `gate_weights` and a `gate`: what is "
-            f"attacked are the members, got {type(model).__name__}"
+            "model: expected a list of networks, or a mixture with `expert_logits`, `gate_weights` and a `gate`: the "
+            f"members are attacked, got {type(model).__name__}"
         )
     if weights is not None:
         raise ValueError("weights: expected None, as a mixture has its own, see `weighing`, got some")
