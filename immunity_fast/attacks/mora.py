@@ -37,6 +37,7 @@ from immunity_fast.attacks.projections import (
     UNIT,
     Bounds,
     Norm,
+    largest_magnitude,
     linf_bounds,
     project_l2,
     random_start,
@@ -280,6 +281,7 @@ class _Answers(NamedTuple):
     loss: Tensor  # (B,) cross-entropy of the ensemble
     fooled: Tensor  # (B,) bool
     broken: Tensor  # (B,) bool: whether an output is no number
+    said: tuple[Tensor, Tensor]  # logits and weights as the members gave them, in float32 at least
 
 
 _Objective = Callable[[_Answers, State], Tensor]  # what is maximised, (B,)
@@ -392,32 +394,47 @@ class _Descents:
             check_dependence(lambda x, _: self.members.logits(x), state.adversarial, state.labels, None, self.box)
 
     def _differentiate(self, state: State, objective: _Objective) -> tuple[Tensor, _Answers]:
-        """(the objective's gradient (B, C, H, W); what the members say). PyTorch is asked for the images' alone."""
+        """(the objective's gradient (B, C, H, W), scaled; what the members say).
+
+        What is sent back through the members is each image's gradient with a largest magnitude of 1. The loss divides
+        by gaps: where they are next to nothing, its own is more than float16 has.
+        """
         with torch.enable_grad():
             x = state.adversarial.detach().requires_grad_()
             found = self._asked(state._replace(adversarial=x))
-            # The sum, not the mean: an image's gradient then does not shrink with the size of its batch.
-            return image_gradient(objective(found, state).sum(), x), found
+            total = objective(found, state).sum()
+            said = [value for value in found.said if value.requires_grad]
+            if not said:
+                return image_gradient(total, x), found
+            gradients = torch.autograd.grad(total, said, allow_unused=True, materialize_grads=True)
+            # Images first: logits are (N, B, K), weights (B, N).
+            by_image = [value.movedim(-2, 0).flatten(1) for value in gradients]
+            largest = largest_magnitude(torch.cat(by_image, 1))
+            scaled = [value / largest for value in gradients]
+            gradient = torch.autograd.grad(said, x, scaled, allow_unused=True)[0]
+            return image_gradient(total.detach(), x) if gradient is None else gradient, found
 
     def _asked(self, state: State) -> _Answers:
         """One pass over all members, and the verdict on what they say."""
         average = self.settings.average
-        said = self.members.logits(state.adversarial)
-        logits = at_least_float32(outputs_of(said, len(state.labels)))
+        returned = self.members.logits(state.adversarial)
+        logits = at_least_float32(outputs_of(returned, len(state.labels)))
         if logits.dim() != 3 or logits.shape[-1] < 2:
             raise ValueError(
-                f"model: expected members' logits (N, {len(state.labels)}, K), at least 2 classes, got {kind_of(said)}"
+                f"model: expected members' logits (N, {len(state.labels)}, K) of at least 2 classes, got "
+                f"{kind_of(returned)}"
             )
         weights = self.members.weights(state.adversarial).to(logits.dtype)
         broken = not_finite(logits) | (logits == -torch.inf).all(-1).any(0) | ~weights.detach().isfinite().all(-1)
         labels = state.labels.clamp(0, logits.shape[-1] - 1)  # on a GPU one out of range would end the process
         with torch.no_grad():
             fooled = reweighing.predicted(logits, weights, average) != labels
+        said = logits, weights
         logits = reweighing.finite_logits(logits)
         with torch.no_grad():
             output = reweighing.answer(logits, weights, average)
             loss = F.cross_entropy(output, labels, reduction="none")
-        return _Answers(logits, weights, loss, fooled, broken)
+        return _Answers(logits, weights, loss, fooled, broken, said)
 
     def _keep(self, batch: Batch, found: _Answers) -> None:
         self.worst.update(batch.where, batch.state.adversarial, found.loss, FOR_GOOD * found.fooled)
