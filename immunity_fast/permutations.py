@@ -5,12 +5,12 @@ Shapes: N experts, B images, K classes.
 
 import itertools
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from immunity_fast.runtime.precision import accumulation_dtype
-
 
 MOST_EXPERTS = 8  # of which all permutations are tried: 40,320
 SAMPLED = 5040  # permutations of more experts, drawn once and for all
@@ -131,6 +131,7 @@ def _differences(logits: Tensor, labels: Tensor) -> Tensor:
     return probabilities - own
 
 
+@cache
 def orders_tried(num_experts: int) -> Tensor:
     """(P, N) int64: all N! orders of up to 8 experts; of more 5,040 random ones, the same each time.
 
@@ -169,7 +170,7 @@ def shares_right(logits: Tensor, gate: Tensor, labels: Tensor) -> Tensor:
     weights = gate[split].to(differences.dtype)
     orders = orders_tried(len(logits)).to(labels.device)
     right = torch.zeros(len(split), dtype=torch.float64, device=labels.device)
-    for some in orders.split(max(1, CELLS // differences[0].numel())):
+    for some in torch.split(orders, max(1, CELLS // differences[0].numel())):
         margins = torch.einsum("bpn,nbk->bpk", weights[:, some], differences)
         right += margins.masked_fill(own[:, None], -math.inf).amax(-1).lt(0).sum(1)
     return shares.index_copy(0, split, right / len(orders))
