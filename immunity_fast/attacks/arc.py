@@ -544,8 +544,8 @@ def arc(
         classes: how many of the next likeliest classes' boundaries are compared, G; None is 1 of up to 10 classes and 4
             of more, as published.
         members: most permutations of a walk. Which they are is drawn anew for each.
-        restarts: how often, the best counting. Networks are walked over by their weights at first, the largest first, and
-            from the second walk of a call on in a random order.
+        restarts: how often, the best counting. Networks are walked over by their weights at first, the largest first,
+            and from the second walk of a call on in a random order.
         random_start: begin at a random point of the ball, which counts like all that are reached.
         generator: of random starts, orders and permutations; None is a new one seeded with 0, so that a call is
             reproducible. PyTorch's default generator is left alone.

@@ -132,7 +132,7 @@ def mixture_in(model: Any) -> Mixture | None:
         return None
     if is_mixture(model):
         return model
-    inner = getattr(model, "model", None)
+    inner = getattr(model, "exact_mean_of", None)  # not just any module that has a mixture inside
     return inner if isinstance(inner, nn.Module) and is_mixture(inner) else None
 
 
