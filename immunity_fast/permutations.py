@@ -3,7 +3,6 @@
 Shapes: N experts, B images, K classes.
 """
 
-import itertools
 import math
 
 import torch
@@ -137,7 +136,11 @@ def orders_tried(num_experts: int) -> Tensor:
         num_experts: N.
     """
     if num_experts <= MOST_EXPERTS:
-        return torch.tensor(list(itertools.permutations(range(num_experts))))
+        orders = torch.zeros(1, 0, dtype=torch.int64)
+        for expert in range(num_experts):  # at every place of each order of those before; faster than a list
+            new = torch.full((len(orders), 1), expert)
+            orders = torch.cat([torch.cat([orders[:, :i], new, orders[:, i:]], 1) for i in range(expert + 1)])
+        return orders
     return random_orders(SAMPLED, num_experts, torch.Generator().manual_seed(0), torch.device("cpu"))
 
 

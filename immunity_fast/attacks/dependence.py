@@ -10,12 +10,13 @@ from immunity_fast.attacks.mixtures import LabelledModel, exact_means
 from immunity_fast.attacks.projections import UNIT, Bounds
 
 
-def image_gradient(total: Tensor, images: Tensor) -> Tensor:
+def image_gradient(total: Tensor, images: Tensor, keep_graph: bool = False) -> Tensor:
     """The gradient of a number with respect to the images that it was computed from.
 
     Args:
         total: (), what is differentiated.
         images: (B, C, H, W), which require gradients.
+        keep_graph: for another number of the same pass.
 
     Returns:
         (B, C, H, W).
@@ -23,7 +24,9 @@ def image_gradient(total: Tensor, images: Tensor) -> Tensor:
     Raises:
         ValueError: there is no gradient, because of torch.inference_mode, or because an output was detached.
     """
-    gradient = torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
+    gradient = None
+    if total.requires_grad:
+        gradient = torch.autograd.grad(total, images, retain_graph=keep_graph, allow_unused=True)[0]
     if gradient is None and torch.is_inference_mode_enabled():
         raise ValueError(
             "model: expected outputs with a gradient with respect to the images, got those of torch.inference_mode, "

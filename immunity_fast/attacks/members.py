@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from immunity_fast.attacks.mixtures import Mixture, Model, is_mixture, trained_gate
 from immunity_fast.attacks.modes import attacked
-from immunity_fast.runtime.outputs import logits_of
+from immunity_fast.attacks.preprocessing import Preprocessing, preprocessed
+from immunity_fast.runtime.outputs import check_logits
+from immunity_fast.runtime.precision import accumulation_dtype
 
 Weighing = Literal["mean", "off"]  # 1/N each, or the gate's weights as they were trained
 
@@ -39,13 +41,19 @@ class NetworkMembers(Members):
     Args:
         networks: N callables from images (B, C, H, W) to logits (B, K).
         weights: N numbers ≥ 0, which are divided by their sum; None is 1/N each.
+        preprocessing: of images on their way to all of them.
 
     Raises:
         ValueError: no network, or weights of another number, negative, not finite, or all zero.
         TypeError: what cannot be called.
     """
 
-    def __init__(self, networks: Sequence[Model], weights: Sequence[float] | Tensor | None = None) -> None:
+    def __init__(
+        self,
+        networks: Sequence[Model],
+        weights: Sequence[float] | Tensor | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
         self.networks = list(networks)
         if not self.networks:
             raise ValueError("model: expected at least one network, got none")
@@ -61,16 +69,22 @@ class NetworkMembers(Members):
         if not (bool(given.isfinite().all()) and bool((given >= 0).all()) and float(given.sum()) > 0):
             raise ValueError(f"weights: expected finite numbers of at least 0, some above it, got {given.tolist()}")
         self.shares = given / given.sum()
+        self._asked = [preprocessed(network, preprocessing) for network in self.networks]
 
     def logits(self, images: Tensor) -> Tensor:
-        return torch.stack([self.one(i, images) for i in range(len(self.networks))])
+        found = [self.one(i, images) for i in range(len(self.networks))]
+        for i, logits in enumerate(found):
+            if logits.shape != found[0].shape:
+                raise ValueError(f"model: expected {found[0].shape[-1]} classes of network {i}, got {logits.shape[-1]}")
+        return torch.stack(found)
 
     def one(self, index: int, images: Tensor) -> Tensor:
-        found: Tensor = logits_of(self.networks[index](images))
-        return found
+        return check_logits("model", index, self._asked[index](images), len(images))
 
     def weights(self, images: Tensor) -> Tensor:
-        return self.shares.to(images.device, torch.float32).expand(len(images), -1)
+        if self.shares.device != images.device:  # a copy from the host is waited for
+            self.shares = self.shares.to(images.device)
+        return self.shares.to(accumulation_dtype(images)).expand(len(images), -1)
 
 
 class MixtureMembers(Members):
@@ -80,13 +94,19 @@ class MixtureMembers(Members):
         mixture: in evaluation mode. Its switch does not matter.
         weighing: "off", the gate's weights as they were trained; "mean", 1/N each.
         expert_logits: what computes the mixture's, if compiled code is to; None is `mixture.expert_logits`.
+        preprocessing: of images on their way to the mixture.
     """
 
     def __init__(
-        self, mixture: Mixture, weighing: Weighing = "off", expert_logits: Callable[[Tensor], Tensor] | None = None
+        self,
+        mixture: Mixture,
+        weighing: Weighing = "off",
+        expert_logits: Callable[[Tensor], Tensor] | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         self.mixture, self.weighing = mixture, weighing
-        self.expert_logits = expert_logits or mixture.expert_logits
+        self.expert_logits = preprocessed(expert_logits or mixture.expert_logits, preprocessing)
+        self._weights = preprocessed(self._weights_of, preprocessing)
 
     def logits(self, images: Tensor) -> Tensor:
         return self.expert_logits(images)
@@ -95,6 +115,9 @@ class MixtureMembers(Members):
         return self.expert_logits(images)[index]
 
     def weights(self, images: Tensor) -> Tensor:
+        return self._weights(images)
+
+    def _weights_of(self, images: Tensor) -> Tensor:
         if self.weighing == "off":
             return trained_gate(self.mixture, images)
         with self.mixture.gate.switched("mean"):
@@ -109,7 +132,7 @@ def mixture_in(model: Any) -> Mixture | None:
         return None
     if is_mixture(model):
         return model
-    inner = getattr(model, "model", None)
+    inner = getattr(model, "exact_mean_of", None)  # not just any module that has a mixture inside
     return inner if isinstance(inner, nn.Module) and is_mixture(inner) else None
 
 

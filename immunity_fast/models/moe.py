@@ -819,6 +819,11 @@ class ExactMean(nn.Module):
         """Log-probabilities (B, num_classes) of `images` (B, C, H, W) in [0, 1]; the gate is not asked."""
         return log_mixture(self.model.expert_logits(images))
 
+    @property
+    def exact_mean_of(self) -> ImmunityMoE:
+        """The mixture: an attack on a mixture alone knows this module by it."""
+        return self.model
+
 
 def _normalize(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> Normalize:
     """The normalisation of images of so many channels; where none is given, by what is usual.

@@ -15,14 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from immunity_fast import ImmunityMoE, RandomSwitchGate
+from immunity_fast import ImmunityMoE, RandomSwitchGate, permutations
 from immunity_fast.attacks import Attack, BoundAttack, pgd
 from immunity_fast.attacks.mixtures import trained_gate
 from immunity_fast.evaluation import gate_attackers
 from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS, KNOWLEDGE, answered_rightly, attacker, averaged
 from immunity_fast.experts.staged import GlobalAveragePool
 from immunity_fast.functional import mixture_log_probabilities
-from immunity_fast.permutations import always_fooled, permuted, worst_margins, worst_weights
+from immunity_fast.permutations import (
+    always_fooled,
+    orders_tried,
+    permuted,
+    share_is_exact,
+    shares_right,
+    worst_margins,
+    worst_weights,
+)
 from tests import grids, oracle
 
 CLASSES = 4
@@ -90,6 +98,82 @@ def test_worst_weights_are_a_permutation_that_no_other_beats(experts: int, kind:
             mixture[m] - mixture[label] for mixture in _mixtures(logits, gate, q) for m in range(CLASSES) if m != label
         )
         assert reached == pytest.approx(best, abs=1e-14)
+
+
+@every_case
+def test_the_share_that_is_right_is_counted(experts: int, kind: str) -> None:
+    logits, gate, labels = _case(experts, kind)
+    shares = shares_right(logits, gate, labels)
+    assert shares.dtype == torch.float64
+    for sample, label in enumerate(labels.tolist()):
+        # Beyond rounding a class beats the label or not; where it is as likely, either count of it is one.
+        margins = [
+            max(p for k, p in enumerate(mixed) if k != label) - mixed[label]
+            for mixed in _mixtures(logits, gate, sample)
+        ]
+        surely, perhaps = (sum(m < slack for m in margins) / len(margins) for slack in (-1e-12, 1e-12))
+        assert surely - 1e-12 <= float(shares[sample]) <= perhaps + 1e-12
+
+
+def test_shares_are_of_all_kinds() -> None:
+    """All, none, and some of the permutations right: each is counted in its own way."""
+    shares = torch.cat([shares_right(*_case(experts)) for experts in range(2, 6)])
+    assert bool((shares == 0).any())
+    assert bool((shares == 1).any())
+    assert int(((shares > 0) & (shares < 1)).sum()) > 5
+
+
+def test_a_class_as_likely_as_the_label_is_wrong() -> None:
+    logits = torch.zeros(2, 1, 3, dtype=torch.float64)
+    gate, label = torch.tensor([[0.25, 0.75]], dtype=torch.float64), torch.tensor([1])
+    assert shares_right(logits, gate, label).tolist() == [0]
+    logits[0, 0, 1] = 1.0
+    assert shares_right(logits, gate, label).tolist() == [1]
+
+
+def test_shares_do_not_depend_on_how_many_orders_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = shares_right(*_case(5))
+    for cells in (1, 100):
+        monkeypatch.setattr(permutations, "CELLS", cells)
+        assert torch.equal(shares_right(*_case(5)), expected)
+
+
+def test_shares_of_edges() -> None:
+    logits, gate, labels = _case(3)
+    assert shares_right(logits[:, :0], gate[:0], labels[:0]).shape == (0,)
+    alone = shares_right(logits[:1], torch.ones_like(gate[:, :1]), labels)
+    assert torch.equal(alone, (logits[0].argmax(-1) == labels).double())
+    narrow = shares_right(logits.float(), gate.float(), labels)
+    assert torch.equal(narrow, shares_right(logits, gate, labels))
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 5, 7])
+def test_all_orders_are_tried_once(experts: int) -> None:
+    found = sorted(map(tuple, orders_tried(experts).tolist()))
+    assert found == list(itertools.permutations(range(experts)))
+    assert share_is_exact(experts)
+
+
+def test_of_many_experts_some_orders_are_tried() -> None:
+    """The same each time, whatever the global generator; the share is then an estimate."""
+    assert share_is_exact(8)
+    assert len(orders_tried(8)) == math.factorial(8)
+    assert not share_is_exact(9)
+    state = torch.get_rng_state()
+    orders = orders_tried(9)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert orders.shape == (5040, 9)
+    assert torch.equal(orders_tried(9), orders)
+    assert torch.equal(orders.sort(-1).values, torch.arange(9).expand(5040, -1))
+    # Each expert is about as often at each place: within five standard deviations.
+    counts = torch.stack([(orders == expert).sum(0) for expert in range(9)]).double()
+    assert float((counts - 560).abs().max()) < 5 * math.sqrt(5040 * (1 / 9) * (8 / 9))
+    # One expert alone is right, and the largest weight alone suffices: a ninth of all orders.
+    logits = torch.zeros(9, 1, 2, dtype=torch.float64)
+    logits[:, 0, 1] = 8.0
+    logits[4, 0] = torch.tensor([8.0, 0.0])
+    gate = torch.tensor([[0.6] + [0.05] * 8], dtype=torch.float64)
+    assert float(shares_right(logits, gate, torch.tensor([0]))) == pytest.approx(1 / 9, abs=5 * 0.0045)
 
 
 @every_case
