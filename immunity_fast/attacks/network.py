@@ -36,6 +36,9 @@ from immunity_fast.functional import log_mixture
 from immunity_fast.runtime.precision import at_least_float32
 
 
+NOT_FINITE = "model: expected finite outputs, got NaN or infinite ones for an image of the ball"
+
+
 @dataclass(frozen=True)
 class Objective:
     """What an attack maximises, and when it has succeeded.
@@ -86,12 +89,17 @@ class Network:
         outputs = at_least_float32(self._last(self.model(images.to(self.dtype))))
         # An argmax takes NaN for the largest: a row of it is class 0, and an image of that class passed for robust.
         if bool(not_finite(outputs).any()):
-            raise ValueError("model: expected finite outputs, got NaN or infinite ones for an image of the ball")
+            raise ValueError(NOT_FINITE)
         return outputs
+
+    def gives_draws(self) -> None:
+        """Take the model's outputs (draws, B, K) for the draws of a step."""
+        self._at_once = self.random = True
 
     def draws_of(self, mixture: Mixture) -> None:
         """Take the draws of a mixture, which is all of the model, by one pass over its experts."""
-        self._mixture, self._at_once, self.random = mixture, True, True
+        self._mixture = mixture
+        self.gives_draws()
         self.model = drawn(mixture, self.draws)
 
     def look(
@@ -118,12 +126,15 @@ class Network:
             broken |= not_finite(outputs) | losses.isnan()
             loss = losses if number == 0 else loss + losses
             slope = along if slope is None or along is None else slope + along
-        if slope is not None:
-            broken |= ~slope.isfinite().flatten(1).all(1)
         if self.judge is None:
             fooled = _succeeded(outputs[-1], labels, targets, objective)
-            return Look(slope, loss / passes, (1 if self.random else FOR_GOOD) * fooled.long(), broken)
-        return self._judged(slope, broken, answers, images, labels, targets, objective)
+            found = Look(slope, loss / passes, (1 if self.random else FOR_GOOD) * fooled.long(), broken)
+        else:
+            found = self._judged(slope, broken, answers, images, labels, targets, objective)
+        if slope is None:
+            return found
+        # An output of −∞ may have no slope: where it is the label's, the image is done.
+        return found._replace(broken=found.broken | (~slope.isfinite().flatten(1).all(1) & (found.success < FOR_GOOD)))
 
     def _said(self, images: Tensor) -> tuple[Tensor, Answers | None]:
         """(outputs (draws, B, K), what a mixture said on the way, where its judge wants to know)."""
@@ -161,7 +172,7 @@ class Network:
             else:
                 assert self.judge is not None
                 outputs, always = self.judge(images.to(self.dtype), labels, reached)
-            outputs = at_least_float32(outputs)
+            outputs = at_least_float32(self._last(outputs))
             loss = self._losses(outputs[None], labels, targets, objective)
             fooled = _succeeded(outputs, labels, targets, objective)
         return Look(gradient, loss, fooled.long() + (fooled & always), broken | not_finite(outputs) | loss.isnan())
@@ -194,7 +205,7 @@ class Network:
             with asked_modules(meant) as asked:
                 outputs = self.model(inputs)
             if outputs.dim() == 3 and len(outputs) == self.draws > 1:
-                self._at_once = True
+                self.gives_draws()
                 outputs = outputs[-1]
             elif asked.random_gates:
                 self.random = True
@@ -211,8 +222,23 @@ class Network:
         return at_least_float32(outputs.detach())
 
 
-# (images (B, C, H, W), labels (B,), outputs (B, K) for these images) to images of which some may fool the model.
-Part = Callable[[Tensor, Tensor, Tensor], Tensor]
+class Aim(NamedTuple):
+    """What the rows of a targeted attack aim at."""
+
+    targets: Tensor  # (B,)
+    places: Tensor  # (B,) of their images: rows of one place are done as soon as one of them fools the model
+
+
+class Part(NamedTuple):
+    """An attack of AutoAttack's, from images (B, C, H, W) and labels (B,) to images of which some may fool the model.
+
+    Attributes:
+        attack: a targeted one has an aim, another none.
+        targets: how many classes a targeted one runs for, the likeliest wrong ones.
+    """
+
+    attack: Callable[[Tensor, Tensor, Aim | None], Tensor]
+    targets: int = 0
 
 
 def in_turn(
@@ -230,9 +256,10 @@ def in_turn(
     """What several attacks make of images, one after the other, each on the images that survived those before.
 
     What a part hands back is moved into the ball and the bounds, exactly in the images' dtype, and judged by a pass.
+    Where few images are left, several targets are one batch, which is no larger than the one that was given.
 
     Args:
-        network: asked in its images' dtype.
+        network: asked in the images' dtype.
         parts: the attacks. Images that one hands back unchanged have withstood it.
         images: (B, C, H, W) within the bounds.
         labels: (B,).
@@ -252,25 +279,52 @@ def in_turn(
     with seeded(seed), ExitStack() as stack:
         outputs = network.begin(images, num_classes, stack)
         check_range(labels, None, outputs.shape[1])
+        likeliest = _wrong_classes(outputs, labels)
         survivors = (outputs.argmax(1) == labels).nonzero()[:, 0]
         for part in parts:
-            if not len(survivors):
-                break
-            clean, classes = images[survivors].contiguous(), labels[survivors]
-            found = _inside(part(clean, classes, outputs[survivors]), clean, eps, norm, box)
-            rows = torch.arange(len(found), device=found.device)
-            if not network.random:  # what is as it was is right, as was seen at the beginning
-                rows = (found != clean).flatten(1).any(1).nonzero()[:, 0]
-            if not len(rows):
-                continue
-            with torch.no_grad():
-                fooled = network(found[rows]).argmax(1) != classes[rows]
-            fallen = rows[fooled]
-            adversarial[survivors[fallen]] = found[fallen]
-            left = torch.ones_like(survivors, dtype=torch.bool)
-            left[fallen] = False
-            survivors = survivors[left]
+            tried = 0
+            while len(survivors) and tried < max(part.targets, 1):
+                at_once = 1 if network.random else max(len(images) // len(survivors), 1)
+                places, aim = survivors, None
+                if part.targets:
+                    columns = likeliest[survivors, tried : min(tried + at_once, part.targets)]
+                    places = survivors.repeat(columns.shape[1])
+                    aim = Aim(columns.T.flatten(), places)
+                clean, classes = images[places], labels[places]
+                found = _inside(part.attack(clean, classes, aim), clean, eps, norm, box)
+                fooled = _fools(network, found, clean, classes)
+                fooled = fooled[first_of_each(places[fooled], len(images))]
+                adversarial[places[fooled]] = found[fooled]
+                fallen = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+                fallen[places[fooled]] = True
+                survivors = survivors[~fallen[survivors]]
+                tried += at_once
     return adversarial
+
+
+def _wrong_classes(outputs: Tensor, labels: Tensor) -> Tensor:
+    """All classes but the labels (B, K − 1), the likeliest by the outputs (B, K) first."""
+    first = outputs.scatter(1, labels[:, None], torch.inf)
+    return torch.sort(first, dim=1, descending=True, stable=True).indices[:, 1:]
+
+
+def _fools(network: Network, found: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    """Indices of the images that fool the model at a pass."""
+    if network.random:
+        rows = torch.arange(len(found), device=found.device)
+    else:  # what is as it was is right, as was seen at the beginning
+        rows = (found != images).flatten(1).any(1).nonzero()[:, 0]
+    if not len(rows):
+        return rows
+    with torch.no_grad():
+        return rows[network(found[rows]).argmax(1) != labels[rows]]
+
+
+def first_of_each(places: Tensor, whole: int) -> Tensor:
+    """Indices of the first row of each place among rows' places (B,), of which there are `whole`."""
+    rows = torch.arange(len(places), device=places.device)
+    first = torch.full((whole,), len(places), device=places.device).scatter_reduce(0, places, rows, "amin")
+    return first[first < len(places)]
 
 
 def _inside(found: Tensor, images: Tensor, eps: float, norm: Norm, box: Bounds) -> Tensor:

@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from immunity_fast.attacks.autoattack import check_installed
 from immunity_fast.attacks.projections import Norm
 from immunity_fast.evaluation.gate_attackers import KNOWLEDGE
-from immunity_fast.evaluation.runner import ATTACKS, OTHER_ATTACKS, SETS, Plan
+from immunity_fast.evaluation.runner import ATTACKS, SETS, Plan
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.checks import check_choice, is_number
 from immunity_fast.runtime.precision import chosen_amp
@@ -87,13 +86,6 @@ class EvaluationSettings:
             raise ValueError(
                 f"--eps: expected at most 1, as images are in [0, 1], got {given}; of 255 levels: {given}/255"
             )
-
-    def check_installed(self) -> None:
-        """Look for what the attacks need, before anything is loaded; ModuleNotFoundError where it is missing."""
-        attacks = [attack for name in self.attacks for attack in SETS.get(name, (name,))]
-        for attack in OTHER_ATTACKS:
-            if attack in attacks:
-                check_installed(attack)
 
     def plan(
         self,

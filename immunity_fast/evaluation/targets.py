@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from immunity_fast.attacks import LabelledModel, Model
-from immunity_fast.attacks.autoattack import seeded
 from immunity_fast.attacks.checks import check_finite, not_finite
 from immunity_fast.attacks.mixtures import (
     Answers,
@@ -23,6 +22,7 @@ from immunity_fast.attacks.mixtures import (
     exact_means,
     trained_gate,
 )
+from immunity_fast.attacks.network import seeded
 from immunity_fast.attacks.saving import hash_of_weights
 from immunity_fast.attacks.settling import Settling
 from immunity_fast.evaluation import gate_attackers

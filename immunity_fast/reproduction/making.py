@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from immunity_fast.attacks.autoattack import check_installed
 from immunity_fast.reproduction.experiments import SCALES, Experiments, jobs_of
 from immunity_fast.reproduction.jobs import Queue
 from immunity_fast.reproduction.output import write
@@ -31,7 +30,6 @@ def wanted(
 
     Raises:
         ValueError: settings out of range.
-        ModuleNotFoundError: a table needs a package that is missing.
     """
     if changes.get("experts", 2) < 2:
         raise ValueError(f"--experts: expected at least 2, got {changes['experts']}")
@@ -39,8 +37,6 @@ def wanted(
         limit = "at least 1" if seeds < 1 else f"at most {MOST_SEEDS}"
         raise ValueError(f"--seeds: expected {limit}, got {seeds}")
     names = list(PRODUCTS) if what == ALL else [what]
-    if "table2" in names:
-        check_installed("table2")
     experiments = Experiments(SCALES[scale], dict(changes), seeds, dataset)
     products = {name: PRODUCTS[name](experiments) for name in names}
     for product in products.values():

@@ -95,7 +95,6 @@ def evaluate_named(
     """
     check_whole("image_size", image_size, 1)
     check_whole("channels", channels, 1)
-    settings.check_installed()
     if names_callable(place):
         for name, value in (("dataset", dataset), ("out", out)):
             if value is None:
