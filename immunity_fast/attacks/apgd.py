@@ -334,7 +334,7 @@ class Descent:
                 rows = rows.select((~together).nonzero()[:, 0])
                 if not len(rows.where):
                     break
-            if step + 1 < self.steps and step in checkpoints:
+            if step in checkpoints and step < self.steps:
                 rows = _checked(rows, self.rho * checkpoints[step])
         if len(rows.where) and not network.random:
             best = _shown(rows.best, rows, self, box)
@@ -416,7 +416,8 @@ def _on_the_surface(images: Tensor, eps: Radius, norm: Norm, generator: torch.Ge
         move = torch.randn(images.shape, **options)
         length = torch.linalg.vector_norm(move.flatten(1), dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
     working = accumulation_dtype(images)
-    moved: Tensor = _number(eps, working) * (move / length).to(images.device, working)
+    move, length = (drawn.to(images.device, working) for drawn in (move, length))
+    moved: Tensor = _number(eps, working) * move / length
     return moved
 
 
