@@ -5,7 +5,8 @@ Square Attack; `saving` keeps what they made. Nothing here knows a model of this
 what a mixture can do.
 """
 
-from immunity_fast.attacks.autoattack import autoattack, square
+from immunity_fast.attacks.apgd import apgd
+from immunity_fast.attacks.autoattack import autoattack
 from immunity_fast.attacks.checks import NotFiniteError
 from immunity_fast.attacks.descent import ALPHA, EPS, Attack, BoundAttack, UnmovedWarning, radius_of
 from immunity_fast.attacks.gradient import bim, fgsm, mim, pgd
@@ -15,6 +16,7 @@ from immunity_fast.attacks.modes import MovedStatisticsWarning
 from immunity_fast.attacks.preprocessing import Preprocessing
 from immunity_fast.attacks.projections import Bounds, Norm
 from immunity_fast.attacks.saving import AdversarialImages, load_adversarial, save_adversarial
+from immunity_fast.attacks.square import square
 
 __all__ = [
     "ALPHA",
@@ -32,6 +34,7 @@ __all__ = [
     "OwnLoss",
     "Preprocessing",
     "UnmovedWarning",
+    "apgd",
     "autoattack",
     "bim",
     "fgsm",

@@ -270,7 +270,7 @@ class BoundAttack:
             shared = first if begin is images and not restart and not self.compiled else None
             self._descend(batch, worst, trusted, shared)
         if not trusted and bool(self.unmoved.any()):
-            self._warn_of_the_unmoved()
+            warn_of_the_unmoved(self.unmoved, self.attack.loss)
         return worst.images.clone()
 
     def _begin(
@@ -505,17 +505,24 @@ class BoundAttack:
         fooled = predicted != labels if targets is None else predicted == targets
         return loss, fooled, broken
 
-    def _warn_of_the_unmoved(self) -> None:
-        stuck, whole = int(self.unmoved.sum()), len(self.unmoved)
-        which = f"for all {whole} images" if stuck == whole else f"for {stuck} of {whole} images"
-        loss = self.attack.loss if isinstance(self.attack.loss, str) else "of your own"
-        warnings.warn(
-            f"the attack cannot move: the gradient of loss {loss!r} is exactly zero {which} although the "
-            "model's output depends on them; it may be saturated: try loss='cw' or 'dlr', or an attack without "
-            "gradients",
-            UnmovedWarning,
-            stacklevel=3,
-        )
+
+def warn_of_the_unmoved(unmoved: Tensor, loss: Loss | OwnLoss) -> None:
+    """Warn of images whose gradient was exactly zero at every step.
+
+    Args:
+        unmoved: (B,) bool, which they are.
+        loss: whose gradient.
+    """
+    stuck, whole = int(unmoved.sum()), len(unmoved)
+    which = f"for all {whole} images" if stuck == whole else f"for {stuck} of {whole} images"
+    name = loss if isinstance(loss, str) else "of your own"
+    warnings.warn(
+        f"the attack cannot move: the gradient of loss {name!r} is exactly zero {which} although the "
+        "model's output depends on them; it may be saturated: try loss='cw' or 'dlr', or an attack without "
+        "gradients",
+        UnmovedWarning,
+        stacklevel=3,
+    )
 
 
 def checked_bounds(bounds: Bounds) -> Bounds:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from immunity_fast.attacks import LabelledModel, Model
 from immunity_fast.attacks.arc import every_member
-from immunity_fast.attacks.autoattack import seeded
 from immunity_fast.attacks.checks import check_finite, not_finite
 from immunity_fast.attacks.members import Members, MixtureMembers, Weighing
 from immunity_fast.attacks.mixtures import (
@@ -25,6 +24,7 @@ from immunity_fast.attacks.mixtures import (
     exact_means,
     trained_gate,
 )
+from immunity_fast.attacks.network import seeded
 from immunity_fast.attacks.saving import hash_of_weights
 from immunity_fast.attacks.settling import Settling
 from immunity_fast.evaluation import gate_attackers
