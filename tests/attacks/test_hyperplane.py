@@ -1,4 +1,4 @@
-"""The nearest point of a hyperplane within a box: against bisection in float64, and against what can be proven of it."""
+"""The nearest point of a hyperplane within a box: against bisection in float64, and what can be proven of it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _bisected(point: Any, slopes: Any, gap: float, norm: Norm, low: float, high:
 
 
 def _cases(n: int, low: float = 0.0, high: float = 1.0, samples: int = 60) -> tuple[Tensor, Tensor, Tensor]:
-    """Points of which a third of the coordinates are at the box's edge, slopes of which a fifth are 0; gaps of all sizes."""
+    """A third of the coordinates at the edge of the box, a fifth of the slopes 0, gaps of all sizes."""
     generator = torch.Generator().manual_seed(n)
     points = (1.6 * torch.rand(samples, n, generator=generator, dtype=torch.float64) - 0.3).clamp(0, 1)
     slopes = torch.randn(samples, n, generator=generator, dtype=torch.float64)
