@@ -615,14 +615,27 @@ class EveryMember(nn.Module):
             shares = weights.T[..., None]
             # A member that never answers may have a probability of 0.
             return torch.where(shares > 0, shares * at_least_float32(logits).log_softmax(-1), 0).sum(0)
-        count, samples, classes = logits.shape
-        if math.factorial(count) <= AVERAGED:
-            orders = orders_tried(count)
-        else:
-            orders = random_orders(AVERAGED, count, torch.Generator().manual_seed(0), torch.device("cpu"))
-        gates = weights[:, orders.to(images.device)].transpose(0, 1).reshape(-1, count)
-        mixtures = log_mixture(logits[:, None].expand(-1, len(orders), -1, -1).reshape(count, -1, classes), gates)
-        return mixtures.view(len(orders), samples, classes).mean(0)
+        return every_permutation(logits, weights).mean(0)
+
+
+def every_permutation(logits: Tensor, weights: Tensor) -> Tensor:
+    """What a mixture answers under each permutation of its weights: log-probabilities (P, B, K).
+
+    Args:
+        logits: (N, B, K) of the experts.
+        weights: (B, N) of the gate.
+
+    Returns:
+        All P = N! permutations of up to 5 experts; of more 120, the same each time.
+    """
+    count, samples, classes = logits.shape
+    if math.factorial(count) <= AVERAGED:
+        orders = orders_tried(count)
+    else:
+        orders = random_orders(AVERAGED, count, torch.Generator().manual_seed(0), torch.device("cpu"))
+    gates = weights[:, orders.to(logits.device)].transpose(0, 1).reshape(-1, count)
+    mixtures = log_mixture(logits[:, None].expand(-1, len(orders), -1, -1).reshape(count, -1, classes), gates)
+    return mixtures.view(len(orders), samples, classes)
 
 
 def every_member(model: Any, weights: Sequence[float] | Tensor | None = None) -> EveryMember:

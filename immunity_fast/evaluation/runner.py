@@ -31,7 +31,8 @@ from immunity_fast.attacks.arc import Arc
 from immunity_fast.attacks.autoattack import DRAWS
 from immunity_fast.attacks.batch import First
 from immunity_fast.attacks.members import Weighing
-from immunity_fast.attacks.mora import Mora
+from immunity_fast.attacks.mora import MoraSettings
+from immunity_fast.attacks.mora import attack_members as mora_on
 from immunity_fast.data.augmentation import as_float
 from immunity_fast.data.datasets import AnySplit
 from immunity_fast.data.sampling import EVALUATION_BATCH, sample_order
@@ -239,10 +240,10 @@ class Evaluation:
         plan = self.plan
         if row.attack == "arc":
             walk = Arc(eps=eps, steps=plan.arc_steps, norm=plan.norm)
-            return walk(self.target.members("off"), images, labels, generator=generator)
+            return _quietly(walk.attack_members, self.target.members("off"), images, labels, generator, permuted=True)
         weighing: Weighing = "off" if row.attacker == "off" else "mean"
-        stages = Mora(eps=eps, steps=plan.mora_steps, norm=plan.norm)
-        return stages(self.target.members(weighing), images, labels, generator=generator)
+        settings = MoraSettings(eps=eps, steps=plan.mora_steps, norm=plan.norm)
+        return _quietly(mora_on, self.target.members(weighing), settings, images, labels, generator)
 
     def _bound(self, attack: Attack, attacker: str, outputs: LabelledModel, *, settled: bool) -> BoundAttack:
         """An attack; `settled`: it may leave images that no judge is right about, where it does not drop others."""
@@ -299,11 +300,9 @@ class Evaluation:
         if row.kind == "draws":
             for draws in plan.curve_draws:
                 averaged = self.target.averaged(draws, torch.Generator().manual_seed(seed + 1))
-                attack = self._bound(pgd, row.attacker, averaged, settled=False)
-                generator = torch.Generator().manual_seed(seed)
-                yield {"draws": draws} | self._judged(
-                    _quietly(attack, images, labels, generator=generator), labels, seed
-                )
+                bound = self._bound(pgd, row.attacker, averaged, settled=False)
+                attacked = _quietly(bound, images, labels, generator=torch.Generator().manual_seed(seed))
+                yield {"draws": draws} | self._judged(attacked, labels, seed)
             return
         outputs = self.target.attacker(row.attacker, torch.Generator().manual_seed(seed + 1))
         if row.kind == "steps":  # one descent, looked at on its way
@@ -434,11 +433,11 @@ class Evaluation:
         return int(key_of({"seed of": parts})[:12], 16)
 
 
-def _quietly(attack: BoundAttack, images: Tensor, labels: Tensor, **options: Any) -> Tensor:
+def _quietly(attack: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
     """Attack without a warning of images that could not be moved: a report counts them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UnmovedWarning)
-        return attack(images, labels, **options)
+        return attack(*arguments, **options)
 
 
 def _written(each: Tensor) -> str:

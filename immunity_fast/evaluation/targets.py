@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from immunity_fast.attacks import LabelledModel, Model
-from immunity_fast.attacks.arc import every_member
+from immunity_fast.attacks.arc import every_permutation
 from immunity_fast.attacks.checks import check_finite, not_finite
 from immunity_fast.attacks.members import Members, MixtureMembers, Weighing
 from immunity_fast.attacks.mixtures import (
@@ -222,7 +222,8 @@ class MixtureTarget(TargetModel):
         return MixtureMembers(self.model, weighing, self.expert_logits)
 
     def expected_loss(self) -> LabelledModel:
-        return every_member(self.members("off"))
+        members = self.members("off")
+        return lambda images, labels: every_permutation(members.logits(images), members.weights(images))
 
     def several_draws(self, name: str, draws: int, generator: torch.Generator) -> LabelledModel:
         return self.averaged(draws, generator) if name == "sample" else self.attacker(name, generator)
