@@ -1,9 +1,8 @@
 """Attacks on any callable from images to logits or log-probabilities, with torchattacks' conventions and defaults.
 
-`gradient` has those that follow gradients, as functions, `descent` what is behind them; `autoattack` AutoAttack, `apgd`,
-`fab` and `square` its parts; `arc` and `mora` attack mixtures through their `members`; `saving` keeps what they made.
-Nothing here knows a model of this package: what `mixtures` asks for is
-what a mixture can do.
+`gradient` has those that follow gradients, as functions, `descent` what is behind them; `autoattack` AutoAttack, and
+`apgd`, `fab` and `square` its parts; `arc` and `mora` attack mixtures through their `members`; `saving` keeps what they
+made. Nothing here knows a model of this package: what `mixtures` asks for is what a mixture can do.
 """
 
 from immunity_fast.attacks.apgd import apgd
