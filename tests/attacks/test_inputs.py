@@ -41,7 +41,6 @@ def own_loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _other_attacks() -> dict[str, Attack]:
-    pytest.importorskip("torchattacks")
     return {
         "autoattack": partial(autoattack, num_classes=5, steps=3, queries=10),
         "square": partial(square, queries=20),

@@ -22,7 +22,6 @@ seeded = attacked_models.seeded
 
 
 def _all_attacks() -> dict[str, Attack]:
-    pytest.importorskip("torchattacks")
     others = {
         "autoattack": partial(autoattack, num_classes=5, steps=2, queries=5, eps=0.1),
         "square": partial(square, queries=5, eps=0.1),

@@ -442,7 +442,6 @@ def test_attacks_that_are_for_none_of_the_attackers_are_an_error(run: Run, capsy
 def test_a_pair_that_is_left_out_is_a_line_with_the_reason(
     run: Run, capsys: pytest.CaptureFixture[str], plain: None
 ) -> None:
-    pytest.importorskip("torchattacks")
     arguments = ["--attacks", "fgsm,square", "--attackers", "worst,mean,experts", "--queries", "2", "--limit", "2"]
     evaluate.main([str(run.folder), *FEW, *arguments])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]

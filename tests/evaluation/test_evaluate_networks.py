@@ -125,7 +125,6 @@ def test_networks_without_weights_are_told_apart_by_their_names(
 
 
 def test_all_attacks_run(networks: ModuleType, data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torchattacks")
     arguments = ["--attacks", "all", "--queries", "3", "--autoattack-steps", "2", "--eps", "26/255", "--drop-fooled"]
     evaluate.main([*network_options(networks, "instance", data, tmp_path), *arguments])
     found = accuracy_of(tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,15 +81,6 @@ def test_a_module_that_cannot_be_imported_is_refused(
     message = error_line(capsys, evaluate.main, arguments)
     assert place in message or "package_that_is_not_there" in message
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("attacks", ["square", "all", "pgd,autoattack"])
-def test_torchattacks_is_asked_for_before_all_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, attacks: str
-) -> None:
-    monkeypatch.setitem(sys.modules, "torchattacks", None)
-    error = error_line(capsys, evaluate.main, [str(tmp_path / "missing"), "--attacks", attacks])
-    assert error.endswith(" needs torchattacks: pip install torchattacks\n")
 
 
 @pytest.mark.parametrize("missing", ["dataset", "out"])

@@ -387,7 +387,6 @@ def test_images_that_no_radius_fools_do_not_pass(tmp_path: Path) -> None:
 
 
 def test_a_black_box_that_is_stronger_does_not_pass(tmp_path: Path) -> None:
-    pytest.importorskip("torchattacks")
     honest = _masking(tmp_path, brightness, attacks=("pgd", "square"))
     assert honest == {"noise": True, "transfer": True, "loss": True, "success": True}
     assert not _masking(tmp_path, _flipped, attacks=("pgd", "square"))["transfer"]
@@ -513,7 +512,6 @@ def test_where_every_image_can_be_moved_nothing_is_said_of_it(whole: Evaluation)
 
 
 def test_what_is_not_attacked_is_listed_and_in_no_worst_case(tmp_path: Path) -> None:
-    pytest.importorskip("torchattacks")
     plan = replace(PLAN, attacks=("square", "fgsm"), attackers=("worst", "mean"), images=3, masking_images=0)
     evaluation = evaluation_of(tmp_path / "l", plan, loss_fn=None)
     run_to_end(evaluation)

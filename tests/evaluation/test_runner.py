@@ -549,11 +549,10 @@ def test_a_first_gradient_is_shared_and_no_number_changes(tmp_path: Path) -> Non
     assert passes[1] - passes[0] == 7 * 2 * 3, "of each image BIM's and MIM's first, of three attackers"
 
 
-# Attacks of torchattacks
+# Square Attack and AutoAttack
 
 
 def test_square_and_autoattack_are_pieces_like_others(tmp_path: Path) -> None:
-    pytest.importorskip("torchattacks")
     plan = replace(PLAN, attacks=("square", "autoattack"), attackers=("off", "sample", "mean"), masking_images=0)
     plan = replace(plan, images=3, eps=0.12, queries=15)
     evaluation = evaluation_of(tmp_path / "l", plan, loss_fn=None)
@@ -572,7 +571,6 @@ def test_square_and_autoattack_are_pieces_like_others(tmp_path: Path) -> None:
 
 
 def test_autoattack_on_a_draw_passes_the_experts_once_a_step(tmp_path: Path) -> None:
-    pytest.importorskip("torchattacks")
     passes: list[int] = []
 
     def logits(images: Tensor) -> Tensor:

@@ -186,7 +186,6 @@ def test_training_is_silent(silent: None, gate: Switch) -> None:
 
 @pytest.mark.parametrize("kind", ["mixture", "network"])
 def test_evaluations_are_silent(silent: None, kind: str, tmp_path: Any) -> None:
-    pytest.importorskip("torchattacks")
     model = _mixture(experts=2).float()
     images = (255 * noisy_images()).round().byte()
     test = Split(images, LABELS)
@@ -206,7 +205,6 @@ def test_our_own_attacks_take_what_the_model_answers_and_warn() -> None:
 
 
 def test_averaging_over_draws_is_silent(silent: None) -> None:
-    pytest.importorskip("torchattacks")
     images = noisy_images(dtype=torch.float32)
     model = _mixture(experts=2).float()
     for attacked in (model, lambda x: 2 * model(x)):

@@ -26,8 +26,6 @@ from immunity_fast.training import session
 from immunity_fast.training.preparation import Start
 from tests.small_runs import error_line
 
-pytest.importorskip("torchattacks", reason="Table 2 holds AutoAttack")
-
 QUICK = ["--scale", "smoke", "--device", "cpu"]
 TABLES = ("table1", "table2", "table3")
 
