@@ -553,7 +553,7 @@ def test_a_first_gradient_is_shared_and_no_number_changes(tmp_path: Path) -> Non
     assert passes[1] - passes[0] == 7 * 2 * 3, "of each image BIM's and MIM's first, of three attackers"
 
 
-# Attacks of torchattacks
+# Square Attack and AutoAttack
 
 
 def test_square_and_autoattack_are_pieces_like_others(tmp_path: Path) -> None:
