@@ -11,7 +11,7 @@ from torch import Tensor
 
 from immunity_fast.attacks.mixtures import Model
 from immunity_fast.attacks.modes import attacked
-from immunity_fast.attacks.network import Network, at_radii, check_settings, in_turn
+from immunity_fast.attacks.network import Aim, Network, Part, at_radii, check_settings, in_turn
 from immunity_fast.attacks.preprocessing import Preprocessing, preprocessed
 from immunity_fast.attacks.projections import UNIT, Bounds, Norm, linf_bounds, rounded_bounds
 from immunity_fast.attacks.radii import Given
@@ -103,21 +103,21 @@ def square(
     def one(radius: float, images: Tensor, labels: Tensor) -> Tensor:
         network = Network(prepared, images.dtype)
 
-        def search(images: Tensor, labels: Tensor, _: Tensor) -> Tensor:
+        def search(images: Tensor, labels: Tensor, _: Aim | None) -> Tensor:
             return square_search(
                 network,
                 images,
                 labels,
                 eps=radius,
                 norm=norm,
-                bounds=rounded_bounds(bounds, images.dtype),
+                bounds=bounds,
                 queries=queries,
                 rescale=True,
                 generator=torch.Generator().manual_seed(seed),
             )
 
         return in_turn(
-            network, [search], images, labels, eps=radius, norm=norm, bounds=bounds, seed=seed, num_classes=None
+            network, [Part(search)], images, labels, eps=radius, norm=norm, bounds=bounds, seed=seed, num_classes=None
         )
 
     prepared = preprocessed(model, preprocessing)
@@ -151,8 +151,8 @@ def square_search(
         labels: (B,) the classes that they are to be kept from.
         eps: radius of the ball, in the images' units.
         norm: "Linf", stripes and squares of the lowest and the highest pixels of the ball, exactly; or "L2", where
-            rounding may lead out of the ball, in float32 and float64 by less than 10⁻⁶ of its radius.
-        bounds: the lowest and the highest value of a pixel, as numbers of the images' dtype.
+            rounding of the pixels may lead a little out of the ball, in half precision above all.
+        bounds: the lowest and the highest value of a pixel, rounded to the images' dtype.
         queries: forward passes after the first.
         rescale: squares shrink as fast as these run out, not as if there were 10,000.
         generator: of the CPU; None is PyTorch's default generator.
@@ -164,8 +164,8 @@ def square_search(
     images, found = images.detach(), images.detach().clone()
     if not images.numel():
         return found
-    draws = _Draws(images, generator)
-    search: _Search = (_Linf if norm == "Linf" else _L2)(images.contiguous(), eps, bounds, draws)
+    draws, box = _Draws(images, generator), rounded_bounds(bounds, images.dtype)
+    search: _Search = (_Linf if norm == "Linf" else _L2)(images.contiguous(), eps, box, draws)
     where = torch.arange(len(images), device=images.device)
     margins = torch.full((len(images),), torch.inf, dtype=torch.float64, device=images.device)
     with torch.no_grad():
