@@ -122,7 +122,7 @@ def _figures(
         name = "gate mean" if evaluation.target.exact == "mean" else "accuracy"
         random = "gate sample" if evaluation.target.exact == "mean" else "accuracy"
         draws = {random: curves["draws"]} if curves["draws"] else {}
-        robustness_figure({name: curves["eps"]}, {name: curves["steps"]}, path, draws)
+        robustness_figure({name: curves["eps"]}, {name: curves["steps"]}, path, accuracy_by_draws=draws)
         figures.append(
             (
                 path,

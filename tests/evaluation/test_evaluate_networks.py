@@ -128,13 +128,15 @@ def test_all_attacks_run(networks: ModuleType, data: Path, tmp_path: Path) -> No
     arguments = ["--attacks", "all", "--queries", "3", "--autoattack-steps", "2", "--eps", "26/255", "--drop-fooled"]
     evaluate.main([*network_options(networks, "instance", data, tmp_path), *arguments])
     found = accuracy_of(tmp_path)
-    attacks = ("fgsm", "bim", "mim", "pgd", "cw", "dlr", "square", "autoattack")
+    attacks = ("fgsm", "bim", "mim", "pgd", "cw", "dlr", "cw100", "dlr100", "square", "autoattack")
     rows = [("clean", None), ("subset", None), ("noise", None), *((attack, "output") for attack in attacks)]
     assert list(found) == [(*row, "output") for row in rows]
     correct = {key[0]: entry["correct"] for key, entry in found.items()}
     assert all(correct[attack] <= correct["subset"] for attack in attacks)
     # Of a linear network nothing is worse than one step, which AutoAttack's first part reaches.
-    assert len({correct[attack] for attack in ("fgsm", "bim", "mim", "pgd", "cw", "autoattack")}) == 1
+    assert len({correct[attack] for attack in ("fgsm", "bim", "mim", "pgd", "cw", "cw100", "autoattack")}) == 1
+    left_out = [(pair["attack"], pair["attacker"]) for pair in results_of(tmp_path)["left_out"]]
+    assert left_out == [("pgd-sum", "output"), ("arc", "output"), ("mora", "output")]
     (worst,) = results_of(tmp_path)["worst_case"]
     assert worst["correct"] == correct["fgsm"] < 6
 
