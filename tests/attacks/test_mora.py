@@ -173,7 +173,7 @@ def test_the_loss_is_that_of_the_formulas(average: Any, formula: Any, mixing: fl
 def test_the_formulas_differ_where_the_ensemble_is_right() -> None:
     logits, labels = _some_logits()
     gate = torch.full((9, 3), 1 / 3, dtype=torch.float64)
-    losses = [reweighing.mixed_loss(logits, gate, labels, "softmax", 1.0, name) for name in ("intended", "released")]  # type: ignore[arg-type]
+    losses = [reweighing.mixed_loss(logits, gate, labels, "softmax", 1.0, name) for name in ("intended", "released")]
     assert int((losses[0] - losses[1]).abs().gt(1e-6).sum()) >= 6
 
 
@@ -242,7 +242,7 @@ def _projected(x: Tensor, image: Tensor, eps: float, norm: str) -> Tensor:
     return (image + (x - image) * min(1.0, eps / float((x - image).norm().clamp_min(1e-9)))).clamp(0, 1)
 
 
-def test_who_is_fooled_leaves_and_who_was_wrong_is_never_shown_again() -> None:
+def test_who_is_fooled_leaves_and_who_was_wrong_never_enters() -> None:
     networks, images = _networks(), _images(12)
     labels = _said(networks, images)
     labels[3] = (labels[3] + 1) % 4
@@ -284,8 +284,19 @@ def test_descents_are_as_many_as_were_asked_for() -> None:
         ({"mixing": (), "targeted": 0}, 0),
     ):
         seen = Recorder(networks[0])
-        mora([seen, *networks[1:]], images, labels, eps=1e-4, steps=2, **options)  # type: ignore[arg-type]
+        mora([seen, *networks[1:]], images, labels, eps=1e-4, steps=2, **options)
         assert len(seen.shown) == 1 + 3 * descents
+
+
+def test_both_formulas_begin_at_the_same_random_point() -> None:
+    networks, images = _networks(), _images(1)
+    seen = Recorder(networks[0])
+    attack = partial(mora, [seen, *networks[1:]], images, _said(networks, images), eps=1e-3, steps=1)
+    attack(mixing=(0.5, 1.0), targeted=1)
+    starts = seen.shown[1::2]
+    assert [torch.equal(start, starts[0]) for start in starts] == [True, True, False, False, False]
+    assert torch.equal(starts[2], starts[3])
+    assert not torch.equal(starts[3], starts[4])
 
 
 @each_average
@@ -469,7 +480,7 @@ def test_a_mixture_is_weighed_as_its_switch_says() -> None:
         (_mixture("off"), "mean", mean),
         (_mixture("off").deterministic(), None, mean),
     ):
-        actual = mora(model, images, labels, weighing=weighing, generator=_seeded(), **options)  # type: ignore[arg-type]
+        actual = mora(model, images, labels, weighing=weighing, generator=_seeded(), **options)
         assert torch.equal(actual, expected)
     alone = mora(_mixture("off").unstack(), images, labels, generator=_seeded(), **options)
     assert_matches(alone, mean, 1e-9)
@@ -540,6 +551,23 @@ def test_gradients_of_next_to_nothing_are_followed(norm: Any) -> None:
         for last in (seen.shown[4], seen.shown[-1]):
             length = (last - images).abs().max() if norm == "Linf" else (last - images).norm()
             assert float(length) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_half_precision_holds_the_gradient_of_a_tie() -> None:
+    """Two members that are at odds, exactly: the loss's own gradient is more than float16 has."""
+
+    def member(own: int) -> Callable[[Tensor], Tensor]:
+        def logits(x: Tensor) -> Tensor:
+            sure = (1 + 1e-6 * (own + 1) * x.flatten(1).sum(1)).half()
+            both = torch.stack([sure, torch.zeros_like(sure)], 1)
+            return both if own == 0 else both.flip(1)
+
+        return logits
+
+    seen = Recorder(member(0))
+    image = 0.3 + 0.4 * _images(1, torch.float32)
+    mora([seen, member(1)], image, torch.tensor([0]), eps=0.1, steps=3, mixing=(0,), targeted=0)
+    assert float((seen.shown[-1] - image).abs().min()) == pytest.approx(0.1, rel=1e-3)
 
 
 def test_logarithms_of_zero_are_no_obstacle() -> None:
