@@ -455,7 +455,8 @@ def test_probabilities_of_zero_are_no_error() -> None:
 
 def test_who_cannot_be_moved_is_said() -> None:
     def flat(images: Tensor) -> Tensor:
-        return small_network()(images).round() + 0 * images.sum()
+        found: Tensor = small_network()(images).round() + 0 * images.sum()
+        return found
 
     with pytest.warns(UnmovedWarning, match="exactly zero for 7 of 7 images"):
         found = arc([flat], small_images(), said_by(flat, small_images()), steps=1)
