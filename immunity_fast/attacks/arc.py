@@ -539,7 +539,8 @@ def arc(
             result: what a call with it alone gives, from the same random state.
         steps: how often the members are walked over.
         local_eps: η, the radius of a walk, in the same units; None is that of the ball for Linf, and a quarter of it
-            for L2, as published. A tensor (B,) has one of each image's own.
+            for L2, as published. Members with opposite gradients that are all further than that make a walk stand
+            still. A tensor (B,) has one of each image's own.
         norm: "Linf" or "L2".
         classes: how many of the next likeliest classes' boundaries are compared, G; None is 1 of up to 10 classes and 4
             of more, as published.
