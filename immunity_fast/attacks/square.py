@@ -302,6 +302,7 @@ class _L2(_Search):
         self.energy = _energy((self.shown.double() - images.double()).flatten(1))  # (B,)
         self.tried_energy = self.energy
         self.tried: list[tuple[_Windows, Tensor]] = []  # (where, what was there)
+        self.bumps = _bumps(1, images.device)  # of the last queries
 
     def propose(self, share: float) -> None:
         samples, channels, height, width = self.shown.shape
@@ -320,7 +321,9 @@ class _L2(_Search):
         energy = _energy(was) + _energy(taken)  # (B, C)
         unused = (self.limit - self.energy).clamp_min(0)
 
-        bumps = _coloured(_bumps(side, self.shown.device), drawn[:, 4:5], drawn[:, 5:]).flatten(2).to(was.dtype)
+        if side != self.bumps.shape[1]:
+            self.bumps = _bumps(side, self.shown.device)
+        bumps = _coloured(self.bumps, drawn[:, 4:5], drawn[:, 5:]).flatten(2).to(was.dtype)
         length = (unused[:, None] / channels + energy).sqrt().to(was.dtype)
         move = length[..., None] * _unit(bumps + _unit(was, 0), bumps)
         window.write(self.shown, (images + move).clamp(*self.bounds).to(self.shown.dtype))

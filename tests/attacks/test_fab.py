@@ -95,13 +95,23 @@ def test_rows_are_asked_as_long_as_they_withstand(norm: Norm) -> None:
     assert max(counts[3:]) <= 12 - near
 
 
-def test_points_that_withstand_cost_one_pass_a_step() -> None:
-    """Steps that go to half of the way never arrive."""
-    model, images, labels, targets = _linear()
+@each_norm
+def test_points_that_withstand_cost_one_pass_a_step(norm: Norm) -> None:
+    """Steps that go to half of the way never arrive; each is that of the paper's algorithm 1."""
+    model, images, labels, targets = _linear(dtype=torch.float64)
     recorder = Recorder(model)
-    found = fab_targeted(recorder, images, labels, targets, eps=1, norm="L2", bounds=UNIT, eta=0.5, steps=5)
+    found = fab_targeted(recorder, images, labels, targets, eps=1, norm=norm, bounds=UNIT, eta=0.5, steps=5)
     assert torch.equal(found, images)
     assert [len(shown) for shown in recorder.shown] == [12] * 6
+    slopes = (model.weight[:, targets] - model.weight[:, labels]).T
+    for before, after in zip(recorder.shown, recorder.shown[1:], strict=False):
+        here, there = (
+            move_to_hyperplane(points, slopes, -(slopes * points).sum(1), norm)
+            for points in (before.flatten(1), images.flatten(1))
+        )
+        alpha = (_length(here, norm) / (_length(here, norm) + _length(there, norm))).clamp_max(0.1)[:, None]
+        moved = (before.flatten(1) + here / 2) * (1 - alpha) + (images.flatten(1) + there / 2) * alpha
+        torch.testing.assert_close(after.flatten(1), moved.clamp(0, 1))
 
 
 @each_norm
