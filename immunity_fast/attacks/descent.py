@@ -393,7 +393,7 @@ class BoundAttack:
             first.found = first.found or self._differentiate(batch.state)
             return self._move(batch.state, first.found)
         state, size = batch.state, len(batch.where)
-        padded = _compiled_size(size, batch.whole)
+        padded = compiled_size(size, batch.whole)
         if padded > size:
             state = state.select(torch.arange(padded, device=batch.where.device).clamp_max(size - 1))
         result: Step = self._step_function(state)
@@ -540,7 +540,7 @@ def checked_bounds(bounds: Bounds) -> Bounds:
     return low, high
 
 
-def _compiled_size(size: int, whole: int) -> int:
-    """The smallest of whole, whole/2, whole/4, … that holds `size`."""
+def compiled_size(size: int, whole: int) -> int:
+    """The smallest of whole, whole/2, whole/4, … that holds `size`, so that little is compiled and little padded."""
     sizes = [-(-whole // (1 << power)) for power in range(COMPILED_SIZES)]
     return min(candidate for candidate in sizes if candidate >= size)

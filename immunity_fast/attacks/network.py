@@ -18,7 +18,7 @@ from torch import Tensor
 from immunity_fast.attacks.batch import FOR_GOOD
 from immunity_fast.attacks.checks import check_finite, check_images, check_range, not_finite
 from immunity_fast.attacks.dependence import image_gradient
-from immunity_fast.attacks.descent import Attack
+from immunity_fast.attacks.descent import Attack, compiled_size
 from immunity_fast.attacks.losses import Loss, OwnLoss, loss_of
 from immunity_fast.attacks.mixtures import (
     Answers,
@@ -33,8 +33,9 @@ from immunity_fast.attacks.mixtures import (
 from immunity_fast.attacks.projections import UNIT, Bounds, Norm, linf_bounds, project_l2, rounded_bounds
 from immunity_fast.attacks.radii import Given, for_each_image, one_or_each
 from immunity_fast.functional import log_mixture
+from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.compilation import Compile, Compiled
 from immunity_fast.runtime.precision import at_least_float32
-
 
 NOT_FINITE = "model: expected finite outputs, got NaN or infinite ones for an image of the ball"
 
@@ -69,12 +70,29 @@ class Network:
         dtype: of the images that it is shown.
         draws: how many of a random model's outputs a step averages over.
         judge: by what success of a random model is judged, see `mixtures.Judge`; None is by its last draw.
+        compile: "on" and "max" compile looks at a model that is not random, and outputs without a gradient.
+        device: where the images are; only compiling asks for it.
 
     Attributes:
+        whole: how many images a compiled pass is for, at most; more are looked at in eager mode.
         random: whether two passes may differ: success is then not for good, unless a judge says that it is.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype, draws: int = 1, judge: Judge | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        dtype: torch.dtype,
+        draws: int = 1,
+        judge: Judge | None = None,
+        *,
+        compile: Compile = "off",
+        device: torch.device | None = None,
+    ) -> None:
+        check_choice("compile", compile, Compile)
+        self.whole = 0
+        self._compile, self._device = compile, device or torch.device("cpu")
+        self._outputs = Compiled(lambda images: self.model(images), compile, self._device)
+        self._found: dict[tuple[Objective, bool], Compiled] = {}  # by what is maximised, and whether there are targets
         self.model, self.dtype, self.draws, self.judge = model, dtype, draws, judge
         self.random = draws > 1
         self._mixture: Mixture | None = None  # whose draws are taken by one pass over its experts
@@ -86,7 +104,10 @@ class Network:
         Raises:
             ValueError: NaN or infinite ones. −∞ is the logarithm of 0.
         """
-        outputs = at_least_float32(self._last(self.model(images.to(self.dtype))))
+        images = images.to(self.dtype)
+        plain = images.requires_grad or self.random
+        said = self.model(images) if plain else self._padded(self._outputs, images)[0]
+        outputs = at_least_float32(self._last(said))
         # An argmax takes NaN for the largest: a row of it is class 0, and an image of that class passed for robust.
         if bool(not_finite(outputs).any()):
             raise ValueError(NOT_FINITE)
@@ -113,6 +134,8 @@ class Network:
         Raises:
             ValueError: outputs without a gradient.
         """
+        if self._compile != "off" and not self.random:
+            return self._compiled_look(images, labels, targets, objective, gradient)
         passes = 1 if self._at_once else self.draws
         slope: Tensor | None = None
         loss, broken = torch.zeros(()), torch.zeros_like(labels, dtype=torch.bool)
@@ -135,6 +158,57 @@ class Network:
             return found
         # An output of −∞ may have no slope: where it is the label's, the image is done.
         return found._replace(broken=found.broken | (~slope.isfinite().flatten(1).all(1) & (found.success < FOR_GOOD)))
+
+    def _compiled_look(
+        self, images: Tensor, labels: Tensor, targets: Tensor | None, objective: Objective, gradient: bool
+    ) -> Look:
+        """`look` at a model that is not random."""
+        slope, x = None, images.detach().to(self.dtype)
+        with torch.no_grad():
+            if gradient:
+                key = (objective, targets is not None)
+                if key not in self._found:
+                    self._found[key] = Compiled(self._differentiated(objective), self._compile, self._device)
+                aims = () if targets is None else (targets,)
+                slope, losses, outputs = self._padded(self._found[key], x, labels, *aims)
+                slope = at_least_float32(slope)
+            else:
+                outputs = at_least_float32(self._padded(self._outputs, x)[0])
+                losses = self._losses(outputs[None], labels, targets, objective)
+        success = FOR_GOOD * _succeeded(outputs, labels, targets, objective).long()
+        broken = not_finite(outputs) | losses.isnan()
+        if slope is not None:
+            broken |= ~slope.isfinite().flatten(1).all(1) & (success < FOR_GOOD)
+        return Look(slope, losses, success, broken)
+
+    def _differentiated(self, objective: Objective) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """(images, labels, targets or nothing) to (gradient, loss, outputs), to be compiled."""
+
+        def found(images: Tensor, labels: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            def total(images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+                outputs = at_least_float32(self.model(images))
+                losses = self._losses(outputs[None], labels, targets[0] if targets else None, objective)
+                return losses.sum(), (losses.detach(), outputs.detach())
+
+            with torch.no_grad():  # of parameters; the images' is torch.func's
+                gradient, (losses, outputs) = torch.func.grad(total, has_aux=True)(images)
+            return gradient, losses, outputs
+
+        return found
+
+    def _padded(self, function: Compiled, *inputs: Tensor) -> list[Tensor]:
+        """What a function gives for tensors (B, …), called with a number of images that it is compiled for."""
+        size = len(inputs[0])
+        if not function.active or size > self.whole:
+            found = function.plain(*inputs)
+            return [found] if isinstance(found, Tensor) else list(found)
+        padded = compiled_size(size, self.whole)
+        if padded > size:
+            rows = torch.arange(padded, device=inputs[0].device).clamp_max(size - 1)
+            inputs = tuple(tensor[rows] for tensor in inputs)
+        found = function(*inputs)
+        # CUDA graphs write the next results over these.
+        return [tensor[:size].clone() for tensor in ([found] if isinstance(found, Tensor) else found)]
 
     def _said(self, images: Tensor) -> tuple[Tensor, Answers | None]:
         """(outputs (draws, B, K), what a mixture said on the way, where its judge wants to know)."""
@@ -194,7 +268,7 @@ class Network:
             ValueError: outputs of another shape or without a gradient; as `NotFiniteError`, an output or gradient that
                 is NaN or infinite.
         """
-        gradients = num_classes is not None
+        gradients, self.whole = num_classes is not None, len(images)
 
         def meant(gate: Any) -> None:
             if self.draws > 1:

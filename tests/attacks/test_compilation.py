@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from immunity_fast import attacks
 from immunity_fast.attacks import BoundAttack, bim
-from immunity_fast.attacks.descent import _compiled_size
+from immunity_fast.attacks.descent import compiled_size
+from immunity_fast.runtime.compilation import Compile
 from tests import attacked_models
 from tests.attacked_models import SETTINGS, Call, Recorder, small_images, small_labels, small_network, some_targets
+from tests.graphs import captured
 from tests.oracle import assert_matches
 
 seeded = attacked_models.seeded
@@ -86,7 +89,7 @@ def test_a_compiled_attack_is_called_with_few_sizes(called: list[Call]) -> None:
 
 @pytest.mark.parametrize(("whole", "sizes"), [(1, {1}), (2, {1, 2}), (7, {1, 2, 4, 7}), (64, {8, 16, 32, 64})])
 def test_what_is_left_fits_and_fills_more_than_half_of_its_size(whole: int, sizes: set[int]) -> None:
-    found = {left: _compiled_size(left, whole) for left in range(1, whole + 1)}
+    found = {left: compiled_size(left, whole) for left in range(1, whole + 1)}
     assert set(found.values()) == sizes
     for left, size in found.items():
         assert left <= size
@@ -139,3 +142,38 @@ def test_a_failure_to_compile_is_said_and_the_attack_goes_on(monkeypatch: pytest
     assert not bound.compiled
     with pytest.warns(UserWarning, match="compiling failed, going on in eager mode: RuntimeError: no compiler"):
         BoundAttack(attack, lambda x, _: model(x), compile="on")(small_images(), small_labels())
+
+
+@pytest.mark.parametrize("name", ["apgd", "apgd, targeted", "autoattack"])
+def test_compiled_looks_are_the_eager_ones(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """In few sizes, without gradients of parameters."""
+    compile_, sizes = captured(), set[int]()
+
+    def quickly(function: Any, **options: Any) -> Any:
+        compiled = compile_(function, **options)
+
+        def call(*inputs: Tensor) -> Any:
+            sizes.add(len(inputs[0]))
+            return compiled(*inputs)
+
+        return call
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", quickly)
+    model, images, labels = small_network(), small_images(9), small_labels(9)
+
+    def attack(compile: Compile) -> Tensor:
+        if name == "autoattack":
+            return attacks.autoattack(model, images, labels, num_classes=5, steps=4, queries=6, compile=compile)
+        targets = (labels + 1) % 5 if "targeted" in name else None
+        generator = torch.Generator().manual_seed(5)
+        return attacks.apgd(model, images, labels, targets=targets, steps=8, generator=generator, compile=compile)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        actual = attack("on")
+    assert len(sizes) > 1 or "targeted" in name
+    assert sizes <= {9, 5, 3, 2}
+    assert_matches(actual, attack("off"))
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    torch.compiler.reset()
