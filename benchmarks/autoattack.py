@@ -18,7 +18,7 @@ import argparse
 import importlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -35,6 +35,7 @@ from benchmarks.cases import DEVICE
 from benchmarks.outcomes import write
 from benchmarks.record import header
 from immunity_fast.attacks import autoattack
+from immunity_fast.attacks.network import Aim, Part
 from immunity_fast.data.augmentation import as_float
 from immunity_fast.data.datasets import load
 from immunity_fast.data.sampling import sample
@@ -47,7 +48,7 @@ OURS, THEIRS, PLAIN = "immunity_fast", "torchattacks", "torchattacks, plain modu
 REST = "all else"
 PARTS = ("APGD", "APGDT", "FAB", "Square")
 MODULE = importlib.import_module("immunity_fast.attacks.autoattack")  # as an attribute that is the function
-FRAME = "in_turn" if hasattr(MODULE, "in_turn") else "_attack"  # runs a list of parts, its second argument
+FRAME = "in_turn"  # of it: runs a list of `network.Part`, its second argument, one after the other
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,12 @@ def ours(model: nn.Module, settings: Settings, images: Tensor, labels: Tensor) -
     seconds: dict[str, float] = {}
     entered: dict[str, int] = {}
 
-    def watched(name: str, part: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(images: Tensor, *rest: Any) -> Tensor:
-            entered.setdefault(name, len(images))
+    def watched(name: str, attack: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(images: Tensor, labels: Tensor, aim: Aim | None) -> Tensor:
+            # Towards several classes at once an image is there several times.
+            entered.setdefault(name, len(images) if aim is None else len(aim.places.unique()))
             begin = now()
-            found = part(images, *rest)
+            found = attack(images, labels, aim)
             seconds[name] = seconds.get(name, 0.0) + now() - begin
             return found
 
@@ -85,9 +87,10 @@ def ours(model: nn.Module, settings: Settings, images: Tensor, labels: Tensor) -
 
     frame = getattr(MODULE, FRAME)
 
-    def watching(first: Any, parts: list[Any], *rest: Any, **settings: Any) -> Tensor:
-        watched_parts = [watched(*named) for named in zip(names_of(parts), parts, strict=True)]
-        found: Tensor = frame(first, watched_parts, *rest, **settings)
+    def watching(network: Any, parts: list[Part], *rest: Any, **settings: Any) -> Tensor:
+        names = names_of([part.attack for part in parts])
+        seen = [part._replace(attack=watched(name, part.attack)) for name, part in zip(names, parts, strict=True)]
+        found: Tensor = frame(network, seen, *rest, **settings)
         return found
 
     begin = now()
@@ -105,19 +108,21 @@ def ours(model: nn.Module, settings: Settings, images: Tensor, labels: Tensor) -
     return Outcome(seconds, entered, adversarial)
 
 
-def names_of(parts: list[Any]) -> list[str]:
-    """torchattacks' names of this package's parts: the first APGD is on the cross-entropy, the others have targets.
+def names_of(attacks: Sequence[Callable[..., Tensor]]) -> list[str]:
+    """torchattacks' names of this package's parts: the first APGD is on the cross-entropy, the other has targets.
 
     Raises:
-        ValueError: a part's function is not called after one of them.
+        ValueError: a function is not called after one of them.
     """
-    found = []
-    for part in parts:
-        called = getattr(getattr(part, "func", part), "__qualname__", repr(part)).lower()
-        (name,) = [name for name in ("APGD", "FAB", "Square") if name.lower() in called] or [called]
-        found.append("APGDT" if name == "APGD" and name in found else name)
-    if unknown := set(found) - set(PARTS):
-        raise ValueError(f"parts: expected {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    found: list[str] = []
+    for attack in attacks:
+        called = getattr(attack, "__name__", repr(attack))
+        for name in ("APGD", "FAB", "Square"):
+            if called.startswith(name.lower()):
+                found.append("APGDT" if name in found else name)
+                break
+        else:
+            raise ValueError(f"parts: expected {', '.join(PARTS)}, got {called}")
     return found
 
 

@@ -11,10 +11,12 @@
   is taken, and its first 100 iterations alone.
 
 Images are the first of the test split in its fixed order. PGD-100 and MORA leave an image when it is fooled. Networks
-are trained when they are first asked for, see `benchmarks.mixtures_training`.
+are trained when they are first asked for, see `benchmarks.mixtures_training`. The record is written after each attack;
+the same command goes on with it, and measures no networks a second time of which it has all.
 """
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +39,8 @@ from immunity_fast.functional import log_mixture
 from immunity_fast.reporting.html import Table
 
 ADP_EPS = 0.01
-BATCH = 50  # images that are attacked at once
+BATCH = 100  # images that are attacked at once
+LOWEST = "the lowest of all for each image"
 FORMULAS = ("intended", "released", "both")
 
 Attacker = Callable[[Tensor, Tensor, torch.Generator], Tensor]
@@ -156,7 +159,7 @@ def measure(attacks: list[Named], judge: Judge, images: Tensor, labels: Tensor, 
             lowest = torch.minimum(lowest, right)
             found.append(share(right))
         keep({"attack": name, "accuracy": round(statistics.mean(found), 4), "by_seed": found})
-    keep({"attack": "the lowest of all for each image", "accuracy": share(lowest)})
+    keep({"attack": LOWEST, "accuracy": share(lowest)})
 
 
 def share(right: Tensor) -> float:
@@ -164,31 +167,20 @@ def share(right: Tensor) -> float:
     return round(float(right.mean()), 4)
 
 
-def pair(zoo: Zoo, images: Tensor, labels: Tensor, seeds: int, lengths: Lengths, keep: Keep) -> None:
-    """Each network alone, and both pairs."""
-    pairs = ("first", "second"), ("first", "boosted")
-    alone = [(name,) for name in ("first", "second", "boosted")]
-    for names in (*alone, *pairs):
-        members = nn.ModuleList([zoo[name][0] for name in names])
-        attacks = pair_attacks(members, names, lengths)[: 1 if len(names) == 1 else None]
-        judge, about = partial(drawn_right, members), {"networks": " or ".join(names)}
-        measure(attacks, judge, images, labels, seeds, _with(about, keep))
+def pair(zoo: Zoo, names: Sequence[str], lengths: Lengths) -> tuple[list[Named], Judge]:
+    """What is run on one network of each of these groups, of which one is drawn, and what judges it."""
+    members = nn.ModuleList([zoo[name][0] for name in names])
+    attacks = pair_attacks(members, names, lengths)
+    return attacks[: 1 if len(names) == 1 else None], partial(drawn_right, members)
 
 
-def adp(zoo: Zoo, images: Tensor, labels: Tensor, seeds: int, lengths: Lengths, keep: Keep) -> None:
-    """ADP's three networks, and three plain ones."""
-    for name in ("plain", "adp"):
-        members = zoo[name]
-        for number, member in enumerate(members, 1):
-            with torch.no_grad():
-                clean = share((member(images).argmax(-1) == labels).double())
-            keep({"networks": f"{name}, member {number}", "attack": "none", "accuracy": clean})
-        attacks, judge = adp_attacks(members, lengths), partial(mixed_right, members)
-        measure(attacks, judge, images, labels, seeds, _with({"networks": name}, keep))
-
-
-def _with(more: dict[str, Any], keep: Keep) -> Keep:
-    return lambda row: keep(more | row)
+def mean(zoo: Zoo, names: Sequence[str], lengths: Lengths) -> tuple[list[Named], Judge]:
+    """What is run on the mean of a group's networks, and what judges it; on a member, `adp 1`, nothing is."""
+    group, _, number = names[0].partition(" ")
+    members = zoo[group]
+    if number:
+        return [], partial(drawn_right, nn.ModuleList([members[int(number) - 1]]))
+    return adp_attacks(members, lengths), partial(mixed_right, members)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -205,7 +197,22 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return Table("", ["networks", "attack", "accuracy, %", "by seed"], lines)
 
 
-PARTS: dict[str, Callable[..., None]] = {"pair": pair, "adp": adp}
+PARTS = {
+    "pair": (pair, (("first",), ("second",), ("boosted",), ("first", "second"), ("first", "boosted"))),
+    "adp": (mean, tuple((f"{group}{number}",) for group in ("plain", "adp") for number in ("", " 1", " 2", " 3"))),
+}
+
+
+def begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The record in `out`, if it is of the same settings and machine, or a new one."""
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    same = all(found.get(name) == value for name, value in about.items())
+    return found if same else about | {name: [] for name in PARTS}
+
+
+def finished(rows: list[dict[str, Any]], networks: str) -> bool:
+    """Whether a record has all rows of some networks."""
+    return any(row["networks"] == networks and row["attack"] == LOWEST for row in rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -217,29 +224,42 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of what is random (default: %(default)s)")
     parser.add_argument("--rehearse", action="store_true", help="a step of each attack: no number means anything")
     parser.add_argument("--parts", default=",".join(PARTS), help="with commas between (default: %(default)s)")
+    parser.add_argument(
+        "--networks", help="of these parts only those, with commas between: 'first or second,adp,adp 1'"
+    )
     options = parser.parse_args(arguments)
     parts = options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: expected some of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
+    known = [" or ".join(names) for part in parts for names in PARTS[part][1]]
+    wanted = known if options.networks is None else options.networks.split(",")
+    if unknown := set(wanted) - set(known):
+        parser.error(f"--networks: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     zoo = zoo_of(options)
     chosen = sample(zoo.dataset.test, options.images)
     images, labels = as_float(chosen.images), chosen.labels
     lengths = REHEARSED if options.rehearse else Lengths()
     command = (
         f"python -m benchmarks.mixtures --data cifar10.npz --models DIR --images {options.images} --seeds "
-        f"{options.seeds} --parts {options.parts} --train-images {options.train_images} --epochs {options.epochs}"
+        f"{options.seeds} --train-images {options.train_images} --epochs {options.epochs}"
         + (" --rehearse" if options.rehearse else "")
     )
-    found = header(command) | {"images": len(labels), "training": asdict(zoo.budget), "steps": asdict(lengths)}
-    for name in parts:
-        found[name] = []
+    about = {"images": len(labels), "training": asdict(zoo.budget), "steps": asdict(lengths)}
+    found = begun(options.out, header(command) | about)
+    for part in parts:
+        made, groups = PARTS[part]
+        for names in groups:
+            networks = " or ".join(names)
+            if networks not in wanted or finished(found[part], networks):
+                continue
+            found[part] = [row for row in found[part] if row["networks"] != networks]
 
-        def keep(row: dict[str, Any], rows: list[dict[str, Any]] = found[name]) -> None:
-            rows.append(row)
-            print(row, flush=True)
-            write(options.out, found)
+            def keep(row: dict[str, Any], rows: list[dict[str, Any]] = found[part], networks: str = networks) -> None:
+                rows.append({"networks": networks} | row)
+                print(rows[-1], flush=True)
+                write(options.out, found)
 
-        PARTS[name](zoo, images, labels, options.seeds, lengths, keep)
+            measure(*made(zoo, names, lengths), images, labels, options.seeds, keep)
     print("\n\n".join(table(found[name]).to_markdown() for name in parts))
 
 

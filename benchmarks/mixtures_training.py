@@ -71,7 +71,7 @@ def networks(count: int, classes: int, seed: int) -> nn.ModuleList:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = [Normalised(experts.create("resnet8", classes)) for _ in range(count)]
-    return nn.ModuleList(made).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return nn.ModuleList(made).to(memory_format=torch.channels_last)
 
 
 def adp_loss(logits: Tensor, labels: Tensor, *, entropy: float = 2.0, diversity: float = 0.5) -> Tensor:
