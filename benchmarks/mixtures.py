@@ -12,7 +12,7 @@
 
 Images are the first of the test split in its fixed order. PGD-100 and MORA leave an image when it is fooled. Networks
 are trained when they are first asked for, see `benchmarks.mixtures_training`. The record is written after each attack;
-the same command goes on with it, and measures no networks a second time of which it has all.
+the same command goes on with it.
 """
 
 import argparse
@@ -68,6 +68,14 @@ class Named(NamedTuple):
     random: bool = True  # whether another seed gives other images
 
 
+class Case(NamedTuple):
+    """What is run on some networks, and what judges it: as right as `most` at best."""
+
+    attacks: list[Named]
+    judge: Judge
+    most: int = 1
+
+
 def logits_of(members: nn.ModuleList, images: Tensor) -> Tensor:
     """Logits (N, B, K) of all networks."""
     return torch.stack([member(images) for member in members])
@@ -79,13 +87,13 @@ def mixed(members: nn.ModuleList, images: Tensor) -> Tensor:
 
 
 def drawn_right(members: nn.ModuleList, images: Tensor, labels: Tensor) -> Tensor:
-    """(B,): the probability that a network drawn at random is right."""
-    return (logits_of(members, images).argmax(-1) == labels).double().mean(0)
+    """(B,): how many networks are right, of which one is drawn."""
+    return (logits_of(members, images).argmax(-1) == labels).sum(0)
 
 
 def mixed_right(members: nn.ModuleList, images: Tensor, labels: Tensor) -> Tensor:
     """(B,): 1 where the mean of the probabilities is right, and 0."""
-    return (mixed(members, images).argmax(-1) == labels).double()
+    return (mixed(members, images).argmax(-1) == labels).long()
 
 
 def pair_attacks(members: nn.ModuleList, names: Sequence[str], lengths: Lengths) -> list[Named]:
@@ -134,53 +142,59 @@ def adp_attacks(members: nn.ModuleList, lengths: Lengths) -> list[Named]:
     ]
 
 
-def measure(attacks: list[Named], judge: Judge, images: Tensor, labels: Tensor, seeds: int, keep: Keep) -> None:
+def measure(case: Case, images: Tensor, labels: Tensor, seeds: int, known: list[dict[str, Any]], keep: Keep) -> None:
     """Tell of each attack's accuracy, by seed, and last of the lowest of all for each image.
 
     Args:
-        attacks: what is run.
-        judge: images and labels to (B,) probabilities of a right answer.
+        case: what is run on what.
         images: (n, C, H, W) in [0, 1].
         labels: (n,).
         seeds: how often what is random is run.
-        keep: is told one row after the other.
+        known: rows that are there already.
+        keep: is told one row after the other, but for those that are known.
     """
-    with torch.no_grad():
-        lowest = judge(images, labels)
-    keep({"attack": "none", "accuracy": share(lowest)})
-    for name, attack, random in attacks:
-        found = []
+    before = {row["attack"]: row for row in known}
+    lowest = torch.full_like(labels, case.most)
+    for name, attack, random in (Named("none", lambda x, _y, _g: x, random=False), *case.attacks):
+        if name in before:
+            lowest = torch.minimum(lowest, torch.tensor([int(digit) for digit in before[name]["right"]]))
+            continue
+        found, worst = [], torch.full_like(labels, case.most)
         for seed in range(seeds if random else 1):
             generator = torch.Generator().manual_seed(seed)
             pairs = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
             adversarial = torch.cat([attack(x, y, generator) for x, y in pairs])
             with torch.no_grad():
-                right = judge(adversarial, labels)
-            lowest = torch.minimum(lowest, right)
-            found.append(share(right))
-        keep({"attack": name, "accuracy": round(statistics.mean(found), 4), "by_seed": found})
-    keep({"attack": LOWEST, "accuracy": share(lowest)})
+                right = case.judge(adversarial, labels)
+            found.append(right)
+            worst = torch.minimum(worst, right)
+        lowest = torch.minimum(lowest, worst)
+        keep(_row(name, found, worst, case.most))
+    if LOWEST not in before:
+        keep(_row(LOWEST, [lowest], lowest, case.most))
 
 
-def share(right: Tensor) -> float:
-    """The mean, as records have it."""
-    return round(float(right.mean()), 4)
+def _row(name: str, found: list[Tensor], worst: Tensor, most: int) -> dict[str, Any]:
+    """Accuracies, and for each image, as a digit, how many networks are right after the worst of the runs."""
+    by_seed = [round(float(right.double().mean()) / most, 4) for right in found]
+    digits = "".join(map(str, worst.tolist()))
+    return {"attack": name, "accuracy": round(statistics.mean(by_seed), 4), "by_seed": by_seed, "right": digits}
 
 
-def pair(zoo: Zoo, names: Sequence[str], lengths: Lengths) -> tuple[list[Named], Judge]:
-    """What is run on one network of each of these groups, of which one is drawn, and what judges it."""
+def pair(zoo: Zoo, names: Sequence[str], lengths: Lengths) -> Case:
+    """One network of each of these groups, of which one is drawn."""
     members = nn.ModuleList([zoo[name][0] for name in names])
-    attacks = pair_attacks(members, names, lengths)
-    return attacks[: 1 if len(names) == 1 else None], partial(drawn_right, members)
+    attacks = pair_attacks(members, names, lengths)[: 1 if len(names) == 1 else None]
+    return Case(attacks, partial(drawn_right, members), len(members))
 
 
-def mean(zoo: Zoo, names: Sequence[str], lengths: Lengths) -> tuple[list[Named], Judge]:
-    """What is run on the mean of a group's networks, and what judges it; on a member, `adp 1`, nothing is."""
+def mean(zoo: Zoo, names: Sequence[str], lengths: Lengths) -> Case:
+    """The mean of a group's networks; and its members alone, `adp 1`, which are not attacked."""
     group, _, number = names[0].partition(" ")
     members = zoo[group]
     if number:
-        return [], partial(drawn_right, nn.ModuleList([members[int(number) - 1]]))
-    return adp_attacks(members, lengths), partial(mixed_right, members)
+        return Case([], partial(drawn_right, nn.ModuleList([members[int(number) - 1]])))
+    return Case(adp_attacks(members, lengths), partial(mixed_right, members))
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -208,11 +222,6 @@ def begun(out: Path, about: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     same = all(found.get(name) == value for name, value in about.items())
     return found if same else about | {name: [] for name in PARTS}
-
-
-def finished(rows: list[dict[str, Any]], networks: str) -> bool:
-    """Whether a record has all rows of some networks."""
-    return any(row["networks"] == networks and row["attack"] == LOWEST for row in rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -250,16 +259,16 @@ def main(arguments: list[str] | None = None) -> None:
         made, groups = PARTS[part]
         for names in groups:
             networks = " or ".join(names)
-            if networks not in wanted or finished(found[part], networks):
+            if networks not in wanted:
                 continue
-            found[part] = [row for row in found[part] if row["networks"] != networks]
+            known = [row for row in found[part] if row["networks"] == networks]
 
             def keep(row: dict[str, Any], rows: list[dict[str, Any]] = found[part], networks: str = networks) -> None:
                 rows.append({"networks": networks} | row)
-                print(rows[-1], flush=True)
+                print({name: value for name, value in rows[-1].items() if name != "right"}, flush=True)
                 write(options.out, found)
 
-            measure(*made(zoo, names, lengths), images, labels, options.seeds, keep)
+            measure(made(zoo, names, lengths), images, labels, options.seeds, known, keep)
     print("\n\n".join(table(found[name]).to_markdown() for name in parts))
 
 
