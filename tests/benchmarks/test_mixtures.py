@@ -70,7 +70,7 @@ def test_adp_s_loss_is_finite_of_members_that_are_sure() -> None:
     assert gradient.dtype == losses.dtype == torch.float32
 
 
-def test_members_have_weights_of_their_own_and_leave_the_random_state() -> None:
+def test_members_have_weights_of_their_own() -> None:
     state = torch.get_rng_state()
     first, second = networks(2, 10, seed=3)
     assert torch.equal(torch.get_rng_state(), state)
@@ -92,7 +92,7 @@ class Always(nn.Module):
         return self.answers[(images.flatten(1).mean(1) > 0.5).long()]
 
 
-def test_accuracies_are_expected_ones_and_the_lowest_is_of_each_image() -> None:
+def test_accuracies_are_expected_and_the_lowest_of_each_image() -> None:
     members = nn.ModuleList([Always(0, 1), Always(0, 0)])
     images, labels = torch.full((4, 3, 2, 2), 0.9), torch.zeros(4, dtype=torch.long)
     rows: list[dict[str, Any]] = []
