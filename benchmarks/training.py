@@ -9,7 +9,6 @@ as fit beside the attacks, and is then attacked: the test split is looked at onl
 
 import argparse
 import dataclasses
-import importlib.util
 import math
 import shutil
 import sys
@@ -207,8 +206,6 @@ def autoattacked(
     name: str, outputs: LabelledModel, test: Split, classes: int, until: float, gradient: float, rehearse: bool
 ) -> Any:
     """Accuracy under AutoAttack, or a line that says why there is none; `gradient`: seconds of one of a whole batch."""
-    if importlib.util.find_spec("torchattacks") is None:
-        return "not run: torchattacks is not installed"
     passes = AUTOATTACK_GRADIENTS + AUTOATTACK_PASSES / 3  # a gradient costs about three forward passes
     needed = SLACK * passes * gradient * AUTOATTACK_BATCH / ATTACK_BATCH
     options: dict[str, Any] = {"steps": 2, "queries": 10} if rehearse else {}

@@ -62,9 +62,9 @@ def evaluate(
         cli.console.print()
         cli.console.print(table.to_markdown())
     if printed:
-        cli.console.print(f"\nreport: {outputs.report}")
         if (least := least_sentence(found)) is not None:
-            cli.console.print(least)
+            cli.console.print(f"\n{least}")
+        cli.console.print(f"\nreport: {outputs.report}")
     return found
 
 

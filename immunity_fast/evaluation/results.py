@@ -72,7 +72,8 @@ def results(evaluation: Evaluation) -> Results:
     found["unmoved"] = list(_unmoved(evaluation))
     found["radii"] = [_at_radius(evaluation, radius) for radius in evaluation.plan.radii]
     own = next(each for each in found["radii"] if each["eps"] == evaluation.plan.radius)
-    found["accuracy"] = [*_accuracies(evaluation, [Row("clean")]), *own["accuracy"]]
+    rows = [Row("clean"), *_rows_at(evaluation, evaluation.plan.radius)]
+    found["accuracy"] = [entry | {"seconds": seconds} for entry, seconds in _accuracies(evaluation, rows)]
     found["worst_case"], found["drawn"] = own["worst_case"], own["drawn"]
     if isinstance(evaluation.target, MixtureTarget):
         found["transfer_from_experts"] = _from_experts(evaluation)
@@ -91,19 +92,21 @@ def _rows_at(evaluation: Evaluation, radius: float) -> list[Row]:
     ]
 
 
-def _accuracies(evaluation: Evaluation, rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
+def _accuracies(evaluation: Evaluation, rows: Sequence[Row]) -> Iterable[tuple[dict[str, Any], float]]:
+    """An entry for each row and judge, and the seconds that its attack took."""
     for row in rows:
         pieces = evaluation.results(row)
         seconds = sum(piece["seconds"] for piece in pieces)
         for judge in evaluation.target.judges if pieces else ():
             name = {"attack": row.attack or row.kind, "attacker": row.attacker or None, "judge": judge}
-            yield name | share(bits(pieces, judge)) | {"seconds": round(seconds, 3)}
+            yield name | share(bits(pieces, judge)), round(seconds, 3)
 
 
 def _at_radius(evaluation: Evaluation, radius: float) -> dict[str, Any]:
     """What was found with one radius, as `results` says it of `radii`."""
     rows = _rows_at(evaluation, radius)
-    found: dict[str, Any] = {"eps": radius, "accuracy": list(_accuracies(evaluation, rows)), "worst_case": []}
+    accuracies = [entry for entry, _ in _accuracies(evaluation, rows)]
+    found: dict[str, Any] = {"eps": radius, "accuracy": accuracies, "worst_case": []}
     finished = [(row, pieces) for row in rows if (pieces := evaluation.results(row))]
     if any(row.kind == "attack" for row, _ in finished):
         for judge in evaluation.target.judges:
