@@ -62,7 +62,7 @@ def fab_targeted(
     """The nearest image that a model takes for another class, searched towards one class for each; it draws nothing.
 
     Args:
-        outputs: images within the bounds to finite numbers, or −∞, with a gradient.
+        outputs: images within the bounds to finite numbers, or −∞, with a gradient. A `network.Network` may compile it.
         images: (B, C, H, W), float32 or float64, within the bounds.
         labels: (B,) the classes that they are to be kept from.
         targets: (B,) the class that each is moved to; that the model takes it for any other class than its label will
@@ -152,6 +152,9 @@ class _Search:
             (differences, gradients, fooling): (R,) z_target − z_label, (R, C, H, W) its gradient and (R,) bool, whether
             the point fools the model. Where all rows are done by it, without the way back: the gradient is 0.
         """
+        if (differentiated := self.differences(rows)) is not None:
+            differences, gradients, said = differentiated
+            return differences.to(rows.points.dtype), gradients.to(rows.points.dtype), self._kept(rows, said)
         with torch.enable_grad():
             points = rows.points.detach().requires_grad_()
             outputs = self.outputs(points)
@@ -163,6 +166,11 @@ class _Search:
             else:
                 gradients = image_gradient(differences.sum(), points)
         return differences.detach(), gradients, fooling
+
+    def differences(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What `Network.differences` gives, where the model is one that may be compiled."""
+        compiled = getattr(self.outputs, "differences", None)
+        return None if compiled is None else compiled(rows.points, rows.labels, rows.targets)
 
     def _kept(self, rows: _Rows, outputs: Tensor) -> Tensor:
         """Which rows fool the model, (R,) bool; the nearest points that do are kept."""

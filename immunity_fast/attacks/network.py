@@ -93,6 +93,7 @@ class Network:
         self._compile, self._device = compile, device or torch.device("cpu")
         self._outputs = Compiled(lambda images: self.model(images), compile, self._device)
         self._found: dict[tuple[Objective, bool], Compiled] = {}  # by what is maximised, and whether there are targets
+        self._differences = Compiled(_differences_of(lambda images: self.model(images)), compile, self._device)
         self.model, self.dtype, self.draws, self.judge = model, dtype, draws, judge
         self.random = draws > 1
         self._mixture: Mixture | None = None  # whose draws are taken by one pass over its experts
@@ -112,6 +113,21 @@ class Network:
         if bool(not_finite(outputs).any()):
             raise ValueError(NOT_FINITE)
         return outputs
+
+    def differences(self, images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """z_target − z_label (B,), its gradient (B, C, H, W) and outputs (B, K), by compiled code; None without any.
+
+        Raises:
+            ValueError: NaN or infinite outputs.
+        """
+        if self.random or not self._differences.active or len(images) > self.whole:
+            return None
+        with torch.no_grad():
+            found = self._padded(self._differences, images.detach().to(self.dtype), labels, targets)
+        differences, gradients, outputs = (at_least_float32(each) for each in found)
+        if bool(not_finite(outputs).any()):
+            raise ValueError(NOT_FINITE)
+        return differences, gradients, outputs
 
     def gives_draws(self) -> None:
         """Take the model's outputs (draws, B, K) for the draws of a step."""
@@ -405,6 +421,22 @@ def _inside(found: Tensor, images: Tensor, eps: float, norm: Norm, box: Bounds) 
     if norm == "Linf":
         return found.detach().to(images.dtype).clamp(*linf_bounds(images, eps, box))
     return project_l2(found, images, eps, box)
+
+
+def _differences_of(model: Model) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """(images, labels, targets) to what `Network.differences` gives, to be compiled."""
+
+    def found(images: Tensor, labels: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def total(images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            outputs = at_least_float32(model(images))
+            differences = (outputs.gather(1, targets[:, None]) - outputs.gather(1, labels[:, None]))[:, 0]
+            return differences.sum(), (differences.detach(), outputs.detach())
+
+        with torch.no_grad():  # of parameters; the images' is torch.func's
+            gradient, (differences, outputs) = torch.func.grad(total, has_aux=True)(images)
+        return differences, gradient, outputs
+
+    return found
 
 
 def _succeeded(outputs: Tensor, labels: Tensor, targets: Tensor | None, objective: Objective) -> Tensor:
