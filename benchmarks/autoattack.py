@@ -35,7 +35,7 @@ from benchmarks.cases import DEVICE
 from benchmarks.outcomes import write
 from benchmarks.record import header
 from immunity_fast.attacks import autoattack
-from immunity_fast.attacks.network import Aim, Part
+from immunity_fast.attacks.parts import Aim, Part
 from immunity_fast.data.augmentation import as_float
 from immunity_fast.data.datasets import load
 from immunity_fast.data.sampling import sample
@@ -48,7 +48,7 @@ OURS, THEIRS, PLAIN = "immunity_fast", "torchattacks", "torchattacks, plain modu
 REST = "all else"
 PARTS = ("APGD", "APGDT", "FAB", "Square")
 MODULE = importlib.import_module("immunity_fast.attacks.autoattack")  # as an attribute that is the function
-FRAME = "in_turn"  # of it: runs a list of `network.Part`, its second argument, one after the other
+FRAME = "in_turn"  # of it: runs a list of `parts.Part`, its second argument, one after the other
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from immunity_fast.training.run_folder import Run
 
 MEASURES = {"mutual_information": "mutual information, nats", "cscore": "CScore", "iscore": "IScore"}
 ATTACKERS = {
-    **{name: GATE_WORDS[name] for name in KNOWLEDGE},
+    **GATE_WORDS,
     "any expert": "an expert",
     "transfer": "another ensemble",
 }

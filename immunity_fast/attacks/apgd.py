@@ -17,7 +17,7 @@ from immunity_fast.attacks.descent import Attack, warn_of_the_unmoved
 from immunity_fast.attacks.losses import Loss, OwnLoss
 from immunity_fast.attacks.mixtures import LabelledModel, Model, asked_modules, judge_of
 from immunity_fast.attacks.modes import attacked
-from immunity_fast.attacks.network import Look, Network, Objective
+from immunity_fast.attacks.parts import Look, Network, Objective
 from immunity_fast.attacks.preprocessing import Preprocessing, preprocessed
 from immunity_fast.attacks.projections import (
     UNIT,

@@ -23,7 +23,7 @@ from immunity_fast.attacks.fab import fab_targeted
 from immunity_fast.attacks.losses import Loss
 from immunity_fast.attacks.mixtures import Model
 from immunity_fast.attacks.modes import attacked
-from immunity_fast.attacks.network import NOT_FINITE, Aim, Network, Objective, Part, at_radii, check_settings, in_turn
+from immunity_fast.attacks.parts import NOT_FINITE, Aim, Network, Objective, Part, at_radii, check_settings, in_turn
 from immunity_fast.attacks.preprocessing import Preprocessing, preprocessed
 from immunity_fast.attacks.projections import UNIT, Bounds, Norm, rounded_bounds
 from immunity_fast.attacks.radii import Given

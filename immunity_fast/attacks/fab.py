@@ -62,7 +62,7 @@ def fab_targeted(
     """The nearest image that a model takes for another class, searched towards one class for each; it draws nothing.
 
     Args:
-        outputs: images within the bounds to finite numbers, or −∞, with a gradient. A `network.Network` may compile it.
+        outputs: images within the bounds to finite numbers, or −∞, with a gradient. A `parts.Network` may compile it.
         images: (B, C, H, W), float32 or float64, within the bounds.
         labels: (B,) the classes that they are to be kept from.
         targets: (B,) the class that each is moved to; that the model takes it for any other class than its label will

@@ -93,7 +93,7 @@ class MixtureMembers(Members):
     Args:
         mixture: in evaluation mode. Its switch does not matter.
         weighing: "off", the gate's weights as they were trained; "mean", 1/N each.
-        expert_logits: what computes the mixture's, if compiled code is to; None is `mixture.expert_logits`.
+        expert_logits: what computes the mixture's, if compiled code is to; None is its own.
         preprocessing: of images on their way to the mixture.
     """
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from immunity_fast.attacks.mixtures import Model
 from immunity_fast.attacks.modes import attacked
-from immunity_fast.attacks.network import Aim, Network, Part, at_radii, check_settings, in_turn
+from immunity_fast.attacks.parts import Aim, Network, Part, at_radii, check_settings, in_turn
 from immunity_fast.attacks.preprocessing import Preprocessing, preprocessed
 from immunity_fast.attacks.projections import UNIT, Bounds, Norm, linf_bounds, rounded_bounds
 from immunity_fast.attacks.radii import Given

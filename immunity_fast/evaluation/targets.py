@@ -24,7 +24,7 @@ from immunity_fast.attacks.mixtures import (
     exact_means,
     trained_gate,
 )
-from immunity_fast.attacks.network import seeded
+from immunity_fast.attacks.parts import seeded
 from immunity_fast.attacks.saving import hash_of_weights
 from immunity_fast.attacks.settling import Settling
 from immunity_fast.evaluation import gate_attackers

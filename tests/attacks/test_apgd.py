@@ -19,7 +19,7 @@ from immunity_fast.attacks import NotFiniteError, UnmovedWarning, apgd
 from immunity_fast.attacks.apgd import Descent, _checkpoints
 from immunity_fast.attacks.batch import Worst
 from immunity_fast.attacks.mixtures import ExactJudge
-from immunity_fast.attacks.network import Network, Objective
+from immunity_fast.attacks.parts import Network, Objective
 from immunity_fast.attacks.projections import UNIT, Norm
 from immunity_fast.models.gate import SwitchingGateWarning
 from tests import attacked_classifiers, grids
