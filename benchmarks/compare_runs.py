@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import header
-from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS, GATE_WORDS, KNOWLEDGE
+from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS, GATE_WORDS
 from immunity_fast.evaluation.words import NAMES
 from immunity_fast.reporting.html import Table
 from immunity_fast.reproduction.tables import summarised
