@@ -23,6 +23,7 @@ from immunity_fast.training.run_folder import Run
 MEASURES = {"mutual_information": "mutual information, nats", "cscore": "CScore", "iscore": "IScore"}
 ATTACKERS = {
     **GATE_WORDS,
+    "logits": "the mean of logits",
     "any expert": "an expert",
     "transfer": "another ensemble",
 }
