@@ -5,8 +5,8 @@
 What is timed is the command, `python -m immunity_fast.evaluate RUN --limit N`, each time in a process and a folder of
 its own, by one tree after the other; TREE is a checkout, such as `git worktree add TREE COMMIT` makes, and RUN one that
 it can read, trained by itself for instance. Beside the seconds stand the accuracies that both have found, judge by
-judge: how far the newer one's are at most above the older one's, and the worst case of each. `--amp` is added to the
-newer one's command, as a way of its own.
+judge: how far the newer one's are at most above the older one's, and the worst case of each. `--amp` and `--attacks`
+are added to the newer one's command, as ways of their own.
 """
 
 import argparse
@@ -89,11 +89,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--amp", choices=("off", "bf16", "auto"), default="off", help="measure this, too")
+    parser.add_argument("--attacks", metavar="LIST", help="measure these, too")
     given = parser.parse_args()
     run, options = given.run.resolve(), ["--limit", str(given.images)]
     ways: dict[str, tuple[Path, list[str]]] = {"old": (given.old.resolve(), options), "new": (TREE, options)}
     if given.amp != "off":
         ways[f"new, --amp {given.amp}"] = (TREE, [*options, "--amp", given.amp])
+    if given.attacks:
+        ways[f"new, --attacks {given.attacks}"] = (TREE, [*options, "--attacks", given.attacks])
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     used: dict[str, list[float]] = {way: [] for way in ways}
     results: dict[str, dict[str, Any]] = {}
@@ -116,8 +119,9 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "-C", str(given.old), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
-    amp = "" if given.amp == "off" else f" --amp {given.amp}"
-    command = f"python -m benchmarks.evaluation RUN --old TREE --images {given.images} --rounds {given.rounds}{amp}"
+    more = "" if given.amp == "off" else f" --amp {given.amp}"
+    more += f" --attacks {given.attacks}" if given.attacks else ""
+    command = f"python -m benchmarks.evaluation RUN --old TREE --images {given.images} --rounds {given.rounds}{more}"
     found = header(command) | {"old": commit.stdout.strip(), "images": given.images, "ways": entries}
     write(given.out, found)
     print("\n\n".join(table.to_markdown() for table in tables(found)))
