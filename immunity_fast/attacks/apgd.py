@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from immunity_fast.attacks.projections import (
     unit,
 )
 from immunity_fast.attacks.radii import Given, for_each_image, of_each, one_or_each
-from immunity_fast.runtime.checks import check_choice, is_whole
+from immunity_fast.runtime.checks import check_choice, is_number, is_whole
 from immunity_fast.runtime.compilation import Compile
 from immunity_fast.runtime.precision import accumulation_dtype
 
@@ -173,6 +174,8 @@ def _check_counts(steps: int, draws: int, rho: float) -> None:
     for name, count in (("steps", steps), ("draws", draws)):
         if not is_whole(count) or count < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {count}")
+    if not is_number(rho):
+        raise TypeError(f"rho: expected a number from 0 to 1, got {rho!r}")
     if not 0 <= rho <= 1:
         raise ValueError(f"rho: expected a number from 0 to 1, got {rho}")
 
@@ -329,15 +332,16 @@ class Descent:
         Raises:
             NotFiniteError: of the place whose outputs or gradient are NaN or infinite.
         """
-        objective, checkpoints = self.objective, _checkpoints(self.steps)
+        steps = operator.index(self.steps)  # NumPy's compare to no bool of Python's
+        objective, checkpoints = self.objective, _checkpoints(steps)
         box = rounded_bounds(self.bounds, images.dtype)
         radius = self.ball[where] if isinstance(self.ball, Tensor) else None
         rows, shown = _started(images, labels, targets, where, groups, self, radius, box)
-        for step in range(self.steps + 1):
+        for step in range(steps + 1):
             if step:
                 points = _moved(rows, self, box, 1.0 if step == 1 else MOMENTUM)
                 rows, shown = rows._replace(points=points, before=rows.points), _shown(points, rows, self, box)
-            look = network.look(shown, rows.labels, rows.targets, objective, gradient=step < self.steps)
+            look = network.look(shown, rows.labels, rows.targets, objective, gradient=step < steps)
             if watch is not None and look.gradient is not None:
                 watch(rows.where, look)
             rows = _updated(rows, look)

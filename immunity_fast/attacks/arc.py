@@ -350,7 +350,7 @@ class _Search:
         walk = _Walk(where, start, self.labels, self.eps, self.eta, low, high, start, local, start, share)
         if self.settings.random_start:
             start = random_start(self.images, self.eps, self.settings.norm, self.generator)
-            at, share = self._projected(walk, start), share
+            at = self._projected(walk, start)
             walk = walk._replace(at=at, share=self._judged(walk, at))
             self._keep(walk)
         return walk

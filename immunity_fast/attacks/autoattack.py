@@ -23,12 +23,22 @@ from immunity_fast.attacks.fab import fab_targeted
 from immunity_fast.attacks.losses import Loss
 from immunity_fast.attacks.mixtures import Model
 from immunity_fast.attacks.modes import attacked
-from immunity_fast.attacks.parts import NOT_FINITE, Aim, Network, Objective, Part, at_radii, check_settings, in_turn
+from immunity_fast.attacks.parts import (
+    NOT_FINITE,
+    Aim,
+    Network,
+    Objective,
+    Part,
+    at_radii,
+    check_seed,
+    check_settings,
+    in_turn,
+)
 from immunity_fast.attacks.preprocessing import Preprocessing, preprocessed
 from immunity_fast.attacks.projections import UNIT, Bounds, Norm, rounded_bounds
 from immunity_fast.attacks.radii import Given
 from immunity_fast.attacks.square import square_search
-from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.checks import check_choice, check_whole
 from immunity_fast.runtime.compilation import Compile
 from immunity_fast.runtime.precision import at_least_float32
 
@@ -134,7 +144,7 @@ def autoattack(
             norm or version; eps < 0, num_classes < 2, steps or queries < 1; outputs that are not (B, num_classes), that
             have no gradient with respect to the images, which `square` does not need, or that are NaN or infinite, as
             `NotFiniteError` where they are so for an image itself.
-        TypeError: images or labels that are no tensors.
+        TypeError: images or labels that are no tensors; a seed or a number of things that is not whole.
 
     Warns:
         MovedStatisticsWarning: the model is a function that asks a module in training mode, whose statistics moved.
@@ -142,8 +152,8 @@ def autoattack(
     check_choice("version", version, Version)
     check_choice("compile", compile, Compile)
     check_settings(images, labels, norm, bounds, steps=steps, queries=queries)
-    if num_classes < 2:
-        raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+    check_seed(seed)
+    check_whole("num_classes", num_classes, 2)
 
     def one(radius: float, images: Tensor, labels: Tensor) -> Tensor:
         draws = DRAWS if version == "rand" else 1

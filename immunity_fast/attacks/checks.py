@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from immunity_fast.attacks.projections import UNIT, Bounds, rounded_bounds
@@ -79,14 +78,18 @@ def outputs_of(returned: Any, samples: int) -> Tensor:
         ValueError: it holds none of that shape.
     """
     outputs = logits_of(returned)
-    if not isinstance(outputs, Tensor) or outputs.dim() not in (2, 3) or outputs.shape[-2] != samples:
+    known = isinstance(outputs, Tensor) and outputs.dim() in (2, 3) and outputs.shape[-1] > 0
+    if not known or outputs.shape[-2] != samples:
         raise ValueError(f"model: expected outputs ({samples}, K) or (draws, {samples}, K), got {kind_of(returned)}")
     return outputs
 
 
 def not_finite(outputs: Tensor) -> Tensor:
-    """Which images have outputs (…, B, K) that are no logits: NaN or +∞ in any; −∞ is the logarithm of 0. (B,) bool."""
-    broken = (outputs.isnan() | (outputs == torch.inf)).any(-1)
+    """Which images have outputs (…, B, K) that are no logits: NaN or +∞ in any, or −∞ in all. (B,) bool.
+
+    −∞ is the logarithm of 0, which not all classes can have.
+    """
+    broken: Tensor = ~outputs.amax(-1).isfinite()
     return broken.flatten(0, -2).any(0) if broken.dim() > 1 else broken
 
 

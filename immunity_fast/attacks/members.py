@@ -45,7 +45,7 @@ class NetworkMembers(Members):
 
     Raises:
         ValueError: no network, or weights of another number, negative, not finite, or all zero.
-        TypeError: what cannot be called.
+        TypeError: what cannot be called, weights that are no numbers.
     """
 
     def __init__(
@@ -63,7 +63,10 @@ class NetworkMembers(Members):
         count = len(self.networks)
         given = torch.full((count,), 1 / count, dtype=torch.float64)
         if weights is not None:
-            given = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
+            try:
+                given = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
+            except (TypeError, ValueError):
+                raise TypeError(f"weights: expected numbers, one of each network, got {weights!r}") from None
         if given.shape != (count,):
             raise ValueError(f"weights: expected one of each network ({count},), got {tuple(given.shape)}")
         if not (bool(given.isfinite().all()) and bool((given >= 0).all()) and float(given.sum()) > 0):

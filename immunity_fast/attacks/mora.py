@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args, overload
@@ -170,6 +170,8 @@ def mora(
         MovedStatisticsWarning: a network is a function that asks a module in training mode, whose statistics moved.
     """
     members = _members_of(model, weights, weighing, preprocessing)
+    if not isinstance(mixing, Iterable):
+        raise TypeError(f"mixing: expected several numbers from 0 to 1, got {mixing!r}")
     settings = partial(MoraSettings, steps=steps, average=average, formula=formula, mixing=tuple(mixing))
     settings = partial(settings, targeted=targeted, norm=norm, bounds=bounds)
 
@@ -425,7 +427,7 @@ class _Descents:
                 f"{kind_of(returned)}"
             )
         weights = self.members.weights(state.adversarial).to(logits.dtype)
-        broken = not_finite(logits) | (logits == -torch.inf).all(-1).any(0) | ~weights.detach().isfinite().all(-1)
+        broken = not_finite(logits) | ~weights.detach().isfinite().all(-1)
         labels = state.labels.clamp(0, logits.shape[-1] - 1)  # on a GPU one out of range would end the process
         with torch.no_grad():
             fooled = reweighing.predicted(logits, weights, average) != labels

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ from immunity_fast.attacks.mixtures import (
 from immunity_fast.attacks.projections import UNIT, Bounds, Norm, linf_bounds, project_l2, rounded_bounds
 from immunity_fast.attacks.radii import Given, for_each_image, one_or_each
 from immunity_fast.functional import log_mixture
-from immunity_fast.runtime.checks import check_choice
+from immunity_fast.runtime.checks import check_choice, check_whole, is_whole
 from immunity_fast.runtime.compilation import Compile, Compiled
 from immunity_fast.runtime.precision import at_least_float32
 
@@ -475,6 +476,7 @@ def seeded(seed: int) -> Iterator[None]:
 
     NumPy's where the process has imported it: what has not cannot draw from it.
     """
+    seed = operator.index(seed)  # Python's own generator would take the hash of one of NumPy's
     of_python, numpy = random.getstate(), sys.modules.get("numpy")
     of_numpy = None if numpy is None else numpy.random.get_state()
     # torch.manual_seed would also seed GPUs that this process has not begun to use, where nothing can be put back.
@@ -495,6 +497,19 @@ def seeded(seed: int) -> Iterator[None]:
                 numpy.random.set_state(of_numpy)
 
 
+def check_seed(seed: int) -> None:
+    """Check that a seed is one that torch takes.
+
+    Raises:
+        ValueError: it has more than 64 bits.
+        TypeError: no whole number.
+    """
+    if not is_whole(seed):
+        raise TypeError(f"seed: expected a whole number, got {seed!r}")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise ValueError(f"seed: expected a whole number of 64 bits, got {seed}")
+
+
 def check_settings(images: Tensor, labels: Tensor, norm: Norm, bounds: Bounds = UNIT, **counts: int) -> None:
     """Check what AutoAttack or a part of it is given.
 
@@ -506,6 +521,5 @@ def check_settings(images: Tensor, labels: Tensor, norm: Norm, bounds: Bounds = 
     """
     bounds = Attack(norm=norm, bounds=bounds).bounds
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}: expected at least 1, got {count}")
+        check_whole(name, count, 1)
     check_images(images, labels, None, bounds)

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from immunity_fast.attacks.checks import outputs_of
 from immunity_fast.attacks.mixtures import Model
+from immunity_fast.runtime.checks import kind_given
 
 
 class Preprocessing(TypedDict, total=False):
@@ -39,9 +40,16 @@ def preprocessed(model: Model, preprocessing: Preprocessing | Mapping[str, Any] 
     Raises:
         ValueError: another word, a mean and a std that do not fit to each other, a std that is not positive, an axis
             that is not negative.
+        TypeError: a model that cannot be called, such as a list of networks; a preprocessing that is no dictionary.
     """
+    if not callable(model) or isinstance(model, nn.ModuleList):
+        raise TypeError(
+            f"model: expected one that can be called with images, got {kind_given(model)}; `arc` and `mora` take lists"
+        )
     if preprocessing is None:
         return lambda images: outputs_of(model(images), len(images))
+    if not isinstance(preprocessing, Mapping):
+        raise TypeError(f"preprocessing: expected dict(mean=…, std=…), got {kind_given(preprocessing)}")
     unknown = sorted(set(preprocessing) - {"mean", "std", "axis"})
     if unknown:
         raise ValueError(f"preprocessing: expected mean, std and axis, got {', '.join(map(repr, unknown))}")
@@ -65,7 +73,10 @@ def preprocessed(model: Model, preprocessing: Preprocessing | Mapping[str, Any] 
 
 
 def _numbers(name: str, value: Any) -> Tensor:
-    numbers = torch.as_tensor(value, dtype=torch.float64)
+    try:
+        numbers = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"preprocessing: expected a {name} of numbers, got {value!r}") from None
     if numbers.dim() > 1 or not bool(numbers.isfinite().all()):
         raise ValueError(f"preprocessing: expected a {name} of finite numbers (C,), got {value}")
     return numbers

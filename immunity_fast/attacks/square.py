@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Protocol, overload
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from immunity_fast.attacks.mixtures import Model
 from immunity_fast.attacks.modes import attacked
-from immunity_fast.attacks.parts import Aim, Network, Part, at_radii, check_settings, in_turn
+from immunity_fast.attacks.parts import Aim, Network, Part, at_radii, check_seed, check_settings, in_turn
 from immunity_fast.attacks.preprocessing import Preprocessing, preprocessed
 from immunity_fast.attacks.projections import UNIT, Bounds, Norm, linf_bounds, rounded_bounds
 from immunity_fast.attacks.radii import Given
@@ -93,12 +94,13 @@ def square(
         ValueError: images out of bounds or not 4-D; labels of another shape, not integers or out of range; an unknown
             norm; eps < 0, queries < 1; outputs that are not (B, K), or that are NaN or infinite, as
             `NotFiniteError` where they are so for an image itself.
-        TypeError: images or labels that are no tensors.
+        TypeError: images or labels that are no tensors; a seed or `queries` that is not whole.
 
     Warns:
         MovedStatisticsWarning: the model is a function that asks a module in training mode, whose statistics moved.
     """
     check_settings(images, labels, norm, bounds, queries=queries)
+    check_seed(seed)
 
     def one(radius: float, images: Tensor, labels: Tensor) -> Tensor:
         network = Network(prepared, images.dtype)
@@ -113,7 +115,7 @@ def square(
                 bounds=bounds,
                 queries=queries,
                 rescale=True,
-                generator=torch.Generator().manual_seed(seed),
+                generator=torch.Generator().manual_seed(operator.index(seed)),
             )
 
         return in_turn(

@@ -427,6 +427,20 @@ def test_errors_name_the_argument(options: dict[str, Any], argument: str) -> Non
         apgd(classifier(), *data(8), **options)
 
 
+def test_a_share_of_steps_that_is_no_number() -> None:
+    with pytest.raises(TypeError, match="rho: expected a number from 0 to 1"):
+        apgd(classifier(), *data(8), rho="a")  # type: ignore[call-overload]
+
+
+def test_a_number_of_steps_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    seeds = (torch.Generator().manual_seed(0) for _ in range(2))
+    found, expected = (
+        apgd(classifier(), *data(8), steps=steps, generator=next(seeds)) for steps in (numpy.int64(3), 3)
+    )
+    assert torch.equal(found, expected)
+
+
 def test_errors_of_images_and_labels() -> None:
     model, (images, labels) = classifier(), data(8)
     with pytest.raises(ValueError, match=r"^images: "):

@@ -491,6 +491,12 @@ def test_every_member_is_the_expected_loss_of_permutations() -> None:
     torch.testing.assert_close(found, torch.stack(losses).mean(0))
 
 
+def test_a_member_that_gives_no_class_a_probability_is_an_error() -> None:
+    networks = [small_network(), lambda x: small_network()(x) - torch.inf]
+    with pytest.raises(NotFiniteError, match="image 0"):
+        arc(networks, small_images(), small_labels())
+
+
 def test_every_member_is_attacked_in_evaluation_mode() -> None:
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(216, 3)).double().train()
     before = copy.deepcopy(network.state_dict())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -513,6 +514,8 @@ def test_outputs_that_are_no_numbers(attack: Callable[..., Tensor]) -> None:
         attack(from_the_start, images, labels)
     with pytest.raises(ValueError, match="NaN or infinite"):
         attack(on_the_way, images[labels == 0], labels[labels == 0])
+    with pytest.raises(NotFiniteError, match="image 0"):  # nor can the probability of each class be 0
+        attack(lambda x: model(x) - torch.inf, images, labels)
 
 
 @pytest.mark.parametrize(
@@ -533,6 +536,42 @@ def test_errors_name_the_argument(options: dict[str, Any], argument: str) -> Non
     if argument in ("norm", "eps", "queries"):
         with pytest.raises(ValueError, match=f"^{argument}: "):
             square(classifier(), *data(8), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 1.5}, "steps: expected a whole number, got 1.5"),
+        ({"queries": "5"}, "queries: expected a whole number, got '5'"),
+        ({"num_classes": None}, "num_classes: expected a whole number, got None"),
+        ({"seed": 1.5}, "seed: expected a whole number, got 1.5"),
+        ({"preprocessing": 3}, "preprocessing: expected dict(mean=…, std=…), got int"),
+        ({"preprocessing": {"std": "a"}}, "preprocessing: expected a std of numbers, got 'a'"),
+        ({"model": [classifier()]}, "model: expected one that can be called with images, got list"),
+        ({"model": nn.ModuleList()}, "model: expected one that can be called with images, got torch.nn"),
+    ],
+)
+def test_errors_of_kinds_name_the_argument(options: dict[str, Any], message: str) -> None:
+    images, labels = data(8)
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        quick(**{"model": classifier(), "images": images, "labels": labels, **options})
+    if not options.keys() & {"steps", "num_classes"}:
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+            square(**{"model": classifier(), "images": images, "labels": labels, **options})
+
+
+def test_a_seed_of_more_than_64_bits_is_an_error() -> None:
+    with pytest.raises(ValueError, match="seed: expected a whole number of 64 bits"):
+        quick_square(classifier(), *data(8), seed=1 << 64)
+
+
+@pytest.mark.parametrize(("attack", "name", "count"), [(quick, "steps", 2), (quick_square, "queries", 30)])
+def test_numbers_of_numpy(attack: Callable[..., Tensor], name: str, count: int) -> None:
+    model, (images, labels) = classifier(), data(8)
+    expected = attack(model, images, labels, seed=3, **{name: count})
+    found = attack(model, images, labels, seed=np.int64(3), **{name: np.int64(count)})
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, images)
 
 
 @each_attack

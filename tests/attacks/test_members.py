@@ -109,6 +109,12 @@ def test_what_is_no_network_is_named() -> None:
         NetworkMembers([small_network(), "resnet8"])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("weights", ["ab", [1.0, "a"], {0: 1.0}], ids=str)
+def test_weights_that_are_no_numbers_are_named(weights: Any) -> None:
+    with pytest.raises(TypeError, match="weights: expected numbers, one of each"):
+        NetworkMembers([abs, abs], weights)
+
+
 def test_outputs_of_other_shapes_are_named() -> None:
     fewer = NetworkMembers([small_network(), lambda x: small_network()(x)[:, :3]])
     with pytest.raises(ValueError, match="model: expected 5 classes of network 1, got 3"):

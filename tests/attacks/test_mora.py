@@ -707,6 +707,7 @@ def test_a_model_without_members_is_refused() -> None:
         ({"mixing": (-1,)}, ValueError, "mixing: expected a finite number of at least 0, got -1"),
         ({"steps": -1}, ValueError, "steps: expected at least 0, got -1"),
         ({"targeted": 1.5}, TypeError, "targeted: expected a whole number, got 1.5"),
+        ({"mixing": 0.5}, TypeError, "mixing: expected several numbers from 0 to 1, got 0.5"),
         ({"eps": -0.1}, ValueError, "eps: expected a finite number of at least 0, got -0.1"),
         ({"eps": torch.zeros(2)}, ValueError, "eps: expected a number, or one of each image (3,), got (2,)"),
         ({"bounds": (1, 0)}, ValueError, "bounds: expected (low, high)"),
