@@ -247,9 +247,9 @@ def _curves(evaluation: Evaluation) -> dict[str, list[dict[str, Any]]]:
 
 def _heatmaps(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     found = {}
-    for row in evaluation.rows:
+    for row in filter(evaluation.has_heatmaps, evaluation.rows):  # a piece of another radius may have some, too
         pieces = [piece for piece in evaluation.results(row) if "heatmaps" in piece]
-        if pieces:  # only of the plan's own radius
+        if pieces:
             name = "clean" if row.kind == "subset" else "attacked"
             found[name] = combined([HeatmapSums.from_json(piece["heatmaps"]) for piece in pieces])
     return found

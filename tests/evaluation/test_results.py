@@ -411,6 +411,21 @@ def test_images_that_no_radius_fools_do_not_pass(tmp_path: Path) -> None:
     assert _masking(tmp_path, _set_in_its_ways) == honest | {"gradient": False}
 
 
+def test_a_random_network_s_attacks_are_compared_by_expectation(tmp_path: Path) -> None:
+    def network(images: Tensor) -> Tensor:
+        return brightness(images) + 3 * torch.randn(len(images), CLASSES)
+
+    plan = replace(PLAN, attacks=("bim", "autoattack"), attackers=("output",), masking_images=0)
+    evaluation = evaluation_of(tmp_path / "l", plan, NetworkTarget(network, CLASSES, draws=2))
+    run_to_end(evaluation)
+    found = results(evaluation)
+    expected = {entry["attack"]: entry["accuracy"] for entry in found["drawn"]}
+    once = {entry["attack"]: entry["accuracy"] for entry in found["accuracy"]}
+    assert expected["autoattack"] != once["autoattack"]
+    (check,) = (check for check in found["masking"] if check["check"].startswith("AutoAttack"))
+    assert f" {100 * expected['autoattack']:.1f} % under AutoAttack, {100 * expected['bim']:.1f} %" in check["finding"]
+
+
 def test_a_black_box_that_is_stronger_does_not_pass(tmp_path: Path) -> None:
     honest = _masking(tmp_path, brightness, attacks=("pgd", "square"))
     assert honest == {"noise": True, "transfer": True, "black": True, "loss": True, "success": True}
