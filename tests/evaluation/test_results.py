@@ -304,6 +304,16 @@ def test_the_table_says_what_the_radius_is(tmp_path: Path, changes: dict[str, An
     assert tables(results(_made_up(tmp_path / "l", plan=plan)))[0].note.startswith(expected)
 
 
+def test_the_table_says_whose_gradients_are_in_bfloat16(tmp_path: Path) -> None:
+    ends = {
+        ("fgsm",): " Gradients were taken in bfloat16; everything is judged in float32.",
+        ("fgsm", "mora"): " Gradients were taken in bfloat16, without those of MORA; everything is judged in float32.",
+    }
+    for attacks, end in ends.items():
+        plan = Plan(attacks=attacks, images=3, chunk=3, masking_images=0, amp="bf16")
+        assert tables(results(_made_up(tmp_path / attacks[-1], plan=plan)))[0].note.endswith(end)
+
+
 # Signs of masking
 
 
