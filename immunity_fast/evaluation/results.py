@@ -169,8 +169,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         )
     note += "."
     if plan.get("amp", "off") != "off":
-        others = [NAMES[name] for name in IN_FLOAT32 if name in plan["attacks"]]
-        note += f" Gradients were taken in bfloat16{', without those of ' if others else ''}{', '.join(others)}; "
+        exempt = [NAMES[name] for name in IN_FLOAT32 if name in plan["attacks"]]
+        note += f" Gradients were taken in bfloat16{', without those of ' if exempt else ''}{', '.join(exempt)}; "
         note += "everything is judged in float32."
     accuracy = Table(
         "Test accuracy, %",
