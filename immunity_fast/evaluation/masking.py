@@ -105,7 +105,9 @@ def _check_strengths(evaluation: Evaluation, found: Mapping[str, Any]) -> Iterab
 def _check_black_boxes(evaluation: Evaluation, eps: float, at: str) -> dict[str, Any] | None:
     """Whether Square or another model's images break what no gradient of this one does; None where one side lacks."""
     judge, plan = evaluation.target.exact, evaluation.plan
-    rows = [row for row in evaluation.rows if row.kind == "attack" and (row.eps or plan.radius) == eps]
+    rows = [
+        row for row in evaluation.rows if row.kind == "attack" and (plan.radius if row.eps is None else row.eps) == eps
+    ]
     black = [row for row in rows if row.attack == "square" or row.attacker == "transfer"]
     white = [row for row in rows if row not in black]
     black_right, white_right = (_withstood(evaluation, some, judge) for some in (black, white))
@@ -146,7 +148,7 @@ def _check_autoattack(radius: Mapping[str, Any], at: str) -> Iterable[dict[str, 
 def _own_accuracies(radius: Mapping[str, Any], attacker: str) -> dict[str, float]:
     """Accuracies under an attacker's attacks of what it attacks: of a random answer the expectation."""
     drawn = {e["attack"]: float(e["accuracy"]) for e in radius["drawn"] if e["attacker"] == attacker}
-    if attacker == "sample" and drawn:
+    if attacker in ("sample", "output") and drawn:
         return drawn
     return {
         e["attack"]: float(e["accuracy"])

@@ -50,7 +50,7 @@ class Plan:
         drop_fooled: see `Attack`; an image that has fooled its attacker's own objective is then not attacked further:
             for good, where that is the gate's sample. Objectives that are random in another way are attacked to the
             end. Without it an image is attacked until no judge is right about it, see `TargetModel.settling`.
-        amp: see `Attack`; of attacks that follow gradients, without AutoAttack and those on members.
+        amp: see `Attack`; of attacks that follow gradients, without AutoAttack, ARC and MORA.
         queries: of Square.
         autoattack_steps: of AutoAttack's gradient attacks.
         mora_steps: of each of MORA's stages.

@@ -23,6 +23,8 @@ from immunity_fast.permutations import share_is_exact
 from immunity_fast.reporting.html import Table
 from immunity_fast.runtime.failures import readable
 
+IN_FLOAT32 = ("arc", "mora", "autoattack")  # whose gradients are, whatever `Plan.amp` says
+
 
 class Results(dict[str, Any]):
     """What an evaluation found, as `results` says; where it is shown, its tables.
@@ -167,7 +169,9 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         )
     note += "."
     if plan.get("amp", "off") != "off":
-        note += " Gradients were taken in bfloat16; everything is judged in float32."
+        exempt = [NAMES[name] for name in IN_FLOAT32 if name in plan["attacks"]]
+        note += f" Gradients were taken in bfloat16{', without those of ' if exempt else ''}{', '.join(exempt)}; "
+        note += "everything is judged in float32."
     accuracy = Table(
         "Test accuracy, %",
         ["attack", "what the attacker differentiates", "images", *(JUDGES[judge] for judge in judges)],
@@ -247,9 +251,9 @@ def _curves(evaluation: Evaluation) -> dict[str, list[dict[str, Any]]]:
 
 def _heatmaps(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     found = {}
-    for row in evaluation.rows:
+    for row in filter(evaluation.has_heatmaps, evaluation.rows):  # a piece of another radius may have some, too
         pieces = [piece for piece in evaluation.results(row) if "heatmaps" in piece]
-        if pieces:  # only of the plan's own radius
+        if pieces:
             name = "clean" if row.kind == "subset" else "attacked"
             found[name] = combined([HeatmapSums.from_json(piece["heatmaps"]) for piece in pieces])
     return found

@@ -384,12 +384,7 @@ class Evaluation:
         drawn = tries is None or (
             isinstance(tries, list) and len(tries) == TRIES and all(_are_bits(each, images) for each in tries)
         )
-        return drawn and (
-            shares is None
-            or (
-                isinstance(shares, list) and len(shares) == images and all(is_number(s) and 0 <= s <= 1 for s in shares)
-            )
-        )
+        return drawn and (shares is None or _are_shares(shares, images))
 
     def to_the_end(self, row: Row) -> bool:
         """Whether a row's images are attacked to the end, although no judge may be right about some any more.

@@ -110,6 +110,26 @@ def test_only_the_plan_s_own_radius_has_curves_and_heatmaps(tmp_path: Path) -> N
     assert [(row.kind, row.attack, row.eps) for row in looked] == [("subset", "", None), ("attack", "pgd", None)]
 
 
+def test_heatmaps_of_a_radius_that_was_alone_are_not_reported(tmp_path: Path) -> None:
+    both = replace(SEVERAL, eps=0.3, other_eps=(0.02,), masking_images=0)
+    fresh, after = evaluation_of(tmp_path / "fresh", both), tmp_path / "after"
+    run_to_end(fresh)
+    run_to_end(evaluation_of(after, replace(both, eps=0.02, other_eps=())))
+    again = evaluation_of(after, both)
+    assert {row.eps for row, _ in run_to_end(again)} == {None}
+    assert results(again)["heatmaps"] == results(fresh)["heatmaps"]
+
+
+def test_black_boxes_are_compared_at_radius_0_too(tmp_path: Path) -> None:
+    plan = replace(SEVERAL, attacks=("fgsm", "square"), attackers=None, eps=0.3, other_eps=(0.0,), masking_images=0)
+    evaluation = evaluation_of(tmp_path / "l", plan, NetworkTarget(brightness, CLASSES))
+    run_to_end(evaluation)
+    checks = {check["check"]: check for check in results(evaluation)["masking"]}
+    assert checks["gradients break what black boxes break, at ε = 0"]["finding"] == (
+        "0 of 7 images are broken by Square alone"
+    )
+
+
 @pytest.mark.parametrize(
     ("eps", "norm", "words"),
     [

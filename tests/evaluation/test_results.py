@@ -304,6 +304,16 @@ def test_the_table_says_what_the_radius_is(tmp_path: Path, changes: dict[str, An
     assert tables(results(_made_up(tmp_path / "l", plan=plan)))[0].note.startswith(expected)
 
 
+def test_the_table_says_whose_gradients_are_in_bfloat16(tmp_path: Path) -> None:
+    ends = {
+        ("fgsm",): " Gradients were taken in bfloat16; everything is judged in float32.",
+        ("fgsm", "mora"): " Gradients were taken in bfloat16, without those of MORA; everything is judged in float32.",
+    }
+    for attacks, end in ends.items():
+        plan = Plan(attacks=attacks, images=3, chunk=3, masking_images=0, amp="bf16")
+        assert tables(results(_made_up(tmp_path / attacks[-1], plan=plan)))[0].note.endswith(end)
+
+
 # Signs of masking
 
 
@@ -409,6 +419,21 @@ def test_images_that_no_radius_fools_do_not_pass(tmp_path: Path) -> None:
     """Class 0 is so sure that its cross-entropy has no gradient."""
     honest = {"noise": True, "steps": True, "loss": True, "success": False}
     assert _masking(tmp_path, _set_in_its_ways) == honest | {"gradient": False}
+
+
+def test_a_random_network_s_attacks_are_compared_by_expectation(tmp_path: Path) -> None:
+    def network(images: Tensor) -> Tensor:
+        return brightness(images) + 3 * torch.randn(len(images), CLASSES)
+
+    plan = replace(PLAN, attacks=("bim", "autoattack"), attackers=("output",), masking_images=0)
+    evaluation = evaluation_of(tmp_path / "l", plan, NetworkTarget(network, CLASSES, draws=2))
+    run_to_end(evaluation)
+    found = results(evaluation)
+    expected = {entry["attack"]: entry["accuracy"] for entry in found["drawn"]}
+    once = {entry["attack"]: entry["accuracy"] for entry in found["accuracy"]}
+    assert expected["autoattack"] != once["autoattack"]
+    (check,) = (check for check in found["masking"] if check["check"].startswith("AutoAttack"))
+    assert f" {100 * expected['autoattack']:.1f} % under AutoAttack, {100 * expected['bim']:.1f} %" in check["finding"]
 
 
 def test_a_black_box_that_is_stronger_does_not_pass(tmp_path: Path) -> None:
