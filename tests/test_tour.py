@@ -21,7 +21,7 @@ pytest.importorskip("ipykernel", reason="in which notebooks run")
 TOUR = REPOSITORY / "examples" / "tour.ipynb"
 FEWER = "IMAGES, EPOCHS, EXPERTS, ATTACKED = 80, 2, 2, 3"
 MOST_OUTPUTS = 3  # of a cell
-MOST_LINES = 50  # of an output as text: the tables of an evaluation, which are shown as HTML
+MOST_LINES = 80  # of an output as text: the tables of an evaluation, which are shown as HTML
 
 
 def read() -> Any:

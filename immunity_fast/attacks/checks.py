@@ -78,10 +78,10 @@ def outputs_of(returned: Any, samples: int) -> Tensor:
         ValueError: it holds none of that shape.
     """
     outputs = logits_of(returned)
-    known = isinstance(outputs, Tensor) and outputs.dim() in (2, 3) and outputs.shape[-1] > 0
-    if not known or outputs.shape[-2] != samples:
+    known = outputs if isinstance(outputs, Tensor) and outputs.dim() in (2, 3) and outputs.shape[-1] > 0 else None
+    if known is None or known.shape[-2] != samples:
         raise ValueError(f"model: expected outputs ({samples}, K) or (draws, {samples}, K), got {kind_of(returned)}")
-    return outputs
+    return known
 
 
 def not_finite(outputs: Tensor) -> Tensor:
