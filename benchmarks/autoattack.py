@@ -34,6 +34,7 @@ from benchmarks.attacks import Plain
 from benchmarks.cases import DEVICE
 from benchmarks.outcomes import write
 from benchmarks.record import header
+from immunity_fast import ImmunityMoE
 from immunity_fast.attacks import autoattack
 from immunity_fast.attacks.parts import Aim, Part
 from immunity_fast.data.augmentation import as_float
@@ -48,7 +49,7 @@ OURS, THEIRS, PLAIN = "immunity_fast", "torchattacks", "torchattacks, plain modu
 REST = "all else"
 PARTS = ("APGD", "APGDT", "FAB", "Square")
 MODULE = importlib.import_module("immunity_fast.attacks.autoattack")  # as an attribute that is the function
-FRAME = "in_turn"  # of it: runs a list of `parts.Part`, its second argument, one after the other
+FRAME = "in_turn"  # of it: runs the `parts.Part`s that its second argument, a function of K, names, one after the other
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,12 @@ def ours(model: nn.Module, settings: Settings, images: Tensor, labels: Tensor) -
 
     frame = getattr(MODULE, FRAME)
 
-    def watching(network: Any, parts: list[Part], *rest: Any, **settings: Any) -> Tensor:
-        names = names_of([part.attack for part in parts])
-        seen = [part._replace(attack=watched(name, part.attack)) for name, part in zip(names, parts, strict=True)]
+    def watching(network: Any, order: Callable[[int], list[Part]], *rest: Any, **settings: Any) -> Tensor:
+        def seen(classes: int) -> list[Part]:
+            parts = order(classes)
+            names = names_of([part.attack for part in parts])
+            return [part._replace(attack=watched(name, part.attack)) for name, part in zip(names, parts, strict=True)]
+
         found: Tensor = frame(network, seen, *rest, **settings)
         return found
 
@@ -257,6 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=100, help="images at once (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=Settings.steps, help="of APGD and FAB (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=Settings.queries, help="of Square (default: %(default)s)")
+    parser.add_argument("--experts", type=int, help="the run's first so many alone (default: all)")
     parser.add_argument("--limit-batches", type=int, help="stop after so many more batches")
     given = parser.parse_args(arguments)
     config = Run.open(given.run).config()
@@ -265,6 +270,10 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = sample(dataset.test, given.images)
     images, labels = as_float(chosen.images).to(DEVICE), chosen.labels.to(DEVICE)
     mixture = immunity_fast.load(given.run, device=DEVICE)
+    if given.experts is not None:
+        experts = mixture.unstack()[: given.experts]  # which normalise their images themselves
+        nothing = {"mean": (0.0,) * config.channels, "std": (1.0,) * config.channels}
+        mixture = ImmunityMoE.from_experts(experts, **nothing).to(DEVICE).eval()
     models = {OURS: mixture.deterministic(), THEIRS: mixture.deterministic(), PLAIN: Plain(mixture)}
     models = {way: model.eval() for way, model in models.items()}
     settings = Settings(dataset.num_classes, given.steps, given.queries)
@@ -272,7 +281,9 @@ def main(arguments: list[str] | None = None) -> None:
         f"python -m benchmarks.autoattack RUN --data cifar10.npz --images {given.images} --batch {given.batch} "
         f"--steps {given.steps} --queries {given.queries}"
     )
-    about = {"arch": config.arch, "experts": config.experts, "adversarial": config.adversarial, "seed": config.seed}
+    command += "" if given.experts is None else f" --experts {given.experts}"
+    about = {"arch": config.arch, "experts": mixture.num_experts}
+    about |= {"adversarial": config.adversarial, "seed": config.seed}
     try:
         found = begun(given.out, header(command) | {"model": about, "eps": EPS})
     except ValueError as error:

@@ -54,7 +54,7 @@ def autoattack(
     images: Tensor,
     labels: Tensor,
     *,
-    num_classes: int,
+    num_classes: int | None = None,
     eps: Given | None = None,
     norm: Norm = "Linf",
     version: Version = "standard",
@@ -73,7 +73,7 @@ def autoattack(
     images: Tensor,
     labels: Tensor,
     *,
-    num_classes: int,
+    num_classes: int | None = None,
     eps: Sequence[Given],
     norm: Norm = "Linf",
     version: Version = "standard",
@@ -91,7 +91,7 @@ def autoattack(
     images: Tensor,
     labels: Tensor,
     *,
-    num_classes: int,
+    num_classes: int | None = None,
     eps: Given | Sequence[Given] | None = None,
     norm: Norm = "Linf",
     version: Version = "standard",
@@ -114,7 +114,7 @@ def autoattack(
             long as the attack takes; its parameters' gradients and its outputs stay as they are.
         images: (B, C, H, W) floating-point, within the bounds.
         labels: (B,) integers in 0..K−1.
-        num_classes: K.
+        num_classes: K; None is as many as the model's outputs have.
         eps: radius of the ball, in the images' units; None is 8/255 for Linf, 1 for L2, times the range of `bounds`. A
             tensor (B,) has a radius of each image's own: images of different radii are attacked one after the other. A
             list or tuple has several, for each of which there is a result: what a call with it alone gives.
@@ -153,15 +153,24 @@ def autoattack(
     check_choice("compile", compile, Compile)
     check_settings(images, labels, norm, bounds, steps=steps, queries=queries)
     check_seed(seed)
-    check_whole("num_classes", num_classes, 2)
+    if num_classes is not None:
+        check_whole("num_classes", num_classes, 2)
 
     def one(radius: float, images: Tensor, labels: Tensor) -> Tensor:
         draws = DRAWS if version == "rand" else 1
         network = Network(prepared, images.dtype, draws, compile=compile, device=images.device)
         parts = _Parts(network, radius, norm, rounded_bounds(bounds, images.dtype), steps, queries)
-        order = _published(parts, version, num_classes)
         return in_turn(
-            network, order, images, labels, eps=radius, norm=norm, bounds=bounds, seed=seed, num_classes=num_classes
+            network,
+            lambda classes: _published(parts, version, classes),
+            images,
+            labels,
+            eps=radius,
+            norm=norm,
+            bounds=bounds,
+            seed=seed,
+            num_classes=num_classes,
+            gradients=True,
         )
 
     prepared = preprocessed(model, preprocessing)
@@ -232,4 +241,5 @@ class _Parts:
             bounds=self.bounds,
             queries=self.queries,
             rescale=False,
+            at_once=0 if self.network.random else self.network.whole,
         )

@@ -271,7 +271,7 @@ class Network:
     def _last(self, outputs: Tensor) -> Tensor:
         return outputs[-1] if outputs.dim() == 3 and self._at_once else outputs
 
-    def begin(self, images: Tensor, num_classes: int | None, stack: ExitStack) -> Tensor:
+    def begin(self, images: Tensor, num_classes: int | None, stack: ExitStack, *, gradients: bool) -> Tensor:
         """The outputs (B, K) for the images themselves, detached, and all that can be said against a model by them.
 
         It is found out, too, whether gates switch, and whether the model gives all draws by one pass. Where draws are
@@ -279,13 +279,14 @@ class Network:
 
         Args:
             images: (B, C, H, W) of the model's dtype.
-            num_classes: K; None where no gradients are needed.
+            num_classes: K; None is as many as there are, two at least where gradients are needed.
+            gradients: whether an attack will need them.
 
         Raises:
             ValueError: outputs of another shape or without a gradient; as `NotFiniteError`, an output or gradient that
                 is NaN or infinite.
         """
-        gradients, self.whole = num_classes is not None, len(images)
+        self.whole = len(images)
 
         def meant(gate: Any) -> None:
             if self.draws > 1:
@@ -306,6 +307,8 @@ class Network:
             if outputs.dim() != 2 or len(outputs) != len(images) or num_classes not in (None, outputs.shape[1]):
                 expected = f"({len(images)}, {'K' if num_classes is None else num_classes})"
                 raise ValueError(f"model: expected outputs {expected}, got {tuple(outputs.shape)}")
+            if gradients and outputs.shape[1] < 2:
+                raise ValueError(f"model: expected outputs of at least 2 classes, got {outputs.shape[1]}")
             check_finite(not_finite(outputs))
             if gradients:
                 gradient = image_gradient(outputs.sum(), inputs)
@@ -334,7 +337,7 @@ class Part(NamedTuple):
 
 def in_turn(
     network: Network,
-    parts: Sequence[Part],
+    order: Callable[[int], Sequence[Part]],
     images: Tensor,
     labels: Tensor,
     *,
@@ -343,6 +346,7 @@ def in_turn(
     bounds: Bounds,
     seed: int,
     num_classes: int | None,
+    gradients: bool,
 ) -> Tensor:
     """What several attacks make of images, one after the other, each on the images that survived those before.
 
@@ -351,14 +355,15 @@ def in_turn(
 
     Args:
         network: asked in the images' dtype.
-        parts: the attacks. Images that one hands back unchanged have withstood it.
+        order: from K to the attacks. Images that one hands back unchanged have withstood it.
         images: (B, C, H, W) within the bounds.
         labels: (B,).
         eps: radius of the ball.
         norm: of the ball.
         bounds: the lowest and the highest value of a pixel.
         seed: of all chance.
-        num_classes: K; None where no part needs gradients.
+        num_classes: K; None is as many as the model's outputs have.
+        gradients: whether a part needs them.
 
     Returns:
         (B, C, H, W): an image that fools the model where one was found, else the image itself.
@@ -368,11 +373,11 @@ def in_turn(
     if not len(images):
         return adversarial
     with seeded(seed), ExitStack() as stack:
-        outputs = network.begin(images, num_classes, stack)
+        outputs = network.begin(images, num_classes, stack, gradients=gradients)
         check_range(labels, None, outputs.shape[1])
         likeliest = _wrong_classes(outputs, labels)
         survivors = (outputs.argmax(1) == labels).nonzero()[:, 0]
-        for part in parts:
+        for part in order(outputs.shape[1]):
             tried = 0
             while len(survivors) and tried < max(part.targets, 1):
                 at_once = 1 if network.random else max(len(images) // len(survivors), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -20,6 +21,9 @@ from immunity_fast.runtime.precision import at_least_float32
 
 Outputs = Callable[[Tensor], Tensor]  # images (B, C, H, W) to logits or log-probabilities (B, K)
 
+WASTED = 0.5  # squares of a pass behind an improvement, which are tried anew, at most about so many an image
+STEADY = 0.95  # of the share of squares that improve an image, what a pass keeps of the passes before
+LEAST = 0.01
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000: the share of the squares
 WITHIN = 1 - 1e-6  # of an L2 ball's radius: what rounding to float32 takes away from it
 
@@ -115,11 +119,21 @@ def square(
                 bounds=bounds,
                 queries=queries,
                 rescale=True,
+                at_once=0 if network.random else network.whole,
                 generator=torch.Generator().manual_seed(operator.index(seed)),
             )
 
         return in_turn(
-            network, [Part(search)], images, labels, eps=radius, norm=norm, bounds=bounds, seed=seed, num_classes=None
+            network,
+            lambda _: [Part(search)],
+            images,
+            labels,
+            eps=radius,
+            norm=norm,
+            bounds=bounds,
+            seed=seed,
+            num_classes=None,
+            gradients=False,
         )
 
     prepared = preprocessed(model, preprocessing)
@@ -139,6 +153,7 @@ def square_search(
     rescale: bool,
     generator: torch.Generator | None = None,
     p_init: float = 0.8,
+    at_once: int = 0,
 ) -> Tensor:
     """Images that fool a model, by trying squares at random places and keeping what lowers the margin z_y − max z.
 
@@ -159,6 +174,8 @@ def square_search(
         rescale: squares shrink as fast as these run out, not as if there were 10,000.
         generator: of the CPU; None is PyTorch's default generator.
         p_init: the share of the image that the first squares cover.
+        at_once: how many images a pass may hold: where fewer are left, it tries several squares of each, of which the
+            first improvement counts and those behind it are not counted. That is the same search in fewer passes.
 
     Returns:
         (B, C, H, W) of the images' dtype, detached: one that fools the model where one was found, else the image.
@@ -169,32 +186,115 @@ def square_search(
     draws, box = _Draws(images, generator), rounded_bounds(bounds, images.dtype)
     search: _Search = (_Linf if norm == "Linf" else _L2)(images.contiguous(), eps, box, draws)
     where = torch.arange(len(images), device=images.device)
-    margins = torch.full((len(images),), torch.inf, dtype=torch.float64, device=images.device)
+    left, steady = _Left(labels, queries), 1.0  # how many squares improve an image lately
     with torch.no_grad():
-        for query in range(queries + 1):
-            if query:
-                search.propose(_share(query - 1, queries if rescale else 10_000, p_init))
-            said = outputs(search.shown)
-            fooled = said.argmax(1) != labels
-            tried = _margins(said, labels)
-            improved = fooled | (tried < margins)
-            search.decide(improved if query else torch.ones_like(improved))  # the start is kept as it is
-            margins = torch.where(improved, tried, margins)
-            if not bool(fooled.any()):
-                continue
-            found[where[fooled]] = search.shown[fooled]
-            left = (~fooled).nonzero()[:, 0]
-            if not len(left):
-                break
-            where, labels, margins = where[left], labels[left], margins[left]
-            search.select(left)
+        said = outputs(search.shown)
+        fooled = said.argmax(1) != labels  # the start is kept as it is
+        left.margins = _margins(said, labels)
+        while len(where):
+            done = fooled | (left.used >= queries).to(fooled.device)
+            if bool(done.any()):
+                found[where[fooled]] = search.shown[fooled]
+                rows = (~done).nonzero()[:, 0]
+                where, left = where[rows], left.select(rows)
+                search.select(rows)
+                if not len(where):
+                    break
+            tries = max(min(at_once // len(where), int(WASTED / steady)), 1)
+            exponents = left.halvings(tries, queries if rescale else 10_000)
+            sizes = torch.unique(exponents[exponents >= 0]).tolist()
+            if tries == 1 and len(sizes) == 1:
+                search.propose(p_init / 2 ** sizes[0])
+                said = outputs(search.shown)
+                fooled, improved = left.judged(said[:, None], torch.ones_like(left.labels, dtype=torch.bool)[:, None])
+                search.decide(improved[:, 0])
+            else:
+                fooled, improved = _several(search, left, exponents, sizes, outputs, p_init)
+            steady = max(STEADY * steady + (1 - STEADY) * float(improved[:, 0].double().mean()), LEAST)
+            left.count(improved, tries)
     return found
 
 
-def _share(query: int, queries: int, p_init: float) -> float:
-    """Which share of an image a square of that query, counted from 0, covers."""
-    scaled = int(query / queries * 10_000)
-    return float(p_init / 2 ** sum(scaled > after for after in HALVED_AFTER))
+class _Left:
+    """What is known of the images that are still attacked.
+
+    Args:
+        labels: (B,).
+        queries: how many each has.
+    """
+
+    def __init__(self, labels: Tensor, queries: int) -> None:
+        self.labels, self.queries = labels, queries
+        self.margins = torch.full((len(labels),), torch.inf, dtype=torch.float64, device=labels.device)
+        self.used = torch.zeros(len(labels), dtype=torch.int64)  # on the CPU, which decides by it
+
+    def select(self, rows: Tensor) -> _Left:
+        """Some of them, by their indices."""
+        chosen = _Left(self.labels[rows], self.queries)
+        chosen.margins, chosen.used = self.margins[rows], self.used[rows.to(self.used.device)]
+        return chosen
+
+    def halvings(self, tries: int, scale: int) -> Tensor:
+        """(B, tries) how often the squares of the next queries are halved; −1 beyond the last query."""
+        numbers = self.used[:, None] + torch.arange(tries)
+        return torch.where(numbers < self.queries, _halvings(numbers, scale), -1)
+
+    def judged(self, outputs: Tensor, tried: Tensor) -> tuple[Tensor, Tensor]:
+        """(who is fooled (B,) bool, the improvement that is taken (B, tries) bool); margins follow.
+
+        Of several improvements the first is taken, as in a search that tries one after the other.
+
+        Args:
+            outputs: (B, tries, K).
+            tried: (B, tries) bool, which of them are of a query.
+        """
+        tries = outputs.shape[1]
+        fooled = outputs.argmax(-1) != self.labels[:, None]
+        margins = _margins(outputs.flatten(0, 1), self.labels.repeat_interleave(tries)).view(-1, tries)
+        improved = (fooled | (margins < self.margins[:, None])) & tried
+        first = improved & (improved.long().cumsum(1) == 1)
+        self.margins = torch.where(improved.any(1), (torch.where(first, margins, 0)).sum(1), self.margins)
+        return (fooled & first).any(1), first
+
+    def count(self, first: Tensor, tries: int) -> None:
+        """Count what was tried up to the improvement that was taken, (B, tries) bool; what followed is tried anew."""
+        until = torch.where(first.any(1), first.long().argmax(1) + 1, tries)
+        self.used += until.to(self.used.device)
+
+
+def _several(
+    search: _Search, left: _Left, exponents: Tensor, sizes: list[int], outputs: Outputs, p_init: float
+) -> tuple[Tensor, Tensor]:
+    """Several squares for each image by one pass: (who is fooled (B,), the improvement that is taken (B, tries)).
+
+    They are tried on the same image, as in a search in which the ones before have failed.
+    """
+    device = left.labels.device
+    parts, places = [], []
+    for size in sizes:
+        place = (exponents == size).nonzero()
+        part = search.some(place[:, 0].to(device))
+        part.propose(p_init / 2**size)
+        parts.append(part)
+        places.append(place)
+    rows, number = torch.cat(places).to(device).unbind(1)
+    said = outputs(torch.cat([part.shown for part in parts]))
+    every = said.new_zeros(*exponents.shape, said.shape[1])
+    every[rows, number] = said
+    fooled, first = left.judged(every, (exponents >= 0).to(device))
+    begin = 0
+    for part in parts:
+        end = begin + len(part.shown)
+        chosen = first[rows[begin:end], number[begin:end]].nonzero()[:, 0]
+        search.take(rows[begin:end][chosen], part, chosen)
+        begin = end
+    return fooled, first
+
+
+def _halvings(numbers: Tensor, queries: int) -> Tensor:
+    """How often the square of a query, counted from 0, is halved: of int64 numbers of any shape."""
+    scaled = (numbers.double() / queries * 10_000).long()
+    return (scaled[..., None] > torch.tensor(HALVED_AFTER)).sum(-1)
 
 
 def _margins(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -258,6 +358,15 @@ class _Search(Protocol):
     def select(self, rows: Tensor) -> None:
         """Go on with some of the images, by their indices."""
 
+    def some(self, rows: Tensor) -> _Search:
+        """A search of some of the images, which may be there several times, by their indices."""
+        other = copy.copy(self)
+        other.select(rows)
+        return other
+
+    def take(self, rows: Tensor, other: _Search, chosen: Tensor) -> None:
+        """Take over, for the images `rows` (R,), what another search has proposed for its `chosen` (R,)."""
+
 
 class _Linf(_Search):
     """Every pixel is the lowest or the highest of its ball."""
@@ -284,6 +393,9 @@ class _Linf(_Search):
 
     def select(self, rows: Tensor) -> None:
         self.shown, self.low, self.high = self.shown[rows], self.low[rows], self.high[rows]
+
+    def take(self, rows: Tensor, other: _Search, chosen: Tensor) -> None:
+        self.shown[rows] = other.shown[chosen]
 
 
 class _L2(_Search):
@@ -340,6 +452,10 @@ class _L2(_Search):
 
     def select(self, rows: Tensor) -> None:
         self.shown, self.images, self.energy = self.shown[rows], self.images[rows], self.energy[rows]
+
+    def take(self, rows: Tensor, other: _Search, chosen: Tensor) -> None:
+        assert isinstance(other, _L2)
+        self.shown[rows], self.energy[rows] = other.shown[chosen], other.tried_energy[chosen]
 
 
 def _odd(side: int) -> int:

@@ -23,6 +23,13 @@ from immunity_fast.permutations import share_is_exact
 from immunity_fast.reporting.html import Table
 from immunity_fast.runtime.failures import readable
 
+# What makes an attack what it is called: (attack, the plan's setting, of what, as published).
+PUBLISHED = (
+    ("autoattack", "autoattack_steps", "steps", 100),
+    ("autoattack", "queries", "queries", 5000),
+    ("arc", "arc_steps", "steps", 20),
+    ("mora", "mora_steps", "steps", 100),
+)
 IN_FLOAT32 = ("arc", "mora", "autoattack")  # whose gradients are, whatever `Plan.amp` says
 
 
@@ -172,6 +179,11 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         exempt = [NAMES[name] for name in IN_FLOAT32 if name in plan["attacks"]]
         note += f" Gradients were taken in bfloat16{', without those of ' if exempt else ''}{', '.join(exempt)}; "
         note += "everything is judged in float32."
+    note += "".join(
+        f" {NAMES[name]} had {plan[setting]:,} {unit} instead of {published:,}."
+        for name, setting, unit, published in PUBLISHED
+        if name in plan["attacks"] and plan.get(setting, published) < published
+    )
     accuracy = Table(
         "Test accuracy, %",
         ["attack", "what the attacker differentiates", "images", *(JUDGES[judge] for judge in judges)],

@@ -543,7 +543,6 @@ def test_errors_name_the_argument(options: dict[str, Any], argument: str) -> Non
     [
         ({"steps": 1.5}, "steps: expected a whole number, got 1.5"),
         ({"queries": "5"}, "queries: expected a whole number, got '5'"),
-        ({"num_classes": None}, "num_classes: expected a whole number, got None"),
         ({"seed": 1.5}, "seed: expected a whole number, got 1.5"),
         ({"preprocessing": 3}, "preprocessing: expected dict(mean=…, std=…), got int"),
         ({"preprocessing": {"std": "a"}}, "preprocessing: expected a std of numbers, got 'a'"),
@@ -591,3 +590,13 @@ def test_torchattacks_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchattacks", None)
     for attack in ATTACKS.values():
         assert attack(classifier(), *data(4)).shape == (4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("version", ["standard", "rand"])
+def test_the_number_of_classes_is_that_of_the_outputs(version: Any) -> None:
+    model, (images, labels) = classifier(), data(8)
+    options: dict[str, Any] = {"version": version, "eps": EPS["Linf"], "steps": 2, "queries": 3}
+    expected = autoattack(model, images, labels, num_classes=CLASSES, **options)
+    assert torch.equal(autoattack(model, images, labels, **options), expected)
+    with pytest.raises(ValueError, match=r"^model: expected outputs of at least 2 classes, got 1"):
+        autoattack(lambda x: model(x)[:, :1], images, labels * 0, **options)

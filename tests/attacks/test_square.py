@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from immunity_fast.attacks import NotFiniteError
 from immunity_fast.attacks.projections import Norm, project_l2
-from immunity_fast.attacks.square import _bumps, _share, square, square_search
+from immunity_fast.attacks.square import _bumps, _halvings, square, square_search
 from tests.attacked_models import Recorder, said_by, small_images, small_labels, small_network
 
 each_norm = pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -35,6 +36,11 @@ def _model(size: tuple[int, int]) -> Any:
         return outputs
 
     return model
+
+
+def _share(query: int, queries: int, p_init: float) -> float:
+    """Which share of an image a square of that query, counted from 0, covers."""
+    return p_init / 2 ** int(_halvings(torch.tensor(query), queries))
 
 
 def _shown(images: Tensor, norm: Norm, eps: float, queries: int = 15, rescale: bool = True) -> list[Tensor]:
@@ -124,6 +130,63 @@ def test_each_query_is_the_best_so_far_but_for_a_square(norm: Norm, size: tuple[
     assert improvements > 10
     assert bool((least < margins(shown[0])).all())
     assert norm == "L2" or len(places) > queries * 1.5
+
+
+@each_norm
+def test_several_squares_by_one_pass_are_the_same_search(norm: Norm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retold image by image: the first improvement of a pass is taken, what follows it counts for nothing."""
+    monkeypatch.setattr(sys.modules[square.__module__], "WASTED", 2)  # many improve these few images
+    images, queries, model = 0.3 + 0.4 * _images((12, 12)), 60, _model((12, 12))
+    recorder, labels = Recorder(model), torch.zeros(len(images), dtype=torch.int64)
+    square_search(
+        recorder, images, labels, eps=0.05 if norm == "Linf" else 0.5, norm=norm, bounds=UNIT, queries=queries,
+        rescale=True, at_once=4 * len(images), generator=torch.Generator().manual_seed(2),
+    )  # fmt: skip
+
+    def margin(image: Tensor) -> float:
+        outputs = model(image[None])[0]
+        return float(outputs[0] - outputs[1:].max())
+
+    start, *passes = recorder.shown
+    best, least = list(start), [margin(image) for image in start]
+    used, several, dropped = [0] * len(images), 0, 0
+    for shown in passes:
+        left = [i for i in range(len(images)) if used[i] < queries]
+        tries = next(t for t in range(1, 5) if sum(min(t, queries - used[i]) for i in left) == len(shown))
+        wanted = [(i, j) for i in left for j in range(tries) if used[i] + j < queries]
+        wanted.sort(key=lambda place: int(_halvings(torch.tensor(used[place[0]] + place[1]), queries)))
+        several += tries > 1
+        of: dict[int, list[Tensor]] = {}
+        for (i, j), tried in zip(wanted, shown, strict=True):
+            side = max(round(math.sqrt(_share(used[i] + j, queries, 0.8) * 144)), 1 if norm == "Linf" else 3)
+            side += norm == "L2" and side % 2 == 0
+            changed = int((tried != best[i]).any(0).sum())
+            assert changed <= (1 if norm == "Linf" else 2) * min(side, 12) ** 2
+            of.setdefault(i, []).append(tried)
+        for i, each in of.items():
+            better = [j for j, tried in enumerate(each) if margin(tried) < least[i]]
+            if better:
+                best[i], least[i] = each[better[0]], margin(each[better[0]])
+                dropped += len(each) - 1 - better[0]
+            used[i] += better[0] + 1 if better else len(each)
+    assert used == [queries] * len(images)
+    assert several > 5
+    assert dropped > 0
+    assert len(passes) < queries
+
+
+def test_squares_of_one_pass_are_as_strong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[square.__module__], "WASTED", 2)
+    model, images, labels = small_network(), small_images(40), small_labels(40)
+    survivors = []
+    for at_once in (0, 160):
+        passes = Recorder(model)
+        found = square_search(
+            passes, images, labels, eps=0.12, norm="Linf", bounds=UNIT, queries=120, rescale=False, at_once=at_once,
+            generator=torch.Generator().manual_seed(3),
+        )  # fmt: skip
+        survivors.append(int((model(found).argmax(1) == labels).sum()))
+    assert abs(survivors[0] - survivors[1]) <= 4, survivors
 
 
 def test_squares_shrink_as_published() -> None:
