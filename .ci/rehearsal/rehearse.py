@@ -114,14 +114,16 @@ def cases() -> list[Case]:
         Case("train, digits bf16", "values", f"{DIGITS} --compile off --amp bf16 --out {{folder}}/digits-bf16"),
         Case(
             "evaluate, all attacks", "values",
-            f"{EVALUATE} {{folder}}/float32 --attacks all --queries 20 --autoattack-steps 2 {FEW}",
+            f"{EVALUATE} {{folder}}/float32 --attacks all --queries 20 --autoattack-steps 2 "
+            f"--mora-steps 2 --arc-steps 1 --eps 2/255,8/255 {FEW}",
         ),
         Case(
             "evaluate, every attacker", "values",
-            f"{EVALUATE} {{folder}}/bf16 --draws 2 --transfer-from {{folder}}/float32 --drop-fooled {FEW}",
+            f"{EVALUATE} {{folder}}/bf16 --draws 2 --transfer-from {{folder}}/float32 --drop-fooled "
+            f"--mora-steps 2 --arc-steps 1 {FEW}",
         ),
         Case("evaluate, L2", "values", f"{EVALUATE} {{folder}}/float32 --norm L2 --attacks pgd --again {FEW}", True),
-        Case("evaluate, one network", "values", f"{EVALUATE} {{folder}}/one-network {FEW}"),
+        Case("evaluate, one network", "values", f"{EVALUATE} {{folder}}/one-network --attacks paper {FEW}"),
         Case(
             "ensemble", "values",
             "-m immunity_fast.ensemble {folder}/one-network {folder}/another-network --out {folder}/joined",

@@ -433,7 +433,7 @@ def test_a_random_network_s_attacks_are_compared_by_expectation(tmp_path: Path) 
     once = {entry["attack"]: entry["accuracy"] for entry in found["accuracy"]}
     assert expected["autoattack"] != once["autoattack"]
     (check,) = (check for check in found["masking"] if check["check"].startswith("AutoAttack"))
-    assert f" {100 * expected['autoattack']:.1f} % under AutoAttack, {100 * expected['bim']:.1f} %" in check["finding"]
+    assert f"{100 * expected['autoattack']:.1f} % under AutoAttack, {100 * expected['bim']:.1f} %" in check["finding"]
 
 
 def test_a_black_box_that_is_stronger_does_not_pass(tmp_path: Path) -> None:
