@@ -330,7 +330,7 @@ class Descent:
             watch: is called with the places of what was looked at, and the look, wherever it has a gradient.
 
         Raises:
-            NotFiniteError: of the place whose outputs or gradient are NaN or infinite.
+            ValueError: as `NotFiniteError`, of the place whose outputs or gradient are NaN or infinite.
         """
         steps = operator.index(self.steps)  # NumPy's compare to no bool of Python's
         objective, checkpoints = self.objective, _checkpoints(steps)

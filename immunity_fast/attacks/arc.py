@@ -29,7 +29,7 @@ from immunity_fast.attacks.checks import check_finite, check_images, check_range
 from immunity_fast.attacks.dependence import image_gradient
 from immunity_fast.attacks.descent import Attack, UnmovedWarning
 from immunity_fast.attacks.members import (
-    Members,
+    EnsembleMembers,
     MixtureMembers,
     NetworkMembers,
     all_attacked,
@@ -92,7 +92,7 @@ class OneDrawn(Answering):
             those that never answer are not.
     """
 
-    def __init__(self, members: Members, images: Tensor) -> None:
+    def __init__(self, members: EnsembleMembers, images: Tensor) -> None:
         self.members = members
         mean = members.weights(images).double().mean(0)
         self.by_weight = [i for i in mean.argsort(descending=True, stable=True).tolist() if mean[i] > 0]
@@ -122,7 +122,7 @@ class OnePermutation(Answering):
         most: permutations of one walk, drawn for each.
     """
 
-    def __init__(self, members: Members, images: Tensor, most: int) -> None:
+    def __init__(self, members: EnsembleMembers, images: Tensor, most: int) -> None:
         self.members, self.most, self.device = members, most, images.device
         self.num_experts = members.weights(images[:1]).shape[-1]
 
@@ -245,7 +245,7 @@ class Arc:
 
     def attack_members(
         self,
-        members: Members,
+        members: EnsembleMembers,
         images: Tensor,
         labels: Tensor,
         generator: torch.Generator | None = None,
@@ -582,7 +582,7 @@ def arc(
     return of_each(eps, one, images, generator) if isinstance(eps, Sequence) else one(eps)
 
 
-def _members_of(model: Any, weights: Any, preprocessing: Preprocessing | None) -> tuple[Members, bool]:
+def _members_of(model: Any, weights: Any, preprocessing: Preprocessing | None) -> tuple[EnsembleMembers, bool]:
     """(The members of a model; whether it is a permutation of their weights that answers)."""
     networks = networks_in(model)
     if networks is not None:

@@ -14,7 +14,7 @@ CHECKED = 3  # after so many steps it is asked whether any was needed
 def move_to_hyperplane(points: Tensor, slopes: Tensor, gaps: Tensor, norm: Norm, bounds: Bounds = UNIT) -> Tensor:
     """The smallest move d from each point, within a box, to a hyperplane: slopes · d = gap.
 
-    A move along coordinate i is min(λ r_i, room_i) long, with r_i = 1 in Linf and r_i = |slope_i| in L2, where room_i
+    A move along coordinate i is min(λ r_i, room_i) long, with r_i = 1 in Linf and r_i the slope's size in L2; room_i
     is how far the box goes on in the direction that closes the gap. What that closes of the gap is a concave function
     of λ made of straight pieces. Newton's method climbs it from λ = 0 and meets the root after finitely many steps: on
     each it is exact if no further coordinate runs out of room. Nothing is sorted.

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from immunity_fast.attacks import mixtures
 from immunity_fast.attacks.mixtures import Mixture, Model, is_mixture, trained_gate
 from immunity_fast.attacks.modes import attacked
 from immunity_fast.attacks.preprocessing import Preprocessing, preprocessed
@@ -22,7 +23,7 @@ from immunity_fast.runtime.precision import accumulation_dtype
 Weighing = Literal["mean", "off"]  # 1/N each, or the gate's weights as they were trained
 
 
-class Members(Protocol):
+class EnsembleMembers(Protocol):
     """N networks, and how much each counts."""
 
     def logits(self, images: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ class Members(Protocol):
         """(B, N) weights ≥ 0, each row summing to 1."""
 
 
-class NetworkMembers(Members):
+class NetworkMembers(EnsembleMembers):
     """Networks of one's own.
 
     Args:
@@ -90,7 +91,7 @@ class NetworkMembers(Members):
         return self.shares.to(accumulation_dtype(images)).expand(len(images), -1)
 
 
-class MixtureMembers(Members):
+class MixtureMembers(EnsembleMembers):
     """The experts of a mixture.
 
     Args:
@@ -102,7 +103,7 @@ class MixtureMembers(Members):
 
     def __init__(
         self,
-        mixture: Mixture,
+        mixture: mixtures.Mixture,
         weighing: Weighing = "off",
         expert_logits: Callable[[Tensor], Tensor] | None = None,
         preprocessing: Preprocessing | None = None,

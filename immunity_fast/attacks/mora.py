@@ -23,7 +23,7 @@ from immunity_fast.attacks.checks import check_finite, check_images, check_range
 from immunity_fast.attacks.dependence import check_dependence, image_gradient
 from immunity_fast.attacks.descent import UnmovedWarning, checked_bounds, radius_of
 from immunity_fast.attacks.members import (
-    Members,
+    EnsembleMembers,
     MixtureMembers,
     NetworkMembers,
     Weighing,
@@ -185,7 +185,7 @@ def mora(
 
 @dataclass(frozen=True)
 class MoraSettings:
-    """The settings of MORA, to be kept, listed or used on `Members`.
+    """The settings of MORA, to be kept, listed or used on `EnsembleMembers`.
 
     Args:
         eps: radius of the ball, in the images' units; None is 8/255 for Linf, 1 for L2, times the range of `bounds`.
@@ -240,7 +240,7 @@ class MoraSettings:
 
 
 def attack_members(
-    members: Members,
+    members: EnsembleMembers,
     settings: MoraSettings,
     images: Tensor,
     labels: Tensor,
@@ -294,7 +294,7 @@ class _Descents:
 
     def __init__(
         self,
-        members: Members,
+        members: EnsembleMembers,
         settings: MoraSettings,
         images: Tensor,
         labels: Tensor,
@@ -472,7 +472,7 @@ def _members_of(
     weights: Sequence[float] | Tensor | None,
     weighing: Weighing | None,
     preprocessing: Preprocessing | None,
-) -> Members:
+) -> EnsembleMembers:
     """The members of a model, behind their preprocessing.
 
     Raises:

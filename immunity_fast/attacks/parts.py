@@ -324,15 +324,10 @@ class Aim(NamedTuple):
 
 
 class Part(NamedTuple):
-    """An attack of AutoAttack's, from images (B, C, H, W) and labels (B,) to images of which some may fool the model.
+    """An attack of AutoAttack's, from images (B, C, H, W) and labels (B,) to images that may fool the model."""
 
-    Attributes:
-        attack: a targeted one has an aim, another none.
-        targets: how many classes a targeted one runs for, the likeliest wrong ones.
-    """
-
-    attack: Callable[[Tensor, Tensor, Aim | None], Tensor]
-    targets: int = 0
+    attack: Callable[[Tensor, Tensor, Aim | None], Tensor]  # a targeted one has an aim, another none
+    targets: int = 0  # for how many classes a targeted one runs, the likeliest wrong ones
 
 
 def in_turn(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from immunity_fast.attacks import LabelledModel, Model
 from immunity_fast.attacks.arc import every_permutation
 from immunity_fast.attacks.checks import check_finite, not_finite
-from immunity_fast.attacks.members import Members, MixtureMembers, Weighing
+from immunity_fast.attacks.members import EnsembleMembers, MixtureMembers, Weighing
 from immunity_fast.attacks.mixtures import (
     Answers,
     ExactJudge,
@@ -107,7 +107,7 @@ class TargetModel(Protocol):
     def averaged(self, draws: int, generator: torch.Generator) -> LabelledModel:
         """Outputs (draws, B, K) that the attacker "eot" averages, of any number of draws."""
 
-    def members(self, weighing: Weighing) -> Members:
+    def members(self, weighing: Weighing) -> EnsembleMembers:
         """The networks that it is made of, where `has_members`; `weighing`: by which weights they are mixed."""
 
     def expected_loss(self) -> LabelledModel:
@@ -218,7 +218,7 @@ class MixtureTarget(TargetModel):
             self.model, "eot", draws=draws, generator=generator, expert_logits=self.expert_logits
         )
 
-    def members(self, weighing: Weighing) -> Members:
+    def members(self, weighing: Weighing) -> EnsembleMembers:
         return MixtureMembers(self.model, weighing, self.expert_logits)
 
     def expected_loss(self) -> LabelledModel:
@@ -314,7 +314,7 @@ class NetworkTarget(TargetModel):
     def averaged(self, draws: int, generator: torch.Generator) -> LabelledModel:
         return gate_attackers.averaged(self.outputs, draws)
 
-    def members(self, weighing: Weighing) -> Members:
+    def members(self, weighing: Weighing) -> EnsembleMembers:
         raise NotImplementedError("of a network it is not known what it is made of")
 
     def expected_loss(self) -> LabelledModel:
