@@ -1,6 +1,6 @@
 """Attack libraries on a mixture: what they report of a gate that switches at random, and of its exact mean.
 
-    pip install '.[train,attacks]' foolbox adversarial-robustness-toolbox
+    pip install '.[train]' torchattacks foolbox adversarial-robustness-toolbox
     python examples/attack_libraries.py
 
 A mixture of three small networks learns scikit-learn's digits. Then each library that is installed attacks it twice, as

@@ -31,8 +31,8 @@ from immunity_fast.attacks.members import (
     mixture_in,
     networks_in,
 )
-from immunity_fast.attacks.mixtures import Mixture, Model
-from immunity_fast.attacks.preprocessing import Preprocessing, preprocessed
+from immunity_fast.attacks.mixtures import Model
+from immunity_fast.attacks.preprocessing import Preprocessing
 from immunity_fast.attacks.projections import (
     UNIT,
     Bounds,
@@ -47,7 +47,7 @@ from immunity_fast.attacks.projections import (
 from immunity_fast.attacks.radii import Given, for_each_image, of_each, one_or_each
 from immunity_fast.attacks.reweighing import Average, Formula
 from immunity_fast.runtime.checks import check_choice, check_weight, check_whole
-from immunity_fast.runtime.outputs import check_logits, kind_of
+from immunity_fast.runtime.outputs import kind_of
 from immunity_fast.runtime.precision import accumulation_dtype, at_least_float32
 
 Formulas = Literal["both", "intended", "released"]
@@ -484,8 +484,7 @@ def _members_of(
     if networks is not None:
         if weighing is not None:
             raise ValueError(f"weighing: expected None, as of networks there are `weights`, got {weighing!r}")
-        NetworkMembers(networks, weights)  # whose errors are of the networks as they were given
-        return NetworkMembers(_checked(networks, preprocessing), weights)
+        return NetworkMembers(networks, weights, preprocessing)
     mixture = mixture_in(model)
     if mixture is None:
         raise ValueError(
@@ -497,39 +496,4 @@ def _members_of(
     if weighing is None:
         itself = mixture is getattr(model, "_orig_mod", model)
         weighing = "off" if itself and mixture.gate.switch == "off" else "mean"
-    return MixtureMembers(mixture if preprocessing is None else _Preprocessed(mixture, preprocessing), weighing)
-
-
-def _checked(networks: Sequence[Model], preprocessing: Preprocessing | None) -> list[Model]:
-    """Networks behind their preprocessing, whose outputs are checked by their numbers."""
-    classes: list[int] = []
-
-    def checked(index: int, network: Model) -> Model:
-        prepared = preprocessed(network, preprocessing)
-
-        def logits(images: Tensor) -> Tensor:
-            found = check_logits("model", index, prepared(images), len(images))
-            if not classes:
-                classes.append(found.shape[1])
-            if found.shape[1] != classes[0]:
-                raise ValueError(f"model: expected {classes[0]} classes of number {index}, got {found.shape[1]}")
-            return found
-
-        return logits
-
-    return [checked(index, network) for index, network in enumerate(networks)]
-
-
-class _Preprocessed(Mixture):
-    """A mixture behind its preprocessing."""
-
-    def __init__(self, mixture: Mixture, preprocessing: Preprocessing) -> None:
-        self.gate = mixture.gate
-        self._logits = preprocessed(mixture.expert_logits, preprocessing)
-        self._weights = preprocessed(mixture.gate_weights, preprocessing)
-
-    def expert_logits(self, images: Tensor) -> Tensor:
-        return self._logits(images)
-
-    def gate_weights(self, images: Tensor) -> Tensor:
-        return self._weights(images)
+    return MixtureMembers(mixture, weighing, preprocessing=preprocessing)

@@ -40,7 +40,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(
         f"error: this command needs {missing.name}: pip install {missing.name}; or, in a checkout of immunity_fast, "
-        "pip install '.[train,attacks]', for what all commands need"
+        "pip install '.[train]', for what all commands need"
     ) from None
 
 from immunity_fast.runtime.notebook import NotebookProgress, in_notebook

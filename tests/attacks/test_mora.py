@@ -717,7 +717,7 @@ def test_a_model_without_members_is_refused() -> None:
         ({"images": [0.5]}, TypeError, "images: expected a tensor, got list"),
         ({"model": []}, ValueError, "model: expected at least one network, got none"),
         ({"model": [3]}, TypeError, "model: expected networks that can be called, got int"),
-        ({"model": [_network(0), _network(0, 3)]}, ValueError, "model: expected 4 classes of number 1, got 3"),
+        ({"model": [_network(0), _network(0, 3)]}, ValueError, "model: expected 4 classes of network 1, got 3"),
         ({"model": [lambda x: x]}, ValueError, "model: expected outputs (3, K)"),
         ({"model": [lambda x: x.flatten(1)[:, :1]]}, ValueError, "model: expected members' logits (N, 3, K)"),
         ({"model": [lambda x: _network(0)(x.detach())]}, ValueError, "model: expected outputs with a gradient"),
