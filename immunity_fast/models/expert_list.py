@@ -17,8 +17,8 @@ class ExpertList(nn.ModuleList):
     """N networks from images (B, C, H, W) to logits (B, K), of any structures."""
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits (N, B, K) of images that all experts see."""
-        return torch.stack([self.run(index, x) for index in range(len(self))])
+        """Logits (N, B, K) of images (B, C, H, W) that all experts see, or (N, B, C, H, W), each expert's own."""
+        return torch.stack([self.run(index, seen) for index, seen in enumerate(self._seen(x))])
 
     def run(self, index: int, x: Tensor) -> Any:
         """The logits (B, K) of one expert.
@@ -33,13 +33,17 @@ class ExpertList(nn.ModuleList):
         """`logits`, on copies of the buffers, which are written back."""
         with in_use():
             outputs = []
-            for expert in self:
+            for expert, seen in zip(self, self._seen(x), strict=True):
                 own = own_tensors(expert)
                 buffers = {name: buffer.clone() for name, buffer in expert.named_buffers()}
-                outputs.append(call(expert, own | buffers, x))
+                outputs.append(call(expert, own | buffers, seen))
                 for name, buffer in expert.named_buffers():
                     buffer.copy_(buffers[name].detach())
         return torch.stack(outputs)
+
+    def _seen(self, x: Tensor) -> Sequence[Tensor]:
+        """Each expert's images."""
+        return x.unbind() if x.dim() == 5 else [x] * len(self)
 
     def copies(self) -> list[nn.Module]:
         """N modules with tensors of their own."""

@@ -15,6 +15,7 @@ from immunity_fast.runtime.checks import check_choice, check_whole
 from immunity_fast.runtime.precision import accumulation_dtype
 
 Switch = Literal["call", "sample", "off", "mean"]
+GateKind = Literal["switch", "uniform", "selection"]
 
 _expected = threading.local()  # `here`, in a `draws_expected` block
 
@@ -160,3 +161,99 @@ class RandomSwitchGate(nn.Module):
             SwitchingGateWarning,
             stacklevel=2,
         )
+
+
+class FixedWeights(nn.Module):
+    """The same logits (B, N) for all images: what weighs the experts of a gate that has nothing to learn.
+
+    Args:
+        num_experts: N; each counts as much.
+    """
+
+    logits: Tensor
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.register_buffer("logits", torch.zeros(num_experts))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, N) for images (B, …)."""
+        return self.logits.expand(len(images), -1)
+
+
+class SelectionGate(RandomSwitchGate):
+    """A gate that answers by one expert, drawn with fixed probabilities: weights (B, N) of which one is 1.
+
+    In evaluation mode "call" draws one expert for the whole batch, "sample" one for each image; "off" and "mean" are
+    the probabilities, the exact expectation of the draw, and so is training mode.
+
+    Args:
+        num_experts: N ≥ 1.
+        switch, generator: see `RandomSwitchGate`.
+
+    Attributes:
+        probabilities: (N,), ≥ 0, summing to 1; a buffer, 1/N each at first.
+    """
+
+    probabilities: Tensor
+
+    def __init__(self, num_experts: int, switch: Switch = "call", generator: torch.Generator | None = None) -> None:
+        super().__init__(num_experts, nn.Identity(), switch, generator)
+        self.register_buffer("probabilities", torch.full((num_experts,), 1 / num_experts))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Weights (B, N) for `images` (B, …)."""
+        samples = len(images)
+        expected = self.probabilities.to(accumulation_dtype(images)).expand(samples, -1)
+        if self.training or self.switch in ("off", "mean"):
+            return expected
+        if images.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_of_draws()
+        return selected(expected if self.switch == "sample" else expected[:1], self.generator).expand(samples, -1)
+
+
+def selected(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One expert in each row (B, N), drawn with the row's probabilities: weights (B, N), 1 of it and 0 of the others.
+
+    Args:
+        probabilities: (B, N), each row summing to 1.
+        generator: on any device; None is PyTorch's default generator of the probabilities' device.
+    """
+    source = probabilities.device if generator is None else generator.device
+    drawn = torch.rand(len(probabilities), 1, generator=generator, device=source, dtype=torch.float64)
+    bounds = probabilities.double().cumsum(-1)[:, :-1]  # the last expert has the rest, whatever rounding has made of it
+    chosen = (drawn.to(probabilities.device, non_blocking=True) >= bounds).sum(-1)
+    return torch.nn.functional.one_hot(chosen, probabilities.shape[-1]).to(probabilities.dtype)
+
+
+def gate_of(
+    kind: GateKind,
+    num_experts: int,
+    *,
+    switch: Switch = "call",
+    generator: torch.Generator | None = None,
+    channels: int = 3,
+) -> RandomSwitchGate:
+    """A new gate.
+
+    Args:
+        kind: "switch", the paper's, whose weights are learned and permuted; "uniform", 1/N each, in which a permutation
+            changes nothing; "selection", one expert at random, see `SelectionGate`.
+        num_experts: N.
+        switch, generator, channels: see `RandomSwitchGate`.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    check_choice("gate", kind, GateKind)
+    if kind == "selection":
+        return SelectionGate(num_experts, switch, generator)
+    network = FixedWeights(num_experts) if kind == "uniform" else None
+    return RandomSwitchGate(num_experts, network, switch, generator, channels)
+
+
+def kind_of_gate(gate: RandomSwitchGate) -> GateKind:
+    """Which of `gate_of`'s kinds a gate is; one with a network of the user's is a "switch"."""
+    if isinstance(gate, SelectionGate):
+        return "selection"
+    return "uniform" if isinstance(gate.network, FixedWeights) else "switch"

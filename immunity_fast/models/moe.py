@@ -25,7 +25,7 @@ from immunity_fast.models.attention import MathAttention
 from immunity_fast.models.catching import Catcher, catch, check_kept, version
 from immunity_fast.models.chains import halves, is_chain, prepended
 from immunity_fast.models.expert_list import ExpertList
-from immunity_fast.models.gate import RandomSwitchGate, Switch
+from immunity_fast.models.gate import GateKind, RandomSwitchGate, Switch, gate_of
 from immunity_fast.models.gradcam import expert_heatmaps
 from immunity_fast.models.inference import Gate as InferenceGate
 from immunity_fast.models.inference import InferenceMixture, folded
@@ -81,6 +81,7 @@ class ImmunityMoE(nn.Module):
         classes: the classes' names, as many as there are; None where nobody has named them.
         loss_fn: what `model(images, labels)` gives, an attribute; None is `FusedImmunityLoss` with heatmaps of
             `image_size`.
+        gate: the kind of gate: "switch", the paper's; "uniform", 1/N each; "selection", one expert at random.
 
     Attributes:
         checkpoint_activations: whether the trunk's activations are not kept for the backward pass, but computed again
@@ -121,6 +122,7 @@ class ImmunityMoE(nn.Module):
         std: Sequence[float] | None = None,
         classes: Sequence[str] | None = None,
         loss_fn: FusedImmunityLoss | None = None,
+        gate: GateKind = "switch",
     ) -> None:
         super().__init__()
         self.arch = arch if isinstance(arch, str) else ",".join(arch)
@@ -136,8 +138,8 @@ class ImmunityMoE(nn.Module):
             batching=batching,
             stem=stem,
         )
-        gate = RandomSwitchGate(num_experts, switch=switch, generator=generator, channels=channels)
-        self._hold(parts, gate, _normalize(mean, std, channels), classes, loss_fn)
+        gating = gate_of(gate, num_experts, switch=switch, generator=generator, channels=channels)
+        self._hold(parts, gating, _normalize(mean, std, channels), classes, loss_fn)
 
     @classmethod
     def from_experts(
@@ -337,13 +339,16 @@ class ImmunityMoE(nn.Module):
             self.loss_fn.group_name = ""
 
     def expert_logits(self, images: Tensor) -> Tensor:
-        """Logits (N, B, K) of `images` (B, C, H, W) in [0, 1]: all of the model that is not the gate.
+        """Logits (N, B, K) of `images` in [0, 1]: all of the model that is not the gate.
+
+        Args:
+            images: (B, C, H, W), which all experts see; or (N, B, C, H, W), each expert's own.
 
         Raises:
             ValueError, TypeError: as for `forward`.
         """
         self._check_synchronised("expert_logits")
-        return self._logits(self._normalized(images))
+        return self._logits(self._normalized(images, own=True))
 
     def expert_logits_with_copied_buffers(self, images: Tensor) -> Tensor:
         """`expert_logits`, where another forward pass comes before the backward pass of both.
@@ -351,12 +356,12 @@ class ImmunityMoE(nn.Module):
         BatchNorm in training mode keeps its running statistics for the backward pass, and a second forward pass would
         change them: here they are copies, written back.
         """
-        x = self._normalized(images)
+        x = self._normalized(images, own=True)
         if isinstance(self.experts, ExpertList):
             return self.experts.logits_with_copied_buffers(x)
-        if self.checkpoint_activations and is_chain(self.experts):
+        if self.checkpoint_activations and is_chain(self.experts) and x.dim() == 4:
             return self._logits(x)  # which computes on copies
-        inputs = x.expand(self.num_experts, *x.shape)
+        inputs = x.expand(self.num_experts, *x.shape) if x.dim() == 4 else x
         with in_use():
             logits, buffers = call_stacked(self.experts, inputs, self.num_experts, batching=self._batching(x))
             for name, buffer in self.experts.named_buffers():
@@ -576,6 +581,8 @@ class ImmunityMoE(nn.Module):
             if own:
                 assert experts is not None
                 mean, std = unit if config["normalized"] else (None, None)
+                if gate is None and "gate" in config:
+                    gate = gate_of(config["gate"], config["num_experts"])
                 model = kind.from_experts(
                     experts, gate=gate, layout=layout or config["layout"], mean=mean, std=std, **options
                 )
@@ -585,7 +592,7 @@ class ImmunityMoE(nn.Module):
                 if config["stem"] is not None:
                     options["stem"] = config["stem"]
                 if kind is ImmunityMoE:
-                    options["num_experts"] = config["num_experts"]
+                    options |= {"num_experts": config["num_experts"], "gate": config.get("gate", "switch")}
                 model = kind(config["arch"], num_classes=config["num_classes"], **options)
         except (ValueError, RuntimeError, TypeError) as error:
             raise ValueError(f"{place}: describes a model that cannot be made ({error})") from error
@@ -660,13 +667,14 @@ class ImmunityMoE(nn.Module):
             return unstack_modules(self.experts, self.num_experts)
 
     def _logits(self, x: Tensor) -> Tensor:
-        if self.checkpoint_activations and torch.is_grad_enabled():
+        shared = x.dim() == 4
+        if self.checkpoint_activations and torch.is_grad_enabled() and shared:
             if is_chain(self.experts):
                 return run_recomputed(self.experts, x, self.num_experts, batching=self._batching(x))
             return self._run_parts(x)
         if isinstance(self.experts, ExpertList):
             return self.experts.logits(x)
-        return run_stacked(self.experts, x, self.num_experts, shared=True, batching=self._batching(x))
+        return run_stacked(self.experts, x, self.num_experts, shared=shared, batching=self._batching(x))
 
     def _differentiable_attention(self) -> AbstractContextManager[object]:
         """What the heads of experts that are cut run in."""
@@ -693,15 +701,20 @@ class ImmunityMoE(nn.Module):
             )
         return self._halves
 
-    def _normalized(self, images: Tensor) -> Tensor:
+    def _normalized(self, images: Tensor, *, own: bool = False) -> Tensor:
+        """Normalised images, laid out as was measured to be faster; `own`: each expert may have its own."""
         if not isinstance(images, Tensor) or not images.is_floating_point():
             raise TypeError(f"images: expected a floating-point tensor in [0, 1], got {kind_given(images)}")
-        if images.dim() != 4 or images.shape[1] != self.channels:
-            raise ValueError(f"images: expected shape (B, {self.channels}, H, W), got {tuple(images.shape)}")
+        each = own and images.dim() == 5 and len(images) == self.num_experts
+        if not (each or images.dim() == 4) or images.shape[-3] != self.channels:
+            other = f" or ({self.num_experts}, B, {self.channels}, H, W)" if own and images.dim() == 5 else ""
+            raise ValueError(f"images: expected shape (B, {self.channels}, H, W){other}, got {tuple(images.shape)}")
         normalized: Tensor = self.normalize(images)
-        if laid_out(self.memory_format, images.device, self.arch, self._use(images)) == "channels_last":
-            return channels_last(normalized)
-        return normalized
+        if laid_out(self.memory_format, images.device, self.arch, self._use(images)) != "channels_last":
+            return normalized
+        if each:
+            return channels_last(normalized.flatten(0, 1)).view(images.shape)
+        return channels_last(normalized)
 
     @eagerly
     def _run_whole(self, x: Tensor, detach_weights: bool) -> tuple[Tensor, list[Tensor]]:

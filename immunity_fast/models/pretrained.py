@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from immunity_fast.experts import resolve
 from immunity_fast.models.card import PLACE, model_card
 from immunity_fast.models.described import expert_tensors
+from immunity_fast.models.gate import kind_of_gate
 from immunity_fast.models.maps import MapLayout
 from immunity_fast.runtime.files import abbreviated, parse_json, write_atomically
 
@@ -127,6 +128,7 @@ def config_of(model: Any) -> dict[str, Any]:
         "channels": model.channels,
         "stem": model.stem,
         "switch": model.gate.switch,
+        **({} if (gate := kind_of_gate(model.gate)) == "switch" else {"gate": gate}),
         "normalized": not isinstance(model.normalize, nn.Identity),
         "classes": None if model.classes is None else list(model.classes),
     }
@@ -173,6 +175,8 @@ def checked_config(file: Path) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict) or config.get("library") != LIBRARY:
         raise ValueError(f"{file}: expected what save_pretrained of immunity_fast writes, got another file")
+    if config.get("gate", "uniform") not in ("uniform", "selection"):
+        raise ValueError(f"{file}: gate: expected uniform or selection, got {abbreviated(config['gate'])}")
     for name, is_right in _CHECKS.items():
         if name not in config:
             raise ValueError(f"{file}: {name}: expected an entry, got none")

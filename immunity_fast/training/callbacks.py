@@ -65,26 +65,27 @@ class CallbackError(RuntimeError):
 
 
 class StepMetrics(Mapping[str, float]):
-    """What `MEASURED` names, of one step, read from the device at the first look.
+    """What one step has measured, by name, read from the device at the first look.
 
     Args:
-        measured: (4,) float64.
+        measured: float64, as many as there are names.
+        names: as `TrainStep.measured` has them.
     """
 
-    def __init__(self, measured: Tensor) -> None:
-        self._measured = measured
+    def __init__(self, measured: Tensor, names: Sequence[str] = MEASURED) -> None:
+        self._measured, self._names = measured, tuple(names)
         self._values: dict[str, float] | None = None
 
     def __getitem__(self, name: str) -> float:
         if self._values is None:
-            self._values = dict(zip(MEASURED, self._measured.tolist(), strict=True))
+            self._values = dict(zip(self._names, self._measured.tolist(), strict=True))
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(MEASURED)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(MEASURED)
+        return len(self._names)
 
 
 class Callbacks:

@@ -93,7 +93,7 @@ def _is_count(value: Any, least: int = 0) -> bool:
 def _is_model(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and value.keys() - {"stem", "channels"} == {"arch", "num_experts", "num_classes", "stage", "image_size"}
+        and value.keys() - {"stem", "channels", "gate"} == {"arch", "num_experts", "num_classes", "stage", "image_size"}
         and isinstance(value["arch"], str)
         and (value["stage"] is None or isinstance(value["stage"], str))
         and _is_count(value["num_experts"], 1)
@@ -103,6 +103,7 @@ def _is_model(value: Any) -> bool:
         and all(_is_count(side, 1) for side in value["image_size"])
         and value.get("stem", "cifar") in ("cifar", "imagenet")
         and _is_count(value.get("channels", 3), 1)
+        and value.get("gate", "switch") in ("switch", "uniform", "selection")
     )
 
 
@@ -363,7 +364,7 @@ def described_model(description: Mapping[str, Any], **options: Any) -> ImmunityM
     }
     if experts == 1:
         return SingleNetwork(arch, classes, **options)
-    return ImmunityMoE(arch, experts, classes, **options)
+    return ImmunityMoE(arch, experts, classes, gate=description.get("gate", "switch"), **options)
 
 
 def stages_of(stage: str | None, arch: str, num_experts: int) -> str | tuple[str, ...] | None:

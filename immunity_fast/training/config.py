@@ -30,7 +30,9 @@ from immunity_fast.experts.registry import FORMS, check_form
 from immunity_fast.experts.stems import StemChoice
 from immunity_fast.experts.symmetry import PERTURBATION
 from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
-from immunity_fast.models.gate import Switch
+from immunity_fast.models.gate import GateKind, Switch
+from immunity_fast.peers.base import EnsembleLoss
+from immunity_fast.peers.methods import IMMUNITY, METHODS, PEERS, method_of
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compile
 from immunity_fast.runtime.files import abbreviated, write_atomically
@@ -38,7 +40,7 @@ from immunity_fast.runtime.precision import AmpChoice, Float32
 from immunity_fast.runtime.strategies import Batching, DoubleBackprop
 from immunity_fast.targets import balanced_weights
 from immunity_fast.training import config_file
-from immunity_fast.training.adversarial import Adversarial, BatchNormMode, InnerAttackSettings
+from immunity_fast.training.adversarial import Adversarial, Adversary, BatchNormMode, InnerAttackSettings
 from immunity_fast.training.decay import Decay, parameter_groups
 from immunity_fast.training.loggers import LOGGERS, names_of
 from immunity_fast.training.monitoring import DIRECTIONS, SHORT
@@ -46,6 +48,7 @@ from immunity_fast.training.optimizers import KINDS, OPTIMISERS, Optimiser, chec
 from immunity_fast.training.schedules import FACTORS, LearningRate, Schedule
 
 Flip = Literal["auto", "on", "off"]
+GateChoice = Literal["auto", "switch", "uniform", "selection"]
 MOST_WORKERS = 1024  # processes that read images: more are a mistake
 
 
@@ -80,6 +83,11 @@ ADDED = {
     "early_stopping": None,
     "monitor": None,
     "loggers": "tensorboard",
+    "ensemble": "immunity",
+    "gate": "auto",
+    "adversary": "mixture",
+    "shards": False,
+    "poison": None,
 }
 # What is another's where a setting is: another optimiser has rates of its own, another schedule numbers of its own.
 BELONGING = {
@@ -103,6 +111,7 @@ def _of_each(default: str) -> str:
 _data = partial(_option, "preset and data")
 _model = partial(_option, "model")
 _loss = partial(_option, "loss")
+_ensemble = partial(_option, "ensemble")
 _attack = partial(_option, "adversarial training")
 _optimiser = partial(_option, "optimisation")
 _images = partial(_option, "augmentation")
@@ -139,6 +148,9 @@ class TrainConfig:
     )
     workers: int | str = _data("auto", "processes that read images; 0: none besides this one; auto: one a core")
     limit_train: int | None = _data(None, "use so many training images")
+    poison: str | None = _data(
+        None, "poison the training images: label-flip:0.2, badnets:0.1, or a file of poisons; default: none"
+    )
     arch: str = _model(
         "resnet8",
         f"the experts' architecture: {', '.join(ARCHITECTURES)}, {FORMS}; several with commas between take turns",
@@ -165,6 +177,17 @@ class TrainConfig:
         "where experts would begin with equal weights: random noise on all but the first, in units of each tensor's "
         "root mean square; 0: none, and they never part",
     )
+    ensemble: str = _ensemble(
+        "immunity",
+        f"how the experts are trained to be one ensemble: {', '.join(METHODS)}; with settings of its own as "
+        "adp:alpha=2,beta=0.5",
+    )
+    gate: GateChoice = _ensemble(
+        "auto",
+        "how the experts' answers are mixed: switch, the gate of the paper; uniform, their average; selection, one "
+        "expert at random; auto: as the ensemble has it",
+    )
+    shards: bool = _ensemble(False, "each expert learns from a part of the training images of its own")
     alpha: float = _loss(ALPHA, "weight of each expert's own cross-entropy")
     beta: float = _loss(BETA, "weight of the mutual-information loss")
     gamma: float = _loss(GAMMA, "weight of the position-stability loss (in pixels⁴, so it depends on the image size)")
@@ -180,10 +203,11 @@ class TrainConfig:
     )
     adversarial: Adversarial = _attack("off", "train on attacked images")
     eps: float = _attack(8 / 255, "Linf radius of the training's and the epoch's attacks")
-    attack_alpha: float = _attack(2 / 255, "step of the training's attack; fgsm-rs takes 1.25 eps")
-    attack_steps: int = _attack(10, "steps of the training's attack; fgsm-rs takes 1")
+    attack_alpha: float = _attack(2 / 255, "step of the training's attack; fgsm-rs takes 1.25 eps, n-fgsm eps")
+    attack_steps: int = _attack(10, "steps of the training's attack; fgsm-rs and n-fgsm take 1")
     attack_batchnorm: BatchNormMode = _attack("eval", "BatchNorm in the training's attack: running or batch statistics")
     attack_gate: Switch = _attack("off", "gate in the training's attack; off: the trained weights")
+    adversary: Adversary = _attack("mixture", "what is attacked: the mixture, or each expert on its own")
     trades_weight: float = _attack(6.0, "lambda of TRADES")
     ema: float | None = _optimiser(None, "evaluate an average of the weights with this decay; default: the weights")
     epochs: int = _optimiser(12, "passes over the training images")
@@ -291,6 +315,7 @@ class TrainConfig:
         _check(self, "monitor", _measures(self, self.monitored), "what is measured with these settings")
         names_of(self.loggers)
         self._check_targets()
+        self._check_ensemble()
         _check(self, "seed", self.seed >= 0, "0 to 2⁶³ − 1")
         _check(self, "channels", self.channels >= 1, "at least 1")
         _check(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1 pixel")
@@ -382,11 +407,16 @@ class TrainConfig:
             eps=self.optimizer_eps,
         )
 
-    def learning_rate(self, steps_per_epoch: int) -> LearningRate:
-        """The learning rate of each step, of so many in an epoch."""
+    def learning_rate(self, steps_per_epoch: int, stages: int = 1) -> LearningRate:
+        """The learning rate of each step, of so many in an epoch.
+
+        Args:
+            steps_per_epoch: of the optimiser.
+            stages: parts of the training, of as many epochs each, in which it rises and falls anew.
+        """
         return LearningRate(
             self.lr,
-            self.epochs * steps_per_epoch,
+            self.epochs // stages * steps_per_epoch,
             steps_per_epoch,
             self.schedule,
             self.warmup_epochs,
@@ -473,6 +503,48 @@ class TrainConfig:
         )
 
     @property
+    def gate_kind(self) -> GateKind:
+        """How the experts' answers are mixed."""
+        if self.gate != "auto":
+            return self.gate
+        name = self.ensemble.partition(":")[0]
+        return "switch" if name == IMMUNITY else PEERS[name].gate
+
+    def method(self, group_name: str = "", class_weights: Tensor | None = None) -> EnsembleLoss | None:
+        """What trains the experts in the place of `loss_fn`, if anything does.
+
+        Args:
+            group_name, class_weights: see `loss_fn`.
+        """
+        return method_of(
+            self.ensemble,
+            label_smoothing=self.label_smoothing,
+            class_weights=class_weights,
+            ignore_index=self.ignore_index,
+            group_name=group_name,
+        )
+
+    def _check_ensemble(self) -> None:
+        """Check that what trains the experts can be done with the other settings."""
+        try:
+            method = self.method()
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
+        each = self.adversary == "each"
+        _check(self, "adversary", not each or self.adversarial != "off", "mixture without --adversarial")
+        _check(self, "adversary", not each or self.adversarial != "trades", "mixture with --adversarial trades")
+        own = method is not None and method.own_images
+        _check(self, "adversary", not each or own, f"mixture with --ensemble {self.ensemble}, such as plain can do")
+        _check(self, "shards", not self.shards or self.ensemble == "plain", "none, but with --ensemble plain")
+        _check(self, "shards", not self.shards or self.experts > 1, "none of one network")
+        if method is None:
+            return
+        _check(self, "adversarial", self.adversarial != "trades", f"another with --ensemble {self.ensemble}")
+        _check(self, "shard", not self.shard, f"none with --ensemble {self.ensemble}")
+        stages = method.stages(self.experts)
+        _check(self, "epochs", self.epochs % stages == 0, f"a multiple of {stages}, the parts of this training")
+
+    @property
     def worker_processes(self) -> Workers:
         """`workers` for what reads images."""
         return "auto" if isinstance(self.workers, str) else self.workers
@@ -489,6 +561,7 @@ class TrainConfig:
             self.attack_steps,
             self.attack_batchnorm,
             self.attack_gate,
+            self.adversary,
         )
 
     @property

@@ -123,7 +123,7 @@ def summary(record: Mapping[str, float], epochs: int) -> str:
         epochs: of the whole run.
     """
     attacked = record.get("val_pgd10_accuracy_mean")
-    several = record["mutual_information_loss"] > 0  # a single network has none
+    several = record.get("mutual_information_loss", 0) > 0  # neither a single network nor a peer has one
     validation = "not measured"
     if "val_accuracy_mean" in record:
         sampled, mean = (100 * record[f"val_accuracy_{name}"] for name in ("sample", "mean"))

@@ -75,6 +75,7 @@ def train(
         callbacks.call("on_fit_start")
         smaller = AutoBatch(state, run)
         while state.epoch < state.config.epochs and state.stopped is None:
+            state.begin_epoch()
             callbacks.call("on_epoch_start")
             images, seconds = take_steps(
                 state, run, callbacks, display, profile, smaller, lambda: agreement.ask(asked[0] if asked else 0)
@@ -149,7 +150,7 @@ def take_steps(
         display.step_taken()
         smaller.step_taken()
         if callbacks.sees_steps:
-            callbacks.call("on_step_end", StepMetrics(measured))
+            callbacks.call("on_step_end", StepMetrics(measured, state.train_step.measured))
         signal = asked()
         if (
             run is not None

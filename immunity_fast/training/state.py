@@ -17,6 +17,7 @@ from immunity_fast.data.sampling import EVALUATION_BATCH, sample_order
 from immunity_fast.data.streaming import StreamedSplit
 from immunity_fast.experts import WITH_STEMS, split_names
 from immunity_fast.experts.stems import chosen_stem
+from immunity_fast.models.gate import kind_of_gate
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.models.stacking import own_tensors
 from immunity_fast.runtime import distributed
@@ -43,7 +44,7 @@ from immunity_fast.training.ema import WeightAverage
 from immunity_fast.training.optimizers import possible_state
 from immunity_fast.training.sharding import shard
 from immunity_fast.training.shards import REST, load_shards, outline
-from immunity_fast.training.step import MEASURED, TrainStep
+from immunity_fast.training.step import TrainStep
 
 CUDA_STATE = 16  # bytes of a GPU's generator
 IN_SHARDS = ("model", "ema", "optimizer")  # what names of tensors begin with
@@ -110,6 +111,9 @@ class TrainingState:
         if config.class_weights is not None:  # or a data set would be read for its labels
             weights = config.weights_of_classes(dataset.train.labels, dataset.num_classes)
         self.loss_fn = config.loss_fn(dataset.image_size, "" if group is None else group.group_name, weights).to(device)
+        self.method = config.method("" if group is None else group.group_name, weights)
+        if self.method is not None:
+            self.method.to(device)
         self._make_step(strategy)
         self._expert_logits = Compiled(self.model.expert_logits, self._compile, device, log, traceback_file)
         self.fingerprint = dataset.fingerprint()
@@ -123,7 +127,9 @@ class TrainingState:
         self.stopped: str | None = None  # why training has ended before its last epoch, if it has
         self.saved_callbacks: tuple[list[Any], dict[str, Tensor]] = ([], {})  # that the checkpoint has
         self.saved_step = 0  # optimiser steps that the run's checkpoint has
-        self.sums = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)  # over the present epoch's batches
+        self.sums = torch.zeros(
+            len(self.train_step.measured), dtype=torch.float64, device=device
+        )  # over the present epoch's batches
         self._of_step = torch.zeros_like(self.sums)  # over the present step's
 
     def _describe(self, dataset: ImageDataset, model: ImmunityMoE | None) -> dict[str, Any]:
@@ -145,6 +151,10 @@ class TrainingState:
             description["stem"] = stem
         if dataset.channels != 3:
             description["channels"] = dataset.channels
+        if model is None and config.experts > 1 and config.gate_kind != "switch":
+            description["gate"] = config.gate_kind
+        if model is not None and (kind := kind_of_gate(model.gate)) != "switch":
+            description["gate"] = kind
         return description
 
     def _new_loader(self) -> TrainLoader | BatchLoader:
@@ -204,9 +214,25 @@ class TrainingState:
         """What makes steps of batches: the optimiser, its rates, the average of the weights, and the step."""
         config = self.config
         self.optimizer = config.optimizer_of(self.model)
-        self.learning_rate = config.learning_rate(self.steps_per_epoch)
+        self.learning_rate = config.learning_rate(self.steps_per_epoch, self._stages)
         self.average = None if config.ema is None else WeightAverage(self.model, config.ema)
         self.train_step = self._new_step(strategy, self._log, self._traceback_file)
+
+    @property
+    def _stages(self) -> int:
+        return 1 if self.method is None else self.method.stages(self.config.experts)
+
+    def begin_epoch(self) -> None:
+        """Get what trains the experts ready for the epoch, or for the rest of it."""
+        if self.method is None:
+            return
+        config, first = self.config, self.loader.position == 0
+        where = (self.model, self.epoch, config.epochs, config.seed)
+        if self.method.begin_epoch(*where) and first:
+            self.method.begin_stage(*where)
+            self.optimizer.state.clear()
+            if self.average is not None:
+                self.average.load(self.model.state_dict(), 0)
 
     def untouched(self) -> dict[str, Tensor]:
         """Copies, on the CPU, of what steps change and does not follow from the settings; for `begin_again`."""
@@ -254,6 +280,7 @@ class TrainingState:
                 config.inner_attack,
                 amp=chosen_amp(config.amp, self.device),
                 compile=self._compile,
+                attacked=None if self.method is None else self.method.attacked(self.model),
                 device=self.device,
                 log=log,
                 traceback_file=traceback_file,
@@ -272,6 +299,8 @@ class TrainingState:
             trades_weight=config.trades_weight,
             group=distributed.group(),
             checkpoint_activations=config.checkpoint_activations,
+            method=self.method,
+            shards=config.shards,
         )
 
     @property
@@ -304,13 +333,14 @@ class TrainingState:
         """Take the step of the batch that the loader gave last, or, of several batches a step, its share of that.
 
         Returns:
-            What `MEASURED` names, (4,) float64, the mean over the step's batches so far.
+            What `train_step.measured` names, float64, the mean over the step's batches so far.
         """
         number, accumulate = self.loader.position - 1, self.config.accumulate
         index = number % accumulate
         count = min(accumulate, len(self.loader) - (number - index))  # an epoch's last step has what is left
+        of_stage = self.steps // self._stages
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step - 1)
+            group["lr"] = self.learning_rate((self.step - 1) % of_stage)
         mixing = self.mixer.draw()
         if mixing is not None:
             mixing = mixing.to(self.device, non_blocking=True)

@@ -22,6 +22,7 @@ from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.models.objective import loss_and_terms
 from immunity_fast.models.recomputing import check_recomputable
 from immunity_fast.models.stacking import channels_last_
+from immunity_fast.peers.base import EnsembleLoss
 from immunity_fast.runtime import strategies
 from immunity_fast.runtime.compilation import Compile, Compiled, Log
 from immunity_fast.runtime.precision import Amp, autocast, begin_momentum, grad_scaler
@@ -51,6 +52,8 @@ class TrainStep:
         double_backprop: see `FusedImmunityLoss.from_head`; "auto" is what was measured to be faster, see `strategies`.
         compile: "on" and "max" compile; "auto" does on a GPU. Where that fails, the step is eager, and says so.
         log, traceback_file: what takes such a line, and the whole traceback; see `Compiled`.
+        method: another loss in the place of `loss_fn`, which then looks at heatmaps alone; see `peers.EnsembleLoss`.
+        shards: whether each expert learns from a part of a batch of its own, the i-th N-th of it.
         attack: what makes adversarial images of a batch, on which the whole of the loss is then minimised; None trains
             on the images as they are. With TRADES' attack, cross-entropy is that of `adversarial.trades_losses`.
         trades_weight: λ of TRADES.
@@ -79,6 +82,8 @@ class TrainStep:
         trades_weight: float = 6.0,
         group: torch.distributed.ProcessGroup | None = None,
         checkpoint_activations: bool = False,
+        method: EnsembleLoss | None = None,
+        shards: bool = False,
     ) -> None:
         if checkpoint_activations:
             check_recomputable(model)
@@ -92,10 +97,10 @@ class TrainStep:
             lay_out_state(optimizer)
         if double_backprop == "auto":
             double_backprop = strategies.fastest(device.type, model.arch).double_backprop
-        self.attack = attack
+        self.attack, self.method, self.shards = attack, method, shards
         trades = trades_weight if attack is not None and attack.settings.method == "trades" else None
         compiled = partial(Compiled, choice=compile, device=device, log=log, traceback_file=traceback_file)
-        self.objective = _Objective(model, loss_fn, amp, double_backprop, device, compiled, trades)
+        self.objective = _Objective(model, loss_fn, amp, double_backprop, device, compiled, trades, method)
         self._forward: nn.Module = self.objective
         if group is not None and not is_sharded(model):  # whose backward pass averages gradients by itself
             self._forward = _distributed(self.objective, group)
@@ -103,6 +108,11 @@ class TrainStep:
         optimised = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._optimises_all = optimised == {id(parameter) for parameter in model.parameters()}
         self._share: tuple[Tensor, int] | None = None  # of a batch in its step's gradient, and of how many it is one
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What a step measures, in order."""
+        return MEASURED if self.method is None else self.method.measured
 
     @property
     def compiled(self) -> bool:
@@ -129,13 +139,20 @@ class TrainStep:
             index, count: this is batch 0..count−1 of so many, the mean of whose gradients makes one update.
 
         Returns:
-            (4,) float64 on the model's device: what `MEASURED` names, of this batch, before the update.
+            float64 on the model's device: what `measured` names, of this batch, before the update.
         """
         batch: tuple[Tensor | None, ...] = (images, labels, affine, mixing)
-        if self.attack is not None:
+        if self.attack is not None or self.method is not None:
             images, labels = self.objective.augmented(images, labels, affine, mixing)
-            clean = images if self.objective.trades_weight is not None else None
-            batch = (self.attack(images, labels), labels, None, None, clean)
+            if self.shards:
+                images, labels = (_in_parts(each, self.model.num_experts) for each in (images, labels))
+            beside = images if self.objective.trades_weight is not None else None
+            if self.method is not None:
+                with autocast(self.objective.amp, self.objective.device):
+                    beside = self.method.prepare(self.model, images, labels)
+            if self.attack is not None:
+                images = self.attack(images, labels)
+            batch = (images, labels, None, None, beside)
         backward = self._first_compiled_step if self.compiled and not self._has_run_compiled else self._backward
         measured = backward(batch, index, count)
         if index + 1 == count:
@@ -145,6 +162,11 @@ class TrainStep:
 
     def update(self) -> None:
         """Clip the gradients that a backward pass has left, and take the optimiser's step."""
+        self._update()
+        if self.method is not None:
+            self.method.after_update(self.model)
+
+    def _update(self) -> None:
         if self.scaler.is_enabled():  # in each step: a weight's first gradient may come late, and that step be skipped
             begin_momentum(self.optimizer)
         if self.clip_grad_norm is None:
@@ -193,7 +215,7 @@ class TrainStep:
 
 
 class _Objective(nn.Module):
-    """From a batch to (loss (), measured (4,)): what `DistributedDataParallel` wraps, and what is compiled."""
+    """From a batch to (loss (), measured (M,)): what `DistributedDataParallel` wraps, and what is compiled."""
 
     def __init__(
         self,
@@ -204,9 +226,11 @@ class _Objective(nn.Module):
         device: torch.device,
         compiled: Callable[[Callable[..., Any]], Compiled],
         trades_weight: float | None,
+        method: EnsembleLoss | None,
     ) -> None:
         super().__init__()
         self.model, self.loss_fn, self.trades_weight = model, loss_fn, trades_weight
+        self.method = method
         self.amp, self.double_backprop, self.device = amp, double_backprop, device
         self.function = compiled(self._loss)
 
@@ -216,9 +240,9 @@ class _Objective(nn.Module):
         labels: Tensor,
         affine: Tensor | None = None,
         mixing: Tensor | None = None,
-        clean: Tensor | None = None,
+        beside: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self.function(images, labels, affine, mixing, clean)
+        result: tuple[Tensor, Tensor] = self.function(images, labels, affine, mixing, beside)
         return result
 
     def augmented(
@@ -232,17 +256,22 @@ class _Objective(nn.Module):
         return apply_mixing(images, labels, mixing, self.model.num_classes, self.loss_fn.ignore_index)
 
     def _loss(
-        self, images: Tensor, labels: Tensor, affine: Tensor | None, mixing: Tensor | None, clean: Tensor | None
+        self, images: Tensor, labels: Tensor, affine: Tensor | None, mixing: Tensor | None, beside: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """`beside`: TRADES' clean images, or what the method has prepared."""
         images, labels = self.augmented(images, labels, affine, mixing)
+        terms: tuple[Tensor, ...]
         with autocast(self.amp, self.device):
+            if self.method is not None:
+                loss, terms = self.method.loss_and_terms(self.model, images, labels, beside)
+                return loss, torch.stack([loss.detach(), *(term.detach() for term in terms)]).double()
             loss, terms = loss_and_terms(
                 self.model,
                 self.loss_fn,
                 images,
                 labels,
                 double_backprop=self.double_backprop,
-                classification=None if clean is None else self._trades(clean, labels),
+                classification=None if beside is None else self._trades(beside, labels),
             )
         return loss, torch.stack([loss.detach(), *(term.detach() for term in terms)]).double()
 
@@ -258,6 +287,11 @@ class _Objective(nn.Module):
             return trades_losses(outputs, (logits, gate), labels, alpha, weight, self.loss_fn.class_losses)
 
         return losses
+
+
+def _in_parts(batch: Tensor, parts: int) -> Tensor:
+    """(B, …) as (N, B/N, …): the i-th part is expert i's."""
+    return batch.unflatten(0, (parts, -1))
 
 
 def _distributed(objective: _Objective, group: torch.distributed.ProcessGroup) -> DistributedDataParallel:

@@ -19,13 +19,14 @@ from immunity_fast.functional import log_mixture
 from immunity_fast.runtime.failures import one_line
 from immunity_fast.runtime.modes import frozen
 from immunity_fast.training.state import TrainingState
-from immunity_fast.training.step import MEASURED
 
 
 def training_means(state: TrainingState) -> dict[str, float]:
     """Means over the finished epoch's batches of what `train_step` measures, and the mutual information they mean."""
-    means = dict(zip(MEASURED, (state.sums / len(state.loader)).tolist(), strict=True))
+    means = dict(zip(state.train_step.measured, (state.sums / len(state.loader)).tolist(), strict=True))
     experts = state.config.experts
+    if state.method is not None:
+        return means
     return means | {"mutual_information": math.log(experts) - means["mutual_information_loss"] / experts}
 
 

@@ -1,0 +1,159 @@
+"""What all peers have in common: the experts' own cross-entropies, and the places in a training where each does more.
+
+Shapes: N experts, B images, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from immunity_fast.arguments import Experts, join_experts
+from immunity_fast.losses import FusedImmunityLoss
+from immunity_fast.models.gate import GateKind
+from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.targets import IGNORE_INDEX, ClassWeights
+
+
+class EnsembleLoss(nn.Module):
+    """How the experts of an ensemble are trained, where it is not by `FusedImmunityLoss`.
+
+    A peer says at least what a batch costs, `loss_and_terms`; the other methods do nothing here.
+
+    Args:
+        label_smoothing, class_weights, ignore_index, group_name: of cross-entropy, as `FusedImmunityLoss` has them.
+
+    Attributes:
+        gate: how the ensemble answers, see `models.gate.gate_of`.
+        measured: names of what `loss_and_terms` gives, the loss first.
+        own_images: whether each expert may see images of its own, (N, B, C, H, W).
+    """
+
+    gate: ClassVar[GateKind] = "uniform"
+    measured: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy")
+    own_images: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        label_smoothing: float = 0.0,
+        class_weights: ClassWeights = None,
+        ignore_index: int | None = IGNORE_INDEX,
+        group_name: str = "",
+    ) -> None:
+        super().__init__()
+        self._classes = FusedImmunityLoss(
+            0.0,
+            0.0,
+            0.0,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+            ignore_index=ignore_index,
+            group_name=group_name,
+        )
+
+    def expert_losses(self, logits: Experts, targets: Tensor) -> Tensor:
+        """Each expert's cross-entropy of each image.
+
+        Args:
+            logits: (N, B, K), or N tensors (B, K).
+            targets: (B,) integer labels or (B, K) probabilities that all experts learn; or each expert's own, (N, B) or
+                (N, B, K).
+
+        Returns:
+            (N, B) in nats; 0 of images that are ignored.
+
+        Raises:
+            ValueError, TypeError: a wrong shape or dtype.
+        """
+        stacked = join_experts("logits", logits, 3, "(N, B, K)")
+        experts, samples, classes = stacked.shape
+        flat = each_experts(targets, experts, samples).flatten(0, 1)
+        losses = self._classes.class_losses(stacked.reshape(1, experts * samples, classes), None, flat, alpha=0.0)
+        return losses.view(experts, samples)
+
+    def mean(self, losses: Tensor, targets: Tensor, classes: int) -> Tensor:
+        """The mean of losses (B,) over the images that count, of all processes; 0-d.
+
+        Args:
+            losses: (B,).
+            targets: (B,) integers or (B, K) probabilities; or each expert's own, whose first are then looked at.
+            classes: K.
+        """
+        own = targets[0] if targets.dim() == (3 if targets.is_floating_point() else 2) else targets
+        return self._classes.mean(losses, own, classes)
+
+    def loss_and_terms(
+        self, model: ImmunityMoE, images: Tensor, targets: Tensor, prepared: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss of a batch, 0-d, and what it is made of, 0-d each: what `measured` names behind "loss".
+
+        It may be compiled; what cannot be is done in `prepare`.
+
+        Args:
+            model: in training mode; each expert's BatchNorm counts a batch once.
+            images: (B, C, H, W) floating-point in [0, 1]; or (N, B, C, H, W), each expert's own.
+            targets: (B,) integers or (B, K) probabilities; of own images that are not alike, (N, B) or (N, B, K).
+            prepared: what `prepare` gave for this batch.
+        """
+        raise NotImplementedError
+
+    def prepare(self, model: ImmunityMoE, images: Tensor, targets: Tensor) -> Tensor | None:
+        """What a batch needs besides, such as images that an inner attack makes; never compiled as a whole.
+
+        The model has to be left as it was: modes, gradients, statistics.
+        """
+        return None
+
+    def stages(self, num_experts: int) -> int:
+        """How many parts a training has, of as many epochs each, in which other weights are trained; mostly 1."""
+        return 1
+
+    def begin_epoch(self, model: ImmunityMoE, epoch: int, epochs: int, seed: int) -> bool:
+        """Get ready for an epoch, 0-based, of so many.
+
+        It is called once more where a run goes on in the middle of an epoch: what it draws depends on its arguments
+        alone, and it changes weights only where `first_time` of the training says so.
+
+        Returns:
+            Whether the epoch begins a stage, so that the optimiser begins anew.
+        """
+        return False
+
+    def begin_stage(self, model: ImmunityMoE, epoch: int, epochs: int, seed: int) -> None:
+        """Change the weights where an epoch begins a stage; called once in a run, also where it was interrupted."""
+
+    def attacked(self, model: ImmunityMoE) -> Callable[[Tensor], Tensor] | None:
+        """What adversarial training attacks, images (B, C, H, W) to (B, K); None is the mixture."""
+        return None
+
+    def after_update(self, model: ImmunityMoE) -> None:
+        """Put right what the optimiser has changed and should not have."""
+
+    def passes(self, num_experts: int, attack_steps: int) -> float:
+        """What a training image costs: forward and backward passes over an expert, of plain training N.
+
+        Args:
+            num_experts: N.
+            attack_steps: of adversarial training; 0 is standard training.
+        """
+        return float(num_experts * (1 + attack_steps))
+
+
+def each_experts(targets: Tensor, experts: int, samples: int) -> Tensor:
+    """Targets (N, B) or (N, B, K), whether they are given as all experts', (B,) or (B, K), or as each expert's own.
+
+    Raises:
+        ValueError: they are neither; what they are and what was expected.
+    """
+    own = targets.dim() == (3 if targets.is_floating_point() else 2)
+    if own and targets.shape[:2] == (experts, samples):
+        return targets
+    if not own and targets.dim() and targets.shape[0] == samples:
+        return targets.expand(experts, *targets.shape)
+    raise ValueError(
+        f"targets: expected labels ({samples},) or ({experts}, {samples}), or probabilities of as many, got shape "
+        f"{tuple(targets.shape)}"
+    )
