@@ -291,7 +291,7 @@ class _Objective(nn.Module):
 
 def _in_parts(batch: Tensor, parts: int) -> Tensor:
     """(B, …) as (N, B/N, …): the i-th part is expert i's."""
-    return batch.unflatten(0, (parts, -1))
+    return batch.view(parts, -1, *batch.shape[1:])
 
 
 def _distributed(objective: _Objective, group: torch.distributed.ProcessGroup) -> DistributedDataParallel:
