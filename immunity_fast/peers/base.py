@@ -29,6 +29,7 @@ class EnsembleLoss(nn.Module):
         gate: how the ensemble answers, see `models.gate.gate_of`.
         measured: names of what `loss_and_terms` gives, the loss first.
         own_images: whether each expert may see images of its own, (N, B, C, H, W).
+        adversarial: whether the images of `loss_and_terms` are adversarial training's; those of `prepare` never are.
     """
 
     gate: ClassVar[GateKind] = "uniform"
@@ -44,6 +45,7 @@ class EnsembleLoss(nn.Module):
         group_name: str = "",
     ) -> None:
         super().__init__()
+        self.adversarial = False
         self._classes = FusedImmunityLoss(
             0.0,
             0.0,
@@ -115,7 +117,7 @@ class EnsembleLoss(nn.Module):
         """Get ready for an epoch, 0-based, of so many.
 
         It is called once more where a run goes on in the middle of an epoch: what it draws depends on its arguments
-        alone, and it changes weights only where `first_time` of the training says so.
+        alone, and it changes no weights.
 
         Returns:
             Whether the epoch begins a stage, so that the optimiser begins anew.

@@ -98,6 +98,8 @@ class TrainStep:
         if double_backprop == "auto":
             double_backprop = strategies.fastest(device.type, model.arch).double_backprop
         self.attack, self.method, self.shards = attack, method, shards
+        if method is not None:
+            method.adversarial = attack is not None
         trades = trades_weight if attack is not None and attack.settings.method == "trades" else None
         compiled = partial(Compiled, choice=compile, device=device, log=log, traceback_file=traceback_file)
         self.objective = _Objective(model, loss_fn, amp, double_backprop, device, compiled, trades, method)
