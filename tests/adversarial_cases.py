@@ -30,7 +30,9 @@ LOSS = FusedImmunityLoss(0.5, 0.7, 1e-3, size=(8, 9))
 LABELS = torch.tensor([0, 2, 1, 1, 0])
 # What of a run's settings is of its attack, by the attack's own settings.
 ATTACK_SETTINGS = {"adversarial", "eps", "trades_weight"} | {
-    f"attack_{field.name}" for field in dataclasses.fields(InnerAttackSettings) if field.name not in ("method", "eps")
+    f"attack_{field.name}"
+    for field in dataclasses.fields(InnerAttackSettings)
+    if field.name not in ("method", "eps", "adversary")
 }
 
 

@@ -21,6 +21,7 @@ FLOORS = (
     ("functional", "forward_mode", "data", "reporting"),
     ("experts", "losses"),
     ("attacks", "models"),
+    ("peers",),
     ("evaluation",),
     ("training",),
     ("reproduction", "deployment"),
@@ -38,6 +39,7 @@ APART = {
     "experts": {"data", "reporting"},
     "losses": {"attacks", "data", "models", "reporting"},
     "models": {"data", "reporting"},  # not without the losses: `model(images, labels)` is the loss, for wrappers
+    "peers": {"data", "reporting"},
     "reporting": {"data", "functional", "kernels"},
 }
 

@@ -23,6 +23,11 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "experts": (["3"], 3),
     "stage": (["layer2"], "layer2"),
     "stem": (["imagenet"], "imagenet"),
+    "ensemble": (["plain"], "plain"),
+    "gate": (["uniform"], "uniform"),
+    "shards": ([], True),
+    "poison": (["label-flip:0.2"], "label-flip:0.2"),
+    "adversary": (["each"], "each"),
     "weights": (["some/file.pt"], "some/file.pt"),
     "perturbation": (["1/8"], 0.125),
     "alpha": (["0.25"], 0.25),
@@ -86,6 +91,8 @@ BESIDE: dict[str, dict[str, Any]] = {
     "optimizer_eps": {"optimizer": "adam"},
     "milestones": {"schedule": "step"},
     "lr_factor": {"schedule": "step"},
+    "adversary": {"adversarial": "pgd", "ensemble": "plain"},
+    "shards": {"ensemble": "plain"},
 }
 
 

@@ -535,7 +535,7 @@ class TrainConfig:
         _check(self, "adversary", not each or self.adversarial != "trades", "mixture with --adversarial trades")
         own = method is not None and method.own_images
         _check(self, "adversary", not each or own, f"mixture with --ensemble {self.ensemble}, such as plain can do")
-        _check(self, "shards", not self.shards or self.ensemble == "plain", "none, but with --ensemble plain")
+        _check(self, "shards", not self.shards or self.ensemble == "plain", "none without --ensemble plain")
         _check(self, "shards", not self.shards or self.experts > 1, "none of one network")
         if method is None:
             return

@@ -137,11 +137,14 @@ EFFECTS: dict[str, Any] = {
     "epochs": 2,
     "seed": 1,
     "amp": "bf16",
+    "ensemble": "plain",
+    "gate": "uniform",
 }
 NO_EFFECT: dict[str, Any] = {"check_images": 4, "attack_images": 3, "checkpoint_every": 1, "ema": 0.5, "profile": True}
 NO_EFFECT |= {"auto_batch": True, "checkpoint_activations": True}
 # `_train` is given its images.
 OF_IMAGES = {"preset", "dataset", "data", "image_size", "channels", "stream", "workers", "limit_train"}
+OF_PEERS = {"adversary", "shards", "poison"}  # test_adversaries.py, tests/data
 BEGINNING = {"stem", "weights", "perturbation"}  # with what networks begin: test_any_network.py
 OF_TRAINER = {"early_stopping", "monitor", "loggers"}  # test_trainer.py, test_callbacks.py, test_loggers.py
 # Of other optimisers and schedules than the default: test_optimizers.py, test_schedules.py
@@ -151,7 +154,7 @@ ALIKE = {"device", "compile", "batching", "double_backprop", "float32", "shard"}
 
 def test_of_every_setting_it_is_known_whether_it_has_an_effect() -> None:
     # ATTACK_SETTINGS: test_adversarial_training.py
-    known = [*EFFECTS, *NO_EFFECT, *OTHERS, *OF_IMAGES, *BEGINNING, *OF_TRAINER, *ALIKE, *ATTACK_SETTINGS]
+    known = [*EFFECTS, *NO_EFFECT, *OTHERS, *OF_IMAGES, *BEGINNING, *OF_TRAINER, *OF_PEERS, *ALIKE, *ATTACK_SETTINGS]
     assert len(known) == len(set(known))
     assert {field.name for field in dataclasses.fields(TrainConfig)} <= set(known)
 
