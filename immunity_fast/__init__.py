@@ -20,13 +20,19 @@ if TYPE_CHECKING:
     from immunity_fast.models.capture import capture_activations
     from immunity_fast.models.gate import RandomSwitchGate, SwitchingGateWarning
     from immunity_fast.models.moe import ImmunityMoE, UnsynchronisedWarning
+    from immunity_fast.peers.adp import ADPLoss
+    from immunity_fast.peers.gal import GALLoss
+    from immunity_fast.peers.trs import TRSLoss
 
 __all__ = [
+    "ADPLoss",
     "FusedImmunityLoss",
+    "GALLoss",
     "ImmunityMoE",
     "ImmunityTerms",
     "RandomSwitchGate",
     "SwitchingGateWarning",
+    "TRSLoss",
     "UnsynchronisedWarning",
     "capture_activations",
     "export",
@@ -36,11 +42,14 @@ __version__ = "0.1.0"
 
 # Where the public names are from.
 _MODULES = {
+    "ADPLoss": "peers.adp",
     "FusedImmunityLoss": "losses",
+    "GALLoss": "peers.gal",
     "ImmunityMoE": "models.moe",
     "ImmunityTerms": "losses",
     "RandomSwitchGate": "models.gate",
     "SwitchingGateWarning": "models.gate",
+    "TRSLoss": "peers.trs",
     "UnsynchronisedWarning": "models.moe",
     "capture_activations": "models.capture",
 }

@@ -305,10 +305,10 @@ class FusedImmunityLoss(nn.Module):
         differentiated: bool,
     ) -> tuple[Tensor, Tensor, Any, Targets]:
         """Logits, ∂y/∂A or its sums over space, in the graph or not, what else the head returned, and the targets."""
-        if _is_traced(activations) or not torch.is_grad_enabled():
+        if is_traced(activations) or not torch.is_grad_enabled():
             logits, pullback, aux = torch.func.vjp(run, activations, has_aux=True)  # type: ignore[misc]
         else:
-            logits, pullback, aux = _direct_vjp(run, activations, differentiated)
+            logits, pullback, aux = direct_vjp(run, activations, differentiated)
         found = self._check(logits, activations, targets)
         graph = torch.set_grad_enabled(differentiated and torch.is_grad_enabled())
         # Autocast would cast the backward pass of operations whose forward pass it has not seen.
@@ -489,15 +489,24 @@ class FusedImmunityLoss(nn.Module):
         )
 
 
-def _is_traced(activations: Tensor) -> bool:
+def is_traced(activations: Tensor) -> bool:
     """Whether a compiler or `torch.func` looks on, which autograd's own functions cannot be shown to."""
     return torch.compiler.is_compiling() or peek_interpreter_stack() is not None or activations.is_inference()
 
 
-def _direct_vjp(
+def direct_vjp(
     run: Callable[[Tensor], tuple[Tensor, Any]], activations: Tensor, differentiated: bool
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor]], Any]:
-    """`torch.func.vjp` with an auxiliary result, by autograd: less to do for Python, and a direct second derivative."""
+    """`torch.func.vjp` with an auxiliary result, by autograd: less to do for Python, and a direct second derivative.
+
+    Args:
+        run: activations to (logits, anything else).
+        activations: where the gradient is taken.
+        differentiated: whether the gradient will be, too.
+
+    Returns:
+        The logits; what makes the gradient, alone in a tuple, of slopes of the logits' shape; and what else `run` gave.
+    """
     # A view, in which no other way that leads from the activations to the logits counts.
     maps = activations.view_as(activations) if activations.requires_grad else activations.detach().requires_grad_()
     second = SecondDerivatives(maps)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast.experts.staged import copied
-from immunity_fast.models.stacking import call, explained, in_use, own_tensors
+from immunity_fast.models.stacking import call, explained, in_use, own_tensors, write_back
 from immunity_fast.runtime.outputs import logits_of
 
 
@@ -31,15 +31,27 @@ class ExpertList(nn.ModuleList):
 
     def logits_with_copied_buffers(self, x: Tensor) -> Tensor:
         """`logits`, on copies of the buffers, which are written back."""
+        outputs, buffers = self.logits_and_buffers(x)
         with in_use():
-            outputs = []
-            for expert, seen in zip(self, self._seen(x), strict=True):
-                own = own_tensors(expert)
+            for name, buffer in self.named_buffers():
+                buffer.copy_(buffers[name])
+        return outputs
+
+    def logits_and_buffers(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`logits` as a function, and the buffers as it would have left them, under their names, detached."""
+        with in_use():
+            outputs: list[Tensor] = []
+            updated: dict[str, Tensor] = {}
+            for index, (expert, seen) in enumerate(zip(self, self._seen(x), strict=True)):
                 buffers = {name: buffer.clone() for name, buffer in expert.named_buffers()}
-                outputs.append(call(expert, own | buffers, seen))
-                for name, buffer in expert.named_buffers():
-                    buffer.copy_(buffers[name].detach())
-        return torch.stack(outputs)
+                outputs.append(call(expert, own_tensors(expert) | buffers, seen))
+                updated |= {f"{index}.{name}": buffer.detach() for name, buffer in buffers.items()}
+        return torch.stack(outputs), updated
+
+    def update_experts(self, buffers: dict[str, Tensor]) -> None:
+        """Take over the buffers that `logits_and_buffers` gave."""
+        with in_use():
+            write_back(dict(self.named_buffers()), buffers)
 
     def _seen(self, x: Tensor) -> Sequence[Tensor]:
         """Each expert's images."""

@@ -368,6 +368,29 @@ class ImmunityMoE(nn.Module):
                 buffer.copy_(buffers[name])
         return logits
 
+    def expert_logits_and_buffers(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`expert_logits` as a function, which can be differentiated twice, also by `torch.func`.
+
+        Activations are kept for the backward pass, whatever `checkpoint_activations` says.
+
+        Args:
+            images: see `expert_logits`.
+
+        Returns:
+            Logits (N, B, K), and the buffers that `update_experts` takes.
+        """
+        x = self._normalized(images, own=True)
+        with self._differentiable_attention(everywhere=True):
+            if isinstance(self.experts, ExpertList):
+                return self.experts.logits_and_buffers(x)
+            inputs = x.expand(self.num_experts, *x.shape) if x.dim() == 4 else x
+            return call_stacked(self.experts, inputs, self.num_experts, batching=self._batching(x))
+
+    def update_experts(self, buffers: dict[str, Tensor]) -> None:
+        """Take over what a pass through `expert_logits_and_buffers` made of the buffers."""
+        with in_use():
+            write_back(dict(self.experts.named_buffers()), buffers)
+
     def gate_weights(self, images: Tensor) -> Tensor:
         """The gate's weights (B, N) for `images` (B, C, H, W) in [0, 1], in the mode the model is in."""
         weights: Tensor = self.gate(self._normalized(images))
@@ -676,9 +699,10 @@ class ImmunityMoE(nn.Module):
             return self.experts.logits(x)
         return run_stacked(self.experts, x, self.num_experts, shared=shared, batching=self._batching(x))
 
-    def _differentiable_attention(self) -> AbstractContextManager[object]:
-        """What the heads of experts that are cut run in."""
-        if not self._readings[0].attention or not torch.is_grad_enabled():
+    def _differentiable_attention(self, *, everywhere: bool = False) -> AbstractContextManager[object]:
+        """What the heads of experts that are cut run in; `everywhere`: whole experts, of which nobody knows."""
+        known = any(reading.attention for reading in self._readings)
+        if not torch.is_grad_enabled() or not (known or (everywhere and not torch.compiler.is_compiling())):
             return nullcontext()
         attention = MathAttention()
         attention.begin()

@@ -1,7 +1,10 @@
 """Other ways to a robust ensemble: losses for anybody's loop, which `python -m immunity_fast.train --ensemble` uses."""
 
+from immunity_fast.peers.adp import ADPLoss
 from immunity_fast.peers.base import EnsembleLoss
+from immunity_fast.peers.gal import GALLoss
 from immunity_fast.peers.methods import METHODS, method_of
 from immunity_fast.peers.plain import PlainLoss
+from immunity_fast.peers.trs import TRSLoss
 
-__all__ = ["METHODS", "EnsembleLoss", "PlainLoss", "method_of"]
+__all__ = ["METHODS", "ADPLoss", "EnsembleLoss", "GALLoss", "PlainLoss", "TRSLoss", "method_of"]

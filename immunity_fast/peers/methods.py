@@ -5,12 +5,18 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from immunity_fast.peers.adp import ADPLoss
 from immunity_fast.peers.base import EnsembleLoss
+from immunity_fast.peers.gal import GALLoss
 from immunity_fast.peers.plain import PlainLoss
+from immunity_fast.peers.trs import TRSLoss
 
 IMMUNITY = "immunity"  # whose loss is `FusedImmunityLoss`
 PEERS: dict[str, type[EnsembleLoss]] = {
     "plain": PlainLoss,
+    "adp": ADPLoss,
+    "gal": GALLoss,
+    "trs": TRSLoss,
 }
 METHODS: tuple[str, ...] = (IMMUNITY, *PEERS)
 _SHARED = frozenset(inspect.signature(EnsembleLoss).parameters)  # of cross-entropy, which a training sets itself
