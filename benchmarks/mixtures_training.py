@@ -20,24 +20,23 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from immunity_fast import experts
+from immunity_fast import ADPLoss, experts
 from immunity_fast.attacks import Attack
 from immunity_fast.data.augmentation import apply_affine, as_float, draw_affine, to_float
 from immunity_fast.data.datasets import ImageDataset, Split, load
+from immunity_fast.peers import PlainLoss
 
 EPS = 8 / 255
 BATCH = 64
-SMALLEST = 1e-6  # that ADP adds to the Gram matrix's diagonal
 LOOKED_AT = 200  # validation images after each epoch
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N, B, K) and labels (B,) to (B,)
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (N, B, K) and labels (B,) to their mean loss
 
 
 @dataclass(frozen=True)
@@ -72,40 +71,6 @@ def networks(count: int, classes: int, seed: int) -> nn.ModuleList:
         torch.manual_seed(seed)
         made = [Normalised(experts.create("resnet8", classes)) for _ in range(count)]
     return nn.ModuleList(made).to(memory_format=torch.channels_last)
-
-
-def adp_loss(logits: Tensor, labels: Tensor, *, entropy: float = 2.0, diversity: float = 0.5) -> Tensor:
-    """Adaptive diversity promoting (Pang et al., arXiv 1901.08846): Σ_i CE_i − a·H(p̄) − b·log det(MᵀM + 10⁻⁶·I).
-
-    H is the entropy of the mean p̄ of the members' probabilities, in nats. Column i of M, (K − 1, N), is what member i
-    gives to the wrong classes, of unit length: the determinant is the squared volume that these columns span, 0 where
-    N > K − 1. They are taken from the softmax over the wrong classes, whose direction is the same and which does not
-    vanish where the right class takes all; the determinant is computed in float64.
-
-    Args:
-        logits: (N, B, K) of the members.
-        labels: (B,) integers in 0..K−1.
-        entropy: a.
-        diversity: b.
-
-    Returns:
-        (B,), of the logits' dtype.
-    """
-    members, images, classes = logits.shape
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(members), reduction="none")
-    mean = logits.softmax(-1).mean(0)
-    mixed = -torch.special.xlogy(mean, mean.clamp_min(torch.finfo(mean.dtype).tiny)).sum(-1)
-    wrong = torch.arange(classes, device=labels.device) != labels[:, None]
-    others = logits[:, wrong].view(members, images, classes - 1).softmax(-1)
-    directions = F.normalize(others.double(), dim=-1, eps=0).transpose(0, 1)
-    gram = directions @ directions.mT + SMALLEST * torch.eye(members, dtype=torch.float64, device=logits.device)
-    volume = torch.linalg.slogdet(gram).logabsdet.to(logits.dtype)
-    return losses.view(members, images).sum(0) - entropy * mixed - diversity * volume
-
-
-def sum_of_cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """Σ_i CE_i (B,): members that are trained beside each other, and do not know of each other."""
-    return adp_loss(logits, labels, entropy=0, diversity=0)
 
 
 def _augmented(split: Split, images: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -159,12 +124,12 @@ def train(
         for batch, labels in _augmented(split, images, generator):
             if adversarial:
                 batch = attack(members[0], batch, labels, generator=generator)
-            losses = loss(torch.stack([member(batch) for member in members]), labels)
+            mean = loss(torch.stack([member(batch) for member in members]), labels)
             optimizer.zero_grad()
-            losses.mean().backward()
+            mean.backward()
             optimizer.step()
             schedule.step()
-            total += float(losses.detach().sum())
+            total += len(labels) * float(mean.detach())
         report(epoch, total / len(split))
     members.eval()
 
@@ -225,7 +190,7 @@ class Zoo:
         if group == "boosted":
             images = against(self["first"][0], split)
             print(f"boosted: images against `first`, {time.monotonic() - begin:.0f} s", flush=True)
-        loss = adp_loss if group == "adp" else sum_of_cross_entropies
+        loss = ADPLoss() if group == "adp" else PlainLoss()
         adversarial = group in ("first", "second")
         train(members, split, images, self.budget.epochs, seed, loss=loss, adversarial=adversarial, report=report)
 

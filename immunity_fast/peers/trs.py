@@ -103,6 +103,7 @@ class TRSLoss(InputGradientLoss):
             ValueError, TypeError: a wrong shape or dtype, or one network alone.
         """
         networks = as_members(members)
+        check_several("experts", number_of(networks), "TRS")
         return self._terms(networks, images, targets, self._points(networks, images, targets))[0]
 
     def loss_and_terms(

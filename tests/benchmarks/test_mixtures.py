@@ -1,10 +1,8 @@
-"""The benchmark of attacks on mixtures: ADP's loss, what is trained and kept, and each part from beginning to end."""
+"""The benchmark of attacks on mixtures: what is trained and kept, and each part from beginning to end."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,61 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import mixtures, mixtures_training
-from benchmarks.mixtures_training import Budget, Zoo, adp_loss, networks
+from benchmarks.mixtures_training import Budget, Zoo, networks
 from immunity_fast.data.datasets import load
 from tests.small_runs import write_data
-from tests.tensors import normal
-
-
-def _determinant(matrix: list[list[float]]) -> float:
-    if not matrix:
-        return 1.0
-    minors = ([row[:column] + row[column + 1 :] for row in matrix[1:]] for column in range(len(matrix)))
-    return sum((-1) ** c * matrix[0][c] * _determinant(minor) for c, minor in enumerate(minors))
-
-
-def _adp(logits: Sequence[Sequence[float]], label: int, entropy: float, diversity: float) -> float:
-    """ADP's loss of one image, number by number, of the probabilities themselves."""
-    shares = [[math.exp(z) / sum(map(math.exp, row)) for z in row] for row in logits]
-    mean = [sum(column) / len(shares) for column in zip(*shares, strict=True)]
-    columns = []
-    for row in shares:
-        wrong = [p for index, p in enumerate(row) if index != label]
-        columns.append([p / math.sqrt(sum(q * q for q in wrong)) for p in wrong])
-    gram = [
-        [sum(p * q for p, q in zip(a, b, strict=True)) + 1e-6 * (i == j) for j, b in enumerate(columns)]
-        for i, a in enumerate(columns)
-    ]
-    losses = sum(-math.log(row[label]) for row in shares)
-    return losses + entropy * sum(p * math.log(p) for p in mean) - diversity * math.log(_determinant(gram))
-
-
-@pytest.mark.parametrize(("members", "classes"), [(3, 5), (2, 4), (1, 3), (3, 3)])
-@pytest.mark.parametrize("terms", [(2.0, 0.5), (0.0, 0.0), (0.0, 1.5), (3.0, 0.0)])
-def test_adp_s_loss_is_that_of_the_paper(members: int, classes: int, terms: tuple[float, float]) -> None:
-    """Three members of three classes, too, whose columns cannot be independent."""
-    logits = 2 * normal(members, 4, classes)
-    labels = torch.arange(4) % classes
-    found = adp_loss(logits, labels, entropy=terms[0], diversity=terms[1])
-    expected = [_adp(logits[:, i].tolist(), int(labels[i]), *terms) for i in range(4)]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=1e-8)
-
-
-def test_adp_s_loss_has_the_gradient_that_it_should() -> None:
-    logits = normal(3, 2, 5).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: adp_loss(z, torch.tensor([4, 0])), logits)
-
-
-def test_adp_s_loss_is_finite_of_members_that_are_sure() -> None:
-    """In float32 the right class then has all of the probability, and the wrong ones nothing."""
-    logits = normal(3, 2, 5, dtype=torch.float32)
-    logits[:, 0, 1] += 300
-    logits.requires_grad_()
-    losses = adp_loss(logits, torch.tensor([1, 2]))
-    (gradient,) = torch.autograd.grad(losses.sum(), logits)
-    assert losses.isfinite().all()
-    assert gradient.isfinite().all()
-    assert gradient.dtype == losses.dtype == torch.float32
 
 
 def test_members_have_weights_of_their_own() -> None:
