@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,9 @@ def test_accuracies_are_expected_and_the_lowest_of_each_image() -> None:
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("mixtures")
-    data = write_data(folder / "data.npz")
+    counts = {"train": 40, "val": 14, "test": 30}
+    four = {f"{part}_labels": np.arange(count) % 4 for part, count in counts.items()}  # more than ADP's three members
+    data = write_data(folder / "data.npz", **four)
     return ["--data", str(data), "--models", str(folder / "models"), "--train-images", "9", "--epochs", "1"]
 
 
