@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from immunity_fast.models.capture import capture_activations
     from immunity_fast.models.gate import RandomSwitchGate, SwitchingGateWarning
     from immunity_fast.models.moe import ImmunityMoE, UnsynchronisedWarning
+    from immunity_fast.peers.dverge import DVERGELoss
 
 __all__ = [
+    "DVERGELoss",
     "FusedImmunityLoss",
     "ImmunityMoE",
     "ImmunityTerms",
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 
 # Where the public names are from.
 _MODULES = {
+    "DVERGELoss": "peers.dverge",
     "FusedImmunityLoss": "losses",
     "ImmunityMoE": "models.moe",
     "ImmunityTerms": "losses",

@@ -6,11 +6,13 @@ import inspect
 from typing import Any
 
 from immunity_fast.peers.base import EnsembleLoss
+from immunity_fast.peers.dverge import DVERGELoss
 from immunity_fast.peers.plain import PlainLoss
 
 IMMUNITY = "immunity"  # whose loss is `FusedImmunityLoss`
 PEERS: dict[str, type[EnsembleLoss]] = {
     "plain": PlainLoss,
+    "dverge": DVERGELoss,
 }
 METHODS: tuple[str, ...] = (IMMUNITY, *PEERS)
 _SHARED = frozenset(inspect.signature(EnsembleLoss).parameters)  # of cross-entropy, which a training sets itself
