@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast.models.capture import check_images
-from immunity_fast.models.features import (
+from immunity_fast.models.member_features import (
     Members,
     Place,
     check_places,

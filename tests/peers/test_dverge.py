@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import immunity_fast
 from immunity_fast import DVERGELoss, ImmunityMoE
-from immunity_fast.models.features import count_places
+from immunity_fast.models.member_features import count_places
 from immunity_fast.peers import distilled, dverge, method_of
 from immunity_fast.training.state import TrainingState
 from tests.adversarial_cases import state_of

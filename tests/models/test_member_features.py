@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from immunity_fast import ImmunityMoE
-from immunity_fast.models.features import count_places, features, forget_places, members_of
+from immunity_fast.models.member_features import count_places, features, forget_places, members_of
 
 IMAGES = torch.rand(3, 3, 6, 5, generator=torch.Generator().manual_seed(0))
 
