@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from immunity_fast.models.gate import RandomSwitchGate, SwitchingGateWarning
     from immunity_fast.models.moe import ImmunityMoE, UnsynchronisedWarning
     from immunity_fast.peers.adp import ADPLoss
+    from immunity_fast.peers.dverge import DVERGELoss
     from immunity_fast.peers.gal import GALLoss
     from immunity_fast.peers.trs import TRSLoss
 
 __all__ = [
     "ADPLoss",
+    "DVERGELoss",
     "FusedImmunityLoss",
     "GALLoss",
     "ImmunityMoE",
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 # Where the public names are from.
 _MODULES = {
     "ADPLoss": "peers.adp",
+    "DVERGELoss": "peers.dverge",
     "FusedImmunityLoss": "losses",
     "GALLoss": "peers.gal",
     "ImmunityMoE": "models.moe",

@@ -2,9 +2,20 @@
 
 from immunity_fast.peers.adp import ADPLoss
 from immunity_fast.peers.base import EnsembleLoss
+from immunity_fast.peers.dverge import DVERGELoss, distilled
 from immunity_fast.peers.gal import GALLoss
 from immunity_fast.peers.methods import METHODS, method_of
 from immunity_fast.peers.plain import PlainLoss
 from immunity_fast.peers.trs import TRSLoss
 
-__all__ = ["METHODS", "ADPLoss", "EnsembleLoss", "GALLoss", "PlainLoss", "TRSLoss", "method_of"]
+__all__ = [
+    "METHODS",
+    "ADPLoss",
+    "DVERGELoss",
+    "EnsembleLoss",
+    "GALLoss",
+    "PlainLoss",
+    "TRSLoss",
+    "distilled",
+    "method_of",
+]

@@ -7,6 +7,7 @@ from typing import Any
 
 from immunity_fast.peers.adp import ADPLoss
 from immunity_fast.peers.base import EnsembleLoss
+from immunity_fast.peers.dverge import DVERGELoss
 from immunity_fast.peers.gal import GALLoss
 from immunity_fast.peers.plain import PlainLoss
 from immunity_fast.peers.trs import TRSLoss
@@ -17,6 +18,7 @@ PEERS: dict[str, type[EnsembleLoss]] = {
     "adp": ADPLoss,
     "gal": GALLoss,
     "trs": TRSLoss,
+    "dverge": DVERGELoss,
 }
 METHODS: tuple[str, ...] = (IMMUNITY, *PEERS)
 _SHARED = frozenset(inspect.signature(EnsembleLoss).parameters)  # of cross-entropy, which a training sets itself

@@ -1,9 +1,10 @@
-"""What a module is in for the length of a `with` block: frozen, or evaluating."""
+"""What a module is in for the length of a `with` block: frozen, evaluating, or normalising by a batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
@@ -29,3 +30,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def batch_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """BatchNorm among the modules normalises by the batch, without counting it in its running statistics.
+
+    In a `with` block inside of `evaluating`, which puts the modes back.
+    """
+    tracking: list[_BatchNorm] = []
+    for module in modules:
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            module.training = True
+            module.track_running_stats = False  # it would update the running ones
+            tracking.append(module)
+    try:
+        yield
+    finally:
+        for batchnorm in tracking:
+            batchnorm.track_running_stats = True

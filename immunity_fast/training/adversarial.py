@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from immunity_fast.attacks import Attack, BoundAttack
 from immunity_fast.functional import mixture_cross_entropy, mixture_log_probabilities
@@ -19,7 +18,7 @@ from immunity_fast.models.gate import Switch
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.peers.base import each_experts
 from immunity_fast.runtime.compilation import Compile, Log
-from immunity_fast.runtime.modes import evaluating, frozen
+from immunity_fast.runtime.modes import batch_statistics, evaluating, frozen
 from immunity_fast.runtime.precision import Amp, accumulation_dtype, autocast
 from immunity_fast.targets import hard_labels
 
@@ -155,19 +154,9 @@ class InnerAttack:
 @contextmanager
 def attacked_mode(model: ImmunityMoE, settings: InnerAttackSettings) -> Iterator[None]:
     """Evaluation mode, but for the gate and BatchNorm that the settings name, in a `with` block."""
-    with evaluating(model), model.gate.switched(settings.gate):
-        tracking: list[_BatchNorm] = []
-        if settings.batchnorm == "train":
-            for module in model.modules():
-                if isinstance(module, _BatchNorm) and module.track_running_stats:
-                    module.training = True
-                    module.track_running_stats = False  # it would update the running ones
-                    tracking.append(module)
-        try:
-            yield
-        finally:
-            for batchnorm in tracking:
-                batchnorm.track_running_stats = True
+    counted = model.modules() if settings.batchnorm == "train" else ()
+    with evaluating(model), model.gate.switched(settings.gate), batch_statistics(counted):
+        yield
 
 
 def trades_losses(

@@ -119,6 +119,7 @@ ELSEWHERE = {
     "attacks.gradient",
     "attacks.descent",
     "attacks.autoattack",
+    "peers.dverge",
 }
 ARCHITECTURES = {"cells", "darts", "densenet", "googlenet", "resnet", "robnet", "staged"}
 
