@@ -47,6 +47,7 @@ from immunity_fast.runtime.checks import check_choice, check_whole, kind_given
 from immunity_fast.runtime.compilation import eagerly
 from immunity_fast.runtime.distributed import training_group
 from immunity_fast.runtime.strategies import Batching, MemoryFormat, Use, choose, laid_out
+from immunity_fast.selection import mean_mixture
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -815,7 +816,7 @@ class SingleNetwork(ImmunityMoE):
 
 
 class ExactMean(nn.Module):
-    """A mixture by the exact mean over all N! permutations of its gate, in either mode; of one network, that network.
+    """A mixture by the exact mean of all that its gate may draw, in either mode; of one network, that network.
 
     Nothing is random in it, so attacks and judges of any library see what there is.
 
@@ -829,8 +830,8 @@ class ExactMean(nn.Module):
         self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
-        """Log-probabilities (B, num_classes) of `images` (B, C, H, W) in [0, 1]; the gate is not asked."""
-        return log_mixture(self.model.expert_logits(images))
+        """Log-probabilities (B, num_classes) of `images` (B, C, H, W) in [0, 1]; nothing is drawn."""
+        return mean_mixture(self.model.gate, self.model.expert_logits(images))
 
     @property
     def exact_mean_of(self) -> ImmunityMoE:
