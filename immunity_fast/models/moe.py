@@ -40,6 +40,7 @@ from immunity_fast.models.stacking import (
     in_use,
     run_stacked,
     slices,
+    stack_maps,
     unstack_modules,
     write_back,
 )
@@ -350,6 +351,24 @@ class ImmunityMoE(nn.Module):
         """
         self._check_synchronised("expert_logits")
         return self._logits(self._normalized(images, own=True))
+
+    def some_logits(self, images: Tensor, experts: Sequence[int]) -> Tensor:
+        """Logits (n, B, K) of some experts, by their indices: the others do not run, nor count a batch in BatchNorm.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            experts: n indices of 0..N−1.
+
+        Raises:
+            ValueError, TypeError: as for `forward`.
+        """
+        self._check_synchronised("some_logits")
+        x = self._normalized(images)
+        if isinstance(self.experts, ExpertList):
+            return torch.stack([self.experts.run(index, x) for index in experts])
+        with in_use():
+            own = slices(self.experts, self.num_experts)
+            return stack_maps([call(self.experts, own[index], x) for index in experts])
 
     def expert_logits_with_copied_buffers(self, images: Tensor) -> Tensor:
         """`expert_logits`, where another forward pass comes before the backward pass of both.
