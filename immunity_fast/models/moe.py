@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -369,6 +369,26 @@ class ImmunityMoE(nn.Module):
         with in_use():
             own = slices(self.experts, self.num_experts)
             return stack_maps([call(self.experts, own[index], x) for index in experts])
+
+    def logits_of_parts(self, images: Tensor, expert_of: Callable[[str], int], fixed: Collection[str]) -> Tensor:
+        """Logits (B, K) of a network that is put together from the experts' tensors, which are one stack.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            expert_of: from the name of a parameter or buffer in an expert to the index of the one whose it is.
+            fixed: names of parameters that nothing is differentiated by.
+
+        Raises:
+            ValueError, TypeError: as for `forward`.
+        """
+        self._check_synchronised("logits_of_parts")
+        x = self._normalized(images)
+        with in_use():
+            own = slices(self.experts, self.num_experts)
+            tensors = {name: own[expert_of(name)][name] for name in own[0]}
+            parts = {name: value.detach() if name in fixed else value for name, value in tensors.items()}
+            logits: Tensor = call(self.experts, parts, x)
+        return logits
 
     def expert_logits_with_copied_buffers(self, images: Tensor) -> Tensor:
         """`expert_logits`, where another forward pass comes before the backward pass of both.

@@ -29,6 +29,7 @@ class EnsembleLoss(nn.Module):
         gate: how the ensemble answers, see `models.gate.gate_of`.
         measured: names of what `loss_and_terms` gives, the loss first.
         own_images: whether each expert may see images of its own, (N, B, C, H, W).
+        fresh: whether it draws the experts' weights itself, and none can be begun from.
         needs_examples: whether `end_epoch` looks at images of the training set.
         compiles: whether `loss_and_terms` and what `attacked` gives may be compiled.
         adversarial: whether the images of `loss_and_terms` are adversarial training's; those of `prepare` never are.
@@ -38,6 +39,7 @@ class EnsembleLoss(nn.Module):
     measured: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy")
     own_images: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
+    fresh: ClassVar[bool] = False
     needs_examples: ClassVar[bool] = False
 
     def __init__(
@@ -120,6 +122,13 @@ class EnsembleLoss(nn.Module):
             ValueError: they cannot; "experts: expected …".
         """
 
+    def check_model(self, model: ImmunityMoE) -> None:
+        """Check that a model of so many experts can be trained so.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
     def stages(self, num_experts: int) -> int:
         """How many parts a training has, of as many epochs each, in which other weights are trained; mostly 1.
 
@@ -179,7 +188,7 @@ class EnsembleLoss(nn.Module):
     def after_update(self, model: ImmunityMoE) -> None:
         """Put right what the optimiser has changed and should not have."""
 
-    def after_average(self, tensors: Mapping[str, Tensor]) -> None:
+    def after_average(self, model: ImmunityMoE, tensors: Mapping[str, Tensor]) -> None:
         """Put right the average of the weights after a step, where one is kept: tensors by their names in the model."""
 
     def passes(self, num_experts: int, attack_steps: int) -> float:

@@ -232,7 +232,7 @@ class BARRELoss(BoostedLoss):
         def errors(shares: Tensor) -> Tensor:
             members = _Members(model, shares)
             wrong = torch.zeros(len(shares), dtype=torch.float64)
-            for part, own in zip(images.split(AT_ONCE), labels.split(AT_ONCE), strict=True):
+            for part, own in zip(torch.split(images, AT_ONCE), torch.split(labels, AT_ONCE), strict=True):
                 found = attack.attack_members(members, part, own, generator, permuted=False)
                 with torch.no_grad():
                     wrong += (members.logits(found).argmax(-1) != own).sum(1).cpu()

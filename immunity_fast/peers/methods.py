@@ -7,6 +7,7 @@ from typing import Any
 
 from immunity_fast.peers.base import EnsembleLoss
 from immunity_fast.peers.boosting import BARRELoss, MRBoostLoss
+from immunity_fast.peers.hrs import HRSLoss
 from immunity_fast.peers.plain import PlainLoss
 
 IMMUNITY = "immunity"  # whose loss is `FusedImmunityLoss`
@@ -14,6 +15,7 @@ PEERS: dict[str, type[EnsembleLoss]] = {
     "plain": PlainLoss,
     "mrboost": MRBoostLoss,
     "barre": BARRELoss,
+    "hrs": HRSLoss,
 }
 METHODS: tuple[str, ...] = (IMMUNITY, *PEERS)
 _SHARED = frozenset(inspect.signature(EnsembleLoss).parameters)  # of cross-entropy, which a training sets itself

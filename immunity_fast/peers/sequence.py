@@ -35,6 +35,9 @@ class SequentialLoss(EnsembleLoss):
     _there: Sequence[Tensor] = ()  # views of what is to stay
     _kept: Sequence[Tensor] = ()  # and copies of it
 
+    def check_model(self, model: ImmunityMoE) -> None:
+        votes_of(model.gate)
+
     def begin_epoch(self, model: ImmunityMoE, epoch: int, epochs: int, seed: int) -> bool:
         length = epochs // self.stages(model.num_experts)
         self.stage = epoch // length
@@ -60,15 +63,16 @@ class SequentialLoss(EnsembleLoss):
         raise NotImplementedError
 
     def after_update(self, model: ImmunityMoE) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(list(self._there), list(self._kept))
+        if self._there:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._there), list(self._kept))
 
     def all_used(self, model: ImmunityMoE, loss: Tensor) -> Tensor:
         """A loss that all parameters are in, with a gradient of 0 where they are not trained.
 
-        Processes that train together wait for every parameter's gradient; a stack has them by itself.
+        Processes that train together wait for every parameter's gradient.
         """
-        if not self._classes.group_name or not isinstance(model.experts, ExpertList):
+        if not self._classes.group_name:
             return loss
         return loss + sum(0 * parameter.sum() for parameter in model.experts.parameters() if parameter.requires_grad)
 

@@ -545,6 +545,8 @@ class TrainConfig:
             method.check_experts(self.experts)
         except ValueError as error:
             raise ValueError(f"--{error}") from error
+        fresh = self.weights is None or not method.fresh
+        _check(self, "weights", fresh, f"none with --ensemble {self.ensemble}, which begins its members anew")
         stages = method.stages(self.experts)
         _check(self, "epochs", self.epochs % stages == 0, f"a multiple of {stages}, the parts of this training")
         if stages > 1:

@@ -118,6 +118,7 @@ class TrainingState:
         self.method = config.method("" if group is None else group.group_name, weights)
         if self.method is not None:
             self.method.to(device)
+            self.method.check_model(self.model)
             train: Any = dataset.train
             if self.method.needs_examples and isinstance(train, Batches):
                 raise ValueError(
@@ -409,7 +410,7 @@ class TrainingState:
         if self.average is not None and index + 1 == count:
             self.average.update()
             if self.method is not None:
-                self.method.after_average(self.average.tensors())
+                self.method.after_average(self.model, self.average.tensors())
         if count == 1:
             return measured
         self._of_step = measured if index == 0 else self._of_step + measured
