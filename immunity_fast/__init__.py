@@ -20,11 +20,16 @@ if TYPE_CHECKING:
     from immunity_fast.models.capture import capture_activations
     from immunity_fast.models.gate import RandomSwitchGate, SwitchingGateWarning
     from immunity_fast.models.moe import ImmunityMoE, UnsynchronisedWarning
+    from immunity_fast.peers.boosting import BARRELoss, MRBoostLoss
+    from immunity_fast.peers.hrs import HRSLoss
 
 __all__ = [
+    "BARRELoss",
     "FusedImmunityLoss",
+    "HRSLoss",
     "ImmunityMoE",
     "ImmunityTerms",
+    "MRBoostLoss",
     "RandomSwitchGate",
     "SwitchingGateWarning",
     "UnsynchronisedWarning",
@@ -36,9 +41,12 @@ __version__ = "0.1.0"
 
 # Where the public names are from.
 _MODULES = {
+    "BARRELoss": "peers.boosting",
     "FusedImmunityLoss": "losses",
+    "HRSLoss": "peers.hrs",
     "ImmunityMoE": "models.moe",
     "ImmunityTerms": "losses",
+    "MRBoostLoss": "peers.boosting",
     "RandomSwitchGate": "models.gate",
     "SwitchingGateWarning": "models.gate",
     "UnsynchronisedWarning": "models.moe",
