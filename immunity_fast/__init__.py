@@ -21,17 +21,22 @@ if TYPE_CHECKING:
     from immunity_fast.models.gate import RandomSwitchGate, SwitchingGateWarning
     from immunity_fast.models.moe import ImmunityMoE, UnsynchronisedWarning
     from immunity_fast.peers.adp import ADPLoss
+    from immunity_fast.peers.boosting import BARRELoss, MRBoostLoss
     from immunity_fast.peers.dverge import DVERGELoss
     from immunity_fast.peers.gal import GALLoss
+    from immunity_fast.peers.hrs import HRSLoss
     from immunity_fast.peers.trs import TRSLoss
 
 __all__ = [
     "ADPLoss",
+    "BARRELoss",
     "DVERGELoss",
     "FusedImmunityLoss",
     "GALLoss",
+    "HRSLoss",
     "ImmunityMoE",
     "ImmunityTerms",
+    "MRBoostLoss",
     "RandomSwitchGate",
     "SwitchingGateWarning",
     "TRSLoss",
@@ -45,11 +50,14 @@ __version__ = "0.1.0"
 # Where the public names are from.
 _MODULES = {
     "ADPLoss": "peers.adp",
+    "BARRELoss": "peers.boosting",
     "DVERGELoss": "peers.dverge",
     "FusedImmunityLoss": "losses",
     "GALLoss": "peers.gal",
+    "HRSLoss": "peers.hrs",
     "ImmunityMoE": "models.moe",
     "ImmunityTerms": "losses",
+    "MRBoostLoss": "peers.boosting",
     "RandomSwitchGate": "models.gate",
     "SwitchingGateWarning": "models.gate",
     "TRSLoss": "peers.trs",

@@ -19,7 +19,7 @@ FLOORS = (
     ("permutations", "channelwise", "arguments"),
     ("targets", "second_derivatives"),
     ("functional", "forward_mode", "data", "reporting"),
-    ("experts", "losses"),
+    ("experts", "losses", "selection"),
     ("attacks", "models"),
     ("peers",),
     ("evaluation",),

@@ -45,6 +45,8 @@ class RandomSwitchGate(nn.Module):
     * "off": the trained weights as they are;
     * "mean": 1/N each, the exact expectation over all N! permutations, because a row sums to 1.
 
+    Weights that are fixed, `FixedWeights`, are the answer in every mode, and nothing is drawn.
+
     Gradients by the images through a permutation that was drawn are one draw's; what follows them, such as an attack of
     another library, moves images against a mixture that answers otherwise the next time. Of that there is a
     `SwitchingGateWarning`, once a gate: not in training mode, not without gradients, not in compiled code, and not
@@ -63,6 +65,7 @@ class RandomSwitchGate(nn.Module):
     """
 
     _warned = False
+    selects = False  # whether it draws one expert, with fixed probabilities
 
     def __init__(
         self,
@@ -89,6 +92,19 @@ class RandomSwitchGate(nn.Module):
                 nn.Linear(32, num_experts),
             )
         self.network = network
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws in evaluation mode, when `switch` says so: not where its weights are fixed."""
+        return not isinstance(self.network, FixedWeights)
+
+    def fixed_weights(self, dtype: torch.dtype) -> Tensor | None:
+        """The weights (N,) by which it mixes on average, where they are the same for all images; else None.
+
+        Args:
+            dtype: of the weights.
+        """
+        return self.network.weights(dtype) if isinstance(self.network, FixedWeights) else None
 
     @property
     def switch(self) -> Switch:
@@ -130,13 +146,12 @@ class RandomSwitchGate(nn.Module):
         Raises:
             ValueError: the gate's network gives no (B, N).
         """
+        dtype = accumulation_dtype(images)
+        if (fixed := self.fixed_weights(dtype)) is not None:
+            return self._of_all(fixed.expand(images.shape[0], -1), images)
         if not self.training and self.switch == "mean":
-            dtype = accumulation_dtype(images)
             return images.new_full((images.shape[0], self.num_experts), 1 / self.num_experts, dtype=dtype)
-        scores: Tensor = self.network(images)
-        if scores.shape != (images.shape[0], self.num_experts):
-            expected = (images.shape[0], self.num_experts)
-            raise ValueError(f"network: expected logits (B, N) = {expected} of the gate, got {tuple(scores.shape)}")
+        scores = self._of_all(self.network(images), images)
         weights = scores.softmax(-1, dtype=accumulation_dtype(scores))
         if self.training or self.switch == "off":
             return weights
@@ -146,6 +161,13 @@ class RandomSwitchGate(nn.Module):
         rows = samples if self.switch == "sample" else 1  # "call": the same in all rows
         orders = random_orders(rows, self.num_experts, self.generator, weights.device)
         return weights.gather(-1, orders.expand(samples, -1))
+
+    def _of_all(self, scores: Tensor, images: Tensor) -> Tensor:
+        """What the gate's network gives, if it is (B, N)."""
+        expected = (images.shape[0], self.num_experts)
+        if scores.shape != expected:
+            raise ValueError(f"network: expected logits (B, N) = {expected} of the gate, got {tuple(scores.shape)}")
+        return scores
 
     def _warn_of_draws(self) -> None:
         meant = getattr(self._here, "switch", None) is not None or getattr(_expected, "here", False)
@@ -168,17 +190,25 @@ class FixedWeights(nn.Module):
 
     Args:
         num_experts: N; each counts as much.
+
+    Attributes:
+        logits: (N,), a buffer, 0 each at first; −∞ is a weight of 0.
     """
 
     logits: Tensor
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
+        check_whole("num_experts", num_experts, 1)
         self.register_buffer("logits", torch.zeros(num_experts))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, N) for images (B, …)."""
         return self.logits.expand(len(images), -1)
+
+    def weights(self, dtype: torch.dtype) -> Tensor:
+        """(N,), summing to 1."""
+        return self.logits.softmax(-1, dtype=dtype)
 
 
 class SelectionGate(RandomSwitchGate):
@@ -192,24 +222,31 @@ class SelectionGate(RandomSwitchGate):
         switch, generator: see `RandomSwitchGate`.
 
     Attributes:
-        probabilities: (N,), ≥ 0, summing to 1; a buffer, 1/N each at first.
+        probabilities: (N,), ≥ 0, not all 0, which are divided by their sum; a buffer, 1/N each at first.
     """
 
     probabilities: Tensor
+    selects = True
 
     def __init__(self, num_experts: int, switch: Switch = "call", generator: torch.Generator | None = None) -> None:
         super().__init__(num_experts, nn.Identity(), switch, generator)
         self.register_buffer("probabilities", torch.full((num_experts,), 1 / num_experts))
 
+    def fixed_weights(self, dtype: torch.dtype) -> Tensor:
+        """The probabilities (N,), summing to 1 in this dtype."""
+        probabilities = self.probabilities.to(dtype)
+        return probabilities / probabilities.sum()
+
     def forward(self, images: Tensor) -> Tensor:
         """Weights (B, N) for `images` (B, …)."""
         samples = len(images)
-        expected = self.probabilities.to(accumulation_dtype(images)).expand(samples, -1)
+        expected = self.fixed_weights(accumulation_dtype(images)).expand(samples, -1)
         if self.training or self.switch in ("off", "mean"):
             return expected
         if images.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._warn_of_draws()
-        return selected(expected if self.switch == "sample" else expected[:1], self.generator).expand(samples, -1)
+        rows = expected if self.switch == "sample" else expected[:1]
+        return selected(rows, self.generator).expand(samples, -1)
 
 
 def selected(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:

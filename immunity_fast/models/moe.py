@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -40,6 +40,7 @@ from immunity_fast.models.stacking import (
     in_use,
     run_stacked,
     slices,
+    stack_maps,
     unstack_modules,
     write_back,
 )
@@ -47,6 +48,7 @@ from immunity_fast.runtime.checks import check_choice, check_whole, kind_given
 from immunity_fast.runtime.compilation import eagerly
 from immunity_fast.runtime.distributed import training_group
 from immunity_fast.runtime.strategies import Batching, MemoryFormat, Use, choose, laid_out
+from immunity_fast.selection import mean_mixture
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -349,6 +351,44 @@ class ImmunityMoE(nn.Module):
         """
         self._check_synchronised("expert_logits")
         return self._logits(self._normalized(images, own=True))
+
+    def some_logits(self, images: Tensor, experts: Sequence[int]) -> Tensor:
+        """Logits (n, B, K) of some experts, by their indices: the others do not run, nor count a batch in BatchNorm.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            experts: n indices of 0..N−1.
+
+        Raises:
+            ValueError, TypeError: as for `forward`.
+        """
+        self._check_synchronised("some_logits")
+        x = self._normalized(images)
+        if isinstance(self.experts, ExpertList):
+            return torch.stack([self.experts.run(index, x) for index in experts])
+        with in_use():
+            own = slices(self.experts, self.num_experts)
+            return stack_maps([call(self.experts, own[index], x) for index in experts])
+
+    def logits_of_parts(self, images: Tensor, expert_of: Callable[[str], int], fixed: Collection[str]) -> Tensor:
+        """Logits (B, K) of a network that is put together from the experts' tensors, which are one stack.
+
+        Args:
+            images: (B, C, H, W) in [0, 1].
+            expert_of: from the name of a parameter or buffer in an expert to the index of the one whose it is.
+            fixed: names of parameters that nothing is differentiated by.
+
+        Raises:
+            ValueError, TypeError: as for `forward`.
+        """
+        self._check_synchronised("logits_of_parts")
+        x = self._normalized(images)
+        with in_use():
+            own = slices(self.experts, self.num_experts)
+            tensors = {name: own[expert_of(name)][name] for name in own[0]}
+            parts = {name: value.detach() if name in fixed else value for name, value in tensors.items()}
+            logits: Tensor = call(self.experts, parts, x)
+        return logits
 
     def expert_logits_with_copied_buffers(self, images: Tensor) -> Tensor:
         """`expert_logits`, where another forward pass comes before the backward pass of both.
@@ -839,7 +879,7 @@ class SingleNetwork(ImmunityMoE):
 
 
 class ExactMean(nn.Module):
-    """A mixture by the exact mean over all N! permutations of its gate, in either mode; of one network, that network.
+    """A mixture by the exact mean of all that its gate may draw, in either mode; of one network, that network.
 
     Nothing is random in it, so attacks and judges of any library see what there is.
 
@@ -853,8 +893,8 @@ class ExactMean(nn.Module):
         self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
-        """Log-probabilities (B, num_classes) of `images` (B, C, H, W) in [0, 1]; the gate is not asked."""
-        return log_mixture(self.model.expert_logits(images))
+        """Log-probabilities (B, num_classes) of `images` (B, C, H, W) in [0, 1]; nothing is drawn."""
+        return mean_mixture(self.model.gate, self.model.expert_logits(images))
 
     @property
     def exact_mean_of(self) -> ImmunityMoE:

@@ -5,7 +5,7 @@ Shapes: N experts, B images, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -29,12 +29,18 @@ class EnsembleLoss(nn.Module):
         gate: how the ensemble answers, see `models.gate.gate_of`.
         measured: names of what `loss_and_terms` gives, the loss first.
         own_images: whether each expert may see images of its own, (N, B, C, H, W).
+        fresh: whether it draws the experts' weights itself, and none can be begun from.
+        needs_examples: whether `end_epoch` looks at images of the training set.
+        compiles: whether `loss_and_terms` and what `attacked` gives may be compiled.
         adversarial: whether the images of `loss_and_terms` are adversarial training's; those of `prepare` never are.
     """
 
     gate: ClassVar[GateKind] = "uniform"
     measured: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy")
     own_images: ClassVar[bool] = True
+    compiles: ClassVar[bool] = True
+    fresh: ClassVar[bool] = False
+    needs_examples: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -109,8 +115,26 @@ class EnsembleLoss(nn.Module):
         """
         return None
 
+    def check_experts(self, num_experts: int) -> None:
+        """Check that so many experts can be trained so.
+
+        Raises:
+            ValueError: they cannot; "experts: expected …".
+        """
+
+    def check_model(self, model: ImmunityMoE) -> None:
+        """Check that a model of so many experts can be trained so.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
     def stages(self, num_experts: int) -> int:
-        """How many parts a training has, of as many epochs each, in which other weights are trained; mostly 1."""
+        """How many parts a training has, of as many epochs each, in which other weights are trained; mostly 1.
+
+        In each the optimiser begins anew, and the learning rate rises and falls. Of several stages the last one's
+        epochs alone can be the best, and the gate is one of fixed weights.
+        """
         return 1
 
     def begin_epoch(self, model: ImmunityMoE, epoch: int, epochs: int, seed: int) -> bool:
@@ -125,7 +149,37 @@ class EnsembleLoss(nn.Module):
         return False
 
     def begin_stage(self, model: ImmunityMoE, epoch: int, epochs: int, seed: int) -> None:
-        """Change the weights where an epoch begins a stage; called once in a run, also where it was interrupted."""
+        """Change the weights, or the gate's, where an epoch begins a stage: behind `begin_epoch`.
+
+        The weights are those by which the ensemble answers, their average where one is kept. A run that is interrupted
+        in the stage's first epoch, before a checkpoint, comes here again, with the weights from before.
+        """
+
+    def begin_batch(self, model: ImmunityMoE, batch: int, seed: int) -> None:
+        """Get ready for a batch, by its number in the run, from 0; what is drawn depends on these alone."""
+
+    def end_epoch(
+        self,
+        model: ImmunityMoE,
+        examples: Callable[[int], tuple[Tensor, Tensor]],
+        epoch: int,
+        epochs: int,
+        seed: int,
+        eps: float,
+    ) -> Sequence[float] | None:
+        """New weights of the experts' votes, N of them ≥ 0 with a sum of 1, from now on; None leaves them.
+
+        It is called behind an epoch's last step, before the ensemble is measured, in evaluation mode, with the weights
+        by which it answers. It may change nothing.
+
+        Args:
+            model: the ensemble.
+            examples: gives at most so many images of the training set, always the same, not augmented: (n, C, H, W) in
+                [0, 1], and labels (n,).
+            epoch, epochs, seed: as of `begin_epoch`.
+            eps: radius of the run's attacks, Linf.
+        """
+        return None
 
     def attacked(self, model: ImmunityMoE) -> Callable[[Tensor], Tensor] | None:
         """What adversarial training attacks, images (B, C, H, W) to (B, K); None is the mixture."""
@@ -134,8 +188,11 @@ class EnsembleLoss(nn.Module):
     def after_update(self, model: ImmunityMoE) -> None:
         """Put right what the optimiser has changed and should not have."""
 
+    def after_average(self, model: ImmunityMoE, tensors: Mapping[str, Tensor]) -> None:
+        """Put right the average of the weights after a step, where one is kept: tensors by their names in the model."""
+
     def passes(self, num_experts: int, attack_steps: int) -> float:
-        """What a training image costs: forward and backward passes over an expert, of plain training N.
+        """What a training image costs in an epoch, on average: passes over an expert and back, of plain training N.
 
         Args:
             num_experts: N.

@@ -7,8 +7,10 @@ from typing import Any
 
 from immunity_fast.peers.adp import ADPLoss
 from immunity_fast.peers.base import EnsembleLoss
+from immunity_fast.peers.boosting import BARRELoss, MRBoostLoss
 from immunity_fast.peers.dverge import DVERGELoss
 from immunity_fast.peers.gal import GALLoss
+from immunity_fast.peers.hrs import HRSLoss
 from immunity_fast.peers.plain import PlainLoss
 from immunity_fast.peers.trs import TRSLoss
 
@@ -19,6 +21,9 @@ PEERS: dict[str, type[EnsembleLoss]] = {
     "gal": GALLoss,
     "trs": TRSLoss,
     "dverge": DVERGELoss,
+    "mrboost": MRBoostLoss,
+    "barre": BARRELoss,
+    "hrs": HRSLoss,
 }
 METHODS: tuple[str, ...] = (IMMUNITY, *PEERS)
 _SHARED = frozenset(inspect.signature(EnsembleLoss).parameters)  # of cross-entropy, which a training sets itself

@@ -541,8 +541,26 @@ class TrainConfig:
             return
         _check(self, "adversarial", self.adversarial != "trades", f"another with --ensemble {self.ensemble}")
         _check(self, "shard", not self.shard, f"none with --ensemble {self.ensemble}")
+        try:
+            method.check_experts(self.experts)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from error
+        fresh = self.weights is None or not method.fresh
+        _check(self, "weights", fresh, f"none with --ensemble {self.ensemble}, which begins its members anew")
         stages = method.stages(self.experts)
         _check(self, "epochs", self.epochs % stages == 0, f"a multiple of {stages}, the parts of this training")
+        if stages > 1:
+            self._check_stages(self.epochs // stages)
+
+    def _check_stages(self, epochs: int) -> None:
+        """Check what a training in stages of so many epochs, in which other weights are trained, can do."""
+        with_it = f"with --ensemble {self.ensemble}, whose experts are trained in turn"
+        _check(self, "gate", self.gate_kind != "switch", f"auto, uniform or selection {with_it}")
+        _check(self, "early_stopping", self.early_stopping is None, f"none {with_it}")
+        _check(self, "attack_batchnorm", self.attack_batchnorm == "eval", f"eval {with_it}")
+        _check(self, "checkpoint_activations", not self.checkpoint_activations, f"none {with_it}")
+        warm = f"0 to {epochs}, the epochs of each part of the training"
+        _check(self, "warmup_epochs", self.warmup_epochs <= epochs, warm)
 
     @property
     def worker_processes(self) -> Workers:

@@ -104,6 +104,10 @@ class WeightAverage:
         finally:
             self._write(before)
 
+    def hand_over(self) -> None:
+        """Give the module its averaged state, for good."""
+        self._write(self.average)
+
     def tensors(self) -> dict[str, Tensor]:
         """The averaged tensors, under the names that they have in the module."""
         return self.average

@@ -82,6 +82,7 @@ def train(
             )
             state.synchronize()
             check_finite(state, run)
+            state.end_epoch()
             state.epoch += 1
             # Of a model in shards each process has a part, and all are asked.
             record = check(state, run, display, images, seconds) if first or state.config.shard else None
@@ -194,9 +195,12 @@ def check(state: TrainingState, run: Run | None, display: Display, images: int, 
             run.append_metrics(record)
         save_best(state, run)
     display.epoch_checked(record, doubts)
-    lost = collapsed(state.history, min(state.config.check_images, len(state.dataset.validation)))
+    of_stage = state.history[(state.epoch - 1) // state.stage_epochs * state.stage_epochs :]
+    lost = collapsed(of_stage, min(state.config.check_images, len(state.dataset.validation)))
     if lost is not None:
-        display.line(collapse_line(record, lost, None if run is None else run.best_checkpoint))
+        display.line(
+            collapse_line(record, lost, None if run is None or not state.in_last_stage else run.best_checkpoint)
+        )
     return record
 
 
@@ -209,11 +213,12 @@ def found_batches(state: TrainingState) -> dict[str, int]:
 def save_best(state: TrainingState, run: Run) -> None:
     """The model of the epoch that was best by what is monitored on validation images, never test images, as a file.
 
-    The first of those that are as good. A run that was killed before the epoch's checkpoint comes here again.
+    The first of those that are as good; of a training in stages an epoch of the last one, before which some experts are
+    not trained. A run that was killed before the epoch's checkpoint comes here again.
     """
-    if state.config.monitored is None:
+    if state.config.monitored is None or not state.in_last_stage:
         return
-    monitor, history = Monitor(state.config.monitored), state.history
+    monitor, history = Monitor(state.config.monitored), state.history[state.config.epochs - state.stage_epochs :]
     if state.config.shard:
         history = distributed.of_first(list(history))
     best = best_epoch(monitor, history)

@@ -2,29 +2,33 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from immunity_fast.data.augmentation import as_float
 from immunity_fast.data.datasets import STATISTICS_IMAGES, AnySplit, ImageDataset, Split
 from immunity_fast.data.loader import Batch, TrainLoader
 from immunity_fast.data.mixing import Mixer
 from immunity_fast.data.own import Batches, Items, statistics
 from immunity_fast.data.own_loader import BatchLoader, ItemLoader, warn_of_same_batches
-from immunity_fast.data.sampling import EVALUATION_BATCH, sample_order
+from immunity_fast.data.sampling import EVALUATION_BATCH, sample, sample_order
 from immunity_fast.data.streaming import StreamedSplit
 from immunity_fast.experts import WITH_STEMS, split_names
 from immunity_fast.experts.stems import chosen_stem
 from immunity_fast.models.gate import kind_of_gate
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.models.stacking import own_tensors
+from immunity_fast.peers.sequence import buffers_alike, vote_
 from immunity_fast.runtime import distributed
 from immunity_fast.runtime.compilation import Compile, Compiled, Log, at_size, resolve
 from immunity_fast.runtime.files import abbreviated
 from immunity_fast.runtime.precision import chosen_amp
 from immunity_fast.runtime.strategies import Strategy, fastest
+from immunity_fast.targets import hard_labels
 from immunity_fast.training.adversarial import InnerAttack
 from immunity_fast.training.beginning import Beginning, begin
 from immunity_fast.training.checkpoint import (
@@ -114,6 +118,13 @@ class TrainingState:
         self.method = config.method("" if group is None else group.group_name, weights)
         if self.method is not None:
             self.method.to(device)
+            self.method.check_model(self.model)
+            train: Any = dataset.train
+            if self.method.needs_examples and isinstance(train, Batches):
+                raise ValueError(
+                    f"ensemble: expected another than {config.ensemble}, which looks at training images of its choice, "
+                    "beside a loader, which makes the batches"
+                )
         self._make_step(strategy)
         self._expert_logits = Compiled(self.model.expert_logits, self._compile, device, log, traceback_file)
         self.fingerprint = dataset.fingerprint()
@@ -204,6 +215,10 @@ class TrainingState:
         """FSDP2's gathering is nothing to be compiled."""
         return "off" if self.config.shard else self.config.compile
 
+    @property
+    def _compile_step(self) -> Compile:
+        return self._compile if self.method is None or self.method.compiles else "off"
+
     def _strategy(self) -> Strategy:
         """How experts run at once, and how Grad-CAM is differentiated, where the settings leave that open."""
         compiled = resolve(self.config.compile, self.device) != "off"
@@ -228,11 +243,54 @@ class TrainingState:
             return
         config, first = self.config, self.loader.position == 0
         where = (self.model, self.epoch, config.epochs, config.seed)
-        if self.method.begin_epoch(*where) and first:
-            self.method.begin_stage(*where)
-            self.optimizer.state.clear()
+        if not (self.method.begin_epoch(*where) and first):
+            return
+        if self.average is not None:  # what was trained before is what was measured of it
+            self.average.hand_over()
+        self.method.begin_stage(*where)
+        self.optimizer.state.clear()
+        if self.average is not None:
+            self.average.load(self.model.state_dict(), 0)
+
+    def end_epoch(self) -> None:
+        """Have what trains the experts say, behind an epoch's steps, how much each of them counts."""
+        if self.method is None:
+            return
+        config = self.config
+        self.model.eval()
+        with nullcontext() if self.average is None else self.average.applied():
+            votes = self.method.end_epoch(
+                self.model, self._examples, self.epoch, config.epochs, config.seed, config.eps
+            )
+        self.model.train()
+        votes = distributed.of_first(votes)  # all have looked, but not on the same bits
+        if votes is not None:
+            vote_(self.model.gate, votes)
             if self.average is not None:
-                self.average.load(self.model.state_dict(), 0)
+                buffers_alike(self.average.tensors(), self.model.gate, "gate.")
+
+    def _examples(self, count: int) -> tuple[Tensor, Tensor]:
+        """At most so many images of the training set, always the same, in [0, 1], and their labels."""
+        train: Any = self.dataset.train
+        if isinstance(train, Items):
+            rows = torch.linspace(0, len(train) - 1, min(count, len(train))).long().tolist()
+            images, targets = train.__getitems__(rows)
+        else:
+            found = sample(train, count)
+            images, targets = found.images, found.labels
+        images, labels = as_float(images.to(self.device)), hard_labels(targets.to(self.device))
+        counted = labels == labels if self.config.ignore_index is None else labels != self.config.ignore_index
+        return images[counted], labels[counted]
+
+    @property
+    def stage_epochs(self) -> int:
+        """How many epochs a stage of the training has."""
+        return self.config.epochs // self._stages
+
+    @property
+    def in_last_stage(self) -> bool:
+        """Whether the epoch that was finished last is one of the last stage's, in which every expert has its vote."""
+        return self.epoch > self.config.epochs - self.stage_epochs
 
     def untouched(self) -> dict[str, Tensor]:
         """Copies, on the CPU, of what steps change and does not follow from the settings; for `begin_again`."""
@@ -265,6 +323,7 @@ class TrainingState:
         torch.set_rng_state(kept["random/torch"])
         if "random/cuda" in kept:
             torch.cuda.set_rng_state(kept["random/cuda"], self.device)
+        self.begin_epoch()
 
     def _new_mixer(self) -> Mixer:
         config = self.config
@@ -279,7 +338,7 @@ class TrainingState:
                 self.model,
                 config.inner_attack,
                 amp=chosen_amp(config.amp, self.device),
-                compile=self._compile,
+                compile=self._compile_step,
                 attacked=None if self.method is None else self.method.attacked(self.model),
                 device=self.device,
                 log=log,
@@ -292,7 +351,7 @@ class TrainingState:
             clip_grad_norm=config.clip_grad_norm,
             amp=chosen_amp(config.amp, self.device),
             double_backprop=strategy.double_backprop if config.double_backprop == "auto" else config.double_backprop,
-            compile=self._compile,
+            compile=self._compile_step,
             log=log,
             traceback_file=traceback_file,
             attack=attack,
@@ -344,10 +403,14 @@ class TrainingState:
         mixing = self.mixer.draw()
         if mixing is not None:
             mixing = mixing.to(self.device, non_blocking=True)
+        if self.method is not None:
+            self.method.begin_batch(self.model, self.epoch * len(self.loader) + number, self.config.seed)
         measured = self.train_step(*batch, mixing, index=index, count=count)
         self.sums += measured
         if self.average is not None and index + 1 == count:
             self.average.update()
+            if self.method is not None:
+                self.method.after_average(self.model, self.average.tensors())
         if count == 1:
             return measured
         self._of_step = measured if index == 0 else self._of_step + measured
@@ -365,6 +428,8 @@ class TrainingState:
         """Make what each process has measured on its samples the same in all; before anything is made of it."""
         self.sums = distributed.mean(self.sums)
         distributed.average_buffers(self.model)
+        if self.method is not None:  # a mean of equal numbers may be another by its rounding
+            self.method.after_update(self.model)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the rest of the run depends on, and is a tensor."""
@@ -421,7 +486,8 @@ class TrainingState:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("callbacks/")}
         self._check(path, tensors, info)
         if self.average is not None:
-            self.average.load(under("ema", tensors), info["step"])
+            of_stage = self.steps // self._stages
+            self.average.load(under("ema", tensors), info["step"] if self._stages == 1 else info["step"] % of_stage)
         load_optimizer_tensors(self.optimizer, under("optimizer", tensors), self._parameters())
         self.loader.load_state(under("loader", tensors))
         if scaler := under("scaler", tensors):

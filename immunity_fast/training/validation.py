@@ -15,9 +15,9 @@ from immunity_fast.attacks.checks import check_finite, not_finite
 from immunity_fast.data.datasets import AnySplit, Split
 from immunity_fast.data.sampling import EVALUATION_BATCH, batches, sample
 from immunity_fast.evaluation.metrics import correct, heatmap_metrics
-from immunity_fast.functional import log_mixture
 from immunity_fast.runtime.failures import one_line
 from immunity_fast.runtime.modes import frozen
+from immunity_fast.selection import mean_mixture
 from immunity_fast.training.state import TrainingState
 
 
@@ -119,7 +119,7 @@ def _attacked_accuracy(
     model, survived, checked = state.model, 0, images_of()
 
     def mean_of_gate(images: Tensor) -> Tensor:
-        return log_mixture(state.expert_logits(images))
+        return mean_mixture(model.gate, state.expert_logits(images))
 
     for images, labels in batches(checked, EVALUATION_BATCH):
         with frozen(model):
