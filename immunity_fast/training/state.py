@@ -15,7 +15,7 @@ from immunity_fast.data.own import Batches, Items, statistics
 from immunity_fast.data.own_loader import BatchLoader, ItemLoader, warn_of_same_batches
 from immunity_fast.data.sampling import EVALUATION_BATCH, sample_order
 from immunity_fast.data.streaming import StreamedSplit
-from immunity_fast.experts import WITH_STEMS, split_names
+from immunity_fast.experts.registry import has_stems, split_names
 from immunity_fast.experts.stems import chosen_stem
 from immunity_fast.models.gate import kind_of_gate
 from immunity_fast.models.moe import ImmunityMoE
@@ -147,7 +147,7 @@ class TrainingState:
             stages = (model.stage,) if isinstance(model.stage, str) else model.stage
             description["stage"] = ",".join(stages[: len(split_names(model.arch))] if model.arch else stages)
             stem = model.stem or "cifar"
-        if stem != "cifar" and any(name in WITH_STEMS for name in split_names(config.arch)):
+        if stem != "cifar" and any(has_stems(name) for name in split_names(config.arch)):
             description["stem"] = stem
         if dataset.channels != 3:
             description["channels"] = dataset.channels
