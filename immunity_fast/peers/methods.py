@@ -7,10 +7,12 @@ from typing import Any
 
 from immunity_fast.peers.base import EnsembleLoss
 from immunity_fast.peers.plain import PlainLoss
+from immunity_fast.peers.rse import RSELoss
 
 IMMUNITY = "immunity"  # whose loss is `FusedImmunityLoss`
 PEERS: dict[str, type[EnsembleLoss]] = {
     "plain": PlainLoss,
+    "rse": RSELoss,
 }
 METHODS: tuple[str, ...] = (IMMUNITY, *PEERS)
 _SHARED = frozenset(inspect.signature(EnsembleLoss).parameters)  # of cross-entropy, which a training sets itself

@@ -50,6 +50,8 @@ def join(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> Run
         if config.experts != 1:
             raise ValueError(f"{folder}: expected a run of one network, got {config.experts} experts")
         run.check_ended(trained)
+        if model.noise is not None:
+            raise ValueError(f"{folder}: expected a run of a network without noise, got noise={model.noise}")
         if infos:
             _check_alike(folder, info, folders[0], infos[0])
         for earlier, other in zip(folders, models, strict=False):

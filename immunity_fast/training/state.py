@@ -98,6 +98,10 @@ class TrainingState:
         strategy = self._strategy()
         with distributed.together():  # a file of weights may be missing on one machine
             self.model = self._new_model(strategy, dataset) if model is None else model
+            if config.noise not in (None, self.model.noise):
+                raise ValueError(
+                    f"--ensemble {config.ensemble}: expected a model with noise={config.noise}, got {self.model.noise}"
+                )
             self.beginning = begin(self.model, config) if fresh else Beginning(None, [])
         if config.shard:
             self.model.list_experts_()  # in one process, too: a run has one kind of checkpoint
@@ -151,6 +155,8 @@ class TrainingState:
             description["stem"] = stem
         if dataset.channels != 3:
             description["channels"] = dataset.channels
+        if (noise := config.noise if model is None else model.noise) is not None:
+            description["noise"] = list(noise)
         if model is None and config.experts > 1 and config.gate_kind != "switch":
             description["gate"] = config.gate_kind
         if model is not None and (kind := kind_of_gate(model.gate)) != "switch":
