@@ -11,7 +11,7 @@ class RSELoss(PlainLoss):
     """CE: the cross-entropy of one noisy pass.
 
     The noise is the model's, not the loss's: `ImmunityMoE` and `SingleNetwork` take it as `noise=loss.noise`. The
-    authors' CIFAR-10 code has deviations of 0.2 and 0.1, that of the paper 0.4 and 0.1.
+    authors' code for CIFAR-10 has deviations of 0.4 and 0.1, a later repository of theirs 0.2 and 0.1.
 
     Args:
         first: standard deviation of the noise before the first convolution, in units of the normalised images.

@@ -128,7 +128,8 @@ def test_gradients_are_those_of_the_drawn_noise(memory_format: Any) -> None:
 
 
 def test_second_derivatives_are_of_the_noisy_input() -> None:
-    layer = add_noise_(nn.Conv2d(2, 3, 3).double(), 0.5, 0.0)
+    layer = nn.Conv2d(2, 3, 3).double()
+    add_noise_(layer, 0.5, 0.0)
     maps = torch.rand(2, 2, 6, 5, dtype=torch.float64, requires_grad=True)
 
     def slopes(mode: Any) -> Tensor:
@@ -244,3 +245,16 @@ def test_the_mean_of_passes_is_that_of_their_probabilities() -> None:
 def test_passes_are_counted(passes: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=r"^passes: expected "):
         MeanOfPasses(_model(), passes)
+
+
+def test_more_passes_are_nearer_to_their_mean() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    add_noise_(network, 2.0, 0.0)
+    with torch.no_grad():
+        spread = [torch.stack([_passes(network, passes) for _ in range(200)]).std(0).mean().item() for passes in (1, 9)]
+    assert spread[1] == pytest.approx(spread[0] / 3, rel=0.25)
+
+
+def _passes(network: nn.Module, passes: int) -> Tensor:
+    answer: Tensor = MeanOfPasses(network, passes)(IMAGES).exp()
+    return answer
