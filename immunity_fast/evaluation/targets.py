@@ -247,6 +247,7 @@ class NetworkTarget(TargetModel):
         name: part of the fingerprint, for what has no weights that could be compared.
         draws: how many outputs an attacker averages, whose model is random; None: it is not.
         transfer: see `MixtureTarget`.
+        answer: what answers, and is judged, where it is not the model: of a random one such as the mean of some passes.
     """
 
     exact = "output"
@@ -261,8 +262,10 @@ class NetworkTarget(TargetModel):
         name: str = "",
         draws: int | None = None,
         transfer: Model | None = None,
+        answer: Model | None = None,
     ) -> None:
         self.model, self.outputs = model, _logits(model)
+        self.answers = self.outputs if answer is None else _logits(answer)
         self.num_classes, self.name, self.draws, self.transfer = num_classes, name, draws, transfer
         self.random: tuple[str, ...] = () if draws is None else ("output", "eot")
         self.attackers = self.attacker_names(random=draws is not None, transfer=transfer is not None)
@@ -282,12 +285,12 @@ class NetworkTarget(TargetModel):
 
     def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Verdict:
         with torch.no_grad():
-            outputs = self.outputs(images)
+            outputs = self.answers(images)
             _check_outputs(outputs[None] if isinstance(outputs, Tensor) else outputs, self.num_classes)
             loss = F.cross_entropy(outputs, labels, reduction="none")
             right, tries = outputs.argmax(-1) == labels, None
             if self.random:
-                tries = torch.stack([self.outputs(images).argmax(-1) == labels for _ in range(TRIES)])
+                tries = torch.stack([self.answers(images).argmax(-1) == labels for _ in range(TRIES)])
             return Verdict({"output": right}, loss, None, tries)
 
     def attack_judge(self, name: str) -> Judge | Literal["outputs"] | None:

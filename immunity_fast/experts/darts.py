@@ -13,8 +13,10 @@ from torch import nn
 from immunity_fast.experts.cells import NODES, Edge, Zero, cell_network, reaches_output, separable, skip
 from immunity_fast.experts.folding import Layers
 from immunity_fast.experts.staged import StagedNetwork
+from immunity_fast.experts.widths import scaled
 
 Pairs = tuple[tuple[str, int], ...]
+CHANNELS = 36  # of each node of the first cells, as published
 
 
 def _dilated(channels: int, kernel: int, stride: int) -> nn.Sequential:
@@ -145,7 +147,7 @@ ADVRUSH = Genotype(
 
 
 def darts_network(
-    genotype: Genotype, num_classes: int, channels: int = 36, cells: int = 20, in_channels: int = 3
+    genotype: Genotype, num_classes: int, channels: int = CHANNELS, cells: int = 20, in_channels: int = 3
 ) -> StagedNetwork:
     """The evaluation network of a genotype: images (B, in_channels, H, W) to logits (B, num_classes).
 
@@ -175,11 +177,11 @@ def darts_network(
     return cell_network(nodes, num_classes, channels, cells, affine=True, in_channels=in_channels)
 
 
-def pdarts(num_classes: int, in_channels: int = 3) -> StagedNetwork:
-    """P-DARTS, 36 channels and 20 cells: see `darts_network`."""
-    return darts_network(PDARTS, num_classes, in_channels=in_channels)
+def pdarts(num_classes: int, in_channels: int = 3, times: float = 1.0) -> StagedNetwork:
+    """P-DARTS, 36 channels and 20 cells, the channels times a width: see `darts_network`."""
+    return darts_network(PDARTS, num_classes, scaled(CHANNELS, times), in_channels=in_channels)
 
 
-def advrush(num_classes: int, in_channels: int = 3) -> StagedNetwork:
-    """AdvRush, 36 channels and 20 cells: see `darts_network`."""
-    return darts_network(ADVRUSH, num_classes, in_channels=in_channels)
+def advrush(num_classes: int, in_channels: int = 3, times: float = 1.0) -> StagedNetwork:
+    """AdvRush, 36 channels and 20 cells, the channels times a width: see `darts_network`."""
+    return darts_network(ADVRUSH, num_classes, scaled(CHANNELS, times), in_channels=in_channels)

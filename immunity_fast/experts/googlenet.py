@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from immunity_fast.experts.folding import Layers
 from immunity_fast.experts.staged import StagedNetwork, classifier, initialise
 from immunity_fast.experts.stems import Stem
+from immunity_fast.experts.widths import scaled
 
 IMAGENET_EPS = 1e-3  # of torchvision's batch normalisation in this network
 
@@ -49,41 +50,50 @@ class Inception(nn.Module):
         return torch.cat([self.branch1(x), self.branch3(x), self.branch5(x), self.branch_pool(x)], dim=1)
 
 
-def googlenet(num_classes: int, stem: Stem = "cifar", in_channels: int = 3) -> StagedNetwork:
+# Of each block the widths n1, reduce3, n3, reduce5, n5 and pool.
+_BLOCKS: dict[str, tuple[tuple[int, int, int, int, int, int], ...]] = {
+    "inception3": ((64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64)),
+    "inception4": (
+        (192, 96, 208, 16, 48, 64),
+        (160, 112, 224, 24, 64, 64),
+        (128, 128, 256, 24, 64, 64),
+        (112, 144, 288, 32, 64, 64),
+        (256, 160, 320, 32, 128, 128),
+    ),
+    "inception5": ((256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128)),
+}
+
+
+def googlenet(num_classes: int, stem: Stem = "cifar", in_channels: int = 3, times: float = 1.0) -> StagedNetwork:
     """GoogLeNet: images (B, C, H, W) to logits (B, num_classes).
 
     Batch normalisation follows each convolution; there are no auxiliary classifiers. With the stem for CIFAR, one 3×3
     convolution, `stem` and `inception3` give maps of 32×32 on 32×32 images, `inception4` 16×16, `inception5` 8×8. With
     that for ImageNet, and all else as torchvision has it but for dropout, `stem` and `inception3` give maps of 28×28
-    on 224×224 images, `inception4` 14×14, `inception5` 7×7.
+    on 224×224 images, `inception4` 14×14, `inception5` 7×7. `times` is the width: all numbers of channels are
+    multiplied by it.
     """
-    inception, conv = partial(Inception, stem=stem), partial(_conv, stem=stem)
+    conv = partial(_conv, stem=stem)
     small = stem == "cifar"
     stages: OrderedDict[str, nn.Module] = OrderedDict()
+    begin, channels = scaled(64, times), scaled(192, times)
     if small:
-        stages["stem"] = conv(in_channels, 192, 3)
+        stages["stem"] = conv(in_channels, channels, 3)
     else:
         stages["stem"] = nn.Sequential(
-            conv(in_channels, 64, 7, stride=2), _halved(), conv(64, 64, 1), conv(64, 192, 3), _halved()
+            conv(in_channels, begin, 7, stride=2), _halved(), conv(begin, begin, 1), conv(begin, channels, 3), _halved()
         )
-    stages["inception3"] = nn.Sequential(
-        inception(192, 64, 96, 128, 16, 32, 32),
-        inception(256, 128, 128, 192, 32, 96, 64),
-    )
-    stages["inception4"] = nn.Sequential(
-        nn.MaxPool2d(3, stride=2, padding=1) if small else _halved(),
-        inception(480, 192, 96, 208, 16, 48, 64),
-        inception(512, 160, 112, 224, 24, 64, 64),
-        inception(512, 128, 128, 256, 24, 64, 64),
-        inception(512, 112, 144, 288, 32, 64, 64),
-        inception(528, 256, 160, 320, 32, 128, 128),
-    )
-    stages["inception5"] = nn.Sequential(
-        nn.MaxPool2d(3, stride=2, padding=1) if small else nn.MaxPool2d(2, stride=2, ceil_mode=True),
-        inception(832, 256, 160, 320, 32, 128, 128),
-        inception(832, 384, 192, 384, 48, 128, 128),
-    )
-    stages["classifier"] = classifier(1024, num_classes)
+    for name, blocks in _BLOCKS.items():
+        layers: list[nn.Module] = []
+        if name != "inception3":
+            large = _halved() if name == "inception4" else nn.MaxPool2d(2, stride=2, ceil_mode=True)
+            layers.append(nn.MaxPool2d(3, stride=2, padding=1) if small else large)
+        for published in blocks:
+            n1, reduce3, n3, reduce5, n5, pool = (scaled(width, times) for width in published)
+            layers.append(Inception(channels, n1, reduce3, n3, reduce5, n5, pool, stem=stem))
+            channels = n1 + n3 + n5 + pool
+        stages[name] = nn.Sequential(*layers)
+    stages["classifier"] = classifier(channels, num_classes)
     return initialise(StagedNetwork(stages))
 
 

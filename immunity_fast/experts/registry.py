@@ -26,14 +26,15 @@ from immunity_fast.experts.resnet import resnet8, resnet18
 from immunity_fast.experts.robnet import robnet_free, robnet_large, robnet_large_v2
 from immunity_fast.experts.staged import StagedNetwork
 from immunity_fast.experts.stems import Stem
+from immunity_fast.experts.widths import split_width
 from immunity_fast.runtime.checks import check_choice, check_whole
 
-_WITH_STEMS: dict[str, Callable[[int, Stem, int], StagedNetwork]] = {
+_WITH_STEMS: dict[str, Callable[[int, Stem, int, float], StagedNetwork]] = {
     "resnet18": resnet18,
     "googlenet": googlenet,
     "densenet121": densenet121,
 }
-_BUILDERS: dict[str, Callable[[int, int], StagedNetwork]] = {
+_BUILDERS: dict[str, Callable[[int, int, float], StagedNetwork]] = {
     "resnet8": resnet8,
     "pdarts": pdarts,
     "advrush": advrush,
@@ -48,7 +49,10 @@ WITH_STEMS: tuple[str, ...] = tuple(_WITH_STEMS)
 NAMES: tuple[str, ...] = (*_WITH_STEMS, *_BUILDERS)
 """The architectures that `create` knows by a name of ours."""
 
-FORMS = "torchvision:NAME, timm:NAME, module.path:callable, or a genotype file, ….json"
+FORMS = (
+    "one of them with a width (resnet8x1.5), torchvision:NAME, timm:NAME, module.path:callable, "
+    "or a genotype file, ….json"
+)
 _LONGEST = 60  # characters of a file's name
 
 
@@ -68,8 +72,9 @@ def create(
     `imported.made` says.
 
     Args:
-        name: one of `NAMES`; `torchvision:NAME` or `timm:NAME`; `module.path:callable`; the path of a genotype file,
-            `….json`; or the text of one, as `resolve` gives it.
+        name: one of `NAMES`; one of them, `x` and a width, by which all numbers of channels of the published network
+            are multiplied, as `resnet8x1.73`; `torchvision:NAME` or `timm:NAME`; `module.path:callable`; the path of a
+            genotype file, `….json`; or the text of one, as `resolve` gives it.
         num_classes: K ≥ 2.
         stem: "cifar" for small images or "imagenet" for large ones, of `WITH_STEMS`; others have one form.
         image_size: the images' side or (H, W), for networks that are built for one size, as many transformers are.
@@ -86,10 +91,11 @@ def create(
     if num_classes < 2:
         raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
     check_whole("channels", channels, 1)
-    if name in _WITH_STEMS:
-        return _WITH_STEMS[name](num_classes, stem, channels)
-    if name in _BUILDERS:
-        return _BUILDERS[name](num_classes, channels)
+    own, times = split_width(name, NAMES)
+    if own in _WITH_STEMS:
+        return _WITH_STEMS[own](num_classes, stem, channels, times)
+    if own in _BUILDERS:
+        return _BUILDERS[own](num_classes, channels, times)
     if name.startswith("{"):
         return genotypes.parse(name)(num_classes, in_channels=channels)
     if name.endswith(".json"):
@@ -98,6 +104,24 @@ def create(
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size
         return libraries.create(library, name.partition(":")[2], num_classes, sides, channels)
     return made(name, num_classes, channels)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a name is one of `NAMES`, with a width or without, or a genotype's text: nothing of others is run.
+
+    Raises:
+        ValueError: what stands where a width would be is none.
+    """
+    return name.startswith("{") or split_width(name, NAMES)[0] in NAMES
+
+
+def has_stems(name: str) -> bool:
+    """Whether a name is one of `WITH_STEMS`, with a width or without.
+
+    Raises:
+        ValueError: what stands where a width would be is none.
+    """
+    return split_width(name, NAMES)[0] in WITH_STEMS
 
 
 def split_names(arch: str) -> tuple[str, ...]:
@@ -230,7 +254,7 @@ def check_form(arch: str) -> None:
     for name in split_names(arch):
         if name.startswith("{"):
             genotypes.parse(name)
-        elif name not in NAMES and not names_import(name) and not re.fullmatch(r"timm:[\w.-]+", name):
+        elif not is_ours(name) and not names_import(name) and not re.fullmatch(r"timm:[\w.-]+", name):
             raise ValueError(f"name: expected one of {', '.join(NAMES)}, {FORMS}, got {name!r}{_likely(name)}")
 
 
@@ -241,7 +265,7 @@ def check_known(name: str) -> None:
         ValueError: it is none.
         ModuleNotFoundError: the library is not installed.
     """
-    if name in NAMES or name.startswith("{") or name.endswith(".json"):
+    if is_ours(name) or name.endswith(".json"):
         return
     if library := _library(name):
         # timm's have a tag of the weights behind a dot, which changes nothing where none are loaded.

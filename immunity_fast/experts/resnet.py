@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from immunity_fast.experts.folding import Layers, normalised
 from immunity_fast.experts.staged import StagedNetwork, classifier, initialise
 from immunity_fast.experts.stems import Stem, imagenet_stem
+from immunity_fast.experts.widths import scaled
 
 
 class BasicBlock(nn.Module):
@@ -32,9 +33,15 @@ class BasicBlock(nn.Module):
 
 
 def _resnet(
-    widths: tuple[int, ...], blocks: int, num_classes: int, stem: Stem = "cifar", in_channels: int = 3
+    widths: tuple[int, ...],
+    blocks: int,
+    num_classes: int,
+    stem: Stem = "cifar",
+    in_channels: int = 3,
+    times: float = 1.0,
 ) -> StagedNetwork:
     """Stages `stem`, `layer1`, …: a layer of `blocks` basic blocks for each width, all but the first halving."""
+    widths = tuple(scaled(width, times) for width in widths)
     channels = widths[0]
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     if stem == "imagenet":
@@ -51,20 +58,22 @@ def _resnet(
     return initialise(StagedNetwork(stages))
 
 
-def resnet18(num_classes: int, stem: Stem = "cifar", in_channels: int = 3) -> StagedNetwork:
+def resnet18(num_classes: int, stem: Stem = "cifar", in_channels: int = 3, times: float = 1.0) -> StagedNetwork:
     """ResNet-18: images (B, C, H, W) to logits (B, num_classes).
 
     With the stem for CIFAR, 3×3 without pooling, `stem` and `layer1` give maps of 32×32 on 32×32 images, `layer2`
     16×16, `layer3` 8×8, `layer4` 4×4. With that for ImageNet, as the paper has it, `stem` and `layer1` give maps of
-    56×56 on 224×224 images, and the others halves of it likewise.
+    56×56 on 224×224 images, and the others halves of it likewise. `times` is the width: all numbers of channels are
+    multiplied by it.
     """
-    return _resnet((64, 128, 256, 512), 2, num_classes, stem, in_channels)
+    return _resnet((64, 128, 256, 512), 2, num_classes, stem, in_channels, times)
 
 
-def resnet8(num_classes: int, in_channels: int = 3) -> StagedNetwork:
+def resnet8(num_classes: int, in_channels: int = 3, times: float = 1.0) -> StagedNetwork:
     """The paper's CIFAR form with n = 1, small enough for a CPU: images (B, C, H, W) to logits (B, num_classes).
 
     Unlike there, a shortcut that changes the shape is a 1×1 convolution, as in `resnet18`. On 32×32 images
-    `stem` and `layer1` give maps of 32×32, `layer2` 16×16, `layer3` 8×8.
+    `stem` and `layer1` give maps of 32×32, `layer2` 16×16, `layer3` 8×8. `times` is the width: all numbers of channels
+    are multiplied by it.
     """
-    return _resnet((16, 32, 64), blocks=1, num_classes=num_classes, in_channels=in_channels)
+    return _resnet((16, 32, 64), blocks=1, num_classes=num_classes, in_channels=in_channels, times=times)

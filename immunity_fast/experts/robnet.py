@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from immunity_fast.experts.cells import NODES, Edge, Zero, cell_network, reaches_output, separable, skip
 from immunity_fast.experts.staged import StagedNetwork
+from immunity_fast.experts.widths import scaled
 
 # One for each pair of a node and what it can read: node 0's two inputs, node 1's three, …
 EDGES = sum(range(2, NODES + 2))
@@ -110,16 +111,16 @@ def _parse(number: int, codes: str) -> list[list[str]]:
     return nodes
 
 
-def robnet_large(num_classes: int, in_channels: int = 3) -> StagedNetwork:
-    """RobNet-large-v1, 36 channels and 20 layers: see `robnet_network`."""
-    return robnet_network(ROBNET_LARGE, num_classes, channels=36, layers=20, in_channels=in_channels)
+def robnet_large(num_classes: int, in_channels: int = 3, times: float = 1.0) -> StagedNetwork:
+    """RobNet-large-v1, 36 channels and 20 layers, the channels times a width: see `robnet_network`."""
+    return robnet_network(ROBNET_LARGE, num_classes, channels=scaled(36, times), layers=20, in_channels=in_channels)
 
 
-def robnet_large_v2(num_classes: int, in_channels: int = 3) -> StagedNetwork:
-    """RobNet-large-v2, 64 channels and 33 layers: see `robnet_network`."""
-    return robnet_network(ROBNET_LARGE, num_classes, channels=64, layers=33, in_channels=in_channels)
+def robnet_large_v2(num_classes: int, in_channels: int = 3, times: float = 1.0) -> StagedNetwork:
+    """RobNet-large-v2, 64 channels and 33 layers, the channels times a width: see `robnet_network`."""
+    return robnet_network(ROBNET_LARGE, num_classes, channels=scaled(64, times), layers=33, in_channels=in_channels)
 
 
-def robnet_free(num_classes: int, in_channels: int = 3) -> StagedNetwork:
-    """RobNet-free, 36 channels and 20 layers: see `robnet_network`."""
-    return robnet_network(ROBNET_FREE, num_classes, channels=36, layers=20, in_channels=in_channels)
+def robnet_free(num_classes: int, in_channels: int = 3, times: float = 1.0) -> StagedNetwork:
+    """RobNet-free, 36 channels and 20 layers, the channels times a width: see `robnet_network`."""
+    return robnet_network(ROBNET_FREE, num_classes, channels=scaled(36, times), layers=20, in_channels=in_channels)

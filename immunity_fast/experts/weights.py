@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from immunity_fast.experts.channels import adapted, is_stem
+from immunity_fast.experts.widths import split_width
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which training scripts keep a state dict
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
@@ -130,9 +131,13 @@ def read(path: str | os.PathLike[str]) -> WeightsFile:
 
 
 def translated(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under our names, where `arch` is of `WITH_STEMS` and they have torchvision's or timm's names."""
-    rules = [(re.compile(pattern), target) for pattern, target in _TRANSLATIONS.get(arch, ())]
-    return {_translated(arch, rules, name): value for name, value in tensors.items()}
+    """Tensors under our names, where `arch` is of `WITH_STEMS` and they have torchvision's or timm's names.
+
+    With a width the names are the same, and only tensors of that width will fit.
+    """
+    own, _ = split_width(arch, tuple(_TRANSLATIONS))
+    rules = [(re.compile(pattern), target) for pattern, target in _TRANSLATIONS.get(own, ())]
+    return {_translated(own, rules, name): value for name, value in tensors.items()}
 
 
 def fitted(file: WeightsFile, arch: str, own: Mapping[str, Tensor], num_classes: int, channels: int = 3) -> Fitted:

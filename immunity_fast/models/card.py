@@ -61,6 +61,7 @@ def model_card(model: Any, *, about: Mapping[str, str] | None = None, accuracy: 
         "classes": _classes(model),
         "Grad-CAM looks at": stage,
         **({} if single else {"gate in evaluation": f"`{model.gate.switch}`"}),
+        **({} if model.noise is None else {"noise before each convolution": _noise(*model.noise)}),
         **(about or {}),
     }
     what = "A network" if single else f"A mixture of {model.num_experts} experts"
@@ -86,6 +87,10 @@ def model_card(model: Any, *, about: Mapping[str, str] | None = None, accuracy: 
 
 def _architecture(model: Any) -> str:
     return title(model.arch, model.num_experts) if model.arch else f"{model.num_experts} networks of the user's own"
+
+
+def _noise(first: float, inner: float) -> str:
+    return f"standard deviation {first:g} before the first, {inner:g} before the others; no two answers are the same"
 
 
 def _classes(model: Any) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from immunity_fast.experts import NAMES, create
-from immunity_fast.experts.registry import repeated
+from immunity_fast.experts import create
+from immunity_fast.experts.registry import is_ours, repeated
 from immunity_fast.experts.stems import Stem
 
 
@@ -65,6 +65,6 @@ def outline(name: str, num_classes: int, image_size: tuple[int, int], stem: Stem
         with torch.device("meta"):
             return create(name, num_classes, stem=stem, image_size=image_size, channels=channels)
     except Exception:  # whatever it makes of a device that computes nothing
-        if name in NAMES or name.startswith("{"):
+        if is_ours(name):
             raise
     return create(name, num_classes, stem=stem, image_size=image_size, channels=channels)

@@ -31,6 +31,7 @@ from immunity_fast.models.inference import Gate as InferenceGate
 from immunity_fast.models.inference import InferenceMixture, folded
 from immunity_fast.models.layers import NoChoice, Normalize, channels_last
 from immunity_fast.models.maps import MapLayout, Reshape
+from immunity_fast.models.noise import Noise, add_noise_, check_noise, has_noise
 from immunity_fast.models.objective import loss_and_terms
 from immunity_fast.models.recomputing import parts_recomputed, run_recomputed
 from immunity_fast.models.stacking import (
@@ -84,6 +85,8 @@ class ImmunityMoE(nn.Module):
         loss_fn: what `model(images, labels)` gives, an attribute; None is `FusedImmunityLoss` with heatmaps of
             `image_size`.
         gate: the kind of gate: "switch", the paper's; "uniform", 1/N each; "selection", one expert at random.
+        noise: standard deviations of Gaussian noise before each expert's first convolution and before its others, in
+            either mode, as random self-ensembles have it; None is no noise. See `models.noise`.
 
     Attributes:
         checkpoint_activations: whether the trunk's activations are not kept for the backward pass, but computed again
@@ -92,6 +95,7 @@ class ImmunityMoE(nn.Module):
         image_size, channels: (H, W) and C of the images that it was made for.
         num_classes: K.
         classes: their names, or None.
+        noise: the two standard deviations, or None.
         card: the model card that `save_pretrained` writes, in Markdown; None is one that says what the model is.
         stem: with what architectures of two forms begin; None of networks of the user's.
         memory_format: how images and maps lie in memory, "contiguous" or "channels_last"; "auto" is what was measured
@@ -106,6 +110,7 @@ class ImmunityMoE(nn.Module):
     _fewest: ClassVar[int] = 2  # experts
     _warned = False  # of gradients that are not averaged
     checkpoint_activations: bool = False
+    noise: Noise | None = None
 
     def __init__(
         self,
@@ -125,6 +130,7 @@ class ImmunityMoE(nn.Module):
         classes: Sequence[str] | None = None,
         loss_fn: FusedImmunityLoss | None = None,
         gate: GateKind = "switch",
+        noise: Noise | None = None,
     ) -> None:
         super().__init__()
         self.arch = arch if isinstance(arch, str) else ",".join(arch)
@@ -141,7 +147,7 @@ class ImmunityMoE(nn.Module):
             stem=stem,
         )
         gating = gate_of(gate, num_experts, switch=switch, generator=generator, channels=channels)
-        self._hold(parts, gating, _normalize(mean, std, channels), classes, loss_fn)
+        self._hold(parts, gating, _normalize(mean, std, channels), classes, loss_fn, noise)
 
     @classmethod
     def from_experts(
@@ -159,6 +165,7 @@ class ImmunityMoE(nn.Module):
         layout: Layouts = None,
         classes: Sequence[str] | None = None,
         loss_fn: FusedImmunityLoss | None = None,
+        noise: Noise | None = None,
     ) -> "ImmunityMoE":
         """A mixture of the user's own networks, which are copied.
 
@@ -184,7 +191,7 @@ class ImmunityMoE(nn.Module):
             layout: what `stage` returns, "NCHW" for (B, C, h, w), "NHWC" for (B, h, w, C), as in a Swin Transformer,
                 "tokens" for (B, T, C), as in a ViT, or a function of it to (B, C, h, w), or one an expert; None finds
                 out. The model's activations are (B, C, h, w) either way.
-            classes, loss_fn: see the class.
+            classes, loss_fn, noise: see the class; with noise the experts are looked at before they have it.
 
         Raises:
             ValueError: fewer than 2 experts, experts that do not run, or in the mixture otherwise than alone, or have
@@ -216,7 +223,7 @@ class ImmunityMoE(nn.Module):
         )
         if gate is None:
             gate = cls._gate(len(modules), switch, generator, parts.channels)
-        model._hold(parts, gate, normalize, classes, loss_fn)
+        model._hold(parts, gate, normalize, classes, loss_fn, noise)
         return model
 
     @classmethod
@@ -232,6 +239,7 @@ class ImmunityMoE(nn.Module):
         normalize: nn.Module,
         classes: Sequence[str] | None,
         loss_fn: FusedImmunityLoss | None,
+        noise: Noise | None,
     ) -> None:
         self.num_experts = len(parts.stages)
         self.num_classes, self.image_size = parts.num_classes, parts.image_size
@@ -244,6 +252,10 @@ class ImmunityMoE(nn.Module):
         self.normalize = normalize
         self.gate = gate
         self.experts = parts.experts
+        self.noise = None if noise is None else check_noise(noise)
+        if self.noise is not None:
+            for network in self.experts if isinstance(self.experts, ExpertList) else [self.experts]:
+                add_noise_(network, *self.noise)
         self._stages, self._readings = parts.stages, parts.readings
         # A tuple, so that the two halves, which share the experts' modules, are not registered a second time.
         self._halves: tuple[nn.Sequential, nn.Sequential] | None = None
@@ -538,8 +550,11 @@ class ImmunityMoE(nn.Module):
                 trained weights as they are.
 
         Raises:
-            ValueError: another gate: what is drawn anew at each call is nothing that a fixed graph could do.
+            ValueError: another gate, or a model with noise: what is drawn anew at each call is nothing that a fixed
+                graph could do.
         """
+        if has_noise(self.experts):
+            raise ValueError("model: expected one without noise, which no fixed graph draws anew at each call")
         if gate not in get_args(InferenceGate):
             raise ValueError(
                 f"gate: expected 'mean' or 'off', got {gate!r}; no fixed graph draws a permutation anew at each call"
@@ -640,6 +655,7 @@ class ImmunityMoE(nn.Module):
         unit = [0.0] * config["channels"], [1.0] * config["channels"]  # what normalises is among the tensors
         options: dict[str, Any] = {name: config[name] for name in ("stage", "classes")}
         options["image_size"] = tuple(config["image_size"])
+        options["noise"] = config.get("noise")
         try:
             if own:
                 assert experts is not None
@@ -841,7 +857,8 @@ class SingleNetwork(ImmunityMoE):
     `SingleNetwork.from_experts([network])` takes any.
 
     Args:
-        arch, num_classes, stage, image_size, stem, channels, batching, mean, std, classes, loss_fn: see `ImmunityMoE`.
+        arch, num_classes, stage, image_size, stem, channels, batching, mean, std, classes, loss_fn, noise: see
+            `ImmunityMoE`.
     """
 
     _fewest: ClassVar[int] = 1
@@ -860,6 +877,7 @@ class SingleNetwork(ImmunityMoE):
         std: Sequence[float] | None = None,
         classes: Sequence[str] | None = None,
         loss_fn: FusedImmunityLoss | None = None,
+        noise: Noise | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.arch = arch
@@ -867,7 +885,8 @@ class SingleNetwork(ImmunityMoE):
         parts = from_names(
             arch, 1, num_classes, stage=stage, image_size=image_size, channels=channels, batching=batching, stem=stem
         )
-        self._hold(parts, self._gate(1, "call", None, channels), _normalize(mean, std, channels), classes, loss_fn)
+        gate = self._gate(1, "call", None, channels)
+        self._hold(parts, gate, _normalize(mean, std, channels), classes, loss_fn, noise)
 
     @classmethod
     def _gate(
@@ -881,7 +900,7 @@ class SingleNetwork(ImmunityMoE):
 class ExactMean(nn.Module):
     """A mixture by the exact mean of all that its gate may draw, in either mode; of one network, that network.
 
-    Nothing is random in it, so attacks and judges of any library see what there is.
+    Nothing is random in it but noise, where the model has some, so attacks and judges of any library see what there is.
 
     Args:
         model: the mixture, whose parameters and buffers these are.

@@ -21,6 +21,7 @@ from immunity_fast.models.card import PLACE, model_card
 from immunity_fast.models.described import expert_tensors
 from immunity_fast.models.gate import kind_of_gate
 from immunity_fast.models.maps import MapLayout
+from immunity_fast.models.noise import is_noise
 from immunity_fast.runtime.files import abbreviated, parse_json, write_atomically
 
 CONFIG = "config.json"
@@ -129,6 +130,7 @@ def config_of(model: Any) -> dict[str, Any]:
         "stem": model.stem,
         "switch": model.gate.switch,
         **({} if (gate := kind_of_gate(model.gate)) == "switch" else {"gate": gate}),
+        **({} if model.noise is None else {"noise": list(model.noise)}),
         "normalized": not isinstance(model.normalize, nn.Identity),
         "classes": None if model.classes is None else list(model.classes),
     }
@@ -177,6 +179,8 @@ def checked_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: expected what save_pretrained of immunity_fast writes, got another file")
     if config.get("gate", "uniform") not in ("uniform", "selection"):
         raise ValueError(f"{file}: gate: expected uniform or selection, got {abbreviated(config['gate'])}")
+    if "noise" in config and not is_noise(config["noise"]):
+        raise ValueError(f"{file}: noise: expected two standard deviations, got {abbreviated(config['noise'])}")
     for name, is_right in _CHECKS.items():
         if name not in config:
             raise ValueError(f"{file}: {name}: expected an entry, got none")

@@ -8,6 +8,7 @@ from immunity_fast.peers.gal import GALLoss
 from immunity_fast.peers.hrs import HRSLoss
 from immunity_fast.peers.methods import METHODS, method_of
 from immunity_fast.peers.plain import PlainLoss
+from immunity_fast.peers.rse import RSELoss
 from immunity_fast.peers.trs import TRSLoss
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "HRSLoss",
     "MRBoostLoss",
     "PlainLoss",
+    "RSELoss",
     "TRSLoss",
     "distilled",
     "method_of",

@@ -12,6 +12,7 @@ from immunity_fast.peers.dverge import DVERGELoss
 from immunity_fast.peers.gal import GALLoss
 from immunity_fast.peers.hrs import HRSLoss
 from immunity_fast.peers.plain import PlainLoss
+from immunity_fast.peers.rse import RSELoss
 from immunity_fast.peers.trs import TRSLoss
 
 IMMUNITY = "immunity"  # whose loss is `FusedImmunityLoss`
@@ -24,6 +25,7 @@ PEERS: dict[str, type[EnsembleLoss]] = {
     "mrboost": MRBoostLoss,
     "barre": BARRELoss,
     "hrs": HRSLoss,
+    "rse": RSELoss,
 }
 METHODS: tuple[str, ...] = (IMMUNITY, *PEERS)
 _SHARED = frozenset(inspect.signature(EnsembleLoss).parameters)  # of cross-entropy, which a training sets itself

@@ -24,6 +24,7 @@ from immunity_fast.experts.registry import check_trusted, repeated
 from immunity_fast.models.described import expert_tensors
 from immunity_fast.models.expert_list import ExpertList
 from immunity_fast.models.moe import ImmunityMoE, SingleNetwork
+from immunity_fast.models.noise import is_noise
 from immunity_fast.runtime.files import abbreviated, is_number, parse_json, write_atomically
 from immunity_fast.runtime.sharding import local
 from immunity_fast.training.optimizers import NUMBERS, number, parameters_of
@@ -93,7 +94,8 @@ def _is_count(value: Any, least: int = 0) -> bool:
 def _is_model(value: Any) -> bool:
     return (
         isinstance(value, dict)
-        and value.keys() - {"stem", "channels", "gate"} == {"arch", "num_experts", "num_classes", "stage", "image_size"}
+        and value.keys() - {"stem", "channels", "gate", "noise"}
+        == {"arch", "num_experts", "num_classes", "stage", "image_size"}
         and isinstance(value["arch"], str)
         and (value["stage"] is None or isinstance(value["stage"], str))
         and _is_count(value["num_experts"], 1)
@@ -104,6 +106,7 @@ def _is_model(value: Any) -> bool:
         and value.get("stem", "cifar") in ("cifar", "imagenet")
         and _is_count(value.get("channels", 3), 1)
         and value.get("gate", "switch") in ("switch", "uniform", "selection")
+        and ("noise" not in value or is_noise(value["noise"]))
     )
 
 
@@ -361,6 +364,7 @@ def described_model(description: Mapping[str, Any], **options: Any) -> ImmunityM
         "image_size": tuple(description["image_size"]),
         "stem": description.get("stem", "cifar"),
         "channels": description.get("channels", 3),
+        "noise": description.get("noise"),
     }
     if experts == 1:
         return SingleNetwork(arch, classes, **options)

@@ -31,8 +31,10 @@ from immunity_fast.experts.stems import StemChoice
 from immunity_fast.experts.symmetry import PERTURBATION
 from immunity_fast.losses import ALPHA, BETA, GAMMA, FusedImmunityLoss
 from immunity_fast.models.gate import GateKind, Switch
+from immunity_fast.models.noise import Noise
 from immunity_fast.peers.base import EnsembleLoss
 from immunity_fast.peers.methods import IMMUNITY, METHODS, PEERS, method_of
+from immunity_fast.peers.rse import RSELoss
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compile
 from immunity_fast.runtime.files import abbreviated, write_atomically
@@ -524,6 +526,12 @@ class TrainConfig:
             group_name=group_name,
         )
 
+    @property
+    def noise(self) -> Noise | None:
+        """The noise before the convolutions of the network, where there is some."""
+        method = self.method()
+        return method.noise if isinstance(method, RSELoss) else None
+
     def _check_ensemble(self) -> None:
         """Check that what trains the experts can be done with the other settings."""
         try:
@@ -539,6 +547,7 @@ class TrainConfig:
         _check(self, "shards", not self.shards or self.experts > 1, "none of one network")
         if method is None:
             return
+        _check(self, "experts", self.experts == 1 or self.noise is None, f"1 with --ensemble {self.ensemble}")
         _check(self, "adversarial", self.adversarial != "trades", f"another with --ensemble {self.ensemble}")
         _check(self, "shard", not self.shard, f"none with --ensemble {self.ensemble}")
         try:

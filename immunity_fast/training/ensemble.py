@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from immunity_fast.experts import WITH_STEMS
+from immunity_fast.experts.registry import has_stems
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.training.beginning import expert_tensors
 from immunity_fast.training.checkpoint import (
@@ -50,6 +50,8 @@ def join(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> Run
         if config.experts != 1:
             raise ValueError(f"{folder}: expected a run of one network, got {config.experts} experts")
         run.check_ended(trained)
+        if model.noise is not None:
+            raise ValueError(f"{folder}: expected a run of a network without noise, got noise={model.noise}")
         if infos:
             _check_alike(folder, info, folders[0], infos[0])
         for earlier, other in zip(folders, models, strict=False):
@@ -97,7 +99,7 @@ def _description(
         ValueError: two networks that would need stems of two forms.
     """
     archs, stages = [each["arch"] for each in alone], [each["stage"] for each in alone]
-    stems = [each.get("stem", "cifar") if each["arch"] in WITH_STEMS else None for each in alone]
+    stems = [each.get("stem", "cifar") if has_stems(each["arch"]) else None for each in alone]
     known = [stem for stem in stems if stem is not None]
     for folder, stem in zip(folders, stems, strict=True):
         if stem is not None and stem != known[0]:

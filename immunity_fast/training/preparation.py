@@ -14,8 +14,8 @@ import torch
 
 from immunity_fast.data import OWN
 from immunity_fast.data.datasets import LISTED, ImageDataset, Split, load
-from immunity_fast.experts import NAMES, create, title
-from immunity_fast.experts.registry import check_trusted, counted, file_title, split_names
+from immunity_fast.experts import create, title
+from immunity_fast.experts.registry import check_trusted, counted, file_title, is_ours, split_names
 from immunity_fast.experts.stems import Stem, chosen_stem
 from immunity_fast.models.described import outline
 from immunity_fast.models.moe import ImmunityMoE
@@ -273,7 +273,7 @@ def check_trainable(
     weights = values = 0
     for name, count in names.items():
         # Of ours the same every time: a table's thirty runs find it out once.
-        find = _known_sizes if name in NAMES or name.startswith("{") else sizes
+        find = _known_sizes if is_ours(name) else sizes
         of_one = find(name, chosen_stem(config.stem, image_size), config.channels, image_size, num_classes, batch)
         weights, values = weights + count * of_one[0], values + count * of_one[1]
     if config.checkpoint_activations:
@@ -333,7 +333,7 @@ def sizes(
         try:
             output = expert(torch.empty(batch, channels, height, width, device="meta"))
         except Exception:  # whatever its code makes of tensors without values
-            if name in NAMES or name.startswith("{"):
+            if is_ours(name):
                 raise
             # Two images, for BatchNorm's sake, stand for the others.
             values = 0

@@ -24,6 +24,7 @@ from immunity_fast.evaluation.settings import EvaluationSettings, check_whole
 from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget, load_callable
 from immunity_fast.experts import title
 from immunity_fast.models.moe import ExactMean, ImmunityMoE
+from immunity_fast.models.noise import MeanOfPasses
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.compilation import Compile, Compiled, at_size, keep_caches
 from immunity_fast.runtime.modes import frozen
@@ -176,9 +177,11 @@ def evaluate_callable(
     transfer = None if other is None else ExactMean(other)
     target: MixtureTarget | NetworkTarget
     if isinstance(model, ImmunityMoE) and model.num_experts > 1:
+        check_no_noise(model)
         target = MixtureTarget(model, dataset.num_classes, draws=settings.draws or DRAWS, transfer=transfer)
     else:
-        target = NetworkTarget(model, dataset.num_classes, name=place, draws=settings.draws, transfer=transfer)
+        noisy = isinstance(model, ImmunityMoE) and model.noise is not None
+        target = network_target(model, dataset.num_classes, noisy, settings.draws, name=place, transfer=transfer)
     plan = settings.plan(
         target.attackers,
         dataset.image_size,
@@ -378,14 +381,16 @@ def target_of(
     Args:
         model: in evaluation mode.
         num_classes: K.
-        draws: of the gate, for EOT.
+        draws: of the gate or of the noise, for EOT.
         transfer: an independently trained model, attacked for its images.
         compile: the experts' logits, into one function for all attacks: what each makes of them is little.
         tracebacks: the file for those of compiling.
     """
     other = None if transfer is None else ExactMean(transfer)
     if model.num_experts == 1:
-        return NetworkTarget(ExactMean(model), num_classes, transfer=other)
+        noisy = model.noise is not None
+        return network_target(ExactMean(model), num_classes, noisy, draws if noisy else None, transfer=other)
+    check_no_noise(model)
     device = next(model.parameters()).device
     logits = Compiled(model.expert_logits, compile, device, cli.console.print, tracebacks)
     size = max(attack_batch(device), EVALUATION_BATCH)
@@ -396,6 +401,41 @@ def target_of(
         transfer=other,
         expert_logits=(lambda images: at_size(logits, images, size)) if logits.active else None,
     )
+
+
+def network_target(
+    network: Model,
+    num_classes: int,
+    noisy: bool,
+    draws: int | None,
+    *,
+    name: str = "",
+    transfer: Model | None = None,
+) -> NetworkTarget:
+    """One network as a target; one with noise answers by the mean of some passes, and is attacked by single ones.
+
+    Args:
+        network: images (B, C, H, W) to outputs (B, K).
+        num_classes: K.
+        noisy: whether it is an `ImmunityMoE`'s with noise.
+        draws: passes that the attacker "eot" averages; None is `DRAWS` with noise.
+        name, transfer: see `NetworkTarget`.
+    """
+    if not noisy:
+        return NetworkTarget(network, num_classes, name=name, draws=draws, transfer=transfer)
+    assert isinstance(network, torch.nn.Module)
+    answer = MeanOfPasses(network)
+    return NetworkTarget(network, num_classes, name=name, draws=draws or DRAWS, transfer=transfer, answer=answer)
+
+
+def check_no_noise(model: ImmunityMoE) -> None:
+    """Check that nothing of a mixture's experts is random: what is said of its gate would not hold.
+
+    Raises:
+        ValueError: they have noise.
+    """
+    if model.noise is not None:
+        raise ValueError(f"model: expected one network with noise, got a mixture of {model.num_experts} experts")
 
 
 def evaluate_run(

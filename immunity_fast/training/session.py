@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import torch
 
 from immunity_fast.experts import WITH_STEMS, split_names, title
-from immunity_fast.experts.registry import repeated
+from immunity_fast.experts.registry import has_stems, repeated
 from immunity_fast.runtime import cli, distributed, interrupts
 from immunity_fast.runtime.failures import in_units, one_line, traceback_note
 from immunity_fast.runtime.modes import evaluating
@@ -112,7 +112,7 @@ def shard_line(state: TrainingState) -> str:
 def stem_lines(state: TrainingState) -> list[str]:
     """That an architecture keeps its own stem, where another was asked for."""
     config = state.config
-    kept = [title(name) for name in dict.fromkeys(split_names(config.arch)) if name not in WITH_STEMS]
+    kept = [title(name) for name in dict.fromkeys(split_names(config.arch)) if not has_stems(name)]
     if config.stem == "auto" or not kept:
         return []
     return [f"--stem {config.stem}: {', '.join(kept)} keep the stem of their own; {', '.join(WITH_STEMS)} have both"]

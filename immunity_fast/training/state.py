@@ -17,7 +17,7 @@ from immunity_fast.data.own import Batches, Items, statistics
 from immunity_fast.data.own_loader import BatchLoader, ItemLoader, warn_of_same_batches
 from immunity_fast.data.sampling import EVALUATION_BATCH, sample, sample_order
 from immunity_fast.data.streaming import StreamedSplit
-from immunity_fast.experts import WITH_STEMS, split_names
+from immunity_fast.experts.registry import has_stems, split_names
 from immunity_fast.experts.stems import chosen_stem
 from immunity_fast.models.gate import kind_of_gate
 from immunity_fast.models.moe import ImmunityMoE
@@ -102,6 +102,10 @@ class TrainingState:
         strategy = self._strategy()
         with distributed.together():  # a file of weights may be missing on one machine
             self.model = self._new_model(strategy, dataset) if model is None else model
+            if config.noise not in (None, self.model.noise):
+                raise ValueError(
+                    f"--ensemble {config.ensemble}: expected a model with noise={config.noise}, got {self.model.noise}"
+                )
             self.beginning = begin(self.model, config) if fresh else Beginning(None, [])
         if config.shard:
             self.model.list_experts_()  # in one process, too: a run has one kind of checkpoint
@@ -158,10 +162,12 @@ class TrainingState:
             stages = (model.stage,) if isinstance(model.stage, str) else model.stage
             description["stage"] = ",".join(stages[: len(split_names(model.arch))] if model.arch else stages)
             stem = model.stem or "cifar"
-        if stem != "cifar" and any(name in WITH_STEMS for name in split_names(config.arch)):
+        if stem != "cifar" and any(has_stems(name) for name in split_names(config.arch)):
             description["stem"] = stem
         if dataset.channels != 3:
             description["channels"] = dataset.channels
+        if (noise := config.noise if model is None else model.noise) is not None:
+            description["noise"] = list(noise)
         if model is None and config.experts > 1 and config.gate_kind != "switch":
             description["gate"] = config.gate_kind
         if model is not None and (kind := kind_of_gate(model.gate)) != "switch":

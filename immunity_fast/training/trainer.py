@@ -488,7 +488,7 @@ def _as_mixture(model: Any, config: TrainConfig, train: Any, steps: int | None) 
         raise TypeError(f"model: expected an ImmunityMoE, a network or a list of networks, got {type(model).__name__}")
     alone = isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList)
     stage = config.stage if config.stage is None or "," not in config.stage else config.stage.split(",")
-    options: dict[str, Any] = {"stage": stage, "image_size": _image_size(config, train, steps)}
+    options: dict[str, Any] = {"stage": stage, "image_size": _image_size(config, train, steps), "noise": config.noise}
     if alone:
         return SingleNetwork.from_experts([model], **options)
     return ImmunityMoE.from_experts(list(model), **options)
