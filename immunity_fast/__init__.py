@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from immunity_fast.peers.dverge import DVERGELoss
     from immunity_fast.peers.gal import GALLoss
     from immunity_fast.peers.hrs import HRSLoss
+    from immunity_fast.peers.rse import RSELoss
     from immunity_fast.peers.trs import TRSLoss
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "ImmunityMoE",
     "ImmunityTerms",
     "MRBoostLoss",
+    "RSELoss",
     "RandomSwitchGate",
     "SwitchingGateWarning",
     "TRSLoss",
@@ -58,6 +60,7 @@ _MODULES = {
     "ImmunityMoE": "models.moe",
     "ImmunityTerms": "losses",
     "MRBoostLoss": "peers.boosting",
+    "RSELoss": "peers.rse",
     "RandomSwitchGate": "models.gate",
     "SwitchingGateWarning": "models.gate",
     "TRSLoss": "peers.trs",
