@@ -23,6 +23,7 @@ from immunity_fast.arguments import Score
 from immunity_fast.data import OWN
 from immunity_fast.data.datasets import LISTED, Stream
 from immunity_fast.data.datasets import NAMES as DATASETS
+from immunity_fast.data.poisoning import named
 from immunity_fast.data.streaming import Workers
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve, split_names
@@ -149,7 +150,9 @@ class TrainConfig:
     workers: int | str = _data("auto", "processes that read images; 0: none besides this one; auto: one a core")
     limit_train: int | None = _data(None, "use so many training images")
     poison: str | None = _data(
-        None, "poison the training images: label-flip:0.2, badnets:0.1, or a file of poisons; default: none"
+        None,
+        "poison the training images: label-flip:0.2, badnets:0.1,target=0,size=3, or an .npz file of poisons; default: "
+        "none",
     )
     arch: str = _model(
         "resnet8",
@@ -295,6 +298,11 @@ class TrainConfig:
             f"auto or 0 to {MOST_WORKERS} processes",
         )
         _check(self, "limit_train", self.limit_train is None or self.limit_train >= 1, "at least 1")
+        if self.poison is not None:
+            try:
+                named(self.poison)
+            except ValueError as error:
+                raise ValueError(f"--{error}") from error
         for name in ("alpha", "beta", "gamma", "smoothing", "weight_decay"):
             _check(self, name, 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
         for name in ("eps", "attack_alpha"):

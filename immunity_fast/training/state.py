@@ -42,6 +42,7 @@ from immunity_fast.training.checkpoint import (
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.ema import WeightAverage
 from immunity_fast.training.optimizers import possible_state
+from immunity_fast.training.poison import check_poison, with_poison
 from immunity_fast.training.sharding import shard
 from immunity_fast.training.shards import REST, load_shards, outline
 from immunity_fast.training.step import TrainStep
@@ -87,6 +88,8 @@ class TrainingState:
         self.device = device
         self._log, self._traceback_file = log, traceback_file
         dataset = dataset.labelled(config.ignore_index)
+        clean = dataset
+        self.poison, self.poison_record, dataset = with_poison(config, dataset)
         self.dataset = dataset.to(device)
         torch.manual_seed(config.seed)
         self.description = self._describe(dataset, model)
@@ -116,10 +119,10 @@ class TrainingState:
             self.method.to(device)
         self._make_step(strategy)
         self._expert_logits = Compiled(self.model.expert_logits, self._compile, device, log, traceback_file)
-        self.fingerprint = dataset.fingerprint()
+        self.fingerprint = clean.fingerprint()  # as an evaluation reads the data
         distributed.check_same(
             "--data",
-            self.fingerprint,
+            f"{self.fingerprint} {self.poison_record}",
             f"expected the same images and labels of {config.dataset} in all processes, got others",
         )
         self.epoch = 0  # epochs finished
@@ -389,6 +392,7 @@ class TrainingState:
             "model": self.description,
             "data": self.fingerprint,
             **({} if self.dataset.listing is None else {"listing": self.dataset.listing}),
+            **({} if self.poison_record is None else {"poison": self.poison_record}),
             "classes": list(self.dataset.classes),
             "epoch": self.epoch,
             "step": self.step,
@@ -412,8 +416,10 @@ class TrainingState:
         load_module(path, self.model, under("model", tensors), "model/")
         if info["model"] != self.description:
             raise ValueError(f"{path}: expected a model {self.description}, got {info['model']}")
-        if not self.dataset.is_of(info["data"], info.get("listing")):
+        listed = self.dataset.listing is not None and info.get("listing") == self.dataset.listing
+        if info["data"] != self.fingerprint and not listed:
             raise ValueError(f"{path}: trained on other data than {self.config.dataset} as it is now")
+        check_poison(path, info, self.poison_record)
         check_classes(path, info, self.dataset.classes)
         if "sums" not in tensors:
             raise ValueError(f"{path}: a model alone, such as of joined networks: there is no training to go on with")
