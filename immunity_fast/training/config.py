@@ -190,7 +190,9 @@ class TrainConfig:
         "how the experts' answers are mixed: switch, the gate of the paper; uniform, their average; selection, one "
         "expert at random; auto: as the ensemble has it",
     )
-    shards: bool = _ensemble(False, "each expert learns from a part of the training images of its own")
+    shards: bool = _ensemble(
+        False, "each expert learns from a part of the training images of its own, and sees as much of each batch"
+    )
     alpha: float = _loss(ALPHA, "weight of each expert's own cross-entropy")
     beta: float = _loss(BETA, "weight of the mutual-information loss")
     gamma: float = _loss(GAMMA, "weight of the position-stability loss (in pixels⁴, so it depends on the image size)")
@@ -545,6 +547,10 @@ class TrainConfig:
         _check(self, "adversary", not each or own, f"mixture with --ensemble {self.ensemble}, such as plain can do")
         _check(self, "shards", not self.shards or self.ensemble == "plain", "none without --ensemble plain")
         _check(self, "shards", not self.shards or self.experts > 1, "none of one network")
+        if self.shards:
+            _check(self, "batch_size", self.batch_size >= self.experts, f"at least {self.experts}, an image an expert")
+            _check(self, "auto_batch", not self.auto_batch, "none with --shards")
+            _check(self, "adversary", each or self.adversarial == "off", "each with --shards")
         if method is None:
             return
         _check(self, "adversarial", self.adversarial != "trades", f"another with --ensemble {self.ensemble}")

@@ -171,6 +171,8 @@ class TrainingState:
                 f"--auto-batch: expected one process, got {distributed.count()}, of which one may find its memory "
                 "short while the others wait for it; name a --batch-size that fits, and --accumulate"
             )
+        if config.shards and isinstance(train, Batches):
+            raise ValueError("shards: expected False beside a loader, which makes the batches, got True")
         flip = self.dataset.flip if config.flip == "auto" else config.flip == "on"
         augment: dict[str, Any] = {"padding": config.crop_padding, "degrees": config.rotation, "flip": flip}
         allowed: dict[str, Any] = {"classes": self.dataset.num_classes, "ignore_index": config.ignore_index}
@@ -179,6 +181,8 @@ class TrainingState:
             wanted = augment if getattr(self.dataset, "augment", False) else None
             return BatchLoader(train, config.seed + 2, augment=wanted, rank=distributed.rank(), **allowed)
         options = augment | {"rank": distributed.rank(), "processes": distributed.count()}
+        if config.shards:
+            options["parts"] = _checked_parts(config, len(train))
         if isinstance(train, Items):
             return ItemLoader(train, config.batch_size, config.seed + 2, **allowed, **options)
         return TrainLoader(train, config.batch_size, config.seed + 2, **options)
@@ -514,6 +518,19 @@ class TrainingState:
         for name in ("scaler/scale", "scaler/growth_factor", "scaler/backoff_factor"):
             if name in tensors and not 0 < float(tensors[name]) < math.inf:
                 raise ValueError(f"{path}: {name}: expected a finite number above 0, got {float(tensors[name])}")
+
+
+def _checked_parts(config: TrainConfig, images: int) -> int:
+    """In how many parts the training images of each batch are, where each expert has one of its own.
+
+    Raises:
+        ValueError: there are too few images, or several processes.
+    """
+    if distributed.count() > 1:
+        raise ValueError(f"--shards: expected one process, got {distributed.count()}")
+    if images < config.experts:
+        raise ValueError(f"--shards: expected at least {config.experts} training images, one an expert, got {images}")
+    return config.experts
 
 
 def check_generator_state(path: Path, name: str, state: Tensor) -> None:
