@@ -108,6 +108,10 @@ def _counts(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {name: entry[name] for name in ("correct", "images", "accuracy", "interval")}
 
 
+def _called(judge: str) -> str:
+    return "the network" if judge == "output" else JUDGES.get(judge, judge)
+
+
 def poison_table(found: Mapping[str, Any]) -> Iterable[Table]:
     """The table of what `measured` has found; none of a model whose training images were clean."""
     poison = found.get("poison")
@@ -121,7 +125,7 @@ def poison_table(found: Mapping[str, Any]) -> Iterable[Table]:
         headings += ["target image answered as", f"probability of {poison['target_name']}, which is wanted"]
     rows = []
     for name in dict.fromkeys(name for _, name in cells):
-        row = [JUDGES.get(name, name), *(percent(cells.get((measure, name))) for measure in measures)]
+        row = [_called(name), *(percent(cells.get((measure, name))) for measure in measures)]
         if targets:
             row += [targets[name]["name"], f"{targets[name]['probability']:.3f}"]
         rows.append(row)
@@ -135,12 +139,12 @@ def poison_facts(found: Mapping[str, Any]) -> dict[str, str]:
     """What a report says first of it: by the mean, or by the one network that there is."""
     poison = found.get("poison", {})
     facts = {
-        f"{HEADINGS[entry['measure']]}, {JUDGES[entry['judge']]}": f"{percent(entry)} %"
+        f"{HEADINGS[entry['measure']]}, {_called(entry['judge'])}": f"{percent(entry)} %"
         for entry in poison.get("accuracy", [])
         if entry["measure"] != CLEAN and entry["judge"] in JUDGES
     }
     for entry in poison.get("target", []):
         if entry["judge"] in JUDGES:
             told = f"{entry['name']}, {'as' if entry['fooled'] else 'not as'} the poisons want"
-            facts[f"target image answered as, {JUDGES[entry['judge']]}"] = told
+            facts[f"target image answered as, {_called(entry['judge'])}"] = told
     return facts
