@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class Poisons(NamedTuple):
     eps: float | None = None
 
 
-def write(path: Path, poisons: Poisons) -> None:
+def write(path: str | os.PathLike[str], poisons: Poisons) -> None:
     """Write a file that `read` reads, whole or not at all.
 
     Args:
@@ -64,10 +65,10 @@ def write(path: Path, poisons: Poisons) -> None:
     _checked(arrays)
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
-    write_atomically(path, content.getvalue())
+    write_atomically(Path(path), content.getvalue())
 
 
-def read(path: Path) -> Poisons:
+def read(path: str | os.PathLike[str]) -> Poisons:
     """What a file of poisons has, on the CPU; arrays of other names are passed over.
 
     Args:
@@ -77,6 +78,7 @@ def read(path: Path) -> Poisons:
         FileNotFoundError: no such file.
         ValueError: wrong content, with the file, the array, what was expected and what it has.
     """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file, {LAYOUT}")
     arrays: dict[str, NDArray[Any]] = {}

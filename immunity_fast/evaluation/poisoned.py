@@ -100,7 +100,7 @@ def _with_trigger(target: TargetModel, test: AnySplit, poison: BadNets) -> list[
         {"measure": measure, "judge": name, **share(bits[measure, name])}
         for measure in (SUCCESS, RECOVERED)
         for kind, name in bits
-        if kind == measure
+        if kind == measure and bits[kind, name]  # or all images are of the target's class
     ]
 
 
