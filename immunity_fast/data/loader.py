@@ -1,5 +1,6 @@
 """Shuffled training batches and how to augment them, whose place in an epoch can be taken up again, bit for bit."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -34,16 +35,20 @@ class TrainLoader:
     of a streamed split are read ahead, in the order that was drawn here: where an epoch stands, and the generator's
     state at its start, say all of what is to come, whatever the number of workers.
 
+    In parts the split is cut at random into as many of one size, once and for all, and what is left over is left out.
+    Each batch has as many images of each: first those of the first part, then those of the second.
+
     Args:
         split: what to draw from.
         batch_size: of all processes together.
-        seed: of the order and of the augmentation, the same in all processes.
+        seed: of the order, of the augmentation and of the parts, the same in all processes.
+        parts: N, of which a batch has as many images each; `batch_size` is rounded down to a multiple of them.
         padding, degrees, flip: see `augment`.
         rank, processes: each process gets its part of each batch, whose images and augmentation do not depend on how
             many processes there are.
 
     Raises:
-        ValueError: a batch that cannot be divided among the processes.
+        ValueError: a batch that cannot be divided among the processes, or has no image of each part.
     """
 
     def __init__(
@@ -57,13 +62,21 @@ class TrainLoader:
         flip: bool,
         rank: int = 0,
         processes: int = 1,
+        parts: int = 1,
     ) -> None:
         if batch_size % processes or len(split) < processes:
             raise ValueError(
                 f"batch_size: expected a multiple of the {processes} processes, got {batch_size} of {len(split)} images"
             )
+        if min(batch_size // processes, len(split) // processes) < parts:
+            raise ValueError(
+                f"batch_size: expected at least {parts * processes}, an image of each of {parts} parts, got "
+                f"{batch_size} of {len(split)} images"
+            )
         self.split = split
-        self.batch_size = min(batch_size, len(split) - len(split) % processes)
+        whole = parts * processes  # of which a batch has a multiple
+        self.batch_size = min(batch_size - batch_size % whole, len(split) - len(split) % whole)
+        self.parts = None if parts == 1 else partition(len(split), parts, seed)
         self.padding, self.degrees, self.flip = padding, degrees, flip
         self.rank, self.processes = rank, processes
         self._generator = torch.Generator().manual_seed(seed)
@@ -75,7 +88,8 @@ class TrainLoader:
 
     def __len__(self) -> int:
         """How many batches an epoch has."""
-        return len(self.split) // self.batch_size
+        images = len(self.split) if self.parts is None else self.parts.numel()
+        return images // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the present epoch, or a whole new one where none has begun."""
@@ -90,14 +104,22 @@ class TrainLoader:
     def _draw_epoch(self) -> None:
         device = self._device
         self._at_start = self._generator.get_state()
-        order = torch.randperm(len(self.split), generator=self._generator)
-        used = len(self) * self.batch_size
+        count, used = 1 if self.parts is None else len(self.parts), len(self) * self.batch_size
+        order = self._drawn_order(used // count)
         affine = draw_affine(used, self._generator, padding=self.padding, degrees=self.degrees, flip=self.flip)
-        parts = (len(self), self.processes, self.batch_size // self.processes)
-        self._order = order[:used].view(parts)[:, self.rank].to(device)
+        # Of each batch and each part this process' share.
+        shape = (len(self), count, self.processes, self.batch_size // count // self.processes)
+        self._order = order.view(shape)[:, :, self.rank].flatten(1).to(device)
         self._labels = self._labels_of(self._order)
         # A batch's numbers lie together: then they are a view, and nothing is launched for them.
-        self._affine = affine.view(5, *parts)[:, :, self.rank].movedim(1, 0).contiguous().to(device)
+        self._affine = affine.view(5, *shape)[:, :, :, self.rank].flatten(2).movedim(1, 0).contiguous().to(device)
+
+    def _drawn_order(self, used: int) -> Tensor:
+        """The images of an epoch, one batch after the other, of each part so many."""
+        if self.parts is None:
+            return torch.randperm(len(self.split), generator=self._generator)[:used]
+        orders = [part[torch.randperm(len(part), generator=self._generator)[:used]] for part in self.parts]
+        return torch.stack(orders).view(len(self.parts), len(self), -1).movedim(1, 0).flatten()
 
     @property
     def _device(self) -> torch.device:
@@ -117,3 +139,15 @@ class TrainLoader:
         self.position = int(state["position"])
         if self.position:
             self._draw_epoch()
+
+
+def partition(count: int, parts: int, seed: int) -> Tensor:
+    """So many images in parts of one size, at random: int64 (parts, count // parts), no image twice.
+
+    Args:
+        count: of the images; fewer than `parts` of them may be in none.
+        parts: how many.
+        seed: of the draw.
+    """
+    random = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(b"parts %d" % seed).digest()[:7], "big"))
+    return torch.randperm(count, generator=random)[: count - count % parts].view(parts, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from immunity_fast.data.poisoning import named
 from immunity_fast.models.card import model_card
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime.files import parse_json
@@ -51,6 +52,9 @@ def _about(config: dict[str, Any], *, single: bool) -> dict[str, str]:
     if isinstance(config.get("dataset"), str):
         limit = config.get("limit_train")
         rows["data set"] = config["dataset"] + (f", {limit} images of it" if isinstance(limit, int) else "")
+    poison = config.get("poison")
+    if isinstance(poison, str):
+        rows["poisoned training images"] = _poison(poison)
     adversarial = config.get("adversarial")
     if isinstance(adversarial, str):
         rows["adversarial training"] = _attack(adversarial, config)
@@ -59,6 +63,15 @@ def _about(config: dict[str, Any], *, single: bool) -> dict[str, str]:
         if type(value) in (int, float) and not (single and name in _MIXTURES):
             rows[title] = form.format(value)
     return rows
+
+
+def _poison(text: str) -> str:
+    """What the settings say of poisons; of a file its name alone, not where it lies on somebody's machine."""
+    try:
+        found = named(text)
+    except ValueError:
+        return text
+    return f"the poisons {found.name}" if isinstance(found, Path) else f"{found} ({text})"
 
 
 def _attack(adversarial: str, config: dict[str, Any]) -> str:

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from immunity_fast.data.augmentation import as_float
 from immunity_fast.data.datasets import ImageDataset
+from immunity_fast.data.poisoning import Poison
 from immunity_fast.data.sampling import sample
 from immunity_fast.evaluation.metrics import expert_maps
+from immunity_fast.evaluation.poisoned import measured, poison_facts
 from immunity_fast.evaluation.results import Results, results, tables, to_csv
 from immunity_fast.evaluation.runner import Evaluation
 from immunity_fast.evaluation.targets import MixtureTarget
@@ -46,13 +48,14 @@ class Outputs:
 
 @dataclass
 class About:
-    """What a report says of the network besides its results."""
+    """What a report says of the network besides its results; `poison` is what its training images had."""
 
     title: str
     lead: str
     settings: dict[str, Any]
     commands: dict[str, str]
     records: Sequence[dict[str, Any]] = ()
+    poison: Poison | None = None
 
 
 def write(evaluation: Evaluation, dataset: ImageDataset, outputs: Outputs, about: About) -> tuple[Results, list[Table]]:
@@ -68,6 +71,8 @@ def write(evaluation: Evaluation, dataset: ImageDataset, outputs: Outputs, about
         (`results.results`, its tables).
     """
     found = results(evaluation)
+    if about.poison is not None:
+        found["poison"] = measured(evaluation.target, dataset.test, dataset.classes, about.poison, found)
     shown = tables(found)
     write_atomically(outputs.results, json.dumps(found, indent=1).encode())
     write_atomically(outputs.markdown, ("\n\n".join(table.to_markdown() for table in shown) + "\n").encode())
@@ -100,6 +105,7 @@ def _facts(evaluation: Evaluation, found: dict[str, Any]) -> dict[str, str]:
     for entry in found["worst_case"]:
         if entry["judge"] == judge:
             facts["worst case over all attacks" + answers] = f"{percent(entry)} %"
+    facts |= poison_facts(found)
     if "clean" in found.get("heatmaps", {}):
         facts["mutual information of expert and position"] = (
             f"{found['heatmaps']['clean']['mutual_information']:.2f} nats"

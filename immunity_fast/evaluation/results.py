@@ -16,6 +16,7 @@ from immunity_fast.evaluation.least import least_table
 from immunity_fast.evaluation.masking import masking, masking_table, stuck
 from immunity_fast.evaluation.metrics import HeatmapSums, combined
 from immunity_fast.evaluation.plan import Row
+from immunity_fast.evaluation.poisoned import CLEAN, poison_table
 from immunity_fast.evaluation.runner import Evaluation, bits, mean_loss
 from immunity_fast.evaluation.targets import MixtureTarget
 from immunity_fast.evaluation.words import JUDGES, NAMES, find, knows, percent, radius_words, share
@@ -74,6 +75,7 @@ def results(evaluation: Evaluation) -> Results:
     * curves: "eps" and "steps", by the exact attacker, judged on what it attacks; "draws", by EOT, the expectation;
     * masking: {check, passed, finding};
     * heatmaps: "clean" and "attacked" (by PGD-20 on the gate's mean), see `metrics.combined`; for mixtures;
+    * poison: see `poisoned.measured`; added by `report.write`, of what was trained on poisoned images;
     * plan: what was asked for.
     """
     found: dict[str, Any] = {"accuracy": [], "worst_case": [], "plan": asdict(evaluation.plan)}
@@ -191,6 +193,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         note,
     )
     others = (
+        poison_table,
         drawn_table,
         _expert_table,
         _heatmap_table,
@@ -209,7 +212,12 @@ def to_csv(found: Mapping[str, Any]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["attack", "attacker", "judge", "correct", "images", "accuracy", "low", "high"])
     worst = [{"attack": "worst case", "attacker": "all", **entry} for entry in found["worst_case"]]
-    for entry in [*found["accuracy"], *found.get("transfer_from_experts", []), *worst]:
+    poison = [
+        {"attack": f"trigger: {entry['measure']}", "attacker": None, **entry}
+        for entry in found.get("poison", {}).get("accuracy", [])
+        if entry["measure"] != CLEAN  # which is there without it
+    ]
+    for entry in [*found["accuracy"], *found.get("transfer_from_experts", []), *worst, *poison]:
         numbers = [entry["correct"], entry["images"], entry["accuracy"], *entry["interval"]]
         writer.writerow([entry["attack"], entry["attacker"] or "", entry["judge"], *numbers])
     return text.getvalue()

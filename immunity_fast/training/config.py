@@ -23,6 +23,7 @@ from immunity_fast.arguments import Score
 from immunity_fast.data import OWN
 from immunity_fast.data.datasets import LISTED, Stream
 from immunity_fast.data.datasets import NAMES as DATASETS
+from immunity_fast.data.poisoning import named
 from immunity_fast.data.streaming import Workers
 from immunity_fast.experts import NAMES as ARCHITECTURES
 from immunity_fast.experts import resolve, split_names
@@ -151,7 +152,9 @@ class TrainConfig:
     workers: int | str = _data("auto", "processes that read images; 0: none besides this one; auto: one a core")
     limit_train: int | None = _data(None, "use so many training images")
     poison: str | None = _data(
-        None, "poison the training images: label-flip:0.2, badnets:0.1, or a file of poisons; default: none"
+        None,
+        "poison the training images: label-flip:0.2, badnets:0.1,target=0,size=3, or an .npz file of poisons; default: "
+        "none",
     )
     arch: str = _model(
         "resnet8",
@@ -189,7 +192,9 @@ class TrainConfig:
         "how the experts' answers are mixed: switch, the gate of the paper; uniform, their average; selection, one "
         "expert at random; auto: as the ensemble has it",
     )
-    shards: bool = _ensemble(False, "each expert learns from a part of the training images of its own")
+    shards: bool = _ensemble(
+        False, "each expert learns from a part of the training images of its own, and sees as much of each batch"
+    )
     alpha: float = _loss(ALPHA, "weight of each expert's own cross-entropy")
     beta: float = _loss(BETA, "weight of the mutual-information loss")
     gamma: float = _loss(GAMMA, "weight of the position-stability loss (in pixels⁴, so it depends on the image size)")
@@ -297,6 +302,11 @@ class TrainConfig:
             f"auto or 0 to {MOST_WORKERS} processes",
         )
         _check(self, "limit_train", self.limit_train is None or self.limit_train >= 1, "at least 1")
+        if self.poison is not None:
+            try:
+                named(self.poison)
+            except ValueError as error:
+                raise ValueError(f"--{error}") from error
         for name in ("alpha", "beta", "gamma", "smoothing", "weight_decay"):
             _check(self, name, 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
         for name in ("eps", "attack_alpha"):
@@ -545,6 +555,10 @@ class TrainConfig:
         _check(self, "adversary", not each or own, f"mixture with --ensemble {self.ensemble}, such as plain can do")
         _check(self, "shards", not self.shards or self.ensemble == "plain", "none without --ensemble plain")
         _check(self, "shards", not self.shards or self.experts > 1, "none of one network")
+        if self.shards:
+            _check(self, "batch_size", self.batch_size >= self.experts, f"at least {self.experts}, an image an expert")
+            _check(self, "auto_batch", not self.auto_batch, "none with --shards")
+            _check(self, "adversary", each or self.adversarial == "off", "each with --shards")
         if method is None:
             return
         _check(self, "experts", self.experts == 1 or self.noise is None, f"1 with --ensemble {self.ensemble}")

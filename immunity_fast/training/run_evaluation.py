@@ -14,6 +14,7 @@ import torch
 from immunity_fast.attacks import Model
 from immunity_fast.data import OWN
 from immunity_fast.data.datasets import LISTED, ImageDataset, Stream, load
+from immunity_fast.data.poisoning import Poison, words
 from immunity_fast.data.sampling import EVALUATION_BATCH, attack_batch
 from immunity_fast.data.streaming import Workers
 from immunity_fast.evaluation.pipeline import evaluate
@@ -40,6 +41,7 @@ from immunity_fast.training.checkpoint import (
     under,
 )
 from immunity_fast.training.config import TrainConfig, check_data
+from immunity_fast.training.poison import poison_of_run
 from immunity_fast.training.preparation import load_data
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
@@ -261,6 +263,7 @@ def evaluate_folder(
     dataset = load_data(config, device, data).to(device)
     file = model_file({None: run.folder, "best": run.best_checkpoint, "last": run.checkpoint}[checkpoint])
     model = load_trained(run, config, file, dataset, device, trust_code)
+    poison = poison_of_run(config, file, load_info(file))
     transfer = None if transfer_from is None else load_other(transfer_from, folder, model, dataset, device, trust_code)
     folder = out or run.folder
     keep_caches()
@@ -282,7 +285,7 @@ def evaluate_folder(
         device=device,
     )
     with broken_weights_named(model, file):
-        evaluate_run(run, target, dataset, config, plan, outputs_in(folder, again))
+        evaluate_run(run, target, dataset, config, plan, outputs_in(folder, again), poison)
 
 
 @contextmanager
@@ -445,6 +448,7 @@ def evaluate_run(
     config: TrainConfig,
     plan: Plan,
     outputs: Outputs | None = None,
+    poison: Poison | None = None,
     *,
     printed: bool = True,
 ) -> Results:
@@ -457,6 +461,7 @@ def evaluate_run(
         config: with which it was trained.
         plan: what to find out.
         outputs: where to write; None is the run's folder.
+        poison: what its training images were poisoned with.
         printed: print the tables.
 
     Returns:
@@ -468,16 +473,17 @@ def evaluate_run(
     loss_fn = config.loss_fn(dataset.image_size) if isinstance(target, MixtureTarget) else None
     model = target.model
     assert isinstance(model, torch.nn.Module)
-    about = about_run(run, config, dataset)
+    about = about_run(run, config, dataset, poison)
     with frozen(model):
         return evaluate(target, dataset, plan, outputs or Outputs(run.folder), about, loss_fn, printed=printed)
 
 
-def about_run(run: Run, config: TrainConfig, dataset: ImageDataset) -> About:
+def about_run(run: Run, config: TrainConfig, dataset: ImageDataset, poison: Poison | None = None) -> About:
     """What a report says of a run besides its results."""
     single = config.experts == 1
     what = title(config.arch, config.experts)
     trained = "" if config.adversarial == "off" else f", adversarially ({config.adversarial})"
+    trained += "" if poison is None else f", poisoned ({words(poison)})"
     weights = (
         ""
         if single
@@ -495,6 +501,7 @@ def about_run(run: Run, config: TrainConfig, dataset: ImageDataset) -> About:
             "Go on with it, if it was interrupted": run.resume_command,
         },
         records=run.metrics(),
+        poison=poison,
     )
 
 
@@ -519,9 +526,11 @@ def evaluate_trained(state: TrainingState, run: Run | None, *, printed: bool = T
     if run is None:
         with tempfile.TemporaryDirectory() as folder:
             target = target_of(model, classes, compile=config.compile)
-            return evaluate_run(Run(Path(folder)), target, state.dataset, config, plan, printed=printed)
+            return evaluate_run(
+                Run(Path(folder)), target, state.dataset, config, plan, None, state.poison, printed=printed
+            )
     target = target_of(model, classes, compile=config.compile, tracebacks=Outputs(run.folder).tracebacks)
-    return evaluate_run(run, target, state.dataset, config, plan, printed=printed)
+    return evaluate_run(run, target, state.dataset, config, plan, None, state.poison, printed=printed)
 
 
 def trained_model(state: TrainingState, run: Run | None) -> ImmunityMoE:

@@ -46,6 +46,7 @@ from immunity_fast.training.checkpoint import (
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.ema import WeightAverage
 from immunity_fast.training.optimizers import possible_state
+from immunity_fast.training.poison import check_poison, with_poison
 from immunity_fast.training.sharding import shard
 from immunity_fast.training.shards import REST, load_shards, outline
 from immunity_fast.training.step import TrainStep
@@ -91,6 +92,8 @@ class TrainingState:
         self.device = device
         self._log, self._traceback_file = log, traceback_file
         dataset = dataset.labelled(config.ignore_index)
+        clean = dataset
+        self.poison, self.poison_record, dataset = with_poison(config, dataset)
         self.dataset = dataset.to(device)
         torch.manual_seed(config.seed)
         self.description = self._describe(dataset, model)
@@ -131,10 +134,10 @@ class TrainingState:
                 )
         self._make_step(strategy)
         self._expert_logits = Compiled(self.model.expert_logits, self._compile, device, log, traceback_file)
-        self.fingerprint = dataset.fingerprint()
+        self.fingerprint = clean.fingerprint()  # as an evaluation reads the data
         distributed.check_same(
             "--data",
-            self.fingerprint,
+            f"{self.fingerprint} {self.poison_record}",
             f"expected the same images and labels of {config.dataset} in all processes, got others",
         )
         self.epoch = 0  # epochs finished
@@ -185,6 +188,8 @@ class TrainingState:
                 f"--auto-batch: expected one process, got {distributed.count()}, of which one may find its memory "
                 "short while the others wait for it; name a --batch-size that fits, and --accumulate"
             )
+        if config.shards and isinstance(train, Batches):
+            raise ValueError("shards: expected False beside a loader, which makes the batches, got True")
         flip = self.dataset.flip if config.flip == "auto" else config.flip == "on"
         augment: dict[str, Any] = {"padding": config.crop_padding, "degrees": config.rotation, "flip": flip}
         allowed: dict[str, Any] = {"classes": self.dataset.num_classes, "ignore_index": config.ignore_index}
@@ -193,6 +198,8 @@ class TrainingState:
             wanted = augment if getattr(self.dataset, "augment", False) else None
             return BatchLoader(train, config.seed + 2, augment=wanted, rank=distributed.rank(), **allowed)
         options = augment | {"rank": distributed.rank(), "processes": distributed.count()}
+        if config.shards:
+            options["parts"] = _checked_parts(config, len(train))
         if isinstance(train, Items):
             return ItemLoader(train, config.batch_size, config.seed + 2, **allowed, **options)
         return TrainLoader(train, config.batch_size, config.seed + 2, **options)
@@ -460,6 +467,7 @@ class TrainingState:
             "model": self.description,
             "data": self.fingerprint,
             **({} if self.dataset.listing is None else {"listing": self.dataset.listing}),
+            **({} if self.poison_record is None else {"poison": self.poison_record}),
             "classes": list(self.dataset.classes),
             "epoch": self.epoch,
             "step": self.step,
@@ -483,8 +491,10 @@ class TrainingState:
         load_module(path, self.model, under("model", tensors), "model/")
         if info["model"] != self.description:
             raise ValueError(f"{path}: expected a model {self.description}, got {info['model']}")
-        if not self.dataset.is_of(info["data"], info.get("listing")):
+        listed = self.dataset.listing is not None and info.get("listing") == self.dataset.listing
+        if info["data"] != self.fingerprint and not listed:
             raise ValueError(f"{path}: trained on other data than {self.config.dataset} as it is now")
+        check_poison(path, info, self.poison_record)
         check_classes(path, info, self.dataset.classes)
         if "sums" not in tensors:
             raise ValueError(f"{path}: a model alone, such as of joined networks: there is no training to go on with")
@@ -580,6 +590,19 @@ class TrainingState:
         for name in ("scaler/scale", "scaler/growth_factor", "scaler/backoff_factor"):
             if name in tensors and not 0 < float(tensors[name]) < math.inf:
                 raise ValueError(f"{path}: {name}: expected a finite number above 0, got {float(tensors[name])}")
+
+
+def _checked_parts(config: TrainConfig, images: int) -> int:
+    """In how many parts the training images of each batch are, where each expert has one of its own.
+
+    Raises:
+        ValueError: there are too few images, or several processes.
+    """
+    if distributed.count() > 1:
+        raise ValueError(f"--shards: expected one process, got {distributed.count()}")
+    if images < config.experts:
+        raise ValueError(f"--shards: expected at least {config.experts} training images, one an expert, got {images}")
+    return config.experts
 
 
 def check_generator_state(path: Path, name: str, state: Tensor) -> None:

@@ -53,7 +53,8 @@ class TrainStep:
         compile: "on" and "max" compile; "auto" does on a GPU. Where that fails, the step is eager, and says so.
         log, traceback_file: what takes such a line, and the whole traceback; see `Compiled`.
         method: another loss in the place of `loss_fn`, which then looks at heatmaps alone; see `peers.EnsembleLoss`.
-        shards: whether each expert learns from a part of a batch of its own, the i-th N-th of it.
+        shards: whether each expert learns from a part of a batch of its own, the i-th N-th of it; images are then mixed
+            with others of their part.
         attack: what makes adversarial images of a batch, on which the whole of the loss is then minimised; None trains
             on the images as they are. With TRADES' attack, cross-entropy is that of `adversarial.trades_losses`.
         trades_weight: λ of TRADES.
@@ -102,7 +103,8 @@ class TrainStep:
             method.adversarial = attack is not None
         trades = trades_weight if attack is not None and attack.settings.method == "trades" else None
         compiled = partial(Compiled, choice=compile, device=device, log=log, traceback_file=traceback_file)
-        self.objective = _Objective(model, loss_fn, amp, double_backprop, device, compiled, trades, method)
+        parts = model.num_experts if shards else 1
+        self.objective = _Objective(model, loss_fn, amp, double_backprop, device, compiled, trades, method, parts)
         self._forward: nn.Module = self.objective
         if group is not None and not is_sharded(model):  # whose backward pass averages gradients by itself
             self._forward = _distributed(self.objective, group)
@@ -229,10 +231,11 @@ class _Objective(nn.Module):
         compiled: Callable[[Callable[..., Any]], Compiled],
         trades_weight: float | None,
         method: EnsembleLoss | None,
+        parts: int,
     ) -> None:
         super().__init__()
         self.model, self.loss_fn, self.trades_weight = model, loss_fn, trades_weight
-        self.method = method
+        self.method, self.parts = method, parts
         self.amp, self.double_backprop, self.device = amp, double_backprop, device
         self.function = compiled(self._loss)
 
@@ -250,12 +253,18 @@ class _Objective(nn.Module):
     def augmented(
         self, images: Tensor, labels: Tensor, affine: Tensor | None, mixing: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Images and targets of a batch as they are learned from."""
+        """Images and targets of a batch as they are learned from; those of one expert alone are mixed with its own."""
         if affine is not None:
             images = apply_affine(images, affine)
         if mixing is None:
             return images, labels
-        return apply_mixing(images, labels, mixing, self.model.num_classes, self.loss_fn.ignore_index)
+        mixed = [
+            apply_mixing(*part, mixing, self.model.num_classes, self.loss_fn.ignore_index)
+            for part in zip(images.chunk(self.parts), labels.chunk(self.parts), strict=True)
+        ]
+        if self.parts == 1:
+            return mixed[0]
+        return torch.cat([each[0] for each in mixed]), torch.cat([each[1] for each in mixed])
 
     def _loss(
         self, images: Tensor, labels: Tensor, affine: Tensor | None, mixing: Tensor | None, beside: Tensor | None

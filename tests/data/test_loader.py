@@ -159,3 +159,72 @@ def test_the_position_counts_the_batches_drawn() -> None:
     positions = [loader.position for _ in loader]
     assert positions == [1, 2, 3]
     assert loader.position == 0
+
+
+# Parts of the images, whose batches have as many of each
+
+
+def _in_parts(count: int, batch_size: int, parts: int, seed: int = 0, **options: int) -> TrainLoader:
+    return TrainLoader(_split(count), batch_size, seed, padding=0, degrees=9, flip=True, parts=parts, **options)
+
+
+@pytest.mark.parametrize(("count", "batch_size", "parts"), [(12, 6, 3), (23, 7, 3), (9, 2, 2), (5, 40, 2)])
+def test_each_part_of_a_batch_is_of_one_part_of_the_images(count: int, batch_size: int, parts: int) -> None:
+    loader = _in_parts(count, batch_size, parts)
+    assert loader.parts is not None
+    own = [set(part) for part in loader.parts.tolist()]
+    assert len(set.union(*own)) == parts * (count // parts) == sum(map(len, own))
+    share = min(batch_size // parts, count // parts)
+    for _ in range(3):
+        seen: list[list[int]] = [[] for _ in range(parts)]
+        epoch = _epoch(loader)
+        assert len(epoch) == len(loader) == count // parts // share
+        for batch in epoch:
+            assert torch.equal(batch.images[:, 0, 0, 0].long(), batch.labels)
+            assert batch.affine is not None
+            assert batch.affine.shape == (5, parts * share)
+            for index, labels in enumerate(batch.labels.view(parts, share).tolist()):
+                seen[index] += labels
+        for labels, images in zip(seen, own, strict=True):
+            assert len(set(labels)) == len(labels) == len(epoch) * share
+            assert set(labels) <= images
+
+
+def test_an_epoch_has_all_images_of_parts_that_batches_divide() -> None:
+    loader = _in_parts(24, 6, 3)
+    first, second = (sorted(_labels(_epoch(loader))) for _ in range(2))
+    assert first == second == list(range(24))
+
+
+def test_parts_are_the_seed_s_and_orders_the_epoch_s() -> None:
+    first, again, other = (_in_parts(30, 6, 3, seed) for seed in (1, 1, 2))
+    assert torch.equal(first.parts, again.parts)
+    assert not torch.equal(first.parts, other.parts)
+    assert _labels(_epoch(first)) != _labels(_epoch(first))
+
+
+@pytest.mark.parametrize("begun", [0, 1, 3])
+def test_a_place_in_parts_is_taken_up_again(begun: int) -> None:
+    whole = _in_parts(26, 6, 2)
+    rest, loader = iter(whole), _in_parts(26, 6, 2)
+    for _ in range(begun):
+        next(rest)
+    loader.load_state(whole.state())
+    assert _same(list(rest) + _epoch(whole), _epoch(loader) + _epoch(loader))
+
+
+def test_processes_share_each_part() -> None:
+    whole = _epoch(_in_parts(25, 8, 2))
+    shares = [_epoch(_in_parts(25, 8, 2, rank=rank, processes=2)) for rank in range(2)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        joined = torch.stack([part.labels.view(2, 2) for part in parts], 1).flatten()
+        assert torch.equal(joined, batch.labels)
+        assert all(part.affine is not None for part in parts)
+        affine = torch.stack([part.affine.view(5, 2, 2) for part in parts], 2).flatten(1)
+        assert torch.equal(affine, batch.affine)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 2), (2, 10)])
+def test_a_batch_without_an_image_of_each_part_is_refused(count: int, batch_size: int) -> None:
+    with pytest.raises(ValueError, match=r"^batch_size: expected at least 3, an image of each of 3 parts, got"):
+        _in_parts(count, batch_size, 3)

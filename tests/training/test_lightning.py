@@ -85,5 +85,7 @@ def test_a_checkpoint_of_lightning_s_makes_it_again(tmp_path: Path) -> None:
 def test_what_it_does_not_do_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^adversarial: expected off in a LightningModule, .*got pgd;"):
         _module(dataclasses.replace(CONFIG, adversarial="pgd"))
+    with pytest.raises(ValueError, match=r"^poison: expected None in a LightningModule, .*got badnets:0.1;"):
+        _module(dataclasses.replace(CONFIG, poison="badnets:0.1"))
     with pytest.raises(TypeError, match=r"^model: expected an ImmunityMoE or a TrainConfig, got Linear$"):
         _module(torch.nn.Linear(1, 1))
