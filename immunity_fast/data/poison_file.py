@@ -56,7 +56,7 @@ def write(path: Path, poisons: Poisons) -> None:
         ValueError: they are no such poisons; by name.
         OSError: the file cannot be written.
     """
-    arrays = {
+    arrays: dict[str, Any] = {
         name: value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         for name, value in poisons._asdict().items()
         if value is not None
