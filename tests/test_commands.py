@@ -12,7 +12,7 @@ MOST_LINES = 60
 
 
 # `info` is not here: it needs torch alone, and is all that there is of what it does.
-@pytest.mark.parametrize("command", ["train", "evaluate", "explain", "export_model", "ensemble", "reproduce"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "explain", "export_model", "ensemble", "reproduce", "poison"])
 def test_a_command_holds_arguments_and_a_call(command: str) -> None:
     file = REPOSITORY / "immunity_fast" / f"{command}.py"
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))

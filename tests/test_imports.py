@@ -11,7 +11,7 @@ import pytest
 from tests.places import REPOSITORY
 
 PACKAGE = REPOSITORY / "immunity_fast"
-COMMANDS = ("train", "evaluate", "explain", "export_model", "ensemble", "reproduce", "info")
+COMMANDS = ("train", "evaluate", "explain", "export_model", "ensemble", "reproduce", "poison", "info")
 
 # From the ground up: a room imports what is on the floors below its own, and itself.
 FLOORS = (
@@ -25,6 +25,7 @@ FLOORS = (
     ("evaluation",),
     ("training",),
     ("reproduction", "deployment"),
+    ("poisoning",),
     ("__init__",),
     COMMANDS,
     ("__main__",),

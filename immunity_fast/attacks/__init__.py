@@ -2,7 +2,8 @@
 
 `gradient` has those that follow gradients, as functions, `descent` what is behind them; `autoattack` AutoAttack, and
 `apgd`, `fab` and `square` its parts; `arc` and `mora` attack mixtures through their `members`; `saving` keeps what they
-made. Nothing here knows a model of this package: what `mixtures` asks for is what a mixture can do.
+made; `witches_brew` poisons training images. Nothing here knows a model of this package: what `mixtures` asks for is
+what a mixture can do.
 """
 
 from immunity_fast.attacks.apgd import apgd
@@ -19,6 +20,7 @@ from immunity_fast.attacks.preprocessing import Preprocessing
 from immunity_fast.attacks.projections import Bounds, Norm
 from immunity_fast.attacks.saving import AdversarialImages, load_adversarial, save_adversarial
 from immunity_fast.attacks.square import square
+from immunity_fast.attacks.witches_brew import gradient_matching, witches_brew
 
 __all__ = [
     "ALPHA",
@@ -43,6 +45,7 @@ __all__ = [
     "every_member",
     "expected_loss",
     "fgsm",
+    "gradient_matching",
     "load_adversarial",
     "mim",
     "mora",
@@ -50,4 +53,5 @@ __all__ = [
     "radius_of",
     "save_adversarial",
     "square",
+    "witches_brew",
 ]

@@ -24,6 +24,7 @@ COMMANDS = {
     "export": Command("export_model", "write a run's model as ONNX, torch.export or TorchScript"),
     "ensemble": Command("ensemble", "join networks that were trained alone"),
     "reproduce": Command("reproduce", "make the paper's tables and figure again"),
+    "poison": Command("poison", "make poisons of training images, and test how often they work"),
     "info": Command("info", "versions, devices, and what auto means on this machine"),
 }
 

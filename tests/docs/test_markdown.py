@@ -110,7 +110,7 @@ def test_contributing_says_where_each_module_is() -> None:
 
 # What has no section of its own: public names, which are documented where people import them from; and commands, which
 # have --help.
-COMMANDS = {"__main__", "train", "evaluate", "explain", "export_model", "ensemble", "reproduce", "info"}
+COMMANDS = {"__main__", "train", "evaluate", "explain", "export_model", "ensemble", "reproduce", "poison", "info"}
 ELSEWHERE = {
     "losses",
     "models.capture",

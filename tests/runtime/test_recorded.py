@@ -22,6 +22,7 @@ LINES = {
     "export": ["run", "run path --format pt", "run path more", "run path --dtype float16"],
     "ensemble": ["a b", "--out c", "a b --out c"],
     "reproduce": ["", "table4", "all --scale huge", "all --seeds x", "all --no-shard --shard"],
+    "poison": ["", "craft", "brew run --out x", "craft run --out x --steps x", "craft run --out x", "setups --out x"],
     "info": ["--jsn x", "x", "--json --archs", "--archs resnet"],
 }
 
