@@ -164,6 +164,26 @@ def test_making_images_leaves_no_trace(whole: bool) -> None:
     assert state() == before
 
 
+def test_a_batchnorm_that_is_frozen_stays_so() -> None:
+    networks, (images, _), (others, _) = _networks(2), _batch(), _batch(seed=2)
+    networks[0].one.eval()
+    found = distilled(networks, images, others, 3, eps=EPS, step=STEP, steps=STEPS)
+    twin = copy.deepcopy(networks[0])
+    torch.testing.assert_close(found[0], _naive(lambda x: twin.place(x, 3), images, others), rtol=0, atol=1e-9)
+    twin.train()
+    assert not torch.equal(found[0], _naive(lambda x: twin.place(x, 3), images, others))
+
+
+def test_an_epoch_counts_layers_anew() -> None:
+    networks: list[Any] = [nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten()) for _ in range(2)]
+    images, _ = _batch()
+    assert count_places(networks, images.float()) == [2, 2]
+    for network in networks:
+        network.append(nn.GELU())
+    DVERGELoss().begin_epoch(networks, 1, 2, seed=0)
+    assert count_places(networks, images.float()) == [3, 3]
+
+
 def test_each_image_is_anothers_target(monkeypatch: pytest.MonkeyPatch) -> None:
     networks, (images, labels), seen = _networks(2), _batch(6), []
     real = dverge._descend
