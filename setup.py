@@ -91,6 +91,7 @@ setup(
         "immunity_fast.experts",
         "immunity_fast.kernels",
         "immunity_fast.models",
+        "immunity_fast.peers",
         "immunity_fast.reporting",
         "immunity_fast.reproduction",
         "immunity_fast.runtime",

@@ -29,7 +29,7 @@ class Records(list[dict[str, Any]]):
         """What a person looks at, a row an epoch; what no epoch has is left out, as is what one network has not."""
         names = [name for name in COLUMNS if any(record.get(name) is not None for record in self)]
         if not any(record.get("mutual_information_loss") for record in self):
-            names.remove("mutual_information")
+            names = [name for name in names if name != "mutual_information"]
         rows = [[_cell(name, record.get(name)) for name in names] for record in self]
         return Table("", [COLUMNS[name][0] for name in names], rows, NOTE if rows else "")
 

@@ -35,6 +35,10 @@ def test_experts_have_their_mutual_information() -> None:
     assert Records([record]).table().rows == [["1", "0.46", "0.0"]]
 
 
+def test_other_ensembles_have_none() -> None:
+    assert Records([{"epoch": 1, "loss": 2.5, "diversity": 0.3}]).table().columns == ["epoch", "loss"]
+
+
 def test_a_notebook_shows_the_table_and_a_terminal_its_text() -> None:
     assert Records(EPOCHS)._repr_html_() == Records(EPOCHS).table().to_html()
     assert Records()._repr_html_() == "no epochs yet"
