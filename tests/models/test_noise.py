@@ -194,7 +194,7 @@ def test_what_is_the_same_every_time_refuses_it(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_networks_of_the_user_s_get_noise_once_they_are_looked_at() -> None:
+def test_networks_of_the_user_s_get_noise_once_looked_at() -> None:
     network = experts.create("resnet8x0.25", 4)
     model = SingleNetwork.from_experts([network], image_size=16, noise=NOISE).eval()
     assert model.noise == NOISE
