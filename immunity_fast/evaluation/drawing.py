@@ -27,10 +27,11 @@ def drawn(attack: str, attacker: str | None, columns: Sequence[Pieces], exact: b
         exact: whether all that may be drawn was tried where it does not agree.
 
     Returns:
-        {attack, attacker, images, accuracy: the exact expectation over all that a gate may draw, where a mixture
-        has one, else the mean of the draws; interval (Wilson, 95 %); exact; draws: the accuracy in each of ten; mean, spread
-        (their standard deviation); withstood: {…} right in all ten, of each attack}. Of several attacks an image has the draws
-        of the one that leaves it the lowest expectation: the luckiest draw of many would be no expectation.
+        {attack, attacker, images, accuracy: the exact expectation over all that a gate may draw, where a mixture has
+        one, else the mean of the draws; interval (Wilson, 95 %); exact; draws: the accuracy in each of ten; mean,
+        spread (their standard deviation); withstood: {…} right in all ten, of each attack}. Of several attacks an
+        image has the draws of the one that leaves it the lowest expectation: the luckiest draw of many would be no
+        expectation.
     """
     looked = [(tries(pieces), shares(pieces)) for pieces in columns]
     if not looked or any(not each for each, _ in looked):
