@@ -57,7 +57,9 @@ def test_a_selection_is_judged_by_its_members() -> None:
         assert verdict.right[f"expert {i + 1}"].equal(right[i])
     assert verdict.shares is not None
     torch.testing.assert_close(verdict.shares, 0.6 * right[0] + 0.4 * right[2].double(), atol=1e-7, rtol=0)
-    torch.testing.assert_close(verdict.loss.double(), F.nll_loss(mean.log(), LABELS, reduction="none"))
+    torch.testing.assert_close(
+        verdict.loss.double(), F.nll_loss(mean.log(), LABELS, reduction="none"), atol=1e-5, rtol=1e-4
+    )
     assert verdict.tries is not None
     sure = (verdict.shares == 0) | (verdict.shares == 1)
     assert (verdict.tries[:, sure] == verdict.shares[sure].bool()).all()
