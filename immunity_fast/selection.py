@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from immunity_fast.functional import log_mixture
-from immunity_fast.runtime.precision import accumulation_dtype
+from immunity_fast.runtime.precision import accumulation_dtype, at_least_float32
 
 
 def fixed_weights(gate: Any, like: Tensor) -> Tensor | None:
@@ -38,6 +38,19 @@ def mean_mixture(gate: Any, logits: Tensor) -> Tensor:
         logits: (N, B, K) of the experts.
     """
     return log_mixture(logits, fixed_weights(gate, logits))
+
+
+def mean_logits(gate: Any, logits: Tensor) -> Tensor:
+    """The experts' logits, averaged as `mean_mixture` averages their probabilities: (B, K), float32 at least.
+
+    Args:
+        gate, logits: as of `mean_mixture`.
+    """
+    weights = fixed_weights(gate, logits)
+    if weights is None:
+        return at_least_float32(logits).mean(0)
+    shares = weights[:, None, None]
+    return torch.where(shares > 0, shares * at_least_float32(logits), 0).sum(0)
 
 
 def selects(gate: Any) -> bool:
@@ -80,3 +93,36 @@ def always_fooled_by_one(logits: Tensor, weights: Tensor, labels: Tensor, target
     wanted = labels if targets is None else targets
     said = wanted[:, None] == logits.argmax(-1).T
     return ((said if targets is not None else ~said) | (weights == 0)).all(-1)
+
+
+def worst_selected(logits: Tensor, weights: Tensor, labels: Tensor) -> Tensor:
+    """Of each image the expert, of those that may be drawn, that is worst: whose margin of a wrong class is largest.
+
+    Args:
+        logits, weights, labels: as of `shares_selected`.
+
+    Returns:
+        (B, N), 1 of that expert and 0 of the others.
+    """
+    margins = _margins(logits.detach(), labels).masked_fill(weights == 0, -torch.inf)
+    return torch.nn.functional.one_hot(margins.argmax(-1), len(logits)).to(weights.dtype)
+
+
+def nobody_right_alone(logits: Tensor, weights: Tensor, labels: Tensor, slack: float = 0.0) -> Tensor:
+    """(B,) bool: images that neither any expert alone gets right nor all together, mixed by fixed weights.
+
+    Args:
+        logits, labels: as of `shares_selected`.
+        weights: (B, N).
+        slack: by how much the probability of another class has to be larger than the label's, each time.
+    """
+    mixed = log_mixture(logits, weights)[None]
+    return (_margins(logits, labels) > slack).all(-1) & (_margins(mixed, labels)[:, 0] > slack)
+
+
+def _margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, N): by how much the likeliest wrong class' probability is larger than the label's."""
+    probabilities = logits.softmax(-1, dtype=accumulation_dtype(logits))
+    own = labels.expand(len(logits), -1)[..., None]
+    others = probabilities.scatter(-1, own, -torch.inf).amax(-1)
+    return (others - probabilities.gather(-1, own)[..., 0]).T

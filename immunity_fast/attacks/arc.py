@@ -54,6 +54,7 @@ from immunity_fast.permutations import orders_tried, random_orders, share_is_exa
 from immunity_fast.runtime.checks import check_weight, check_whole
 from immunity_fast.runtime.outputs import kind_of
 from immunity_fast.runtime.precision import accumulation_dtype, at_least_float32
+from immunity_fast.selection import is_random, selects
 
 BEYOND = 0.05  # by how much of the ball's radius a step goes beyond a boundary: ρ
 LOCAL: dict[Norm, float] = {"Linf": 1.0, "L2": 0.25}  # part of the ball's radius that one walk over the members covers
@@ -238,6 +239,12 @@ class Arc:
             Adversarial images (B, C, H, W).
         """
         members, permuted = _members_of(model, weights, preprocessing)
+        mixture = mixture_in(model)
+        if mixture is not None and not is_random(mixture.gate):
+            raise ValueError(
+                "model: expected members one of which answers, got a mixture whose gate has fixed weights, by which "
+                "all answer together: `mora` and `pgd` attack it"
+            )
         with all_attacked(model):
             return self.attack_members(
                 members, images, labels, generator, permuted=permuted, eps=eps, local_eps=local_eps
@@ -529,7 +536,8 @@ def arc(
         model: a list, a tuple or an `nn.ModuleList` of networks, images (B, C, H, W) to logits or log-probabilities
             (B, K), one of which answers each time; or a mixture whose gate draws a permutation, such as `ImmunityMoE`,
             also behind `deterministic()`. Of one whose gate does not switch the permutations are attacked all the
-            same, which is not what answers then. Modules are in evaluation mode for as long as the attack takes.
+            same, which is not what answers then. Of one whose gate draws an expert, a `SelectionGate`, the experts are
+            the members. Modules are in evaluation mode for as long as the attack takes.
         images: (B, C, H, W) floating-point, within the bounds.
         labels: (B,) integers in 0..K−1.
         weights: N numbers ≥ 0, how often each network of a list answers; they are divided by their sum. None is 1/N
@@ -559,10 +567,10 @@ def arc(
         several radii a list.
 
     Raises:
-        ValueError: a model that is neither; images out of bounds or not 4-D; labels of another shape, not integers or
-            out of range; weights of another number, negative or all zero; a setting out of its range; outputs without a
-            gradient, of one class, or of other shapes; as `NotFiniteError`, an output or gradient that is NaN or
-            infinite.
+        ValueError: a model that is neither, or averages with fixed weights; images out of bounds or not 4-D; labels of
+            another shape, not integers or out of range; weights of another number, negative or all zero; a setting out
+            of its range; outputs without a gradient, of one class, or of other shapes; as `NotFiniteError`, an output
+            or gradient that is NaN or infinite.
         TypeError: images or labels that are no tensors, a number of things that is not whole.
 
     Warns:
@@ -594,10 +602,9 @@ def _members_of(model: Any, weights: Any, preprocessing: Preprocessing | None) -
             "asked alone"
         )
     if weights is not None:
-        raise ValueError(
-            "weights: expected None of a mixture, whose permutations are all as likely, got some; they are of a list"
-        )
-    return MixtureMembers(mixture, preprocessing=preprocessing), True
+        raise ValueError("weights: expected None of a mixture, whose gate has its own, got some; they are of a list")
+    permuted = is_random(mixture.gate) and not selects(mixture.gate)
+    return MixtureMembers(mixture, preprocessing=preprocessing), permuted
 
 
 class EveryMember(nn.Module):
@@ -613,10 +620,20 @@ class EveryMember(nn.Module):
         """Expected log-probabilities (B, K) of images (B, C, H, W)."""
         logits, weights = self.members.logits(images), self.members.weights(images)
         if not self.permuted:
-            shares = weights.T[..., None]
-            # A member that never answers may have a probability of 0.
-            return torch.where(shares > 0, shares * at_least_float32(logits).log_softmax(-1), 0).sum(0)
+            return expected_outputs(logits, weights)
         return every_permutation(logits, weights).mean(0)
+
+
+def expected_outputs(logits: Tensor, weights: Tensor) -> Tensor:
+    """Expected log-probabilities (B, K) of members one of which answers: Σ a_i log p_i.
+
+    Args:
+        logits: (N, B, K) of the members.
+        weights: (B, N) a_i, each row summing to 1.
+    """
+    shares = weights.T[..., None]
+    # A member that never answers may have a probability of 0.
+    return torch.where(shares > 0, shares * at_least_float32(logits).log_softmax(-1), 0).sum(0)
 
 
 def every_permutation(logits: Tensor, weights: Tensor) -> Tensor:
@@ -647,7 +664,7 @@ def every_member(model: Any, weights: Sequence[float] | Tensor | None = None) ->
 
     Args:
         model: as for `arc`: a list of networks; or a mixture, of which the permutations are averaged, all of up to 5
-            experts, and 120 of more, the same each time.
+            experts, and 120 of more, the same each time. Of a gate whose weights are fixed these are the a_i.
         weights: of the networks, as for `arc`.
 
     Returns:

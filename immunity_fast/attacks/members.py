@@ -20,7 +20,7 @@ from immunity_fast.attacks.preprocessing import Preprocessing, preprocessed
 from immunity_fast.runtime.outputs import check_logits
 from immunity_fast.runtime.precision import accumulation_dtype
 
-Weighing = Literal["mean", "off"]  # 1/N each, or the gate's weights as they were trained
+Weighing = Literal["mean", "off"]  # what is drawn on average, 1/N each of permutations, or the trained weights
 
 
 class EnsembleMembers(Protocol):
@@ -96,7 +96,8 @@ class MixtureMembers(EnsembleMembers):
 
     Args:
         mixture: in evaluation mode. Its switch does not matter.
-        weighing: "off", the gate's weights as they were trained; "mean", 1/N each.
+        weighing: "off", the gate's weights as they were trained; "mean", 1/N each, the mean of their permutations. Of a
+            gate whose weights are fixed both are these.
         expert_logits: what computes the mixture's, if compiled code is to; None is its own.
         preprocessing: of images on their way to the mixture.
     """

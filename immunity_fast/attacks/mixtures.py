@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from immunity_fast.functional import log_mixture
 from immunity_fast.permutations import always_fooled
+from immunity_fast.selection import always_fooled_by_one, is_random, mean_mixture, selects
 
 Model = Callable[[Tensor], Tensor]
 LabelledModel = Callable[[Tensor, Tensor], Tensor]
@@ -53,13 +54,17 @@ class Observed(Protocol):
 
 
 class RandomGate(Protocol):
-    """A module that weighs experts; in evaluation mode it draws a permutation while `switch` is "call" or "sample"."""
+    """A module that weighs experts; in evaluation mode it draws a permutation while `switch` is "call" or "sample".
+
+    One whose attribute `selects` is true draws one expert, and one whose `is_random` is false nothing; the weights of
+    both are fixed, as a function `fixed_weights` of a dtype to (N,).
+    """
 
     training: bool
     switch: Any
 
     def switched(self, switch: Any) -> AbstractContextManager[None]:
-        """Another `switch` for the length of a `with` block: "off" for the trained weights, "mean" for 1/N each."""
+        """Another `switch` for the length of a `with` block: "off" for the trained weights, "mean" for the mean."""
 
 
 class Mixture(Protocol):
@@ -106,7 +111,7 @@ def drawn(model: Mixture, draws: int) -> Model:
 
 
 class ExactJudge:
-    """The judge of a mixture whose gate switches: its exact mean, and who is fooled under every permutation.
+    """The judge of a mixture whose gate draws: its exact mean, and who is fooled whatever is drawn.
 
     Args:
         model: in evaluation mode. Its switch does not matter.
@@ -121,10 +126,14 @@ class ExactJudge:
         answers = Answers(self.expert_logits(images), trained_gate(self.model, images))
         return self.of_answers(answers, labels, targets)
 
-    @staticmethod
-    def of_answers(answers: Answers, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+    def of_answers(self, answers: Answers, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
         """What it says of images of which the mixture's answers are known already."""
-        return log_mixture(answers.logits), always_fooled(*answers, labels, targets)
+        gate = self.model.gate
+        mean = mean_mixture(gate, answers.logits)
+        if not is_random(gate):  # the mean is what answers
+            return mean, torch.ones_like(labels, dtype=torch.bool)
+        always = always_fooled_by_one if selects(gate) else always_fooled
+        return mean, always(*answers, labels, targets)
 
 
 def judge_of(model: LabelledModel, images: Tensor, labels: Tensor) -> Judge | Literal["outputs"]:
@@ -185,7 +194,7 @@ def asked_modules(gate: Callable[[RandomGate], Any] | None = None) -> Iterator[A
             return
         # Inside compiled code nobody is heard: a compiled module's gates may all be asked.
         for asking in module.modules() if hasattr(module, "_orig_mod") else (module,):
-            if is_gate(asking) and not asking.training and asking.switch in ("call", "sample"):
+            if is_gate(asking) and is_random(asking) and not asking.training and asking.switch in ("call", "sample"):
                 asked.random_gates.append(asking)
                 if gate is not None:
                     gate(asking)
@@ -213,6 +222,9 @@ def exact_means() -> Iterator[Asked]:
 
 
 def trained_gate(model: Mixture, images: Tensor) -> Tensor:
-    """A mixture's gate weights (B, N) for images (B, C, H, W), as they were trained: its gate `off`."""
+    """A mixture's gate weights (B, N) for images (B, C, H, W), as they were trained: its gate `off`.
+
+    Of a gate that draws one expert they are the probabilities.
+    """
     with model.gate.switched("off"):
         return model.gate_weights(images)

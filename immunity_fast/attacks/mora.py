@@ -133,7 +133,8 @@ def mora(
         labels: (B,) integers in 0..K−1.
         weights: N numbers of at least 0, which are divided by their sum; None is 1/N each. Of networks only.
         weighing: of a mixture only: "mean", 1/N each, which is the exact mean over all permutations of its gate; "off",
-            the gate as it was trained. None is "off" where the mixture's switch is, else "mean".
+            the gate as it was trained. None is "off" where the mixture's switch is, else "mean". Of a gate whose
+            weights are fixed all are these.
         average: what is averaged: "softmax", probabilities; "logits"; or "vote", the members' classes. A vote is
             attacked through softmax of steep logits; whether it is fooled the votes themselves say, by weight, and of
             classes that have as many the lowest wins.

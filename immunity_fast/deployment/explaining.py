@@ -12,11 +12,11 @@ from torch import Tensor
 
 from immunity_fast.deployment.loading import WhichCheckpoint, load_trained
 from immunity_fast.deployment.pictures import find_pictures, read_picture
-from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.reporting.heatmaps import heatmap_figure
 from immunity_fast.runtime import cli
 from immunity_fast.runtime.files import abbreviated, write_atomically
+from immunity_fast.selection import mean_mixture
 
 FOLDER = Path("explained")
 
@@ -97,9 +97,9 @@ def explained(model: ImmunityMoE, image: Tensor, asked: int | None = None) -> tu
     names = class_names(model)
     with torch.no_grad():
         logits = model.expert_logits(image[None])
-        # In float64, and by the mean of the gate's permutations.
+        # In float64, and by the mean of what the gate draws.
         probabilities = logits.double().softmax(-1)[:, 0].cpu()
-        mixture = log_mixture(logits.double()).exp()[0].cpu()
+        mixture = mean_mixture(model.gate, logits.double()).exp()[0].cpu()
     target = int(mixture.argmax()) if asked is None else asked
     heatmaps = model.heatmaps(image[None], target, normalize=True)[:, 0].cpu()
     answers = [_answer(each, names, target) for each in (*probabilities, mixture)]

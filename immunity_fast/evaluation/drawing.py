@@ -12,7 +12,7 @@ from typing import Any
 from immunity_fast.evaluation.metrics import wilson_interval
 from immunity_fast.evaluation.runner import shares, tries
 from immunity_fast.evaluation.targets import TRIES
-from immunity_fast.evaluation.words import NAMES, knows, percent, share
+from immunity_fast.evaluation.words import DRAWN, NAMES, gate_in, knows, percent, share
 from immunity_fast.reporting.html import Table
 
 Pieces = Sequence[dict[str, Any]]
@@ -24,13 +24,14 @@ def drawn(attack: str, attacker: str | None, columns: Sequence[Pieces], exact: b
     Args:
         attack, attacker: its names.
         columns: the pieces of each attack.
-        exact: whether all permutations were tried where they do not agree.
+        exact: whether all that may be drawn was tried where it does not agree.
 
     Returns:
-        {attack, attacker, images, accuracy: the exact expectation over all permutations, where a mixture has one, else
-        the mean of the draws; interval (Wilson, 95 %); exact; draws: the accuracy in each of ten; mean, spread (their
-        standard deviation); withstood: {…} right in all ten, of each attack}. Of several attacks an image has the draws
-        of the one that leaves it the lowest expectation: the luckiest draw of many would be no expectation.
+        {attack, attacker, images, accuracy: the exact expectation over all that a gate may draw, where a mixture has
+        one, else the mean of the draws; interval (Wilson, 95 %); exact; draws: the accuracy in each of ten; mean,
+        spread (their standard deviation); withstood: {…} right in all ten, of each attack}. Of several attacks an
+        image has the draws of the one that leaves it the lowest expectation: the luckiest draw of many would be no
+        expectation.
     """
     looked = [(tries(pieces), shares(pieces)) for pieces in columns]
     if not looked or any(not each for each, _ in looked):
@@ -60,7 +61,7 @@ def drawn(attack: str, attacker: str | None, columns: Sequence[Pieces], exact: b
 
 def drawn_table(found: Mapping[str, Any]) -> Iterable[Table]:
     """The table of `drawn`; none where nothing is drawn."""
-    rows = []
+    rows, gate = [], gate_in(found)
     for entry in found.get("drawn", []):
         if (entry["attacker"] or "").startswith("expert "):
             continue  # the file has them
@@ -69,7 +70,7 @@ def drawn_table(found: Mapping[str, Any]) -> Iterable[Table]:
         rows.append(
             [
                 "worst case for each image" if worst else NAMES[entry["attack"]],
-                "all of the above" if worst else knows(entry["attack"], entry["attacker"]),
+                "all of the above" if worst else knows(entry["attack"], entry["attacker"], gate),
                 percent(entry),
                 f"{100 * entry['mean']:.1f} ± {100 * entry['spread']:.1f} ({100 * least:.1f} to {100 * most:.1f})",
                 percent(entry["withstood"]),
@@ -79,7 +80,7 @@ def drawn_table(found: Mapping[str, Any]) -> Iterable[Table]:
         return
     exact = all(entry["exact"] for entry in found["drawn"])
     expected = "exact expectation" if exact else "expectation"
-    says = "over all permutations"
+    says = f"over all {DRAWN[gate]}"
     if not exact:
         mixture = any(entry["judge"] == "sample" for entry in found["accuracy"])
         says = (

@@ -15,11 +15,20 @@ from torch import Tensor, nn
 
 from immunity_fast.attacks.mixtures import Answers, ExactJudge, LabelledModel, Model, Rows, trained_gate
 from immunity_fast.functional import log_mixture
+from immunity_fast.models.gate import selected
 from immunity_fast.models.layers import channels_last
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.permutations import permuted, random_orders, worst_margins, worst_weights
-from immunity_fast.runtime.precision import at_least_float32
 from immunity_fast.runtime.strategies import laid_out
+from immunity_fast.selection import (
+    all_right,
+    fixed_weights,
+    is_random,
+    mean_logits,
+    mean_mixture,
+    selects,
+    worst_selected,
+)
 
 Knowledge = Literal["off", "sample", "eot", "mean", "logits", "worst"]
 KNOWLEDGE: tuple[Knowledge, ...] = get_args(Knowledge)
@@ -38,6 +47,16 @@ DESCRIPTIONS: dict[str, str] = {
     "worst": f"{GATE_WORDS['worst']}: each image's worst permutation",
     "transfer": "another, independently trained ensemble",
     "output": "the model's own output",
+}
+
+# What is otherwise of gates that are not permuted, by `models.gate.kind_of_gate`.
+OTHER_DESCRIPTIONS: dict[str, dict[str, str]] = {
+    "selection": {
+        "sample": f"{GATE_WORDS['sample']}: one random expert an image and gradient",
+        "mean": f"{GATE_WORDS['mean']}: the exact expectation of the expert that is drawn",
+        "worst": f"{GATE_WORDS['worst']}: each image's worst expert",
+    },
+    "uniform": {"mean": f"{GATE_WORDS['mean']}: the average of the experts, which answers"},
 }
 
 
@@ -64,8 +83,11 @@ def attacker(
               transferred to what does (it broke an aggregation whose own gradients misled, arXiv 2411.14834);
             * "worst": by the permutation of all N! that is worst for the image, see `worst_weights`;
             * a number 0..N−1: not at all, this expert alone, whose images are then transferred to the mixture.
+            Of a gate that draws one expert, a `SelectionGate`, "sample" is a draw, "off" and "mean" are by its
+            probabilities, the exact expectation, and "worst" is the expert of those it may draw that is worst for the
+            image. Of a gate whose weights are fixed all are by these.
         draws: k of "eot".
-        generator: of the permutations; None is PyTorch's default generator.
+        generator: of what is drawn; None is PyTorch's default generator.
         expert_logits: what computes the model's, if compiled code is to; None is `model.expert_logits`.
 
     Returns:
@@ -127,7 +149,7 @@ class GateAttacker:
         self.model, self.knowledge, self.draws, self.generator = model, knowledge, draws, generator
         self.expert_logits = expert_logits
         # Who fools the mean alone is still answered rightly now and then.
-        exact = knowledge in ("sample", "eot", "mean")
+        exact = knowledge in ("sample", "eot", "mean") and is_random(model.gate)
         self.exact_judge = ExactJudge(model, expert_logits) if exact else None
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -150,19 +172,25 @@ class GateAttacker:
         return self._mixed(logits, gate, labels, rows), Answers(logits.detach(), gate.detach())
 
     def _mixed(self, logits: Tensor, gate: Tensor | None, labels: Tensor, rows: Rows | None) -> Tensor:
+        own = self.model.gate
         if self.knowledge == "logits":
-            return at_least_float32(logits).mean(0).log_softmax(-1)
+            return mean_logits(own, logits).log_softmax(-1)
         if gate is None or self.knowledge == "mean":
-            return log_mixture(logits)
-        if self.knowledge == "off":
+            return mean_mixture(own, logits)
+        if self.knowledge == "off" or not is_random(own):
             return log_mixture(logits, gate)
         if self.knowledge == "worst":
-            return log_mixture(logits, worst_weights(logits, gate, labels))
+            worst = worst_selected if selects(own) else worst_weights
+            return log_mixture(logits, worst(logits, gate, labels))
         if self.knowledge == "sample":
-            return log_mixture(logits, self._permuted(gate, rows))
-        return torch.stack([log_mixture(logits, self._permuted(gate, rows)) for _ in range(self.draws)])
+            return log_mixture(logits, self._drawn(gate, rows))
+        return torch.stack([log_mixture(logits, self._drawn(gate, rows)) for _ in range(self.draws)])
 
-    def _permuted(self, gate: Tensor, rows: Rows | None) -> Tensor:
+    def _drawn(self, gate: Tensor, rows: Rows | None) -> Tensor:
+        if (fixed := fixed_weights(self.model.gate, gate)) is not None:
+            if rows is None:
+                return selected(gate, self.generator)
+            return selected(fixed.expand(rows.whole, -1), self.generator)[rows.where]
         if rows is None:
             return permuted(gate, self.generator)
         return gate.gather(-1, random_orders(rows.whole, gate.shape[1], self.generator, gate.device)[rows.where])
@@ -212,4 +240,51 @@ def answered_rightly(
     mixtures = {"sample": permuted(gate, generator), "mean": None, "off": gate}
     right = {name: log_mixture(logits, weights).argmax(-1) == labels for name, weights in mixtures.items()}
     right["worst"] = worst_margins(logits, gate, labels).amax(-1) < 0
+    return right | {f"expert {i + 1}": own.argmax(-1) == labels for i, own in enumerate(logits)}
+
+
+def selected_rightly(
+    logits: Tensor, weights: Tensor, labels: Tensor, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """`answered_rightly` of a mixture that answers by one expert at random.
+
+    * "sample": an expert drawn for each image;
+    * "mean": the exact expectation of the draw;
+    * "worst": every expert that may be drawn;
+    * "expert 1" … "expert N": each alone.
+
+    Args:
+        logits: (N, B, K) of the experts.
+        weights: (B, N) probabilities.
+        labels: (B,) integers in 0..K−1.
+        generator: of the draws; None is PyTorch's default generator.
+
+    Returns:
+        (B,) bool each.
+    """
+    alone = {f"expert {i + 1}": own.argmax(-1) == labels for i, own in enumerate(logits)}
+    return {
+        "sample": drawn_rightly(logits, weights, labels, generator),
+        "mean": log_mixture(logits, weights).argmax(-1) == labels,
+        "worst": all_right(logits, weights, labels),
+    } | alone
+
+
+def drawn_rightly(logits: Tensor, weights: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """(B,) bool: images that an expert, drawn for each, gets right. Arguments as of `selected_rightly`."""
+    right = labels[:, None] == logits.argmax(-1).T
+    return (right & (selected(weights, generator) > 0)).any(-1)
+
+
+def averaged_rightly(logits: Tensor, weights: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """`answered_rightly` of a mixture with fixed weights, by which all answer together: "mean" and each expert alone.
+
+    Args:
+        logits, labels: as of `selected_rightly`.
+        weights: (B, N).
+
+    Returns:
+        (B,) bool each.
+    """
+    right = {"mean": log_mixture(logits, weights).argmax(-1) == labels}
     return right | {f"expert {i + 1}": own.argmax(-1) == labels for i, own in enumerate(logits)}

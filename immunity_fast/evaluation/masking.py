@@ -12,7 +12,7 @@ from typing import Any
 from immunity_fast.evaluation.gate_attackers import GATE_WORDS
 from immunity_fast.evaluation.plan import GRADIENT_ATTACKS, Row
 from immunity_fast.evaluation.runner import Evaluation, bits
-from immunity_fast.evaluation.words import NAMES, find, knows, radius_words
+from immunity_fast.evaluation.words import NAMES, find, gate_in, knows, radius_words
 from immunity_fast.reporting.html import Table
 
 SLACK = 0.01  # by so much a weaker attack may do better before it counts as a sign of masking
@@ -27,7 +27,7 @@ def masking(evaluation: Evaluation, found: Mapping[str, Any]) -> list[dict[str, 
         if radius["eps"] != evaluation.plan.radius:
             at = f", at ε = {radius_words(radius['eps'], evaluation.plan.norm)}"
         checks += [_check_black_boxes(evaluation, radius["eps"], at), *_check_autoattack(radius, at)]
-        checks.append(_check_arc(radius, at))
+        checks.append(_check_arc(radius, at, gate_in(found)))
     checks += _check_curves(found)
     return [check for check in checks if check is not None]
 
@@ -63,7 +63,7 @@ def _check_gradients(found: Mapping[str, Any]) -> dict[str, Any] | None:
     return _check(
         "every image has a gradient that an attack can follow",
         False,
-        f"{stuck(most)} under {NAMES[most['attack']]} ({knows(most['attack'], most['attacker'])})",
+        f"{stuck(most)} under {NAMES[most['attack']]} ({knows(most['attack'], most['attacker'], gate_in(found))})",
     )
 
 
@@ -161,7 +161,7 @@ def _own_accuracies(radius: Mapping[str, Any], attacker: str) -> dict[str, float
     }
 
 
-def _check_arc(radius: Mapping[str, Any], at: str) -> dict[str, Any] | None:
+def _check_arc(radius: Mapping[str, Any], at: str, gate: str) -> dict[str, Any] | None:
     """Whether PGD, of whatever knowledge, lowers a random gate's expected accuracy more than ARC."""
     expected = {(e["attack"], e["attacker"]): float(e["accuracy"]) for e in radius["drawn"]}
     arc = expected.get(("arc", "sample"))
@@ -170,10 +170,10 @@ def _check_arc(radius: Mapping[str, Any], at: str) -> dict[str, Any] | None:
         return None
     attack, attacker = min(others, key=lambda key: others[key])
     return _check(
-        f"ARC is at least as strong as PGD on the gate that switches{at}",
+        f"ARC is at least as strong as PGD on the gate that {'draws' if gate == 'selection' else 'switches'}{at}",
         arc <= others[attack, attacker] + SLACK,
         f"{100 * arc:.1f} % expected under ARC, {100 * others[attack, attacker]:.1f} % under {NAMES[attack]} "
-        f"({knows(attack, attacker)})",
+        f"({knows(attack, attacker, gate)})",
     )
 
 

@@ -13,18 +13,21 @@ from torch import Tensor
 from immunity_fast.attacks.mixtures import trained_gate
 from immunity_fast.data.datasets import AnySplit
 from immunity_fast.data.sampling import batches
-from immunity_fast.evaluation.gate_attackers import answered_rightly
+from immunity_fast.evaluation.gate_attackers import answered_rightly, averaged_rightly, selected_rightly
 from immunity_fast.functional import label_scores
 from immunity_fast.kernels import reference
 from immunity_fast.losses import FusedImmunityLoss
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime.precision import at_least_float32
+from immunity_fast.selection import is_random, selects
 
 
 def correct(
     model: ImmunityMoE, images: Tensor, labels: Tensor, expert_logits: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, int]:
-    """How many of the images the model gets right, by the gate's sample and by its exact mean.
+    """How many of the images the model gets right, by the gate's sample and by its exact mean; see `answered_rightly`.
+
+    Of a gate that draws nothing both are the same.
 
     Args:
         model: in evaluation mode. Its switch does not matter.
@@ -37,7 +40,13 @@ def correct(
     """
     with torch.no_grad():
         logits = (expert_logits or model.expert_logits)(images)
-        right = answered_rightly(logits, trained_gate(model, images), labels, model.gate.generator)
+        weights = trained_gate(model, images)
+        if not is_random(model.gate):
+            mean = averaged_rightly(logits, weights, labels)["mean"]
+            right = {"sample": mean, "mean": mean}
+        else:
+            judged = selected_rightly if selects(model.gate) else answered_rightly
+            right = judged(logits, weights, labels, model.gate.generator)
     return {name: int(right[name].sum()) for name in ("sample", "mean")}
 
 

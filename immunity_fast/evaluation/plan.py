@@ -29,6 +29,7 @@ FOR = {
     "arc": ("sample",),
     "mora": ("off", "mean"),
 }
+AVERAGED = {"pgd-sum": ("mean",), "arc": ()}  # the same where nothing is drawn: the members answer together
 RESTARTS = 5  # of PGD-100 on margins
 
 
@@ -167,7 +168,7 @@ def _pairs(target: TargetModel, plan: Plan) -> list[tuple[str, str]]:
     chosen = [name for name in target.attackers if plan.attackers is None or name in plan.attackers]
     found = []
     for attack in plan.attacks:
-        own = [name for name in chosen if name in FOR.get(attack, chosen)]
+        own = [name for name in chosen if name in _for(target, attack, chosen)]
         found += [(attack, name) for name in own or chosen[:1]]  # the first, to say why there is none
     return found
 
@@ -178,13 +179,23 @@ def _why_not(target: TargetModel, attack: str, attacker: str) -> str | None:
         return "its ratio is not defined for fewer than 3 classes"
     if attack in MEMBER_ATTACKS and not target.has_members:
         return "it attacks through members, and it is not known what this is made of"
-    if attacker not in FOR.get(attack, (attacker,)):
-        return f"it is for {_listed(FOR[attack])}"
+    takes = _for(target, attack, (attacker,))
+    if not takes:
+        return "it lowers the accuracy of a random answer, and nothing is drawn here; MORA attacks averaged answers"
+    if attacker not in takes:
+        return f"it is for {_listed(takes)}"
     if attack == "square" and attacker not in ("mean", "sample", "output"):
         return "it asks what answers, and differentiates nothing: it is for mean, sample and output"
     if attack == "autoattack" and attacker not in ("off", "mean", "sample", "output"):
         return "its standard version is for off, mean and output, its randomised one for sample"
     return None
+
+
+def _for(target: TargetModel, attack: str, everyone: Sequence[str]) -> Sequence[str]:
+    """The attackers that an attack is for; `everyone` where it is for all."""
+    if target.has_members and not target.random and attack in AVERAGED:
+        return AVERAGED[attack]
+    return FOR.get(attack, everyone)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -94,12 +94,11 @@ def write(evaluation: Evaluation, dataset: ImageDataset, outputs: Outputs, about
 def _facts(evaluation: Evaluation, found: dict[str, Any]) -> dict[str, str]:
     judge, exact = evaluation.target.judges[0], evaluation.target.exact
     answers = ", gate sample" if judge == "sample" else ""
-    wanted = {
-        "test accuracy" + answers: ("clean", None, judge),
-        "test accuracy, gate mean": ("clean", None, "mean"),
-        "PGD-20 on gate sample, answered by gate sample": ("pgd", "sample", "sample"),
-        "PGD-20 on gate mean, answered by gate sample" if exact == "mean" else "PGD-20": ("pgd", exact, judge),
-    }
+    wanted: dict[str, tuple[str, str | None, str]] = {"test accuracy" + answers: ("clean", None, judge)}
+    if judge == "sample":
+        wanted["test accuracy, gate mean"] = ("clean", None, "mean")
+        wanted["PGD-20 on gate sample, answered by gate sample"] = ("pgd", "sample", "sample")
+    wanted[f"PGD-20 on gate mean, answered by gate {judge}" if exact == "mean" else "PGD-20"] = ("pgd", exact, judge)
     entries = {title: find(found, *place) for title, place in wanted.items()}
     facts = {title: f"{percent(entry)} %" for title, entry in entries.items() if entry is not None}
     for entry in found["worst_case"]:

@@ -19,8 +19,8 @@ from immunity_fast.evaluation.plan import Row
 from immunity_fast.evaluation.poisoned import CLEAN, poison_table
 from immunity_fast.evaluation.runner import Evaluation, bits, mean_loss
 from immunity_fast.evaluation.targets import MixtureTarget
-from immunity_fast.evaluation.words import JUDGES, NAMES, find, knows, percent, radius_words, share
-from immunity_fast.permutations import share_is_exact
+from immunity_fast.evaluation.words import COLUMNS, JUDGES, NAMES, find, gate_in, knows, percent, radius_words, share
+from immunity_fast.models.gate import kind_of_gate
 from immunity_fast.reporting.html import Table
 from immunity_fast.runtime.failures import readable
 
@@ -76,7 +76,8 @@ def results(evaluation: Evaluation) -> Results:
     * masking: {check, passed, finding};
     * heatmaps: "clean" and "attacked" (by PGD-20 on the gate's mean), see `metrics.combined`; for mixtures;
     * poison: see `poisoned.measured`; added by `report.write`, of what was trained on poisoned images;
-    * plan: what was asked for.
+    * plan: what was asked for;
+    * gate: of a mixture whose gate is not permuted, its kind, "selection" or "uniform".
     """
     found: dict[str, Any] = {"accuracy": [], "worst_case": [], "plan": asdict(evaluation.plan)}
     found["left_out"] = evaluation.left_out
@@ -88,6 +89,8 @@ def results(evaluation: Evaluation) -> Results:
     found["worst_case"], found["drawn"] = own["worst_case"], own["drawn"]
     if isinstance(evaluation.target, MixtureTarget):
         found["transfer_from_experts"] = _from_experts(evaluation)
+        if (kind := kind_of_gate(evaluation.target.model.gate)) != "switch":
+            found["gate"] = kind
     found["curves"] = _curves(evaluation)
     found["masking"] = masking(evaluation, found)
     heatmaps = _heatmaps(evaluation)
@@ -123,8 +126,7 @@ def _at_radius(evaluation: Evaluation, radius: float) -> dict[str, Any]:
         for judge in evaluation.target.judges:
             right = [all(bits_) for bits_ in zip(*(bits(pieces, judge) for _, pieces in finished), strict=False)]
             found["worst_case"].append({"judge": judge} | share(right))
-    experts = evaluation.target.model.num_experts if isinstance(evaluation.target, MixtureTarget) else 0
-    exact = share_is_exact(experts)
+    exact = evaluation.target.shares_are_exact
     entries = [drawn(row.attack or row.kind, row.attacker or None, [pieces], exact) for row, pieces in finished]
     if found["worst_case"]:
         entries.append(drawn("worst case", "all", [pieces for _, pieces in finished], exact))
@@ -154,12 +156,14 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     by_row: dict[tuple[str, str | None], dict[str, Any]] = {}
     for entry in [*found["accuracy"], *found.get("transfer_from_experts", [])]:
         by_row.setdefault((entry["attack"], entry["attacker"]), {})[entry["judge"]] = entry
-    rows = []
+    rows, gate = [], gate_in(found)
     for (attack, attacker), cells in by_row.items():
         if attacker is not None and attacker.startswith("expert "):
             continue  # together they are one row, "any expert"
         images = f"{next(iter(cells.values()))['images']:,}"
-        rows.append([NAMES[attack], knows(attack, attacker), images, *(percent(cells.get(judge)) for judge in judges)])
+        rows.append(
+            [NAMES[attack], knows(attack, attacker, gate), images, *(percent(cells.get(judge)) for judge in judges)]
+        )
     order = list(NAMES.values())
     rows.sort(key=lambda row: order.index(row[0]))
     last = {entry["judge"]: entry for entry in found["worst_case"]}
@@ -171,11 +175,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     plan = found["plan"]
     radius = radius_words(radius_of(plan["eps"], plan["norm"]), plan["norm"])
     note = f"{plan['norm']}, ε = {radius}. ± is half the 95 % Wilson interval. Columns say what answers"
-    if "sample" in judges:
-        note += (
-            ": one random permutation an image, drawn anew for each attack (sample), the exact mean of all "
-            "permutations (mean), the trained weights as they are (off), or each image's worst permutation (worst)"
-        )
+    if "mean" in judges:
+        note += f": {COLUMNS[gate]}"
     note += "."
     if plan.get("amp", "off") != "off":
         exempt = [NAMES[name] for name in IN_FLOAT32 if name in plan["attacks"]]
@@ -288,7 +289,9 @@ def _expert_table(found: Mapping[str, Any]) -> Iterable[Table]:
         for attacker in (None, "mean"):
             cells = [find(found, attack, attacker, judge) for judge in experts]
             if any(cells):
-                rows.append([NAMES[attack], knows(attack, attacker), *(percent(cell) for cell in cells)])
+                rows.append(
+                    [NAMES[attack], knows(attack, attacker, gate_in(found)), *(percent(cell) for cell in cells)]
+                )
         own = [find(found, attack, judge, judge) for judge in experts]
         if any(own):
             rows.append([NAMES[attack], "this expert alone", *(percent(cell) for cell in own)])
@@ -338,7 +341,12 @@ def _unmoved_table(found: Mapping[str, Any]) -> Iterable[Table]:
     rows = []
     for entry in found.get("unmoved", []):
         rows.append(
-            [NAMES[entry["attack"]], knows(entry["attack"], entry["attacker"]), stuck(entry), f"{entry['right']:,}"]
+            [
+                NAMES[entry["attack"]],
+                knows(entry["attack"], entry["attacker"], gate_in(found)),
+                stuck(entry),
+                f"{entry['right']:,}",
+            ]
         )
     if rows:
         yield Table(

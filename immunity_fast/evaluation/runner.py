@@ -63,7 +63,7 @@ SEED_WORDS = {"off": "fixed", "sample": "single", "subset": "sample"}
 LARGEST = 1e300  # in the place of an infinite loss, for which JSON has no number
 CURVE_STEPS = 20  # of PGD at each ε
 CURVES = ("eps", "steps", "draws")  # kinds of rows whose pieces are points
-SHARES = 6  # decimals of a share of permutations
+SHARES = 6  # decimals of a share of what may be drawn
 SHARED_BYTES = 1 << 28  # that first gradients of a chunk may take
 
 
@@ -207,7 +207,8 @@ class Evaluation:
         if row.settings is not None:
             own = row.attack in MEMBER_ATTACKS
             outputs = self.target.expected_loss() if own else self.target.attacker(row.attacker, gate)
-            bound = self._bound(row.settings, row.attacker, outputs, settled=not self.to_the_end(row))
+            settings = replace(row.settings, loss=self.target.loss_of_expected) if own else row.settings
+            bound = self._bound(settings, row.attacker, outputs, settled=not self.to_the_end(row))
             found = _quietly(bound, images, labels, generator=generator, first=first)
             if unmoved is not None:
                 unmoved.append(bound.unmoved)
@@ -236,11 +237,12 @@ class Evaluation:
         )
 
     def _by_members(self, row: Row, eps: float, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """ARC, on the permutations of the gate's weights; or MORA, on the experts as the attacker weighs them."""
+        """ARC, on what the gate may draw; or MORA, on the experts as the attacker weighs them."""
         plan = self.plan
         if row.attack == "arc":
             walk = Arc(eps=eps, steps=plan.arc_steps, norm=plan.norm)
-            return _quietly(walk.attack_members, self.target.members("off"), images, labels, generator, permuted=True)
+            members, permuted = self.target.members("off"), self.target.permuted
+            return _quietly(walk.attack_members, members, images, labels, generator, permuted=permuted)
         weighing: Weighing = "off" if row.attacker == "off" else "mean"
         settings = MoraSettings(eps=eps, steps=plan.mora_steps, norm=plan.norm)
         return _quietly(mora_on, self.target.members(weighing), settings, images, labels, generator)
@@ -377,9 +379,7 @@ class Evaluation:
     def _are_draws(self, found: dict[str, Any], images: int) -> bool:
         """Whether what is said of draws is there where something is drawn."""
         shares, tries = found.get("shares"), found.get("tries")
-        if isinstance(self.target, MixtureTarget) != (shares is not None) or bool(self.target.random) != (
-            tries is not None
-        ):
+        if self.target.has_shares != (shares is not None) or bool(self.target.random) != (tries is not None):
             return False
         drawn = tries is None or (
             isinstance(tries, list) and len(tries) == TRIES and all(_are_bits(each, images) for each in tries)
@@ -473,7 +473,7 @@ def _are_heatmap_sums(value: Any, experts: int, images: int) -> bool:
 
 
 def shares(pieces: Sequence[dict[str, Any]]) -> list[float] | None:
-    """Which share of all permutations is right on each image of some pieces; None where nobody has said."""
+    """Which share of all that may be drawn is right on each image of some pieces; None where nobody has said."""
     found: list[list[float] | None] = [piece.get("shares") for piece in pieces]
     return (
         [share for each in found for share in each or []] if found and all(each is not None for each in found) else None

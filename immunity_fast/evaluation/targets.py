@@ -32,7 +32,7 @@ from immunity_fast.experts.imported import called, imported
 from immunity_fast.experts.libraries import LIBRARIES
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
-from immunity_fast.permutations import nobody_right, permuted, shares_right
+from immunity_fast.permutations import nobody_right, permuted, share_is_exact, shares_right
 from immunity_fast.runtime.outputs import kind_of, logits_of
 from immunity_fast.runtime.precision import at_least_float32
 
@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
 
     right: dict[str, Tensor]  # which are answered rightly, (B,) bool by each judge
     loss: Tensor  # (B,) cross-entropy of the exact attacker's output
-    shares: Tensor | None = None  # (B,) of all permutations that are right, of a mixture
+    shares: Tensor | None = None  # (B,) of all that a gate may draw, permutations or experts, that is right
     tries: Tensor | None = None  # (TRIES, B) bool, which are answered rightly by a draw, of what is random
 
 
@@ -60,6 +60,10 @@ class TargetModel(Protocol):
         random: the attackers whose objective is random.
         judges: what may answer; the first is what answers in use.
         has_members: whether it is known which networks it is made of.
+        permuted: whether a random permutation of the members' weights answers; else one member, or all together.
+        has_shares: whether `Verdict.shares` are known.
+        shares_are_exact: whether they are exact, where they are.
+        loss_of_expected: by which loss `expected_loss` is the expected loss: a name, or a function, see `Attack`.
     """
 
     num_classes: int
@@ -68,6 +72,13 @@ class TargetModel(Protocol):
     random: tuple[str, ...]
     judges: tuple[str, ...]
     has_members: bool
+    permuted: bool
+    has_shares: bool
+    loss_of_expected: Any
+
+    @property
+    def shares_are_exact(self) -> bool:
+        """See the class."""
 
     def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
         """What an attacker of that name differentiates.
@@ -145,8 +156,11 @@ class MixtureTarget(TargetModel):
     """
 
     exact = "mean"
-    random = ("sample", "eot")
+    random: tuple[str, ...] = ("sample", "eot")
     has_members = True
+    permuted = True
+    has_shares = True
+    loss_of_expected: Any = "ce"
 
     def __init__(
         self,
@@ -160,13 +174,17 @@ class MixtureTarget(TargetModel):
         self.model, self.num_classes, self.draws, self.transfer = model, num_classes, draws, transfer
         self.expert_logits = expert_logits or model.expert_logits
         self.attackers = self.attacker_names(model.num_experts, transfer=transfer is not None)
-        self.judges = ("sample", "mean", "off", "worst", *_expert_names(model.num_experts))
+        self.judges = ("sample", "mean", "off", "worst", *expert_names(model.num_experts))
         self._experts: list[nn.Module] = []
 
-    @staticmethod
-    def attacker_names(num_experts: int, *, transfer: bool) -> tuple[str, ...]:
+    @property
+    def shares_are_exact(self) -> bool:
+        return share_is_exact(self.model.num_experts)
+
+    @classmethod
+    def attacker_names(cls, num_experts: int, *, transfer: bool) -> tuple[str, ...]:
         """`attackers` of a mixture of so many experts; `transfer`: whether there is another network, to transfer."""
-        return (*gate_attackers.KNOWLEDGE, *_expert_names(num_experts), *(("transfer",) if transfer else ()))
+        return (*gate_attackers.KNOWLEDGE, *expert_names(num_experts), *(("transfer",) if transfer else ()))
 
     def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
         if name == "transfer" and self.transfer is not None:
@@ -183,7 +201,7 @@ class MixtureTarget(TargetModel):
         with torch.no_grad():
             logits = self.expert_logits(images)
             gate = trained_gate(self.model, images)
-            _check_outputs(logits, self.num_classes)
+            check_outputs(logits, self.num_classes)
             loss = F.nll_loss(log_mixture(logits), labels, reduction="none")
             right = gate_attackers.answered_rightly(logits, gate, labels, generator)
             drawn = [log_mixture(logits, permuted(gate, generator)).argmax(-1) == labels for _ in range(TRIES)]
@@ -253,6 +271,10 @@ class NetworkTarget(TargetModel):
     exact = "output"
     judges = ("output",)
     has_members = False
+    permuted = False
+    has_shares = False
+    shares_are_exact = True
+    loss_of_expected: Any = "ce"
 
     def __init__(
         self,
@@ -286,7 +308,7 @@ class NetworkTarget(TargetModel):
     def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Verdict:
         with torch.no_grad():
             outputs = self.answers(images)
-            _check_outputs(outputs[None] if isinstance(outputs, Tensor) else outputs, self.num_classes)
+            check_outputs(outputs[None] if isinstance(outputs, Tensor) else outputs, self.num_classes)
             loss = F.cross_entropy(outputs, labels, reduction="none")
             right, tries = outputs.argmax(-1) == labels, None
             if self.random:
@@ -356,7 +378,8 @@ def _repeats(model: Model, images: Tensor) -> bool:
         return all(torch.allclose(model(images), first, 1e-4, 1e-5, equal_nan=True) for _ in range(REPEATS - 1))
 
 
-def _expert_names(num_experts: int) -> tuple[str, ...]:
+def expert_names(num_experts: int) -> tuple[str, ...]:
+    """What the experts are called, as attackers and as judges."""
     return tuple(f"expert {i + 1}" for i in range(num_experts))
 
 
@@ -396,7 +419,7 @@ def load_callable(place: str, num_classes: int, channels: int = 3) -> Model:
     return model.eval() if isinstance(model, nn.Module) else model
 
 
-def _check_outputs(outputs: Any, num_classes: int) -> None:
+def check_outputs(outputs: Any, num_classes: int) -> None:
     """Check that outputs (…, B, K) are K numbers for each image.
 
     Raises:

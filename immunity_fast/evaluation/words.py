@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS, GATE_WORDS
+from immunity_fast.evaluation.gate_attackers import DESCRIPTIONS, GATE_WORDS, OTHER_DESCRIPTIONS
 from immunity_fast.evaluation.metrics import wilson_interval
 
 NAMES = {
@@ -34,17 +34,46 @@ OF_MEMBERS = {
     "arc": "one permutation after the other, for the expected accuracy of all",
     "mora": "the experts, each weighed by what it adds",
 }
+# Likewise, of gates that are not permuted.
+OF_OTHER_MEMBERS: dict[str, dict[str, str]] = {
+    "selection": {
+        "pgd-sum": "the expected loss of the expert that is drawn: what ARC has to beat",
+        "arc": "one expert after the other, for the expected accuracy of the one that is drawn",
+    },
+    "uniform": {"pgd-sum": "the mean of the experts' losses"},
+}
+# What the columns of a table say of what answers, by the kind of gate.
+COLUMNS = {
+    "switch": "one random permutation an image, drawn anew for each attack (sample), the exact mean of all "
+    "permutations (mean), the trained weights as they are (off), or each image's worst permutation (worst)",
+    "selection": "one random expert an image, drawn anew for each attack (sample), the exact expectation of the draw "
+    "(mean), or each image's worst expert (worst)",
+    "uniform": "the average of the experts (mean)",
+}
+# Over what an expectation is, and its sample where not all is tried.
+DRAWN = {"switch": "permutations", "selection": "experts that may be drawn"}
 
 
-def knows(attack: str, attacker: str | None) -> str:
-    """What somebody differentiates who makes an attack, as a table says it."""
+def gate_in(found: Mapping[str, Any]) -> str:
+    """The kind of gate that `results` are of, see `models.gate.kind_of_gate`; of a network, too, "switch"."""
+    return str(found.get("gate", "switch"))
+
+
+def knows(attack: str, attacker: str | None, gate: str = "switch") -> str:
+    """What somebody differentiates who makes an attack, as a table says it.
+
+    Args:
+        attack, attacker: their names.
+        gate: the kind of gate, see `gate_in`.
+    """
     if attacker is None:
         return "—"
     if attack in OF_MEMBERS:
-        return OF_MEMBERS[attack] + (f"; {GATE_WORDS[attacker]}" if attack == "mora" else "")
+        of_members = OF_MEMBERS | OF_OTHER_MEMBERS.get(gate, {})
+        return of_members[attack] + (f"; {GATE_WORDS[attacker]}" if attack == "mora" else "")
     if attacker == "any expert":
         return "an expert alone, transferred; the worst of them"
-    return DESCRIPTIONS.get(attacker, attacker)
+    return (DESCRIPTIONS | OTHER_DESCRIPTIONS.get(gate, {})).get(attacker, attacker)
 
 
 def radius_words(eps: float, norm: str) -> str:

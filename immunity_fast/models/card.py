@@ -37,7 +37,7 @@ heatmaps = model.heatmaps(images)  # where each expert looks
 _LIMITS = """\
 * It answers for images like those it was trained on, of {height}×{width} pixels, and names one of its classes for any
   other image, too.
-* A random gate is no defence by itself: whoever attacks the mean of its permutations (`model.gate.switch = "mean"`)
+* A random gate is no defence by itself: whoever attacks the mean of what it draws (`model.gate.switch = "mean"`)
   attacks what it answers on average. Judge it by attacks that know the gate.
 * Accuracies under attack are upper bounds: a stronger attack can only lower them.
 * Heatmaps show where an expert's answer comes from, not whether it is right."""

@@ -204,7 +204,7 @@ class FixedWeights(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, N) for images (B, …)."""
-        return self.logits.expand(len(images), -1)
+        return self.logits.expand(images.shape[0], -1)
 
     def weights(self, dtype: torch.dtype) -> Tensor:
         """(N,), summing to 1."""

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from immunity_fast.arguments import Experts, Score, WeightScale, check_targets
-from immunity_fast.functional import gradcam_heatmaps, label_scores, log_mixture
+from immunity_fast.functional import gradcam_heatmaps, label_scores
 from immunity_fast.models.gate import RandomSwitchGate
 from immunity_fast.runtime.checks import check_choice, is_whole
 from immunity_fast.runtime.modes import evaluating
+from immunity_fast.selection import mean_mixture
 
 
 class Mixture(Protocol):
@@ -49,7 +50,7 @@ def expert_heatmaps(
             images = (images.clone() if images.is_inference() else images.detach()).requires_grad_()
         with model.gate.switched("mean"):
             logits, activations, _ = model.expert_outputs(images, detach_weights=True)
-        targets = _targets(classes, log_mixture(logits.detach()))
+        targets = _targets(classes, mean_mixture(model.gate, logits.detach()))
         parts = [activations] if isinstance(activations, Tensor) else list(activations)
         # Autocast would cast the backward pass of operations whose forward pass it has not seen.
         with torch.autocast(images.device.type, enabled=False):

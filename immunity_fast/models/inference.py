@@ -34,7 +34,8 @@ class InferenceMixture(nn.Module):
         experts: N ordinary modules from normalised images (B, C, H, W) to logits (B, K), or what holds them; they are
             used, not copied.
         normalize: what the images go through first.
-        gate: from normalised images to logits (B, N) of the experts' weights; None weighs each 1/N.
+        gate: from normalised images to logits (B, N) of the experts' weights, −∞ of what does not count; None weighs
+            each 1/N.
     """
 
     def __init__(self, experts: Sequence[nn.Module], normalize: nn.Module, gate: nn.Module | None = None) -> None:

@@ -25,7 +25,7 @@ from immunity_fast.models.attention import MathAttention
 from immunity_fast.models.catching import Catcher, catch, check_kept, version
 from immunity_fast.models.chains import halves, is_chain, prepended
 from immunity_fast.models.expert_list import ExpertList
-from immunity_fast.models.gate import GateKind, RandomSwitchGate, Switch, gate_of
+from immunity_fast.models.gate import FixedWeights, GateKind, RandomSwitchGate, Switch, gate_of
 from immunity_fast.models.gradcam import expert_heatmaps
 from immunity_fast.models.inference import Gate as InferenceGate
 from immunity_fast.models.inference import InferenceMixture, folded
@@ -49,7 +49,7 @@ from immunity_fast.runtime.checks import check_choice, check_whole, kind_given
 from immunity_fast.runtime.compilation import eagerly
 from immunity_fast.runtime.distributed import training_group
 from immunity_fast.runtime.strategies import Batching, MemoryFormat, Use, choose, laid_out
-from immunity_fast.selection import mean_mixture
+from immunity_fast.selection import fixed_weights, mean_mixture
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -521,8 +521,8 @@ class ImmunityMoE(nn.Module):
 
         Args:
             images: (B, C, H, W) in [0, 1].
-            classes: (B,) whole numbers, or one for all images; None is what the mixture predicts, by the mean of the
-                gate's permutations.
+            classes: (B,) whole numbers, or one for all images; None is what the mixture predicts, by the mean of what
+                its gate draws.
             size: (H, W) of the heatmaps; None is that of the images.
             score: what Grad-CAM differentiates, each class' "logit" or "probability".
             weight_scale: of Grad-CAM's channel weights: see `functional.gradcam_heatmaps`.
@@ -547,7 +547,8 @@ class ImmunityMoE(nn.Module):
 
         Args:
             gate: what weighs the experts: "mean", 1/N each, the exact mean of the gate's permutations; or "off", the
-                trained weights as they are.
+                trained weights as they are. Of a gate whose weights are fixed both are these, which of a
+                `SelectionGate` are the exact mean of its draws.
 
         Raises:
             ValueError: another gate, or a model with noise: what is drawn anew at each call is nothing that a fixed
@@ -565,8 +566,19 @@ class ImmunityMoE(nn.Module):
         normalize = copy.deepcopy(self.normalize)
         x = normalize(images)
         networks = [packed(folded(network, x), x) for network in self._networks()]
-        weigher = None if gate == "mean" or self.num_experts == 1 else copy.deepcopy(self.gate.network)
-        return InferenceMixture(networks, normalize, weigher)
+        return InferenceMixture(networks, normalize, self._weigher(gate, like))
+
+    def _weigher(self, gate: InferenceGate, like: Tensor) -> nn.Module | None:
+        """What gives the logits (B, N) of the experts' weights; None where each counts 1/N."""
+        if self.num_experts == 1:
+            return None
+        if (fixed := fixed_weights(self.gate, like)) is not None:
+            if bool((fixed == fixed[0]).all()):
+                return None
+            weigher = FixedWeights(self.num_experts).to(fixed)
+            weigher.logits.copy_(fixed.log())
+            return weigher
+        return None if gate == "mean" else copy.deepcopy(self.gate.network)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model into a folder, as Hugging Face's hub has it; `from_pretrained` reads it.

@@ -21,6 +21,7 @@ from immunity_fast.evaluation.pipeline import evaluate
 from immunity_fast.evaluation.plan import SETS, Plan
 from immunity_fast.evaluation.report import About, Outputs
 from immunity_fast.evaluation.results import Results
+from immunity_fast.evaluation.selection_target import mixture_target
 from immunity_fast.evaluation.settings import EvaluationSettings, check_whole
 from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget, load_callable
 from immunity_fast.experts import title
@@ -180,7 +181,7 @@ def evaluate_callable(
     target: MixtureTarget | NetworkTarget
     if isinstance(model, ImmunityMoE) and model.num_experts > 1:
         check_no_noise(model)
-        target = MixtureTarget(model, dataset.num_classes, draws=settings.draws or DRAWS, transfer=transfer)
+        target = mixture_target(model, dataset.num_classes, draws=settings.draws or DRAWS, transfer=transfer)
     else:
         noisy = isinstance(model, ImmunityMoE) and model.noise is not None
         target = network_target(model, dataset.num_classes, noisy, settings.draws, name=place, transfer=transfer)
@@ -397,7 +398,7 @@ def target_of(
     device = next(model.parameters()).device
     logits = Compiled(model.expert_logits, compile, device, cli.console.print, tracebacks)
     size = max(attack_batch(device), EVALUATION_BATCH)
-    return MixtureTarget(
+    return mixture_target(
         model,
         num_classes,
         draws=draws,
