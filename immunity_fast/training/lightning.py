@@ -44,7 +44,7 @@ lightning: Any = _package()
 
 # Settings that say how images become batches or how weights are kept, which is Lightning's here.
 LEFT_TO_OTHERS = {"adversarial": "off", "mixup": 0.0, "cutmix": 0.0, "ema": None, "shard": False, "auto_batch": False}
-LEFT_TO_OTHERS |= {"poison": None, "shards": False}
+LEFT_TO_OTHERS |= {"poison": None, "shards": False, "ensemble": "immunity", "gate": "auto", "adversary": "mixture"}
 
 
 class ImmunityLightningModule(lightning.LightningModule):  # type: ignore[misc]
