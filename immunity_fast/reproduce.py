@@ -1,5 +1,6 @@
-"""`python -m immunity_fast.reproduce table1|table2|table3|figure2|all`: trains, evaluates, writes the paper's tables.
+"""`python -m immunity_fast.reproduce table1|table2|table3|figure2|all|peers`: trains, evaluates, writes tables.
 
+They are the paper's, and a comparison with other ways to train an ensemble, which all but `all` asks for by name.
 Runs lie in OUT/runs and are not done twice: not by another table, not after a kill. Start the command a second time,
 beside the first, and both share the work. Each table is written as Markdown, CSV, HTML, PNG and JSON.
 """
@@ -46,7 +47,11 @@ def parse(arguments: list[str] | None) -> Request:
         description=description(__doc__),
         epilog="All other options change that setting in every run, unless it is what a table compares.",
     )
-    parser.add_argument("what", choices=(*PRODUCTS, ALL), help="which of the paper's tables and figures")
+    parser.add_argument(
+        "what",
+        choices=(*PRODUCTS, ALL),
+        help="which of the paper's tables and figures, or peers: other ways to train an ensemble beside it",
+    )
     parser.add_argument("--scale", choices=tuple(SCALES), default="smoke", help="how much is trained [smoke]")
     parser.add_argument("--out", type=cli.path, metavar="DIR", help="folder; default: reproduction-SCALE")
     parser.add_argument("--seeds", type=int, metavar="INT", help="how many, from --seed on; default: the scale's")

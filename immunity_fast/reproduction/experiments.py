@@ -1,4 +1,4 @@
-"""Which runs each table and figure of arXiv 2402.18787 needs, at three scales."""
+"""Which runs each table and figure of arXiv 2402.18787 needs, and how much a comparison trains, at three scales."""
 
 from __future__ import annotations
 
@@ -11,12 +11,28 @@ from immunity_fast.evaluation.settings import EvaluationSettings
 from immunity_fast.experts import title
 from immunity_fast.experts.genotypes import reduced
 from immunity_fast.reproduction.jobs import Job
+from immunity_fast.training.adversarial import Adversarial
 from immunity_fast.training.config import PRESETS, TrainConfig
 
 NAMES = {"resnet8": "ResNet8", "resnet18": "ResNet18", "densenet121": "DenseNet121", "googlenet": "GoogLeNet"}
 INDEPENDENT = "trained independently"
 IMMUNITY = "Immunity"
 BASELINES = {"P-DARTS": "pdarts", "RobNet": "robnet_large", "AdvRush": "advrush"}
+
+
+@dataclass(frozen=True)
+class ComparisonScale:
+    """How much of ways to train an ensemble is compared: see `peers.Comparison`.
+
+    Args:
+        settings: of every run, that are not those of the other tables.
+        adversarial: how adversarial training makes its images.
+        evaluation: what is found out of every run; who attacks it depends on what it is.
+    """
+
+    settings: Mapping[str, Any]
+    adversarial: Adversarial
+    evaluation: EvaluationSettings
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,7 @@ class Scale:
         autoattack: settings of an evaluation that make AutoAttack smaller than it is.
         betas, gammas: of Table 3's sweeps.
         images: rows of Figure 2.
+        comparison: of ways to train an ensemble.
     """
 
     base: TrainConfig
@@ -46,6 +63,7 @@ class Scale:
     betas: tuple[float, ...]
     gammas: tuple[float, ...]
     images: int
+    comparison: ComparisonScale
 
     @property
     def evaluation(self) -> EvaluationSettings:
@@ -53,6 +71,9 @@ class Scale:
         return EvaluationSettings(attacks=("paper",), limit=self.limit, masking_images=self.masking)
 
 
+COMPARED = EvaluationSettings(
+    attacks=("pgd", "cw", "pgd-sum", "arc", "mora"), eps=(2 / 255, 4 / 255, 8 / 255), masking_images=0
+)
 SCALES = {
     # Minutes on two CPU cores: whether everything works, not what anything is worth.
     "smoke": Scale(
@@ -74,6 +95,11 @@ SCALES = {
         betas=(0.0, 3.0),
         gammas=(0.0, 2e-4),
         images=3,
+        comparison=ComparisonScale(
+            settings={"check_images": 0},
+            adversarial="n-fgsm",
+            evaluation=dataclasses.replace(COMPARED, limit=4, arc_steps=1, mora_steps=1),
+        ),
     ),
     # An experiment for a CPU, or for a small GPU.
     "small": Scale(
@@ -88,6 +114,11 @@ SCALES = {
         betas=(0.0, 0.3, 1.0, 3.0, 10.0),
         gammas=(0.0, 2e-5, 2e-4, 2e-3),
         images=8,
+        comparison=ComparisonScale(
+            settings={"experts": 3, "limit_train": 1500, "check_images": 0},
+            adversarial="n-fgsm",
+            evaluation=dataclasses.replace(COMPARED, limit=100, arc_steps=10, mora_steps=10),
+        ),
     ),
     # The paper's recipe, as far as it is public.
     "paper": Scale(
@@ -102,6 +133,11 @@ SCALES = {
         betas=(0.0, 0.3, 1.0, 3.0, 10.0),
         gammas=(0.0, 2e-5, 2e-4, 2e-3),
         images=10,
+        comparison=ComparisonScale(
+            settings={"arch": "resnet18"},
+            adversarial="pgd",
+            evaluation=dataclasses.replace(COMPARED, attacks=(*COMPARED.attacks, "autoattack"), limit=1000),
+        ),
     ),
 }
 
@@ -138,11 +174,11 @@ class Experiments:
     def table1(self) -> list[Entry]:
         """Networks that were trained independently, against the same trained as Immunity."""
         entries = []
-        default = self._config().arch
+        default = self.config().arch
         archs = (default,) if "arch" in self.changes else self.scale.architectures
         for arch in archs:
             evaluation = dataclasses.replace(self.scale.evaluation, attacks=("pgd",), attackers=("mean",))
-            experts = self._config().experts
+            experts = self.config().experts
             name = NAMES.get(arch, title(arch))
             alone = self._entry((name, INDEPENDENT), evaluation, members=experts, arch=arch, experts=1)
             entries += [alone, self._entry((name, IMMUNITY), evaluation, arch=arch)]
@@ -166,7 +202,7 @@ class Experiments:
 
     def table3(self) -> list[Entry]:
         """The rows of Table 3: each of the two losses alone, both, and both with detached weights."""
-        config = self._config()
+        config = self.config()
         return [
             self._ablation("MoE", beta=0.0, gamma=0.0),
             self._ablation("MoE + MI", beta=config.beta, gamma=0.0),
@@ -177,7 +213,7 @@ class Experiments:
 
     def sweep(self, coefficient: str) -> list[tuple[float, Entry]]:
         """Values of "beta" or "gamma", the other being the default, and their runs."""
-        config = self._config()
+        config = self.config()
         values = {"beta": self.scale.betas, "gamma": self.scale.gammas}[coefficient]
         values = tuple(sorted({*values, getattr(config, coefficient)}))
         fixed = {"beta": config.beta, "gamma": config.gamma}
@@ -188,7 +224,7 @@ class Experiments:
     def figure2(self) -> list[Entry]:
         """What looks at the images: networks that were trained independently, and Immunity; of one seed."""
         evaluation = dataclasses.replace(self.scale.evaluation, attacks=("pgd",), attackers=("mean",))
-        config = self._config()
+        config = self.config()
         alone = self._entry((INDEPENDENT,), evaluation, members=config.experts, experts=1)
         return [Entry(entry.labels, entry.jobs[:1]) for entry in (alone, self._entry((IMMUNITY,), evaluation))]
 
@@ -206,17 +242,23 @@ class Experiments:
     def _entry(
         self, labels: tuple[str, ...], evaluation: EvaluationSettings, members: int = 1, **settings: Any
     ) -> Entry:
-        config = self._config()
-        count = self.scale.seeds if self.seeds is None else self.seeds
+        config = self.config()
         jobs = []
-        for seed in range(config.seed, config.seed + count):
+        for seed in self.seed_range:
             own = dataclasses.replace(config, **{"seed": seed} | settings)
             if own.experts == 1:  # it has no use for them: the same network whatever they are
                 own = dataclasses.replace(own, beta=0.0, gamma=0.0, detach_weights=False)
             jobs.append(Job(own, evaluation, members))
         return Entry(labels, tuple(jobs))
 
-    def _config(self) -> TrainConfig:
+    @property
+    def seed_range(self) -> range:
+        """The seeds of a row's runs."""
+        first = self.config().seed
+        return range(first, first + (self.scale.seeds if self.seeds is None else self.seeds))
+
+    def config(self) -> TrainConfig:
+        """The settings of every run, but for what a table compares."""
         config = dataclasses.replace(self.scale.base, dataset=self.datasets[0], attack_images=self.scale.limit)
         return dataclasses.replace(config, **self.changes)
 

@@ -29,6 +29,7 @@ from immunity_fast.runtime import cli
 from immunity_fast.runtime.commands import shell_command
 from immunity_fast.runtime.files import locked, parse_json, write_atomically
 from immunity_fast.training import ensemble, run_evaluation, session
+from immunity_fast.training.checkpoint import model_file
 from immunity_fast.training.config import ADDED, REMOVED, TrainConfig
 from immunity_fast.training.preparation import CHANGEABLE_ON_RESUME, begin, go_on
 from immunity_fast.training.run_folder import Run
@@ -45,11 +46,15 @@ class Job:
         config: the settings, of each member where there are several.
         evaluation: what is then found out of it.
         members: above 1: so many single networks, trained alone with seeds of their own, and joined to a mixture.
+        begins_from: a job whose run is trained first, and with whose weights this one's begins.
+        transfer_from: a job whose run is trained first, and whose adversarial images are tried on this one's.
     """
 
     config: TrainConfig
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     members: int = 1
+    begins_from: Job | None = None
+    transfer_from: Job | None = None
 
     @property
     def name(self) -> str:
@@ -58,7 +63,8 @@ class Job:
         settings = {k: v for k, v in settings.items() if k not in (*CHANGEABLE_ON_RESUME, "preset")}
         default = TrainConfig()
         settings = {k: v for k, v in settings.items() if k not in ADDED or v != getattr(default, k)}
-        digest = hashlib.sha256(json.dumps([settings, self.members], sort_keys=True).encode()).hexdigest()[:8]
+        described = [settings, self.members, *([] if self.begins_from is None else [self.begins_from.name])]
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:8]
         config = self.config
         count = f"{self.members}-alone" if self.members > 1 else f"{config.experts}"
         words = [config.dataset, count, file_title(config.arch)]
@@ -75,6 +81,13 @@ class Job:
         seeds = range(self.config.seed * self.members, (self.config.seed + 1) * self.members)
         return [Job(dataclasses.replace(self.config, seed=seed)) for seed in seeds]
 
+    @property
+    def trained(self) -> list[Job]:
+        """The jobs whose training this one's weights are made of: its members, or what it begins from and itself."""
+        if self.members > 1:
+            return self.alone()
+        return [*([] if self.begins_from is None else self.begins_from.trained), self]
+
 
 @dataclass(frozen=True)
 class Done:
@@ -87,7 +100,7 @@ class Done:
         data: a hash of the test split.
         device: that it was done on.
         versions: of the packages that it was done with.
-        training_seconds, attack_seconds: of all its training and of all its attacks.
+        training_seconds, attack_seconds: of all its training, with that of what it begins from, and all its attacks.
     """
 
     results: dict[str, Any]
@@ -176,17 +189,15 @@ class Queue:
     def _do(self, job: Job) -> Done:
         run = Run(self.folder / job.name)
         commands = []
+        for other in job.trained:
+            commands.append(self._train(other) if other == job else self._train_locked(other))
         if job.members > 1:
-            for member in job.alone():
-                # Locked for its own sake: it may be a job of another process as well.
-                with locked(self._lock(member), wait=True):
-                    commands.append(self._train(member))
             commands.append(self._join(job))
-        else:
-            commands.append(self._train(job))
+        if job.transfer_from is not None:
+            commands += [self._train_locked(other) for other in job.transfer_from.trained]
         commands.append(self._evaluate(job))
         results = json.loads(run.results_file.read_text(encoding="utf-8"))
-        trained = [Run(self.folder / member.name) for member in job.alone()] if job.members > 1 else [run]
+        trained = [Run(self.folder / other.name) for other in job.trained]
         done = Done(
             results=results,
             settings={k: v for k, v in run.config().to_json().items() if k not in ("data", "device")},
@@ -210,10 +221,17 @@ class Queue:
                     with suppress(Exception):  # it fails there, too, and is reported
                         self._train(member)
 
+    def _train_locked(self, job: Job) -> str:
+        """`_train` of what is not the job that is done: locked, as it may be one of another process as well."""
+        with locked(self._lock(job), wait=True):
+            return self._train(job)
+
     def _train(self, job: Job) -> str:
         """Train a run to its end, from where it stands; the command that does it."""
         run = Run(self.folder / job.name)
         config = dataclasses.replace(job.config, device=self.device, data=self.data)
+        if job.begins_from is not None:
+            config = dataclasses.replace(config, weights=str(model_file(self.folder / job.begins_from.name)))
         if not _ended(run):
             here = {"device": self.device} | ({} if self.data is None else {"data": self.data})
             trust = bool(job.trust)
@@ -226,11 +244,19 @@ class Queue:
         folder = self.folder / job.name
         with cli.input_errors():
             device = cli.pick_device(self.device)
-            run_evaluation.evaluate_folder(folder, job.evaluation, device, data=self.data, trust_code=bool(job.trust))
-        data = [] if self.data is None else ["--data", self.data]
-        return shell_command(
-            "evaluate", [str(folder), *job.evaluation.options(), "--device", self.device, *data, *job.trust]
-        )
+            run_evaluation.evaluate_folder(
+                folder,
+                job.evaluation,
+                device,
+                data=self.data,
+                trust_code=bool(job.trust),
+                transfer_from=None if job.transfer_from is None else self.folder / job.transfer_from.name,
+            )
+        options = [*job.evaluation.options(), "--device", self.device]
+        options += [] if self.data is None else ["--data", self.data]
+        if job.transfer_from is not None:
+            options += ["--transfer-from", str(self.folder / job.transfer_from.name)]
+        return shell_command("evaluate", [str(folder), *options, *job.trust])
 
     def _join(self, job: Job) -> str:
         """Join a job's members, unless that is done; the command that does it."""
@@ -246,8 +272,10 @@ class Queue:
         return self.folder / LOCKS / job.name
 
     def _record(self, job: Job) -> Path:
-        described = json.dumps([VERSION, *job.evaluation.options()])  # what another version has found is computed again
-        digest = hashlib.sha256(described.encode()).hexdigest()[:8]
+        described = [VERSION, *job.evaluation.options()]  # what another version has found is computed again
+        if job.transfer_from is not None:
+            described += ["transfer from", job.transfer_from.name]
+        digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
         return self.folder / job.name / f"done-{digest}.json"
 
     def _found(self, job: Job) -> Done | None:

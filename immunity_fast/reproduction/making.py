@@ -9,11 +9,11 @@ from typing import Any
 from immunity_fast.reproduction.experiments import SCALES, Experiments, jobs_of
 from immunity_fast.reproduction.jobs import Queue
 from immunity_fast.reproduction.output import write
-from immunity_fast.reproduction.products import PRODUCTS, Product
+from immunity_fast.reproduction.products import PAPER, PRODUCTS, Product
 from immunity_fast.runtime import cli
 
 MOST_SEEDS = 1000  # more are a mistyped number
-ALL = "all"  # of `PRODUCTS`
+ALL = "all"  # of `PAPER`
 
 
 def wanted(
@@ -22,7 +22,7 @@ def wanted(
     """What is to be made, by its name.
 
     Args:
-        what: one of `PRODUCTS`, or "all".
+        what: one of `PRODUCTS`, or "all" of the paper.
         scale: one of `SCALES`.
         changes: settings of `TrainConfig` that differ in every run, unless they are what a table compares.
         seeds: how many, from the settings' on; None is the scale's.
@@ -36,7 +36,7 @@ def wanted(
     if seeds is not None and not 1 <= seeds <= MOST_SEEDS:
         limit = "at least 1" if seeds < 1 else f"at most {MOST_SEEDS}"
         raise ValueError(f"--seeds: expected {limit}, got {seeds}")
-    names = list(PRODUCTS) if what == ALL else [what]
+    names = list(PAPER) if what == ALL else [what]
     experiments = Experiments(SCALES[scale], dict(changes), seeds, dataset)
     products = {name: PRODUCTS[name](experiments) for name in names}
     for product in products.values():

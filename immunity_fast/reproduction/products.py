@@ -1,4 +1,4 @@
-"""What the command makes: the paper's three tables and Figure 2, each with the runs it needs and how it is drawn."""
+"""What the command makes: the paper's three tables and Figure 2, and a comparison: their runs, how they are drawn."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from immunity_fast.data.datasets import load
+from immunity_fast.evaluation.words import radius_words
 from immunity_fast.reporting.html import Table
 from immunity_fast.reproduction import figure2 as figure2_files
-from immunity_fast.reproduction import tables
+from immunity_fast.reproduction import peer_tables, tables
 from immunity_fast.reproduction.charts import Panel, dot_chart, sweep_figure
 from immunity_fast.reproduction.experiments import Entry, Experiments
 from immunity_fast.reproduction.gallery import Gallery, collect
 from immunity_fast.reproduction.jobs import Queue
+from immunity_fast.reproduction.peers import Comparison
 from immunity_fast.runtime import cli
 from immunity_fast.training.checkpoint import load_model
 
@@ -158,12 +160,35 @@ def figure2(experiments: Experiments) -> Product:
     return Product("Figure 2", lead, entries, its_tables, draw, page=False)
 
 
-PRODUCTS: dict[str, Callable[[Experiments], Product]] = {
+def peers(experiments: Experiments) -> Product:
+    """Ways to train an ensemble beside each other, trained and attacked alike, and what each costs."""
+    comparison = Comparison(experiments)
+    radii = sorted(experiments.scale.comparison.evaluation.radii())
+
+    def draw(queue: Queue, path: Path) -> list[tuple[Path, str]]:
+        panels = [
+            Panel(f"ε = {radius_words(eps, 'Linf')}", "accuracy, %", peer_tables.samples(comparison, queue.done, eps))
+            for eps in radii
+        ]
+        return _charted(panels, path, "What is left under the worst of all attacks for each image.")
+
+    lead = "Ways to train an ensemble, on the same images and with the same epochs, attacked alike; and their costs."
+    return Product(
+        "Ways to train an ensemble",
+        lead,
+        comparison.queue(),
+        lambda queue: peer_tables.tables(comparison, queue.done),
+        draw,
+    )
+
+
+PAPER: dict[str, Callable[[Experiments], Product]] = {
     "table1": table1,
     "table2": table2,
     "table3": table3,
     "figure2": figure2,
 }
+PRODUCTS: dict[str, Callable[[Experiments], Product]] = {**PAPER, "peers": peers}
 
 
 def _panel(
