@@ -15,6 +15,7 @@ from typing import Any
 
 import immunity_fast.experts
 from immunity_fast.evaluation.settings import EvaluationSettings
+from immunity_fast.experts import NAMES
 from immunity_fast.peers.methods import IMMUNITY, METHODS, method_of
 from immunity_fast.reproduction.experiments import Entry, Experiments
 from immunity_fast.reproduction.jobs import Job
@@ -102,7 +103,9 @@ class Comparison:
 
     def rows(self, training: str) -> list[tuple[Way, Entry]]:
         """The rows of a training, of `TRAININGS`, in a table's order; the same run may be in two."""
-        return [(way, self._entry(way, training)) for way in WAYS if training in way.trainings]
+        common = self.config(training)
+        ways = [way for way in WAYS if training in way.trainings and (not way.widened or common.arch in NAMES)]
+        return [(way, self._entry(way, training)) for way in ways]
 
     def config(self, training: str) -> TrainConfig:
         """What all runs of a training have in common."""
@@ -184,7 +187,7 @@ def _settings(way: Way, config: TrainConfig) -> TrainConfig:
     if way.square:
         given["experts"] = (math.isqrt(config.experts - 1) + 1) ** 2
     if way.widened:
-        given["arch"] = getattr(immunity_fast.experts, "wider")(config.arch, math.sqrt(config.experts))  # noqa: B009
+        given["arch"] = getattr(immunity_fast.experts, "wider")(config.arch, config.experts)  # noqa: B009
     if way.settings.get("experts") == 1:
         given["gate"] = "auto"
     # Each part of a training has as many epochs as the whole of another: so every member sees as many.
