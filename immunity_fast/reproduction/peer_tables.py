@@ -188,11 +188,6 @@ def attacks_table(comparison: Comparison, training: str, found: Found) -> Table:
     return Table(f"{training.capitalize()} training, attack by attack", columns, lines, note)
 
 
-def sources_note() -> str:
-    """Where the published figures are from."""
-    return "; ".join(f"{each.label}, {each.arch}: {each.source}" for each in PUBLISHED)
-
-
 def plain_entry(comparison: Comparison) -> Entry:
     """The plain ensemble by standard training, of which costs are told."""
     return next(entry for way, entry in comparison.rows(STANDARD) if way.label == PLAIN)
@@ -234,7 +229,7 @@ def _note(comparison: Comparison, rows: Sequence[tuple[Way, Entry]], training: s
         for job in entry.jobs[:1]
         if job.config.experts not in (1, config.experts)
     ]
-    text = f"Accuracy in %; {experts} on {config.dataset}, {limited}{config.epochs} epochs of each member, the same "
+    text = f"Accuracy in %; {experts} on {config.dataset}, {limited}{_count(config.epochs, 'epoch')} of each member, the same "
     text += "optimiser for all" + (f"; {', '.join(own)}" if own else "") + ". "
     if training == ADVERSARIAL:
         text += f"Trained at ε = {radius_words(config.eps, 'Linf')}. "
@@ -252,13 +247,20 @@ def _note(comparison: Comparison, rows: Sequence[tuple[Way, Entry]], training: s
     text += "mean of all permutations: a uniform gate on the same weights. "
     spread = "half the range over the seeds" if several else "half the 95 % Wilson interval"
     text += f"Seeds: {', '.join(map(str, seeds))}; ± is {spread}. Published figures stand beside ours where network, "
-    text += "data, training and radius are the same, and nowhere else."
-    return text
+    text += "data, training and radius are the same, and nowhere else"
+    shown = [
+        each for each in PUBLISHED if any(published(each.label, entry.jobs[0].config, each.eps) for _, entry in rows)
+    ]
+    return text + "".join(f"; {each.label}: {each.source}" for each in dict.fromkeys(shown)) + "."
 
 
 def _attacks(evaluation: EvaluationSettings) -> str:
     names = []
     for attack in evaluation.attacks:
         steps, usual = {"arc": (evaluation.arc_steps, 20), "mora": (evaluation.mora_steps, 100)}.get(attack, (0, 0))
-        names.append(NAMES[attack] + (f" ({steps} steps, not {usual})" if steps < usual else ""))
+        names.append(NAMES[attack] + (f" ({_count(steps, 'step')}, not {usual})" if steps < usual else ""))
     return ", ".join(names)
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit}{'' if number == 1 else 's'}"

@@ -104,6 +104,15 @@ def test_a_name_does_not_depend_on_where_it_runs() -> None:
     assert Job(CONFIG).name == _job().name
 
 
+def test_a_name_depends_on_what_it_begins_from() -> None:
+    # As they were before there was such a thing: runs are found by their names.
+    assert _job().name == "npz-2-resnet8-a9676b9d-seed0"
+    assert Job(CONFIG, EVALUATION, members=2).name == "npz-2-alone-resnet8-dc1e5b76-seed0"
+    names = {Job(CONFIG, begins_from=other).name for other in (None, _job(seed=1), _job(seed=2))}
+    assert len(names) == 3
+    assert Job(CONFIG, transfer_from=_job(seed=1)).name == _job().name  # the same training
+
+
 # Doing
 
 
@@ -233,6 +242,30 @@ def test_networks_trained_alone_are_joined(tmp_path: Path, data: Path, calls: li
     again.run()
     assert _without_seconds(again.done[joined].results) == _without_seconds(done.results)
     assert calls[3:] == [f"evaluate {joined.name}"]
+
+
+def test_what_a_run_begins_from_is_trained_first(tmp_path: Path, data: Path, calls: list[str]) -> None:
+    base, source = _job(seed=1), _job(seed=2)
+    job = Job(CONFIG, EVALUATION, begins_from=base, transfer_from=source)
+    queue = _queue(tmp_path, job)
+    queue.run()
+    assert not queue.failures
+    assert calls == [f"train {base.name}", f"train {job.name}", f"train {source.name}", f"evaluate {job.name}"]
+    run, other = (Run(tmp_path / "runs" / each.name) for each in (job, base))
+    weights = run.config().weights
+    assert weights is not None
+    assert Path(weights).samefile(other.checkpoint)
+    done = queue.done[job]
+    assert done.training_seconds == sum(record["seconds"] for each in (other, run) for record in each.metrics())
+    assert {entry["attacker"] for entry in done.results["accuracy"]} == {None, "mean"}
+    # Asked for alone they are there; and another source, or none, is another evaluation of the same run.
+    more = Job(CONFIG, dataclasses.replace(EVALUATION, attackers=("transfer",)), begins_from=base, transfer_from=base)
+    again = _queue(tmp_path, job, more)
+    again.run()
+    assert not again.failures
+    assert calls[4:] == [f"evaluate {job.name}"]
+    assert {entry["attacker"] for entry in again.done[more].results["accuracy"]} == {None, "transfer"}
+    assert "--transfer-from" in again.done[more].commands[-1]
 
 
 def test_what_another_process_is_at_comes_last(tmp_path: Path, data: Path, calls: list[str]) -> None:

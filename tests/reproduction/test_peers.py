@@ -13,8 +13,9 @@ import pytest
 
 from immunity_fast import reproduce
 from immunity_fast.attacks.descent import Attack
-from immunity_fast.evaluation import runner
+from immunity_fast.evaluation import plan as plans
 from immunity_fast.evaluation.metrics import wilson_interval
+from immunity_fast.evaluation.plan import Plan, gradient_attack
 from immunity_fast.peers.methods import METHODS
 from immunity_fast.reproduction import peer_tables, peers
 from immunity_fast.reproduction.experiments import SCALES, Entry, Experiments
@@ -168,18 +169,18 @@ def _results(judges: dict[str, float], drawn: float | None) -> dict[str, Any]:
     for number, eps in enumerate((2 / 255, 4 / 255, 8 / 255)):
         own = {judge: share - 0.1 * number for judge, share in judges.items()}
         attacks = [("pgd", "mean", 0.05), ("pgd", "worst", 0.02), ("pgd", "transfer", 0.1), ("cw", "transfer", 0.2)]
-        accuracy = [
+        accuracy: list[dict[str, Any]] = [
             {"attack": attack, "attacker": attacker, "judge": judge, **_share(share + more)}
             for attack, attacker, more in attacks
             for judge, share in own.items()
         ]
-        radius = {"eps": eps, "accuracy": accuracy, "drawn": []}
+        radius: dict[str, Any] = {"eps": eps, "accuracy": accuracy, "drawn": []}
         radius["worst_case"] = [{"judge": judge, **_share(share)} for judge, share in own.items()]
         if drawn is not None:
             expected = drawn - 0.1 * number
             radius["drawn"] = [
                 {"attack": attack, "attacker": attacker, **_share(expected + more)}
-                for attack, attacker, more in (*attacks, ("worst case", "all", 0.0))
+                for attack, attacker, more in [*attacks, ("worst case", "all", 0.0)]
             ]
         radii.append(radius)
     entries = [{"attack": "clean", "attacker": None, "judge": judge, **_share(0.9)} for judge in judges]
@@ -256,15 +257,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All of it, with one step an attack and two images."""
     out = tmp_path_factory.mktemp("peers") / "out"
     smoke = SCALES["smoke"]
-    made = runner.gradient_attack
 
-    def shorter(name: str, plan: runner.Plan) -> Attack:
-        return dataclasses.replace(made(name, plan), steps=1)
+    def shorter(name: str, plan: Plan) -> Attack:
+        return dataclasses.replace(gradient_attack(name, plan), steps=1)
 
     evaluation = dataclasses.replace(smoke.comparison.evaluation, limit=2, eps=(4 / 255, 8 / 255))
     settings = {**smoke.comparison.settings, "limit_train": 10, "batch_size": 10}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "gradient_attack", shorter)
+        patch.setattr(plans, "gradient_attack", shorter)
         less = dataclasses.replace(smoke.comparison, evaluation=evaluation, settings=settings)
         patch.setitem(SCALES, "smoke", dataclasses.replace(smoke, comparison=less))
         kept = tuple(way for way in peers.WAYS if way.label in (PLAIN, "one network", "Immunity", "DVERGE"))
