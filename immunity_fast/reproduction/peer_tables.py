@@ -229,8 +229,9 @@ def _note(comparison: Comparison, rows: Sequence[tuple[Way, Entry]], training: s
         for job in entry.jobs[:1]
         if job.config.experts not in (1, config.experts)
     ]
-    text = f"Accuracy in %; {experts} on {config.dataset}, {limited}{_count(config.epochs, 'epoch')} of each member, the same "
-    text += "optimiser for all" + (f"; {', '.join(own)}" if own else "") + ". "
+    epochs = _count(config.epochs, "epoch")
+    text = f"Accuracy in %; {experts} on {config.dataset}, {limited}{epochs} of each member, the same optimiser for all"
+    text += (f"; {', '.join(own)}" if own else "") + ". "
     if training == ADVERSARIAL:
         text += f"Trained at ε = {radius_words(config.eps, 'Linf')}. "
     text += f"Worst: each image under the worst of {_attacks(evaluation)}, by whoever knows everything of the gate and "
