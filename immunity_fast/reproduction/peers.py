@@ -7,16 +7,16 @@ training, and attacked alike; what it costs beside the plain ensemble is a colum
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import immunity_fast.experts
 from immunity_fast.evaluation.settings import EvaluationSettings
-from immunity_fast.experts import NAMES
-from immunity_fast.peers.methods import IMMUNITY, METHODS, method_of
+from immunity_fast.experts import NAMES, wider
+from immunity_fast.peers.methods import IMMUNITY, method_of
 from immunity_fast.reproduction.experiments import Entry, Experiments
 from immunity_fast.reproduction.jobs import Job
 from immunity_fast.training.config import TrainConfig
@@ -50,13 +50,8 @@ class Way:
     widened: bool = False
     begins_from_plain: bool = False
 
-    @property
-    def known(self) -> bool:
-        """Whether this version of the package can train it."""
-        name = str(self.settings.get("ensemble", IMMUNITY)).partition(":")[0]
-        return name in METHODS and (not self.widened or hasattr(immunity_fast.experts, "wider"))
 
-
+_wider = functools.cache(wider)  # which takes a while, as it counts operations of many widths
 _NO_HEATMAPS = {"beta": 0.0, "gamma": 0.0, "detach_weights": False}
 
 
@@ -68,26 +63,22 @@ def _way(label: str, ensemble: str, **given: Any) -> Way:
     return Way(label, _NO_HEATMAPS | {"ensemble": ensemble, "gate": "auto"} | settings, **own)
 
 
-WAYS: tuple[Way, ...] = tuple(
-    way
-    for way in (
-        _way("one network", IMMUNITY, experts=1),
-        _way("one wider network", IMMUNITY, experts=1, widened=True),
-        _way(PLAIN, "plain"),
-        _way("plain, own adversaries", "plain", adversary="each", trainings=(ADVERSARIAL,)),
-        Way("Immunity", {"ensemble": IMMUNITY, "gate": "switch"}),
-        Way("Immunity, its mean", {"ensemble": IMMUNITY, "gate": "switch"}, judge="mean"),
-        Way("Immunity, uniform gate", {"ensemble": IMMUNITY, "gate": "uniform"}),
-        _way("ADP", "adp"),
-        _way("GAL", "gal"),
-        _way("TRS", "trs"),
-        _way("DVERGE", "dverge", begins_from_plain=True),
-        _way("MRBoost", "mrboost"),
-        _way("BARRE", "barre"),
-        _way("HRS", "hrs:blocks=2", square=True),
-        _way("RSE", "rse", experts=1),
-    )
-    if way.known
+WAYS: tuple[Way, ...] = (
+    _way("one network", IMMUNITY, experts=1),
+    _way("one wider network", IMMUNITY, experts=1, widened=True),
+    _way(PLAIN, "plain"),
+    _way("plain, own adversaries", "plain", adversary="each", trainings=(ADVERSARIAL,)),
+    Way("Immunity", {"ensemble": IMMUNITY, "gate": "switch"}),
+    Way("Immunity, its mean", {"ensemble": IMMUNITY, "gate": "switch"}, judge="mean"),
+    Way("Immunity, uniform gate", {"ensemble": IMMUNITY, "gate": "uniform"}),
+    _way("ADP", "adp"),
+    _way("GAL", "gal"),
+    _way("TRS", "trs"),
+    _way("DVERGE", "dverge", begins_from_plain=True),
+    _way("MRBoost", "mrboost"),
+    _way("BARRE", "barre"),
+    _way("HRS", "hrs:blocks=2", square=True),
+    _way("RSE", "rse", experts=1),
 )
 
 
@@ -187,7 +178,7 @@ def _settings(way: Way, config: TrainConfig) -> TrainConfig:
     if way.square:
         given["experts"] = (math.isqrt(config.experts - 1) + 1) ** 2
     if way.widened:
-        given["arch"] = getattr(immunity_fast.experts, "wider")(config.arch, config.experts)  # noqa: B009
+        given["arch"] = _wider(config.arch, config.experts)
     if way.settings.get("experts") == 1:
         given["gate"] = "auto"
     # Each part of a training has as many epochs as the whole of another: so every member sees as many.

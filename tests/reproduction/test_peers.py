@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 
 from immunity_fast import reproduce
 from immunity_fast.attacks.descent import Attack
+from immunity_fast.data import datasets
+from immunity_fast.data.readers import Parts, read_digits
 from immunity_fast.evaluation import plan as plans
 from immunity_fast.evaluation.metrics import wilson_interval
 from immunity_fast.evaluation.plan import Plan, gradient_attack
@@ -252,23 +255,30 @@ def test_a_published_figure_needs_the_same_network_and_training() -> None:
 # The command
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All of it, with one step an attack and two images."""
+@pytest.fixture(scope="module", params=["tiny", pytest.param("smoke", marks=pytest.mark.exhaustive)])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of it; or of some rows, with smaller images, two of which are attacked by one step."""
     out = tmp_path_factory.mktemp("peers") / "out"
     smoke = SCALES["smoke"]
 
     def shorter(name: str, plan: Plan) -> Attack:
         return dataclasses.replace(gradient_attack(name, plan), steps=1)
 
-    evaluation = dataclasses.replace(smoke.comparison.evaluation, limit=2, eps=(4 / 255, 8 / 255))
-    settings = {**smoke.comparison.settings, "limit_train": 10, "batch_size": 10}
+    @cache
+    def smaller(channels: int) -> Parts:
+        parts = read_digits(channels)
+        train, test = ((images[..., ::2, ::2].contiguous(), labels) for images, labels in (parts.train, parts.test))
+        return parts._replace(train=train, test=test)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plans, "gradient_attack", shorter)
-        less = dataclasses.replace(smoke.comparison, evaluation=evaluation, settings=settings)
-        patch.setitem(SCALES, "smoke", dataclasses.replace(smoke, comparison=less))
-        kept = tuple(way for way in peers.WAYS if way.label in (PLAIN, "one network", "Immunity", "DVERGE"))
-        patch.setattr(peers, "WAYS", kept)
+        if request.param == "tiny":
+            evaluation = dataclasses.replace(smoke.comparison.evaluation, limit=2, eps=(4 / 255, 8 / 255))
+            settings = {**smoke.comparison.settings, "limit_train": 10, "batch_size": 10}
+            less = dataclasses.replace(smoke.comparison, evaluation=evaluation, settings=settings)
+            patch.setattr(plans, "gradient_attack", shorter)
+            patch.setattr(datasets, "read_digits", smaller)
+            patch.setitem(SCALES, "smoke", dataclasses.replace(smoke, comparison=less))
+            patch.setattr(peers, "WAYS", tuple(way for way in peers.WAYS if way.label in (PLAIN, "Immunity", "DVERGE")))
         reproduce.main(["peers", *QUICK, "--out", str(out)])
         patch.setattr(session, "fit", None)  # what is done is not done again
         shutil.copytree(out, out.parent / "again")
