@@ -175,6 +175,8 @@ class LambdaCallback(Callback):
 class EarlyStopping(Callback):
     """Ends the training once a number of the records has not become better for some epochs.
 
+    Of a training in stages, whose experts are trained one after another, the last stage's epochs alone are looked at.
+
     Args:
         monitor: which number; see `monitoring.DIRECTIONS`, or what a record has.
         patience: so many epochs in a row without a better one end it.
@@ -221,6 +223,8 @@ class EarlyStopping(Callback):
     def on_epoch_end(self, trainer: Any, record: dict[str, Any]) -> None:
         """Compare the epoch with the best one."""
         self._monitor.check_measured(record)
+        if not getattr(trainer, "in_last_stage", True):
+            return
         value = self._monitor.value(record)
         if value is not None and self._monitor.better(value, self.best):
             self.best, self.best_epoch, self.wait = value, record["epoch"], 0
@@ -256,7 +260,7 @@ class EarlyStopping(Callback):
 class Checkpoint(Callback):
     """Keeps models of single epochs as files, which `immunity_fast.load` takes; the run's own checkpoint is another.
 
-    Of averaged weights (`ema`) a file has the average.
+    Of averaged weights (`ema`) a file has the average. The best epochs of a training in stages are of the last one.
 
     Args:
         folder: where the files are; None is `checkpoints/` in the run's folder.
@@ -321,6 +325,8 @@ class Checkpoint(Callback):
         name = f"epoch-{epoch:04}"
         if self._monitor is not None:
             self._monitor.check_measured(record)
+            if not getattr(trainer, "in_last_stage", True):
+                return
             value = self._monitor.value(record)
             if value is None or (len(self._kept) >= self.best and not self._better(value, self._kept[-1][0])):
                 return

@@ -342,6 +342,11 @@ class Trainer:
         return 0 if self.state is None and not self._resume else self._ready().step
 
     @property
+    def in_last_stage(self) -> bool:
+        """Whether the epoch that ended last is one in whose stage the last experts are trained, as all are mostly."""
+        return self.state is None or self.state.in_last_stage
+
+    @property
     def stopped(self) -> str | None:
         """Why the training ended before its last epoch, if it did."""
         return None if self.state is None and not self._resume else self._ready().stopped

@@ -15,7 +15,7 @@ from immunity_fast.attacks import pgd
 from immunity_fast.models.gate import gate_of
 from immunity_fast.peers import MRBoostLoss
 from immunity_fast.peers.sequence import NO_VOTE, vote_
-from immunity_fast.training import loop
+from immunity_fast.training import Checkpoint, EarlyStopping, Trainer, loop
 from immunity_fast.training.checkpoint import load_checkpoint
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.loop import train
@@ -282,3 +282,49 @@ def test_a_pass_costs_one_member_and_attacks_on_half_of_them() -> None:
     # N epochs, one a member: N for learning, and 1 + 2 + … + N for each step of the attack.
     assert 5 * MRBoostLoss().passes(5, 10) == 5 + 10 * (1 + 2 + 3 + 4 + 5)
     assert MRBoostLoss().passes(5, 0) == 1
+
+
+@pytest.mark.exhaustive  # a compiler takes seconds to be imported
+def test_compiled_code_knows_whose_turn_it_is() -> None:
+    model, loss = small_model().eval(), MRBoostLoss()
+    images = noisy_images(dtype=torch.float32)
+    ways = (loss.attacked(model), lambda x: loss.loss_and_terms(model, x, LABELS)[0])
+    for plain in ways:
+        compiled = torch.compile(plain, fullgraph=True, dynamic=False, backend="eager")
+        found = []
+        for stage in range(3):
+            loss.begin_epoch(model, stage, 3, 0)
+            with torch.no_grad():
+                found.append(compiled(images))
+                torch.testing.assert_close(found[-1], plain(images))
+        assert not torch.allclose(found[0], found[1])
+
+
+def test_callbacks_look_at_the_last_stage_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = ("val_accuracy_mean", "val_accuracy_sample")
+    values = iter([0.9, 0.8, 0.3, 0.5])
+    monkeypatch.setattr(loop, "validate", lambda state: dict.fromkeys(measured, next(values)))
+    config = TrainConfig(**{**BASE, "experts": 2, "epochs": 4, "ensemble": "mrboost"})
+    kept = Checkpoint(tmp_path / "kept", monitor="val_accuracy_mean", best=3)
+    stopping = EarlyStopping("val_accuracy_mean", patience=1)
+    trainer = Trainer(config, dataset(), callbacks=[kept, stopping])
+    assert len(trainer.fit()) == 4
+    assert [path.name[:10] for path in kept.paths] == ["epoch-0004", "epoch-0003"]
+    assert stopping.best_epoch == 4
+
+
+def test_beginning_again_with_smaller_batches_is_that_run() -> None:
+    state = run_of(ensemble="mrboost:warm_start=true", weight_decay=0.05, ema=0.9)
+    kept = state.untouched()
+    state.begin_epoch()
+    state.model.train()
+    for batch, _ in zip(state.loader, range(2), strict=False):
+        state.advance(batch)
+    other = run_of(ensemble="mrboost:warm_start=true", weight_decay=0.05, ema=0.9, batch_size=5, accumulate=2)
+    state.begin_again(other.config, kept)
+    for _ in range(2):
+        for each in (state, other):
+            epoch_of(each)
+    assert {n: as_bytes(v) for n, v in state.model.state_dict().items()} == {
+        n: as_bytes(v) for n, v in other.model.state_dict().items()
+    }
