@@ -52,7 +52,12 @@ def method_of(text: str, **shared: Any) -> EnsembleLoss | None:
             named = ", ".join(f"{each}=…" for each in known) or "no settings"
             raise ValueError(f"ensemble: expected {name} with {named}, got {part}")
         settings[setting] = _value(setting, value, known[setting])
-    return None if name == IMMUNITY else PEERS[name](**settings, **shared)
+    if name == IMMUNITY:
+        return None
+    try:
+        return PEERS[name](**settings, **shared)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"ensemble: {name}: {error}") from error
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -60,7 +65,8 @@ def settings_of(name: str) -> dict[str, Any]:
     if name == IMMUNITY:
         return {}
     parameters = inspect.signature(PEERS[name]).parameters
-    return {each.name: each.default for each in parameters.values() if each.name not in _SHARED}
+    own = (each for each in parameters.values() if each.kind is not each.VAR_KEYWORD)
+    return {each.name: each.default for each in own if each.name not in _SHARED}
 
 
 def _value(name: str, text: str, default: Any) -> Any:

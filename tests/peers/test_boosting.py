@@ -21,6 +21,7 @@ from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.loop import train
 from immunity_fast.training.run_folder import Run
 from immunity_fast.training.state import TrainingState
+from immunity_fast.training.validation import validate
 from tests.adversarial_cases import chain, noisy_images
 from tests.small_runs import CPU, as_bytes, dataset, go_on, interrupted, options, saved, trained, write_data
 
@@ -163,6 +164,24 @@ def test_members_not_yet_trained_have_no_vote() -> None:
             mean = model.expert_logits(images)[: stage + 1].softmax(-1).mean(0).log()
             torch.testing.assert_close(model(images), mean)
             torch.testing.assert_close(model.deterministic()(images), mean)
+
+
+@pytest.mark.parametrize("gate", ["uniform", "selection"])
+def test_a_validation_asks_who_has_a_vote(gate: Any) -> None:
+    state = run_of(gate=gate, adversarial="fgsm-rs", check_images=6)
+    state.epoch = 1
+    state.begin_epoch()
+    with torch.no_grad():  # who is not trained yet has the loudest answer
+        list(state.model.experts.parameters())[-1][2] += torch.tensor([0.0, 0.0, 1e3])
+    found = validate(state)
+    split = state.dataset.validation
+    images = split.read(torch.arange(len(split))).float() / 255
+    state.model.eval()
+    with torch.no_grad():
+        answers = state.model.expert_logits(images)[:2].softmax(-1).mean(0).argmax(-1)
+    assert found["val_accuracy_mean"] == pytest.approx(float((answers == split.labels).double().mean()))
+    assert "val_not_measured" not in found
+    assert bool((answers != 2).any())
 
 
 @pytest.mark.parametrize("kind", ["uniform", "selection"])
