@@ -110,7 +110,7 @@ def test_nothing_is_done_twice_and_more_setups_go_on(folder: Path, watched: Watc
 
 
 def test_shards_are_the_victims_alone(folder: Path) -> None:
-    config = TrainConfig(experts=2, shards=True, seed=4)
+    config = TrainConfig(experts=2, ensemble="plain", shards=True, seed=4)
     made = setups.Made(setups.Setup(1, 2), folder / "p.npz")
     job = setups.victim(config, made, 1)
     assert (job.config.shards, job.config.seed, job.config.poison) == (True, 6, str(folder / "p.npz"))
