@@ -91,6 +91,9 @@ def test_each_victim_is_asked_for_its_own_target(folder: Path) -> None:
         assert config["seed"] == number
         poisons = poison_file.read(Path(config["poison"]))
         assert len(poisons.indices) == entry["poisons"] == 4
+        results = json.loads((folder / "out" / "runs" / entry["run"] / "results.json").read_text(encoding="utf-8"))
+        fooled = {each["judge"]: each["fooled"] for each in results["poison"]["target"]}  # by the evaluation itself
+        assert fooled["mean"] == entry["reached"]
     text = (folder / "out" / "setups.md").read_text(encoding="utf-8")
     assert f"{found['summary']['successes']} of {len(found['setups'])}" in text
     assert all(entry["run"] in text for entry in found["setups"])
