@@ -116,7 +116,7 @@ def take(action: str, options: dict[str, Any], training: Mapping[str, Any]) -> C
         ValueError: an option that is another action's, or a value out of its range.
     """
     for name in OF_SETUPS if action == "craft" else OF_CRAFT:
-        if options[name]:
+        if options[name] is not None and options[name] is not False:  # 0 is a target
             other = next(each for each in ACTIONS if each != action)
             raise ValueError(f"--{name.replace('_', '-')}: expected with {other} alone, got it with {action}")
     if action == "craft":

@@ -91,6 +91,9 @@ def test_each_victim_is_asked_for_its_own_target(folder: Path) -> None:
         assert config["seed"] == number
         poisons = poison_file.read(Path(config["poison"]))
         assert len(poisons.indices) == entry["poisons"] == 4
+        results = json.loads((folder / "out" / "runs" / entry["run"] / "results.json").read_text(encoding="utf-8"))
+        fooled = {each["judge"]: each["fooled"] for each in results["poison"]["target"]}  # by the evaluation itself
+        assert fooled["mean"] == entry["reached"]
     text = (folder / "out" / "setups.md").read_text(encoding="utf-8")
     assert f"{found['summary']['successes']} of {len(found['setups'])}" in text
     assert all(entry["run"] in text for entry in found["setups"])
@@ -110,7 +113,7 @@ def test_nothing_is_done_twice_and_more_setups_go_on(folder: Path, watched: Watc
 
 
 def test_shards_are_the_victims_alone(folder: Path) -> None:
-    config = TrainConfig(experts=2, shards=True, seed=4)
+    config = TrainConfig(experts=2, ensemble="plain", shards=True, seed=4)
     made = setups.Made(setups.Setup(1, 2), folder / "p.npz")
     job = setups.victim(config, made, 1)
     assert (job.config.shards, job.config.seed, job.config.poison) == (True, 6, str(folder / "p.npz"))
