@@ -46,7 +46,7 @@ def _rows(comparison: Comparison, training: str) -> dict[str, Entry]:
 
 @pytest.mark.parametrize("scale", grids.sampled(SCALES, ordinary=lambda scale: scale == "small"))
 def test_every_run_is_one_that_train_accepts(scale: str) -> None:
-    for entry in Comparison(Experiments(SCALES[scale], {})).queue():
+    for entry in _comparison(scale).queue():
         for job in entry.jobs:
             _, _, config = parse([*job.config.options(), "--out", "nowhere"])
             assert config == job.config
