@@ -98,7 +98,7 @@ SCALES = {
         comparison=ComparisonScale(
             settings={"check_images": 0},
             adversarial="n-fgsm",
-            evaluation=dataclasses.replace(COMPARED, limit=4, arc_steps=1, mora_steps=1),
+            evaluation=dataclasses.replace(COMPARED, limit=4, draws=2, arc_steps=1, mora_steps=1),
         ),
     ),
     # An experiment for a CPU, or for a small GPU.
@@ -117,7 +117,7 @@ SCALES = {
         comparison=ComparisonScale(
             settings={"experts": 3, "limit_train": 1500, "epochs": 6, "check_images": 0},
             adversarial="n-fgsm",
-            evaluation=dataclasses.replace(COMPARED, limit=100, arc_steps=5, mora_steps=10),
+            evaluation=dataclasses.replace(COMPARED, limit=100, draws=5, arc_steps=5, mora_steps=10),
         ),
     ),
     # The paper's recipe, as far as it is public.
