@@ -115,7 +115,7 @@ SCALES = {
         gammas=(0.0, 2e-5, 2e-4, 2e-3),
         images=8,
         comparison=ComparisonScale(
-            settings={"experts": 3, "limit_train": 1500, "epochs": 6, "check_images": 0},
+            settings={"experts": 3, "limit_train": 2000, "epochs": 8, "check_images": 0},
             adversarial="n-fgsm",
             evaluation=dataclasses.replace(COMPARED, limit=100, draws=5, arc_steps=5, mora_steps=10),
         ),
