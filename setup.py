@@ -92,6 +92,7 @@ setup(
         "immunity_fast.kernels",
         "immunity_fast.models",
         "immunity_fast.peers",
+        "immunity_fast.poisoning",
         "immunity_fast.reporting",
         "immunity_fast.reproduction",
         "immunity_fast.runtime",

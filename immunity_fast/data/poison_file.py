@@ -106,7 +106,7 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> Poisons:
     """
     missing = [name for name in ("indices", "images") if name not in arrays]
     if missing:
-        raise ValueError(f"expected indices and images, got no {' and no '.join(missing)}")
+        raise ValueError(f"{missing[0]}: expected indices and images, got no {' and no '.join(missing)}")
     images = _images("images", arrays["images"], 4, "(n, C, H, W)")
     indices = _rows("indices", arrays["indices"], len(images))
     if len(set(indices.tolist())) != len(indices):

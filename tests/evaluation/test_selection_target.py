@@ -76,7 +76,7 @@ def test_the_expected_loss_has_the_expected_gradient() -> None:
     torch.testing.assert_close(found, by_hand)
 
 
-def test_attackers_of_a_selection_follow_the_expert_that_is_drawn() -> None:
+def test_attackers_of_a_selection_follow_who_is_drawn() -> None:
     model = _model("selection")
     alone = model.expert_logits(IMAGES).detach().log_softmax(-1)
     sample = attacker(model, "sample", generator=_generator())(IMAGES, LABELS)
