@@ -91,9 +91,9 @@ class ADPLoss(EnsembleLoss):
     def prepare(self, model: ImmunityMoE, images: Tensor, targets: Tensor) -> Tensor | None:
         return images if self.adversarial else None
 
-    def begin_epoch(self, model: ImmunityMoE, epoch: int, epochs: int, seed: int) -> bool:
+    def check_model(self, model: ImmunityMoE) -> None:
+        super().check_model(model)
         _check_classes(model.num_experts, model.num_classes)
-        return False
 
     def passes(self, num_experts: int, attack_steps: int) -> float:
         return float(num_experts * (1 + attack_steps + (attack_steps > 0)))

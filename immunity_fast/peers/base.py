@@ -123,11 +123,12 @@ class EnsembleLoss(nn.Module):
         """
 
     def check_model(self, model: ImmunityMoE) -> None:
-        """Check that a model of so many experts can be trained so.
+        """Check that a model can be trained so.
 
         Raises:
             ValueError: it cannot.
         """
+        self.check_experts(model.num_experts)
 
     def stages(self, num_experts: int) -> int:
         """How many parts a training has, of as many epochs each, in which other weights are trained; mostly 1.

@@ -102,6 +102,10 @@ class DVERGELoss(EnsembleLoss):
         self.layers = _layers(layers)
         self.drawn = _drawn(0, 0)
 
+    def check_experts(self, num_experts: int) -> None:
+        if num_experts < 2:
+            raise ValueError(f"experts: expected at least 2, which learn from each other, got {num_experts}")
+
     def begin_epoch(self, model: Members, epoch: int, epochs: int, seed: int) -> bool:
         """Draw the layer of an epoch, 0-based: always the same of a seed and an epoch. Before, it is that of 0 and 0.
 

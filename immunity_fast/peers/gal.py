@@ -84,9 +84,8 @@ class GALLoss(InputGradientLoss):
         loss, *terms = self._terms(logits, gradients, targets)
         return loss, tuple(terms)
 
-    def begin_epoch(self, model: ImmunityMoE, epoch: int, epochs: int, seed: int) -> bool:
-        check_several("experts", model.num_experts, "GAL")
-        return False
+    def check_experts(self, num_experts: int) -> None:
+        check_several("experts", num_experts, "GAL")
 
     def passes(self, num_experts: int, attack_steps: int) -> float:
         """See `EnsembleLoss`; the backward pass of a backward pass counts as one more of both."""

@@ -68,20 +68,22 @@ class HRSLoss(SequentialLoss):
 
     def check_experts(self, num_experts: int) -> None:
         if self._root(num_experts) is None:
-            such = " or ".join(str(count**self.blocks) for count in (2, 3))
+            such = ", such as " + " or ".join(str(count**self.blocks) for count in (2, 3)) if self.blocks < 10 else ""
             raise ValueError(
-                f"experts: expected one for each path through {self.blocks} blocks of 2 or more channels each, such as "
-                f"{such}, got {num_experts}"
+                f"experts: expected one for each path through {self.blocks} blocks of 2 or more channels each{such}, "
+                f"got {num_experts}"
             )
 
     def check_model(self, model: ImmunityMoE) -> None:
         super().check_model(model)
-        self.check_experts(model.num_experts)
         blocks_of(model.experts, self.blocks)
 
     def _root(self, num_experts: int) -> int | None:
         """C, of which the M-th power is N."""
-        return next((c for c in range(2, num_experts + 1) if c**self.blocks == num_experts), None)
+        if self.blocks >= num_experts.bit_length():  # 2 channels each would already be more, and that power huge
+            return None
+        nearest = round(num_experts ** (1 / self.blocks))
+        return nearest if nearest**self.blocks == num_experts else None
 
     def channels(self, num_experts: int) -> int:
         """C: channels of each block.

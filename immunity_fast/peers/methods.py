@@ -50,7 +50,9 @@ def method_of(text: str, **shared: Any) -> EnsembleLoss | None:
         setting, equals, value = part.partition("=")
         if not equals or setting not in known:
             named = ", ".join(f"{each}=…" for each in known) or "no settings"
-            raise ValueError(f"ensemble: expected {name} with {named}, got {part}")
+            raise ValueError(f"ensemble: expected {name} with {named}, got {part or 'nothing'}")
+        if setting in settings:
+            raise ValueError(f"ensemble: expected each setting of {name} once, got another {part}")
         settings[setting] = _value(setting, value, known[setting])
     if name == IMMUNITY:
         return None
@@ -85,4 +87,4 @@ def _value(name: str, text: str, default: Any) -> Any:
         return kind(text)
     except (ValueError, ZeroDivisionError):
         expected = "a whole number" if kind is int else "a number"
-        raise ValueError(f"ensemble: expected {expected} for {name}, got {text}") from None
+        raise ValueError(f"ensemble: expected {expected} for {name}, got {text or 'nothing'}") from None

@@ -36,6 +36,7 @@ class SequentialLoss(EnsembleLoss):
     _kept: Sequence[Tensor] = ()  # and copies of it
 
     def check_model(self, model: ImmunityMoE) -> None:
+        super().check_model(model)
         votes_of(model.gate)
 
     def begin_epoch(self, model: ImmunityMoE, epoch: int, epochs: int, seed: int) -> bool:

@@ -118,8 +118,10 @@ class TRSLoss(InputGradientLoss):
         """Where the gradients' squares are taken, (B, C, H, W): half of the images, and points near the others."""
         return self._points(model, images, targets)
 
+    def check_experts(self, num_experts: int) -> None:
+        check_several("experts", num_experts, "TRS")
+
     def begin_epoch(self, model: ImmunityMoE, epoch: int, epochs: int, seed: int) -> bool:
-        check_several("experts", model.num_experts, "TRS")
         self.radius = self.start_eps + (self.eps - self.start_eps) * epoch / epochs
         return False
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from immunity_fast.experts.registry import has_stems
+from immunity_fast.models.gate import kind_of_gate
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.training.beginning import expert_tensors
 from immunity_fast.training.checkpoint import (
@@ -25,7 +26,7 @@ from immunity_fast.training.run_folder import Run
 
 
 def join(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> Run:
-    """A run folder of the mixture of single networks, with equal weights.
+    """A run folder of the mixture of single networks, with equal weights, and the gate of the first run's settings.
 
     Args:
         folders: at least 2 runs of one network each, of any architectures, trained to their end on the same data.
@@ -60,17 +61,6 @@ def join(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> Run
         models.append(model)
         infos.append(info)
     description = _description(folders, models, [info["model"] for info in infos])
-    mixture = described_model(description)
-    with torch.no_grad():
-        for own, model in zip(expert_tensors(mixture), models, strict=True):
-            for name, tensor in expert_tensors(model)[0].items():
-                own[name].copy_(tensor)
-        for name, tensor in mixture.normalize.state_dict().items():
-            tensor.copy_(models[0].normalize.state_dict()[name])
-        last_layer = list(mixture.gate.network.children())[-1]
-        assert isinstance(last_layer, nn.Linear)
-        last_layer.weight.zero_()  # softmax of zeros: each expert counts 1/N
-        last_layer.bias.zero_()
     config = dataclasses.replace(
         first,
         arch=description["arch"],
@@ -79,6 +69,20 @@ def join(folders: Sequence[Path], out: Path, *, trust_code: bool = False) -> Run
         stem=description.get("stem", first.stem),
         weights=None,
     )
+    if config.gate_kind != "switch":
+        description["gate"] = config.gate_kind
+    mixture = described_model(description)
+    with torch.no_grad():
+        for own, model in zip(expert_tensors(mixture), models, strict=True):
+            for name, tensor in expert_tensors(model)[0].items():
+                own[name].copy_(tensor)
+        for name, tensor in mixture.normalize.state_dict().items():
+            tensor.copy_(models[0].normalize.state_dict()[name])
+        if kind_of_gate(mixture.gate) == "switch":  # of the others' weights each is 1/N from the beginning
+            last_layer = list(mixture.gate.network.children())[-1]
+            assert isinstance(last_layer, nn.Linear)
+            last_layer.weight.zero_()  # softmax of zeros: each expert counts 1/N
+            last_layer.bias.zero_()
     run = Run.create(out, config)
     try:
         info = {name: value for name, value in infos[0].items() if name != "weights"}

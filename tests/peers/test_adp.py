@@ -118,7 +118,7 @@ def test_there_are_fewer_experts_than_classes(experts: int) -> None:
 
 def test_too_many_experts_are_found_before_the_first_step() -> None:
     with pytest.raises(ValueError, match="experts: expected at most 4 with 5 classes"):
-        ADPLoss().begin_epoch(mixture(5), 0, 1, 0)
+        ADPLoss().check_model(mixture(5))
 
 
 @pytest.mark.parametrize("settings", [{"alpha": -1.0}, {"beta": math.inf}, {"beta": math.nan}])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from immunity_fast import GALLoss
 from immunity_fast.peers import method_of
 from immunity_fast.training import Trainer
+from immunity_fast.training.config import TrainConfig
 from tests.naive_ensembles import CLASSES, LABELS, batch, gal, gradients_of, losses_and_gradients, mixture
 from tests.small_runs import CONFIG, dataset
 
@@ -121,13 +122,7 @@ def test_one_expert_is_refused() -> None:
     with pytest.raises(ValueError, match="logits: expected at least 2 experts, whose gradients GAL compares, got 1"):
         GALLoss()(logits[:1], images, LABELS[:3] % 4)
     with pytest.raises(ValueError, match="experts: expected at least 2"):
-        GALLoss().begin_epoch(_one(), 0, 1, 0)
-
-
-def _one() -> Any:
-    model = mixture(2)
-    model.num_experts = 1
-    return model
+        TrainConfig(ensemble="gal", experts=1)
 
 
 def test_images_have_to_lead_to_the_logits() -> None:

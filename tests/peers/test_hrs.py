@@ -101,6 +101,12 @@ def test_experts_are_a_power(blocks: int, good: tuple[int, ...], bad: tuple[int,
             loss.check_experts(count)
 
 
+@pytest.mark.parametrize("blocks", [100, 10**6, 10**12])
+def test_powers_that_nothing_has_are_not_computed(blocks: int) -> None:
+    with pytest.raises(ValueError, match=f"experts: expected one for each path through {blocks} blocks .*, got 4$"):
+        HRSLoss(blocks).check_experts(4)
+
+
 def test_fresh_experts_are_drawn_by_their_seed_alone() -> None:
     model = ImmunityMoE("resnet8", 2, 3, image_size=12)
     before, state = slices_of(model, 0), torch.get_rng_state()

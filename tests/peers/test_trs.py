@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from immunity_fast import TRSLoss
 from immunity_fast.peers import method_of
 from immunity_fast.training import Trainer
+from immunity_fast.training.config import TrainConfig
 from tests.naive_ensembles import CLASSES, batch, gradients_of, losses_and_gradients, mixture, network, trs
 from tests.small_runs import CONFIG, dataset
 
@@ -168,6 +169,8 @@ def test_other_members_are_refused(members: Any) -> None:
 def test_one_expert_is_refused() -> None:
     with pytest.raises(ValueError, match="experts: expected at least 2 experts, whose gradients TRS compares, got 1"):
         TRSLoss()([network().double()], *batch())
+    with pytest.raises(ValueError, match="--experts: expected at least 2 experts"):
+        TrainConfig(ensemble="trs", experts=1)
 
 
 def test_a_batch_is_prepared_first() -> None:

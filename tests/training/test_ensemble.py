@@ -12,7 +12,7 @@ import torch
 
 from immunity_fast import ensemble, evaluate, train
 from immunity_fast.data.augmentation import to_float
-from immunity_fast.models.gate import Switch
+from immunity_fast.models.gate import Switch, kind_of_gate
 from immunity_fast.training.checkpoint import load_model
 from immunity_fast.training.ensemble import join
 from immunity_fast.training.run_folder import Run
@@ -49,6 +49,22 @@ def test_each_network_counts_the_same_whatever_the_gate_does(alone: list[Path], 
         assert torch.equal(mixture.gate_weights(images), torch.full((4, 3), 1 / 3))
         expected = torch.stack([module(images).softmax(-1) for module in mixture.unstack()]).mean(0).log()
         torch.testing.assert_close(mixture(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("settings", "kind"), [({}, "uniform"), ({"gate": "selection"}, "selection")])
+def test_plain_networks_are_joined_by_the_gate_of_their_settings(
+    settings: dict[str, str], kind: str, data: Path, tmp_path: Path
+) -> None:
+    alone = []
+    for seed in (3, 4):
+        arguments = options(data, experts=1, seed=seed, epochs=1, ensemble="plain", arch="resnet8", **settings)
+        alone.append(trained([*arguments, "--out", str(tmp_path / f"{seed}")])[1].folder)
+    run = join(alone, tmp_path / "joined")
+    mixture, _ = load_model(run.folder)
+    assert kind_of_gate(mixture.gate) == run.config().gate_kind == kind
+    weights = mixture.gate.fixed_weights(torch.float64)
+    assert weights is not None
+    assert weights.tolist() == [0.5, 0.5]
 
 
 def test_the_joined_run_is_evaluated_as_any_other(
