@@ -92,8 +92,8 @@ class ADPLoss(EnsembleLoss):
         return images if self.adversarial else None
 
     def check_model(self, model: ImmunityMoE) -> None:
-        super().check_model(model)
         _check_classes(model.num_experts, model.num_classes)
+        super().check_model(model)
 
     def passes(self, num_experts: int, attack_steps: int) -> float:
         return float(num_experts * (1 + attack_steps + (attack_steps > 0)))

@@ -129,6 +129,11 @@ class EnsembleLoss(nn.Module):
             ValueError: it cannot.
         """
         self.check_experts(model.num_experts)
+        if any(parameter.requires_grad for parameter in model.gate.parameters()):
+            raise ValueError(
+                "gate: expected one of fixed weights, gate_of('uniform', …) or gate_of('selection', …), beside a loss "
+                f"that trains no gate, got {type(model.gate).__name__} with weights that are learned"
+            )
 
     def stages(self, num_experts: int) -> int:
         """How many parts a training has, of as many epochs each, in which other weights are trained; mostly 1.

@@ -36,8 +36,8 @@ class SequentialLoss(EnsembleLoss):
     _kept: Sequence[Tensor] = ()  # and copies of it
 
     def check_model(self, model: ImmunityMoE) -> None:
-        super().check_model(model)
         votes_of(model.gate)
+        super().check_model(model)
 
     def begin_epoch(self, model: ImmunityMoE, epoch: int, epochs: int, seed: int) -> bool:
         length = epochs // self.stages(model.num_experts)

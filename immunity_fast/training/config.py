@@ -564,6 +564,8 @@ class TrainConfig:
         _check(self, "experts", self.experts == 1 or self.noise is None, f"1 with --ensemble {self.ensemble}")
         _check(self, "adversarial", self.adversarial != "trades", f"another with --ensemble {self.ensemble}")
         _check(self, "shard", not self.shard, f"none with --ensemble {self.ensemble}")
+        fixed = f"auto, uniform or selection with --ensemble {self.ensemble}, whose loss trains no gate"
+        _check(self, "gate", self.gate_kind != "switch", fixed)
         try:
             method.check_experts(self.experts)
         except ValueError as error:
@@ -578,7 +580,6 @@ class TrainConfig:
     def _check_stages(self, epochs: int) -> None:
         """Check what a training in stages of so many epochs, in which other weights are trained, can do."""
         with_it = f"with --ensemble {self.ensemble}, whose experts are trained in turn"
-        _check(self, "gate", self.gate_kind != "switch", f"auto, uniform or selection {with_it}")
         _check(self, "early_stopping", self.early_stopping is None, f"none {with_it}")
         _check(self, "attack_batchnorm", self.attack_batchnorm == "eval", f"eval {with_it}")
         _check(self, "checkpoint_activations", not self.checkpoint_activations, f"none {with_it}")
