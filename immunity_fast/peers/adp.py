@@ -91,6 +91,10 @@ class ADPLoss(EnsembleLoss):
     def prepare(self, model: ImmunityMoE, images: Tensor, targets: Tensor) -> Tensor | None:
         return images if self.adversarial else None
 
+    def check_experts(self, num_experts: int) -> None:
+        if num_experts < 2:
+            raise ValueError(f"experts: expected at least 2, which are to disagree, got {num_experts}")
+
     def check_model(self, model: ImmunityMoE) -> None:
         _check_classes(model.num_experts, model.num_classes)
         super().check_model(model)

@@ -136,6 +136,11 @@ class MRBoostLoss(BoostedLoss):
         super().__init__(weight, **shared)
         self.warm_start = warm_start
 
+    def check_model(self, model: ImmunityMoE) -> None:
+        super().check_model(model)
+        if self.warm_start:
+            self.check_alike(model)
+
     def change(self, model: ImmunityMoE, seed: int) -> None:
         super().change(model, seed)
         if self.warm_start:
@@ -184,6 +189,10 @@ class BARRELoss(BoostedLoss):
         check_whole("updates", updates, 1)
         check_weight("rate", rate)
         self.images, self.updates, self.rate = images, updates, rate
+
+    def check_model(self, model: ImmunityMoE) -> None:
+        super().check_model(model)
+        self.check_alike(model)
 
     def change(self, model: ImmunityMoE, seed: int) -> None:
         super().change(model, seed)

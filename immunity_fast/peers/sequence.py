@@ -89,6 +89,20 @@ class InTurn(SequentialLoss):
         if num_experts < 2:
             raise ValueError(f"experts: expected at least 2, which are trained one after another, got {num_experts}")
 
+    def check_alike(self, model: ImmunityMoE) -> None:
+        """Check that each member can begin from the one before it.
+
+        Raises:
+            ValueError: they are not alike.
+        """
+        for index in range(1, model.num_experts):
+            own, last = (_of(model, each) for each in (index, index - 1))
+            if [tensor.shape for tensor in own] != [tensor.shape for tensor in last]:
+                raise ValueError(
+                    "experts: expected experts of one architecture, each of which begins from the one before it, got "
+                    f"experts {index} and {index + 1} of other shapes"
+                )
+
     def stages(self, num_experts: int) -> int:
         return num_experts
 

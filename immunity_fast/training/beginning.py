@@ -15,6 +15,7 @@ from immunity_fast.experts.registry import repeated
 from immunity_fast.experts.symmetry import identical_tensors, perturb_tensors_
 from immunity_fast.experts.weights import Fitted, WeightsFile, experts_of, fitted, read
 from immunity_fast.models.expert_list import ExpertList
+from immunity_fast.models.gate import kind_of_gate
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.training.config import TrainConfig
 
@@ -115,7 +116,7 @@ def read_all(config: TrainConfig) -> list[WeightsFile]:
 
 
 def _load_mixture(model: ImmunityMoE, file: WeightsFile, config: TrainConfig) -> tuple[list[str], list[str]]:
-    """All experts' and, where it fits, the gate's."""
+    """All experts' and, where it fits, those that the gate has learned: votes that are fixed begin as equals."""
     given, own = experts_of(file), expert_tensors(model)
     if len(given) != len(own):
         raise ValueError(f"--weights: {file.path}: expected a mixture of {len(own)} experts, got {len(given)}")
@@ -131,7 +132,11 @@ def _load_mixture(model: ImmunityMoE, file: WeightsFile, config: TrainConfig) ->
     for name, value in mine.items():
         if name in gate and is_stem(value, gate[name], model.channels):
             gate[name] = adapted(gate[name], model.channels)
-    fitting = gate.keys() == mine.keys() and all(gate[name].shape == value.shape for name, value in mine.items())
+    fitting = (
+        kind_of_gate(model.gate) == "switch"
+        and gate.keys() == mine.keys()
+        and all(gate[name].shape == value.shape for name, value in mine.items())
+    )
     if fitting:
         _write(mine, gate)
     what = "and the gate begin" if fitting else "begin"

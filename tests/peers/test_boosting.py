@@ -69,6 +69,13 @@ def epoch_of(state: TrainingState) -> None:
     state.epoch += 1
 
 
+@pytest.mark.parametrize("method", ["mrboost:warm_start=true", "barre"])
+def test_members_that_cannot_begin_from_the_last_are_refused(method: str) -> None:
+    with pytest.raises(ValueError, match=r"experts: expected experts of one architecture, .* experts 1 and 2 of other"):
+        run_of(ensemble=method, arch="resnet8,resnet8x0.5,resnet8")
+    run_of(ensemble="mrboost", arch="resnet8,resnet8x0.5,resnet8")
+
+
 # The loss
 
 
@@ -347,3 +354,16 @@ def test_beginning_again_with_smaller_batches_is_that_run() -> None:
     assert {n: as_bytes(v) for n, v in state.model.state_dict().items()} == {
         n: as_bytes(v) for n, v in other.model.state_dict().items()
     }
+
+
+@pytest.mark.parametrize("gate", ["uniform", "selection"])
+def test_votes_of_an_earlier_run_are_not_begun_with(gate: str, data: Path, tmp_path: Path) -> None:
+    folder, settings = tmp_path / "first", {"arch": "resnet8", "gate": gate}
+    arguments = options(data, **settings, ensemble="mrboost", checkpoint_every=1)
+    interrupted((TrainingState, "advance"), 3, go_on(folder, arguments))  # where the second member has no vote
+    assert load_checkpoint(Run(folder).checkpoint)[1]["epoch"] == 0
+    arguments = options(data, **settings, ensemble="plain", epochs=1, weights=Run(folder).checkpoint)
+    state, _ = trained([*arguments, "--out", str(tmp_path / "second")])
+    weights = state.model.gate.fixed_weights(torch.float64)
+    assert weights is not None
+    assert weights.tolist() == [0.5, 0.5]

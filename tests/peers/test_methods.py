@@ -35,7 +35,7 @@ def test_each_mistake_is_one_clear_line(text: str, message: str) -> None:
         method_of(text)
 
 
-@pytest.mark.parametrize("name", ["gal", "trs", "dverge", "mrboost", "barre", "hrs"])
+@pytest.mark.parametrize("name", ["adp", "gal", "trs", "dverge", "mrboost", "barre", "hrs"])
 def test_what_compares_experts_is_not_done_with_one(name: str) -> None:
     with pytest.raises(ValueError, match=r"^--experts: expected .*, got 1$"):
         TrainConfig(ensemble=name, experts=1)
