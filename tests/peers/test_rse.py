@@ -69,8 +69,8 @@ def test_words_name_the_deviations() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rse:first=-1", "noise: expected two finite standard deviations of at least 0"),
-        ("rse:inner=inf", "noise: expected two finite standard deviations of at least 0"),
+        ("rse:first=-1", "ensemble: rse: noise: expected two finite standard deviations of at least 0"),
+        ("rse:inner=inf", "ensemble: rse: noise: expected two finite standard deviations of at least 0"),
         ("rse:passes=3", "ensemble: expected rse with first=…, inner=…, got passes=3"),
         ("rse:first=a", "ensemble: expected a number for first, got a"),
     ],
