@@ -86,6 +86,11 @@ def drawn_table(found: Mapping[str, Any]) -> Iterable[Table]:
         says = (
             "over a fixed sample of permutations, where they do not agree" if mixture else "the mean of the ten draws"
         )
+    if passes := found.get("passes"):
+        says += (
+            f", each the mean of {passes['answer']} of {passes['all']} passes, which all ten share: ten of "
+            "passes of their own vary more, and fewer images may be right in all of them"
+        )
     yield Table(
         "What answers at random, %",
         ["attack", "what the attacker differentiates", expected, "ten draws: mean ± spread", "right in all ten tries"],

@@ -57,6 +57,7 @@ OTHER_DESCRIPTIONS: dict[str, dict[str, str]] = {
         "worst": f"{GATE_WORDS['worst']}: each image's worst expert",
     },
     "uniform": {"mean": f"{GATE_WORDS['mean']}: the average of the experts, which answers"},
+    "none": {"eot": "an average over several of its outputs (EOT)"},
 }
 
 

@@ -21,6 +21,7 @@ from immunity_fast.evaluation.runner import Evaluation, bits, mean_loss
 from immunity_fast.evaluation.targets import MixtureTarget
 from immunity_fast.evaluation.words import COLUMNS, JUDGES, NAMES, find, gate_in, knows, percent, radius_words, share
 from immunity_fast.models.gate import kind_of_gate
+from immunity_fast.models.noise import SHARED, MeanOfPasses
 from immunity_fast.reporting.html import Table
 from immunity_fast.runtime.failures import readable
 
@@ -77,7 +78,8 @@ def results(evaluation: Evaluation) -> Results:
     * heatmaps: "clean" and "attacked" (by PGD-20 on the gate's mean), see `metrics.combined`; for mixtures;
     * poison: see `poisoned.measured`; added by `report.write`, of what was trained on poisoned images;
     * plan: what was asked for;
-    * gate: of a mixture whose gate is not permuted, its kind, "selection" or "uniform".
+    * gate: of a mixture whose gate is not permuted, its kind, "selection" or "uniform";
+    * passes: of a network with noise, {answer: how many are averaged to an answer, all: of how many for ten answers}.
     """
     found: dict[str, Any] = {"accuracy": [], "worst_case": [], "plan": asdict(evaluation.plan)}
     found["left_out"] = evaluation.left_out
@@ -91,6 +93,9 @@ def results(evaluation: Evaluation) -> Results:
         found["transfer_from_experts"] = _from_experts(evaluation)
         if (kind := kind_of_gate(evaluation.target.model.gate)) != "switch":
             found["gate"] = kind
+    answer = getattr(evaluation.target, "answer", None)
+    if isinstance(answer, MeanOfPasses):
+        found["passes"] = {"answer": answer.passes, "all": SHARED * answer.passes}
     found["curves"] = _curves(evaluation)
     found["masking"] = masking(evaluation, found)
     heatmaps = _heatmaps(evaluation)
@@ -177,6 +182,8 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     note = f"{plan['norm']}, ε = {radius}. ± is half the 95 % Wilson interval. Columns say what answers"
     if "mean" in judges:
         note += f": {COLUMNS[gate]}"
+    if passes := found.get("passes"):
+        note += f": the mean of {passes['answer']} passes with noise, of which attackers differentiate one, or several"
     note += "."
     if plan.get("amp", "off") != "off":
         exempt = [NAMES[name] for name in IN_FLOAT32 if name in plan["attacks"]]

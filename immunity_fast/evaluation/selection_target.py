@@ -103,14 +103,14 @@ class SelectionTarget(_FixedTarget):
     knowledge = ("sample", "eot", "mean", "logits", "worst")
     answers = ("sample", "mean", "worst")
 
-    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Verdict:
+    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator, *, tries: bool = True) -> Verdict:
         with torch.no_grad():
             logits, weights = self.expert_logits(images), trained_gate(self.model, images)
             check_outputs(logits, self.num_classes)
             loss = F.nll_loss(log_mixture(logits, weights), labels, reduction="none")
             right = selected_rightly(logits, weights, labels, generator)
-            tries = torch.stack([drawn_rightly(logits, weights, labels, generator) for _ in range(TRIES)])
-            return Verdict(right, loss, shares_selected(logits, weights, labels), tries)
+            drawn = [drawn_rightly(logits, weights, labels, generator) for _ in range(TRIES * tries)]
+            return Verdict(right, loss, shares_selected(logits, weights, labels), torch.stack(drawn) if tries else None)
 
 
 class UniformTarget(_FixedTarget):
@@ -126,7 +126,7 @@ class UniformTarget(_FixedTarget):
     random = ()
     has_shares = False
 
-    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Verdict:
+    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator, *, tries: bool = True) -> Verdict:
         with torch.no_grad():
             logits, weights = self.expert_logits(images), trained_gate(self.model, images)
             check_outputs(logits, self.num_classes)

@@ -32,6 +32,7 @@ from immunity_fast.experts.imported import called, imported
 from immunity_fast.experts.libraries import LIBRARIES
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.models.noise import MeanOfPasses
 from immunity_fast.permutations import nobody_right, permuted, share_is_exact, shares_right
 from immunity_fast.runtime.outputs import kind_of, logits_of
 from immunity_fast.runtime.precision import at_least_float32
@@ -91,13 +92,14 @@ class TargetModel(Protocol):
             (images (B, C, H, W), labels (B,)) to outputs (B, K), or (draws, B, K).
         """
 
-    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Verdict:
+    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator, *, tries: bool = True) -> Verdict:
         """Judge the answers for some images.
 
         Args:
             images: (B, C, H, W) in [0, 1].
             labels: (B,) integers in 0..K−1.
             generator: of the judges that are random.
+            tries: whether `Verdict.tries` are asked for, of what is random.
 
         Raises:
             ValueError: outputs of another shape; as `NotFiniteError`, NaN or infinite ones.
@@ -197,15 +199,15 @@ class MixtureTarget(TargetModel):
             self.model, knowledge, draws=self.draws, generator=generator, expert_logits=self.expert_logits
         )
 
-    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Verdict:
+    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator, *, tries: bool = True) -> Verdict:
         with torch.no_grad():
             logits = self.expert_logits(images)
             gate = trained_gate(self.model, images)
             check_outputs(logits, self.num_classes)
             loss = F.nll_loss(log_mixture(logits), labels, reduction="none")
             right = gate_attackers.answered_rightly(logits, gate, labels, generator)
-            drawn = [log_mixture(logits, permuted(gate, generator)).argmax(-1) == labels for _ in range(TRIES)]
-            return Verdict(right, loss, shares_right(logits, gate, labels), torch.stack(drawn))
+            drawn = [log_mixture(logits, permuted(gate, generator)).argmax(-1) == labels for _ in range(TRIES * tries)]
+            return Verdict(right, loss, shares_right(logits, gate, labels), torch.stack(drawn) if tries else None)
 
     def _expert(self, index: int) -> nn.Module:
         """An expert as a module of its own; all are made once, as that takes as long as a step of an attack on one."""
@@ -286,7 +288,7 @@ class NetworkTarget(TargetModel):
         transfer: Model | None = None,
         answer: Model | None = None,
     ) -> None:
-        self.model, self.outputs = model, _logits(model)
+        self.model, self.outputs, self.answer = model, _logits(model), answer
         self.answers = self.outputs if answer is None else _logits(answer)
         self.num_classes, self.name, self.draws, self.transfer = num_classes, name, draws, transfer
         self.random: tuple[str, ...] = () if draws is None else ("output", "eot")
@@ -305,15 +307,18 @@ class NetworkTarget(TargetModel):
             return lambda images, labels: other(images)
         return _Output(self.outputs)
 
-    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Verdict:
+    def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator, *, tries: bool = True) -> Verdict:
         with torch.no_grad():
-            outputs = self.answers(images)
+            number = TRIES if tries and self.random else 0
+            if isinstance(self.answer, MeanOfPasses):  # answers of passes of their own would take several times as long
+                outputs, *more = self.answer.several(images, number or 1, generator)
+                more = [outputs, *more]
+            else:
+                outputs, more = self.answers(images), [self.answers(images) for _ in range(number)]
             check_outputs(outputs[None] if isinstance(outputs, Tensor) else outputs, self.num_classes)
             loss = F.cross_entropy(outputs, labels, reduction="none")
-            right, tries = outputs.argmax(-1) == labels, None
-            if self.random:
-                tries = torch.stack([self.answers(images).argmax(-1) == labels for _ in range(TRIES)])
-            return Verdict({"output": right}, loss, None, tries)
+            right = [each.argmax(-1) == labels for each in (outputs, *more)]
+            return Verdict({"output": right[0]}, loss, None, torch.stack(right[1:]) if number else None)
 
     def attack_judge(self, name: str) -> Judge | Literal["outputs"] | None:
         return None

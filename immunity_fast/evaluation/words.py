@@ -51,11 +51,13 @@ COLUMNS = {
     "uniform": "the average of the experts (mean)",
 }
 # Over what an expectation is, and its sample where not all is tried.
-DRAWN = {"switch": "permutations", "selection": "experts that may be drawn"}
+DRAWN = {"none": "draws", "switch": "permutations", "selection": "experts that may be drawn"}
 
 
 def gate_in(found: Mapping[str, Any]) -> str:
-    """The kind of gate that `results` are of, see `models.gate.kind_of_gate`; of a network, too, "switch"."""
+    """The kind of gate that `results` are of, see `models.gate.kind_of_gate`; "none" of a network, which has none."""
+    if any(entry["judge"] == "output" for entry in found.get("accuracy", ())):
+        return "none"
     return str(found.get("gate", "switch"))
 
 

@@ -15,6 +15,7 @@ from immunity_fast.reproduction.experiments import Entry
 from immunity_fast.reproduction.peers import ADVERSARIAL, PLAIN, STANDARD, TRAININGS, Comparison, Way, relative_cost
 from immunity_fast.reproduction.tables import NOT_DONE, Found, cell, number, summarised
 from immunity_fast.training.config import TrainConfig
+from immunity_fast.training.run_evaluation import DRAWS
 
 WORST = "worst case"  # of `results`' entries: the least over all attacks for each image
 Sample = tuple[float, float]
@@ -236,12 +237,14 @@ def _note(comparison: Comparison, rows: Sequence[tuple[Way, Entry]], training: s
         text += f"Trained at ε = {radius_words(config.eps, 'Linf')}. "
     text += f"Worst: each image under the worst of {_attacks(evaluation)}, by whoever knows everything of the gate and "
     text += (
-        "the weights (its mean, a draw of it, its worst permutation), and of what is transferred. Of what draws, the "
+        "the weights (its mean, a draw of it, the worst that it may draw), and of what is transferred and of noise. "
     )
     text += (
-        "exact expectation; clean, one draw for each of all test images. Transfer: PGD and CW on a plain ensemble of "
+        "Of a gate that draws, the exact expectation; of RSE, which answers by the mean of ten passes with noise, the "
     )
-    text += "another seed, trained likewise. Passes: forward and backward, of the plain ensemble's standard training; "
+    text += "mean of ten answers; clean, one draw for each of all test images. Transfer: PGD and CW, whichever leaves "
+    text += "less, on a plain ensemble of another seed, trained likewise. Passes: forward and backward, of the plain ensemble's "
+    text += "standard training; "
     text += (
         "seconds: of the same, on the same machine. “Immunity, its mean” is the same run as Immunity, answered by the "
     )
@@ -260,7 +263,8 @@ def _attacks(evaluation: EvaluationSettings) -> str:
     for attack in evaluation.attacks:
         steps, usual = {"arc": (evaluation.arc_steps, 20), "mora": (evaluation.mora_steps, 100)}.get(attack, (0, 0))
         names.append(NAMES[attack] + (f" ({_count(steps, 'step')}, not {usual})" if steps < usual else ""))
-    return ", ".join(names)
+    draws = evaluation.draws or DRAWS
+    return ", ".join(names) + (f" (averages of RSE's passes are of {draws}, not {DRAWS})" if draws < DRAWS else "")
 
 
 def _count(number: int, unit: str) -> str:

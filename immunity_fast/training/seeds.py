@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from immunity_fast.evaluation.words import JUDGES, NAMES, knows
+from immunity_fast.evaluation.words import JUDGES, NAMES, gate_in, knows
 from immunity_fast.experts import title
 from immunity_fast.experts.registry import check_trusted, imports_code
 from immunity_fast.reporting.html import Table, write_report
@@ -250,7 +250,8 @@ def summary(start: SeedSet, failed: Mapping[int, str]) -> dict[str, Any]:
     * accuracy: {attack, attacker, judge, mean, std, values} on test images, `std` over n − 1 (None of one run), and
       `values` by seed;
     * worst_case: the same by judge;
-    * last_epoch: {measure, mean, std, values} of each number in the last epoch's record.
+    * last_epoch: {measure, mean, std, values} of each number in the last epoch's record;
+    * gate: as `evaluation.results.results` says it of each run.
     """
     finished = [seed for seed in start.seeds if is_finished(start.run(seed))]
     results = {seed: parse_json(start.run(seed).results_file.read_bytes()) for seed in finished}
@@ -265,6 +266,7 @@ def summary(start: SeedSet, failed: Mapping[int, str]) -> dict[str, Any]:
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name not in ("epoch", "step"):
                     groups["last_epoch"].setdefault((name,), {})[str(seed)] = value
+    kinds = {gate for each in results.values() if (gate := each.get("gate")) is not None}
     named = {
         "accuracy": ("attack", "attacker", "judge"),
         "worst_case": ("attack", "attacker", "judge"),
@@ -278,6 +280,7 @@ def summary(start: SeedSet, failed: Mapping[int, str]) -> dict[str, Any]:
             kind: [dict(zip(named[kind], place, strict=True)) | spread(values) for place, values in group.items()]
             for kind, group in groups.items()
         },
+        **({"gate": kinds.pop()} if kinds else {}),
     }
 
 
@@ -305,7 +308,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         attack, attacker = entry["attack"], entry["attacker"]
         name, differentiates = "worst case for each image", "all of the above"
         if attack:
-            name, differentiates = NAMES.get(attack, attack), knows(attack, attacker)
+            name, differentiates = NAMES.get(attack, attack), knows(attack, attacker, gate_in(found))
         rows.append([name, differentiates, JUDGES[entry["judge"]], *_percents(entry, seeds)])
     test = Table(
         f"Test accuracy of {len(seeds)} seeds, %",

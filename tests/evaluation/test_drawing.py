@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from immunity_fast.attacks.mixtures import trained_gate
 from immunity_fast.evaluation.drawing import drawn, drawn_table
 from immunity_fast.evaluation.masking import masking
 from immunity_fast.evaluation.results import results
 from immunity_fast.evaluation.targets import TRIES, MixtureTarget, NetworkTarget
+from immunity_fast.models.noise import MeanOfPasses
 from tests import evaluations
 from tests.evaluations import PLAN, SMALL, brightness, colored, evaluation_of, run_to_end, trained_mixture
 from tests.small_runs import CLASSES
@@ -92,6 +93,27 @@ def test_a_mixture_s_shares_are_those_of_all_permutations() -> None:
     certain = (expected == 0) | (expected == 1)
     assert torch.equal(verdict.tries[:, certain], (expected[certain] == 1).expand(TRIES, -1))
     assert bool((verdict.tries.any(0) & ~verdict.tries.all(0))[~certain].any())
+
+
+def test_noise_is_tried_with_shared_passes_and_says_so() -> None:
+    calls = list[int]()
+
+    class Noisy(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            calls.append(len(images))
+            return brightness(images) + 3 * torch.randn(len(images), 3)
+
+    images, labels = colored(20).images.float() / 255, colored(20).labels
+    target = NetworkTarget(Noisy(), CLASSES, draws=2, answer=MeanOfPasses(Noisy(), 4))
+    verdict = target.judge(images, labels, torch.Generator())
+    assert len(calls) == 12
+    assert verdict.tries is not None
+    assert verdict.tries.shape == (TRIES, 20)
+    assert torch.equal(verdict.tries[0], verdict.right["output"])
+    assert not bool((verdict.tries == verdict.tries[0]).all())
+    calls.clear()
+    assert target.judge(images, labels, torch.Generator(), tries=False).tries is None
+    assert len(calls) == 4
 
 
 def test_a_network_that_draws_is_tried_ten_times() -> None:

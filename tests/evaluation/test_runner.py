@@ -144,9 +144,9 @@ def test_images_are_the_test_split_s_in_its_fixed_random_order(tmp_path: Path) -
     shown: list[tuple[Tensor, Tensor]] = []
 
     class Looking(NetworkTarget):
-        def judge(self, images: Tensor, labels: Tensor, generator: Any) -> Any:
+        def judge(self, images: Tensor, labels: Tensor, generator: Any, **options: Any) -> Any:
             shown.append((images, labels))
-            return super().judge(images, labels, generator)
+            return super().judge(images, labels, generator, **options)
 
     plan = replace(PLAN, attacks=(), masking_images=0)
     evaluation = evaluation_of(tmp_path / "l", plan, Looking(brightness, CLASSES))
@@ -298,9 +298,9 @@ def test_pieces_of_other_rows_and_chunks_have_other_chances(tmp_path: Path) -> N
     drawn: list[float] = []
 
     class Listening(NetworkTarget):
-        def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Any:
+        def judge(self, images: Tensor, labels: Tensor, generator: torch.Generator, **options: Any) -> Any:
             drawn.append(float(torch.rand(1, generator=generator, dtype=torch.float64)))
-            return super().judge(images, labels, generator)
+            return super().judge(images, labels, generator, **options)
 
     plan = replace(PLAN, attackers=None, masking_images=0)
     run_to_end(evaluation_of(tmp_path / "l", plan, Listening(brightness, CLASSES)))

@@ -62,11 +62,11 @@ def test_an_evaluation_killed_within_a_piece_loses_that_piece(whole: Evaluation,
     class Dying(MixtureTarget):
         left = call
 
-        def judge(self, images: Tensor, labels: Tensor, generator: Any) -> Any:
+        def judge(self, images: Tensor, labels: Tensor, generator: Any, **options: Any) -> Any:
             self.left -= 1
             if not self.left:
                 raise Killed
-            return super().judge(images, labels, generator)
+            return super().judge(images, labels, generator, **options)
 
     with pytest.raises(Killed):
         run_to_end(evaluation_of(tmp_path / "l", SMALL, Dying(trained_mixture(), CLASSES, draws=2)))
@@ -93,7 +93,7 @@ def test_what_is_finished_is_not_attacked_again(whole: Evaluation) -> None:
         def attacker(self, name: str, generator: Any) -> Any:
             raise AssertionError(name)
 
-        def judge(self, images: Tensor, labels: Tensor, generator: Any) -> Any:
+        def judge(self, images: Tensor, labels: Tensor, generator: Any, **options: Any) -> Any:
             raise AssertionError(images)
 
     evaluation = evaluation_of(whole.ledger.path, target=Untouchable(trained_mixture(), CLASSES, draws=2))

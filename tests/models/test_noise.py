@@ -241,6 +241,48 @@ def test_the_mean_of_passes_is_that_of_their_probabilities() -> None:
     torch.testing.assert_close(found.exp(), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_several_answers_share_three_times_the_passes_of_one() -> None:
+    """The first is of the first passes, each of as many different ones; of each draw of all, none has another's."""
+    calls = list[int]()
+
+    class Counting(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            calls.append(len(calls))
+            return F.one_hot(torch.full((len(images),), calls[-1]), 6).double() * 1e3
+
+    found = MeanOfPasses(Counting(), 2).several(IMAGES, 10, torch.Generator().manual_seed(1)).exp()
+    assert len(calls) == 6
+    assert found.shape == (10, 3, 6)
+    used = found[:, 0] > 0.25
+    assert torch.equal(used.sum(1), torch.full((10,), 2))
+    assert used[0].tolist() == [True, True] + 4 * [False]
+    for start in (0, 3, 6):
+        assert bool(used[start : start + 3].any(0).all())
+    calls.clear()
+    assert MeanOfPasses(Counting(), 2).several(IMAGES, 1).shape == (1, 3, 6)
+    assert len(calls) == 2
+
+
+def test_each_of_several_answers_is_as_random_as_one() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    mean = MeanOfPasses(add_noise_(network, 2.0, 0.0), 3)
+    with torch.no_grad():
+        one = torch.stack([mean(IMAGES) for _ in range(300)]).exp()
+        several = torch.stack([mean.several(IMAGES, 10)[9] for _ in range(300)]).exp()
+    torch.testing.assert_close(several.mean(0), one.mean(0), rtol=0, atol=5e-3)
+    assert several.std(0).mean().item() == pytest.approx(one.std(0).mean().item(), rel=0.15)
+
+
+def test_noise_of_channels_last_maps_is_drawn_as_they_lie() -> None:
+    layer = add_noise_(nn.Conv2d(4, 2, 1, bias=False), 0.7, 0.1)
+    maps = torch.rand(2, 4, 7, 9).contiguous(memory_format=torch.channels_last)
+    found = _seeded(layer, maps)
+    torch.manual_seed(5)
+    drawn = torch.randn(2, 7, 9, 4).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, F.conv2d(maps + 0.7 * drawn, layer.weight))
+
+
 @pytest.mark.parametrize("passes", [0, -1, 1.5])
 def test_passes_are_counted(passes: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=r"^passes: expected "):
