@@ -237,18 +237,13 @@ def _note(comparison: Comparison, rows: Sequence[tuple[Way, Entry]], training: s
         text += f"Trained at ε = {radius_words(config.eps, 'Linf')}. "
     text += f"Worst: each image under the worst of {_attacks(evaluation)}, by whoever knows everything of the gate and "
     text += (
-        "the weights (its mean, a draw of it, the worst that it may draw), and of what is transferred and of noise. "
+        "the weights (its mean, a draw of it, the worst that it may draw), and of noise and what is transferred. Of a "
     )
-    text += (
-        "Of a gate that draws, the exact expectation; of RSE, which answers by the mean of ten passes with noise, the "
-    )
-    text += "mean of ten answers; clean, one draw for each of all test images. Transfer: PGD and CW, whichever leaves "
-    text += "less, on a plain ensemble of another seed, trained likewise. Passes: forward and backward, of the plain ensemble's "
-    text += "standard training; "
-    text += (
-        "seconds: of the same, on the same machine. “Immunity, its mean” is the same run as Immunity, answered by the "
-    )
-    text += "mean of all permutations: a uniform gate on the same weights. "
+    text += "gate that draws, the exact expectation; of RSE, which answers by the mean of ten passes, the mean of ten "
+    text += "answers; clean, one draw for each of all test images. Transfer: PGD and CW, whichever leaves less, on a "
+    text += "plain ensemble of another seed, trained likewise. Passes: forward and backward, of the plain ensemble's "
+    text += "standard training; seconds: of the same, on the same machine. “Immunity, its mean” is the same run as "
+    text += "Immunity, answered by the mean of all permutations: a uniform gate on the same weights. "
     spread = "half the range over the seeds" if several else "half the 95 % Wilson interval"
     text += f"Seeds: {', '.join(map(str, seeds))}; ± is {spread}. Published figures stand beside ours where network, "
     text += "data, training and radius are the same, and nowhere else"

@@ -101,7 +101,7 @@ def test_noise_is_tried_with_shared_passes_and_says_so() -> None:
     class Noisy(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             calls.append(len(images))
-            return brightness(images) + 3 * torch.randn(len(images), 3)
+            return brightness(images) + 30 * torch.randn(len(images), 3)
 
     images, labels = colored(20).images.float() / 255, colored(20).labels
     target = NetworkTarget(Noisy(), CLASSES, draws=2, answer=MeanOfPasses(Noisy(), 4))
