@@ -265,3 +265,19 @@ def test_a_seed_of_a_set_is_the_run_of_that_seed(data: Path, tmp_path: Path) -> 
     train.main([*arguments, "--seed", "4", "--out", str(tmp_path / "alone")])
     assert saved(tmp_path / "set" / "seed-4") == saved(tmp_path / "alone")
     assert all(seeds.is_finished(Run(tmp_path / "set" / f"seed-{seed}")) for seed in (3, 4))
+
+
+@pytest.mark.parametrize(
+    ("gate", "judge", "attacker", "says"),
+    [
+        ("switch", "sample", "sample", "one random permutation an image"),
+        ("selection", "sample", "sample", "one random expert an image"),
+        ("uniform", "mean", "mean", "the average of the experts"),
+        (None, "output", "eot", "^an average over several of its outputs"),
+    ],
+)
+def test_a_table_says_what_the_gate_of_its_runs_does(gate: str | None, judge: str, attacker: str, says: str) -> None:
+    entry = {"attack": "pgd", "attacker": attacker, "judge": judge} | spread({"0": 0.5})
+    found = {"finished": [0], "accuracy": [entry], "worst_case": [], "last_epoch": []}
+    found |= {} if gate is None else {"gate": gate}
+    assert re.search(says, seeds.tables(found)[0].rows[0][1])
