@@ -100,8 +100,10 @@ def named(text: str) -> LabelFlip | BadNets | Path:
         text: the words; one that begins with none of these names is a file's.
 
     Raises:
-        ValueError: the rate is missing, a setting is unknown, or a value is out of its range.
+        ValueError: the rate is missing, a setting is unknown or there twice, or a value is out of its range.
     """
+    if not text.strip():
+        raise ValueError("poison: expected a kind of poison or a file of poisons, got nothing")
     name, _, rest = text.partition(":")
     if name not in KINDS:
         return Path(text).expanduser()
@@ -111,6 +113,8 @@ def named(text: str) -> LabelFlip | BadNets | Path:
         settings["rate"] = float(rate)
         for part in parts:
             setting, _, value = part.partition("=")
+            if setting in settings:
+                raise KeyError(setting)  # which of the two is meant nobody knows
             settings[setting] = SETTINGS[name][setting](value)
     except (KeyError, ValueError):
         options = "".join(f"[,{each}=…]" for each in SETTINGS[name])
@@ -185,6 +189,11 @@ def poisoned(dataset: ImageDataset, poison: Poison, seed: int) -> Poisoned:
     labels = train.labels.cpu()
     known = ((labels >= 0) & (labels < classes)).nonzero().flatten()  # the others count for nothing
     rows = known[torch.randperm(len(known), generator=random)[: round(poison.rate * len(known))]]
+    if not len(rows):
+        raise ValueError(
+            f"poison: expected a rate that poisons at least one of {len(known):,} labelled training images, got "
+            f"{poison.rate:g}"
+        )
     if isinstance(poison, LabelFlip):
         steps = torch.randint(1, classes, (len(rows),), generator=random) if poison.to == "any" else 1
         images, new = train.images, (labels[rows] + steps) % classes

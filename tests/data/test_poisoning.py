@@ -157,6 +157,8 @@ def test_what_a_text_names() -> None:
         ("badnets:0.1,rate=2", "expected badnets:RATE"),
         ("badnets:0.1,target=1.5", "expected badnets:RATE"),
         ("badnets:0.1,target=-1", "badnets:0.1,target=-1: target: expected at least 0"),
+        ("badnets:0.1,target=0,target=1", "expected badnets:RATE"),
+        ("", "expected a kind of poison or a file of poisons, got nothing"),
         ("label-flip:0", "label-flip:0: rate: expected a share above 0 and at most 1, got 0"),
         ("label-flip:nan", "rate: expected a share"),
         ("label-flip:20", "rate: expected a share"),
@@ -178,6 +180,10 @@ def test_what_cannot_be_poisoned_is_refused() -> None:
         poisoned(DATA, BadNets(0.1, 4), 0)
     with pytest.raises(ValueError, match="size of at most 5 pixels, got 6"):
         poisoned(DATA, BadNets(0.1, 0, 6), 0)
+    with pytest.raises(
+        ValueError, match=r"^poison: expected a rate that poisons at least one of [0-9]+ .*, got 0.0001$"
+    ):
+        poisoned(DATA, BadNets(0.0001), 0)
     streamed = _dataset(object())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"poison: expected training images in memory.*--stream off"):
         poisoned(streamed, BadNets(0.1), 0)
