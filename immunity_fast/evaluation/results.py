@@ -71,7 +71,8 @@ def results(evaluation: Evaluation) -> Results:
     * unmoved: {attack, attacker, unmoved, right, images}: images whose gradient was exactly zero at every step, so that
       the attack could not move them, and how many of them the exact attacker's objective gets right: they count as
       withstanding;
-    * radii: {eps, accuracy, worst_case, drawn} of each radius, from the least on, with clean images and noise;
+    * radii: {eps, accuracy, worst_case, drawn, white_box} of each radius, from the least on, with clean images and
+      noise; white_box: {worst_case, drawn} of the attacks that know the model, transferred images and noise left out;
     * drawn: of what is random, see `drawing.drawn`; the last, "worst case", is that of each image over all attacks;
     * curves: "eps" and "steps", by the exact attacker, judged on what it attacks; "draws", by EOT, the expectation;
     * masking: {check, passed, finding};
@@ -128,14 +129,28 @@ def _at_radius(evaluation: Evaluation, radius: float) -> dict[str, Any]:
     found: dict[str, Any] = {"eps": radius, "accuracy": accuracies, "worst_case": []}
     finished = [(row, pieces) for row in rows if (pieces := evaluation.results(row))]
     if any(row.kind == "attack" for row, _ in finished):
-        for judge in evaluation.target.judges:
-            right = [all(bits_) for bits_ in zip(*(bits(pieces, judge) for _, pieces in finished), strict=False)]
-            found["worst_case"].append({"judge": judge} | share(right))
+        found["worst_case"] = _worst_of(evaluation, [pieces for _, pieces in finished])
     exact = evaluation.target.shares_are_exact
     entries = [drawn(row.attack or row.kind, row.attacker or None, [pieces], exact) for row, pieces in finished]
     if found["worst_case"]:
         entries.append(drawn("worst case", "all", [pieces for _, pieces in finished], exact))
     found["drawn"] = [entry for entry in entries if entry is not None]
+    # The clean images too: an attack that moves an image away from what was wrong has not made it right.
+    knowing = [pieces for row, pieces in finished if row.kind in ("attack", "subset") and row.attacker != "transfer"]
+    if any(row.kind == "attack" and row.attacker != "transfer" for row, _ in finished):
+        found["white_box"] = {
+            "worst_case": _worst_of(evaluation, knowing),
+            "drawn": drawn("worst case", "all", knowing, exact),
+        }
+    return found
+
+
+def _worst_of(evaluation: Evaluation, columns: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """By each judge, which images were right in all of some rows' pieces."""
+    found = []
+    for judge in evaluation.target.judges:
+        right = [all(bits_) for bits_ in zip(*(bits(pieces, judge) for pieces in columns), strict=False)]
+        found.append({"judge": judge} | share(right))
     return found
 
 

@@ -17,7 +17,7 @@ from immunity_fast.reproduction.tables import NOT_DONE, Found, cell, number, sum
 from immunity_fast.training.config import TrainConfig
 from immunity_fast.training.run_evaluation import DRAWS
 
-WORST = "worst case"  # of `results`' entries: the least over all attacks for each image
+WORST = "worst case"  # of `results`' entries: the least over all white-box attacks for each image
 Sample = tuple[float, float]
 
 
@@ -66,12 +66,17 @@ def answer(results: dict[str, Any], eps: float, attack: str, attacker: str | Non
     Args:
         results: as `evaluation.results.results` gives them.
         eps: the radius.
-        attack, attacker: as they are called there; "worst case" by "all".
+        attack, attacker: as they are called there; "worst case" by "all" is that of the attacks that know the model.
         judge: somebody else's answers than those that are given in use.
     """
     found = next((each for each in results.get("radii", ()) if math.isclose(each["eps"], eps)), None)
     if found is None:
         return None
+    if attack == WORST:
+        white = found.get("white_box")
+        if white is None:
+            return None
+        found = {"worst_case": white["worst_case"], "drawn": [white["drawn"]] if white["drawn"] else []}
     if judge is None:
         for entry in found["drawn"]:
             if (entry["attack"], entry["attacker"]) == (attack, attacker):
@@ -93,7 +98,7 @@ def clean(judge: str | None) -> Callable[[dict[str, Any]], Any]:
 
 
 def worst(eps: float, judge: str | None) -> Callable[[dict[str, Any]], Any]:
-    """What is left under the worst of all attacks for each image, at a radius."""
+    """What is left under the worst of all white-box attacks for each image, at a radius."""
     return lambda results: answer(results, eps, WORST, "all", judge)
 
 
@@ -154,7 +159,7 @@ def comparison_table(comparison: Comparison, training: str, found: Found) -> Tab
             ]
         )
     words = [radius_words(eps, "Linf") for eps in radii]
-    columns = ["trained as", "clean", *(f"worst, ε = {each}" for each in words), f"transfer, ε = {words[-1]}"]
+    columns = ["trained as", "clean", *(f"white box, ε = {each}" for each in words), f"transfer, ε = {words[-1]}"]
     columns += ["passes", "seconds", f"published, ε = {words[-1]}"]
     if not any(line[-1] for line in lines):
         columns, lines = columns[:-1], [line[:-1] for line in lines]
@@ -195,7 +200,7 @@ def plain_entry(comparison: Comparison) -> Entry:
 
 
 def samples(comparison: Comparison, found: Found, eps: float) -> dict[str, dict[str, Sample]]:
-    """Of a chart: training → row → (what is left under the worst of all attacks in %, its spread)."""
+    """Of a chart: training → row → (what is left under the worst of all white-box attacks in %, its spread)."""
     values: dict[str, dict[str, Sample]] = {}
     for training in TRAININGS:
         for way, entry in comparison.rows(training):
@@ -235,10 +240,10 @@ def _note(comparison: Comparison, rows: Sequence[tuple[Way, Entry]], training: s
     text += (f"; {', '.join(own)}" if own else "") + ". "
     if training == ADVERSARIAL:
         text += f"Trained at ε = {radius_words(config.eps, 'Linf')}. "
-    text += f"Worst: each image under the worst of {_attacks(evaluation)}, by whoever knows everything of the gate and "
     text += (
-        "the weights (its mean, a draw of it, the worst that it may draw), and of noise and what is transferred. Of a "
+        f"White box: each image under the worst of {_attacks(evaluation)}, by whoever knows everything of the gate and "
     )
+    text += "the weights (its mean, a draw of it, the worst that it may draw). Of a "
     text += "gate that draws, the exact expectation; of RSE, which answers by the mean of ten passes, the mean of ten "
     text += "answers; clean, one draw for each of all test images. Transfer: PGD and CW, whichever leaves less, on a "
     text += "plain ensemble of another seed, trained likewise. Passes: forward and backward, of the plain ensemble's "

@@ -11,6 +11,7 @@ import torch
 from immunity_fast.evaluation.least import least_lines, least_sentence, least_table
 from immunity_fast.evaluation.plan import Plan, attack_rows
 from immunity_fast.evaluation.results import results, tables
+from immunity_fast.evaluation.runner import bits
 from immunity_fast.evaluation.targets import MixtureTarget, NetworkTarget
 from immunity_fast.evaluation.words import percent, radius_words
 from tests import evaluations
@@ -52,6 +53,24 @@ def test_each_radius_is_attacked_as_if_alone(tmp_path: Path) -> None:
     assert found["worst_case"] == found["radii"][1]["worst_case"]
     least = [radius["worst_case"][1]["correct"] for radius in found["radii"]]
     assert least[0] > least[2]
+
+
+def test_a_white_box_has_neither_transfer_nor_noise(tmp_path: Path) -> None:
+    target = MixtureTarget(trained_mixture(), CLASSES, transfer=brightness)
+    plan = replace(PLAN, attacks=("fgsm",), attackers=("mean", "transfer"), masking_images=0)
+    evaluation = evaluation_of(tmp_path / "l", plan, target)
+    run_to_end(evaluation)
+    (radius,) = results(evaluation)["radii"]
+    counted = [
+        row for row in evaluation.rows if row.kind == "subset" or (row.kind == "attack" and row.attacker == "mean")
+    ]
+    assert len(counted) < len(evaluation.rows) - 1
+    for entry in radius["white_box"]["worst_case"]:
+        columns = [bits(evaluation.results(row), entry["judge"]) for row in counted]
+        assert entry["correct"] == sum(all(right) for right in zip(*columns, strict=True))
+    alone = evaluation_of(tmp_path / "alone", replace(plan, attackers=("transfer",)), target)
+    run_to_end(alone)
+    assert "white_box" not in results(alone)["radii"][0]
 
 
 def test_the_last_table_and_line_are_the_least_at_all_radii(tmp_path: Path) -> None:

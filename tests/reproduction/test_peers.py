@@ -178,13 +178,17 @@ def _results(judges: dict[str, float], drawn: float | None) -> dict[str, Any]:
             for judge, share in own.items()
         ]
         radius: dict[str, Any] = {"eps": eps, "accuracy": accuracy, "drawn": []}
-        radius["worst_case"] = [{"judge": judge, **_share(share)} for judge, share in own.items()]
+        radius["worst_case"] = [{"judge": judge, **_share(0.0)} for judge in own]  # with what is transferred
+        white: dict[str, Any] = {"worst_case": [{"judge": judge, **_share(share)} for judge, share in own.items()]}
+        radius["white_box"] = white | {"drawn": None}
         if drawn is not None:
             expected = drawn - 0.1 * number
             radius["drawn"] = [
                 {"attack": attack, "attacker": attacker, **_share(expected + more)}
-                for attack, attacker, more in [*attacks, ("worst case", "all", 0.0)]
+                for attack, attacker, more in [*attacks, ("worst case", "all", -expected)]
             ]
+            white["drawn"] = {"attack": "worst case", "attacker": "all", **_share(expected)}
+            radius["white_box"] = white
         radii.append(radius)
     entries = [{"attack": "clean", "attacker": None, "judge": judge, **_share(0.9)} for judge in judges]
     return {"radii": radii, "accuracy": [*entries, *radii[-1]["accuracy"]]}
@@ -218,7 +222,7 @@ def test_columns_from_results() -> None:
     assert list(table.columns[:6]) == [
         "trained as",
         "clean",
-        *(f"worst, ε = {radius}/255" for radius in (2, 4, 8)),
+        *(f"white box, ε = {radius}/255" for radius in (2, 4, 8)),
         "transfer, ε = 8/255",
     ]
     shown = {row[0]: [cell.split(" ± ")[0] for cell in row[1:]] for row in table.rows}
