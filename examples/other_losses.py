@@ -19,7 +19,7 @@ Objective = Callable[[nn.ModuleList, Tensor, Tensor], Tensor]
 def network(width: int) -> nn.Module:
     """A network of your own, which does its normalisation itself; smooth activations suit GAL and TRS."""
     layers = [
-        nn.Conv2d(3, width, 3, stride=2),
+        nn.Conv2d(3, width, 3, stride=2, bias=False),  # BatchNorm would take it away
         nn.BatchNorm2d(width),
         nn.GELU(),
         nn.Conv2d(width, 2 * width, 3),
