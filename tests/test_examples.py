@@ -283,6 +283,32 @@ def test_a_data_set_and_a_callback_of_ones_own(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("loss", ["adp", "gal", "trs", "dverge"])
+def test_each_other_loss_trains_every_weight(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], loss: str
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    other_losses = importlib.import_module("other_losses")
+    assert set(other_losses.OBJECTIVES) == {"adp", "gal", "trs", "dverge"}
+    initial, _ = other_losses.train(loss, epochs=0)
+    experts, losses = other_losses.train(loss, epochs=1, steps=2, size=4)
+    _assert_every_weight_moved(experts, initial)
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
+    assert capsys.readouterr().out == f"{loss}, epoch 1: loss {sum(losses) / 2:.3f}\n"
+
+
+def test_the_example_of_other_losses_answers_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", ["other_losses.py", "--loss", "gal", "--epochs", "1"])
+    importlib.import_module("other_losses").main()
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("gal, epoch 1: loss ")
+    assert last.startswith("the ensemble answers by the mean probabilities: classes [")
+
+
 def test_networks_of_libraries_train_from_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,8 +35,11 @@ TRAIN = f"-m immunity_fast.train --dataset npz --data {{folder}}/data.npz {SMALL
 TARGETS = "--mixup 0.4 --cutmix 1 --label-smoothing 0.1 --class-weights balanced"
 DIGITS = f"-m immunity_fast.train {SMALL} --epochs 1 --limit-train 64"
 TESTS = "-m pytest -q -p no:cacheprovider -m gpu"
+EACH = "--adversarial n-fgsm --adversary each"
 ADVERSARIAL = "--arch resnet8 --attack pgd,trades,fgsm-rs"
 DEFAULT = "--batching vmap --double-backprop reverse"
+ATTACK_EACH = "--attack n-fgsm --adversary each"
+OTHERS = f"--arch resnet8 {DEFAULT} --ensemble"
 GPU = "-m benchmarks.gpu --rehearse --budget 1200 --data {folder}/data.npz --python '{python} {imitated}/run.py values'"
 EVALUATE = "-m immunity_fast.evaluate"
 FEW = "--limit 4 --masking-images 4 --device cuda --compile off"
@@ -102,6 +105,15 @@ def cases() -> list[Case]:
         train("targets", f"{TARGETS} --optimizer adamw --warmup-epochs 0.5 --accumulate 2 --decay weights", ci=True),
         train("targets bf16", f"{TARGETS} --amp bf16 --adversarial pgd --attack-steps 2"),
         train("grey", "--channels 1"),
+        train("adp bf16 n-fgsm", "--ensemble adp --amp bf16 --adversarial n-fgsm"),
+        train("gal", "--ensemble gal"),
+        train("trs", "--ensemble trs:steps=1"),
+        train("dverge, each n-fgsm", f"--ensemble dverge:steps=2 {EACH}"),
+        train("plain bf16, each n-fgsm", f"--ensemble plain --amp bf16 {EACH}"),
+        train("mrboost", "--ensemble mrboost:warm_start=true --adversarial n-fgsm --epochs 2"),
+        train("barre", "--ensemble barre:images=8,updates=2 --experts 4 --epochs 4"),
+        train("hrs", "--ensemble hrs --experts 4 --epochs 4"),
+        train("rse", "--ensemble rse --experts 1"),
         Case(
             "train, streamed", "values",
             f"-m immunity_fast.train --dataset folder --data {{folder}}/images --stream on --workers 1 {SMALL} "
@@ -142,6 +154,12 @@ def cases() -> list[Case]:
         step("compiled resnet8", f"--arch resnet8 {DEFAULT}", ci=True),
         step("eager resnet8, all ways", "--arch resnet8 --compile off --amp off,bf16,fp16", ci=True),
         step("eager resnet8, pgd, trades, fgsm-rs", f"{ADVERSARIAL} {DEFAULT} --compile off", ci=True),
+        step("eager resnet8, adp, gal", f"{OTHERS} adp gal --compile off", ci=True),
+        step("eager resnet8, trs, dverge", f"{OTHERS} trs:steps=1 dverge:steps=2 --compile off"),
+        step("eager resnet8, in turn", f"{OTHERS} hrs barre mrboost --experts 4 --attack n-fgsm --compile off"),
+        step("eager resnet8, each n-fgsm", f"{OTHERS} plain dverge:steps=2 {ATTACK_EACH} --amp off,bf16 --compile off"),
+        step("eager resnet8, rse", f"{OTHERS} rse --experts 1 --attack n-fgsm --compile off"),
+        step("compiled resnet8, other ensembles", f"{OTHERS} plain adp gal trs:steps=1 dverge:steps=2"),
         step("compiled resnet8, all ways", "--arch resnet8"),
         step("compiled resnet8, half precision", "--arch resnet8 --amp bf16,fp16 --batching vmap"),
         step("compiled resnet8, pgd, trades, fgsm-rs", f"{ADVERSARIAL} {DEFAULT}"),

@@ -229,9 +229,13 @@ def _networks(members: Members) -> list[nn.Module]:
 
 
 def _inner(network: Any) -> Any:
-    """The network inside of what `torch.compile` and `DistributedDataParallel` have made of it."""
+    """The network inside of what `torch.compile`, `DistributedDataParallel` and `DataParallel` have made of it."""
     while True:
-        inner = network.module if isinstance(network, DistributedDataParallel) else getattr(network, "_orig_mod", None)
+        inner = (
+            network.module
+            if isinstance(network, DistributedDataParallel | nn.DataParallel)
+            else getattr(network, "_orig_mod", None)
+        )
         if not isinstance(inner, nn.Module):
             return network
         network = inner

@@ -129,9 +129,26 @@ class ADPLoss(EnsembleLoss):
             directions = F.normalize(others.double(), dim=-1, eps=0).transpose(0, 1)
             gram = directions @ directions.mT
             gram = gram + SMALLEST * torch.eye(experts, dtype=torch.float64, device=logits.device)
-            volume: Tensor = torch.linalg.slogdet(gram).logabsdet.to(logits.dtype)
+            volume = log_determinant(gram).to(logits.dtype)
             found: Tensor = self.alpha * entropy + self.beta * volume
         return found
+
+
+def log_determinant(matrices: Tensor) -> Tensor:
+    """log det of symmetric positive definite matrices (…, N, N), N ≥ 1; (…), differentiable.
+
+    By elimination, which needs no pivots here, and is made of operations that can be compiled and recorded in a CUDA
+    graph; the linear-algebra libraries of a GPU may allocate memory, or wait for the device.
+
+    Args:
+        matrices: floating-point.
+    """
+    total = torch.zeros((), dtype=matrices.dtype, device=matrices.device)
+    for _ in range(matrices.shape[-1]):
+        pivot = matrices[..., :1, :1]
+        total = total + pivot[..., 0, 0].log()
+        matrices = matrices[..., 1:, 1:] - matrices[..., 1:, :1] * matrices[..., :1, 1:] / pivot
+    return total
 
 
 def _check_classes(experts: int, classes: int) -> None:

@@ -134,7 +134,8 @@ class DVERGELoss(EnsembleLoss):
             targets: not looked at.
 
         Raises:
-            ValueError, TypeError: images of another shape or type, or fewer than two members.
+            ValueError, TypeError: images of another shape or type, fewer than two members, or a layer that one of them
+                does not have.
         """
         _check_images(images)
         # Everyone is the next one's target in a random circle: nobody is his own.
@@ -142,6 +143,7 @@ class DVERGELoss(EnsembleLoss):
         others = torch.empty_like(images)
         others[order] = images[order.roll(1)]
         members = members_of(model)
+        check_places(members, [layer for layer in self.layers if isinstance(layer, str)])
         with _distilling(members, self.batchnorm):
             if self.layers:
                 chosen = self.layers[int(self.drawn * len(self.layers))]

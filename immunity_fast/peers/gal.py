@@ -123,6 +123,11 @@ class GALLoss(InputGradientLoss):
                 f"images: expected shape ({samples}, C, H, W), ({experts}, {samples}, C, H, W) or a list of {experts} "
                 f"tensors ({samples}, C, H, W), got {shapes}"
             )
+        if len({id(part) for part in parts}) < len(parts):
+            # The gradient by it would be the sum of the experts', and all of them alike.
+            raise ValueError(
+                "images: expected a copy for each expert, or the one tensor itself, got one of a list twice"
+            )
         # Autocast would cast the backward pass of operations whose forward pass it has not seen.
         with torch.autocast(logits.device.type, enabled=False):
             scale = scale_of(logits)

@@ -99,13 +99,16 @@ def as_members(members: ImmunityMoE | nn.ModuleList | Sequence[nn.Module]) -> Me
     """A mixture as it is, or a list of networks, which are not copied.
 
     Raises:
-        TypeError: neither.
+        TypeError: neither; or one that is wrapped in `nn.DataParallel`, which is not a function of its parameters.
     """
     if isinstance(members, ImmunityMoE | ExpertList):
         return members
     listed = isinstance(members, nn.ModuleList | list | tuple)
     if not listed or not all(isinstance(member, nn.Module) for member in members):
         raise TypeError(f"members: expected an ImmunityMoE or a list of networks, got {kind_given(members)}")
+    for index, member in enumerate(members):
+        if isinstance(member, nn.DataParallel):
+            raise TypeError(f"members: expected networks as they are, its .module, got DataParallel as number {index}")
     found = ExpertList(members)
     found.training = any(member.training for member in found)
     return found

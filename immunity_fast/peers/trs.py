@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from immunity_fast.models.capture import check_images
 from immunity_fast.models.moe import ImmunityMoE
+from immunity_fast.peers.base import each_experts
 from immunity_fast.peers.input_gradients import (
     InputGradientLoss,
     Members,
@@ -104,6 +106,8 @@ class TRSLoss(InputGradientLoss):
         """
         networks = as_members(members)
         check_several("experts", number_of(networks), "TRS")
+        check_images(images)
+        each_experts(targets, number_of(networks), len(images))  # before half of them are taken
         return self._terms(networks, images, targets, self._points(networks, images, targets))[0]
 
     def loss_and_terms(
@@ -121,7 +125,18 @@ class TRSLoss(InputGradientLoss):
     def check_experts(self, num_experts: int) -> None:
         check_several("experts", num_experts, "TRS")
 
-    def begin_epoch(self, model: ImmunityMoE, epoch: int, epochs: int, seed: int) -> bool:
+    def begin_epoch(self, model: ImmunityMoE | Sequence[nn.Module], epoch: int, epochs: int, seed: int) -> bool:
+        """Set the radius of an epoch, 0-based, of so many.
+
+        Args:
+            model: the experts: a mixture, or a list of networks, of which there have to be two.
+            epoch, epochs: which of how many.
+            seed: not looked at.
+
+        Raises:
+            ValueError: there is one expert.
+        """
+        check_several("experts", number_of(as_members(model)), "TRS")
         self.radius = self.start_eps + (self.eps - self.start_eps) * epoch / epochs
         return False
 

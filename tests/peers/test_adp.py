@@ -15,6 +15,7 @@ from torch.optim import SGD
 import immunity_fast
 from immunity_fast import ADPLoss, FusedImmunityLoss
 from immunity_fast.peers import PlainLoss, method_of
+from immunity_fast.peers.adp import log_determinant
 from immunity_fast.training import Trainer
 from immunity_fast.training.step import TrainStep
 from tests.naive_ensembles import batch, gradients_of, mixture
@@ -54,6 +55,17 @@ def test_it_is_that_of_the_paper(members: int, classes: int, terms: tuple[float,
     for given in (logits, list(logits)):
         found = ADPLoss(*terms)(given, labels)
         torch.testing.assert_close(found.item(), expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 9])
+def test_the_determinant_is_that_of_a_library(size: int) -> None:
+    columns = F.normalize(normal(3, size, 11).abs() ** 4, dim=-1)
+    columns[0, -1] = columns[0, 0]  # as near to singular as they may be
+    gram = (columns @ columns.mT + 1e-6 * torch.eye(size, dtype=torch.float64)).requires_grad_()
+    found, expected = log_determinant(gram), torch.linalg.slogdet(gram).logabsdet
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    slopes = [torch.autograd.grad(each.sum(), gram)[0] for each in (found, expected)]
+    torch.testing.assert_close(*((slope + slope.mT) / 2 for slope in slopes), rtol=1e-8, atol=1e-8)
 
 
 def test_it_has_the_gradient_that_it_should() -> None:

@@ -369,8 +369,18 @@ def test_members_and_images_are_checked() -> None:
         loss_fn.loss_and_terms(_mixture(networks), images, labels)
     with pytest.raises(ValueError, match="others: expected"):
         distilled(networks, images, images[1:], 1)
-    with pytest.raises(ValueError, match="did you mean 'two'"):
-        DVERGELoss(layers="twoo").begin_epoch(networks, 0, 1, 0)
+    for ask in (lambda m: m.begin_epoch(networks, 0, 1, 0), lambda m: m(networks, images, labels)):
+        with pytest.raises(ValueError, match="did you mean 'two'"):
+            ask(DVERGELoss(layers="twoo"))
+
+
+def test_of_data_parallel_the_network_inside_is_looked_at() -> None:
+    networks, (images, labels) = _networks(), _batch()
+    losses = []
+    for members in (networks, [nn.DataParallel(network) for network in networks]):
+        torch.manual_seed(0)
+        losses.append(DVERGELoss(steps=1, layers="two")(members, images, labels))
+    torch.testing.assert_close(*losses)
 
 
 def test_a_text_names_it_with_its_settings() -> None:

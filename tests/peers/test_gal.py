@@ -146,6 +146,8 @@ def test_other_shapes_are_refused() -> None:
             ValueError, match=r"images: expected shape \(3, C, H, W\), \(2, 3, C, H, W\) or a list of 2"
         ):
             GALLoss()(logits, given, labels)
+    with pytest.raises(ValueError, match="images: expected a copy for each expert, or the one tensor itself"):
+        GALLoss()(logits, [images] * 2, labels)
     with pytest.raises(TypeError, match="images: expected a tensor or a list of tensors"):
         GALLoss()(logits, ["images"] * 2, labels)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="targets"):

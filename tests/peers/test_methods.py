@@ -1,12 +1,17 @@
-"""The text that names a way to train an ensemble: what it may say, and one clear line on what it may not."""
+"""The text that names a way to train an ensemble: what it may say, one clear line on what it may not, and its table."""
 
 from __future__ import annotations
+
+import re
+from typing import Any
 
 import pytest
 
 from immunity_fast.peers import method_of
 from immunity_fast.peers.adp import ADPLoss
+from immunity_fast.peers.methods import IMMUNITY, METHODS, PEERS, settings_of
 from immunity_fast.training.config import TrainConfig
+from tests.places import REPOSITORY
 
 
 def test_settings_are_as_they_are_written() -> None:
@@ -39,3 +44,36 @@ def test_each_mistake_is_one_clear_line(text: str, message: str) -> None:
 def test_what_compares_experts_is_not_done_with_one(name: str) -> None:
     with pytest.raises(ValueError, match=r"^--experts: expected .*, got 1$"):
         TrainConfig(ensemble=name, experts=1)
+
+
+def _rows() -> dict[str, list[str]]:
+    """The cells of the table in docs/training.md, by the method."""
+    page = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8")
+    section = page.split("\n## Other ensembles\n")[1].split("\n## ")[0]
+    lines = section.split("| `--ensemble` |")[1].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0].strip("`"): row[1:] for row in cells}
+
+
+def test_the_documentation_has_each_method_once_in_order() -> None:
+    assert tuple(_rows()) == METHODS
+
+
+def test_the_documentation_has_the_settings_and_their_defaults() -> None:
+    for name, (_, settings, gate, _) in _rows().items():
+        known = settings_of(name)
+        written = dict(part.split("=", 1) for part in re.findall(r"`(\w+=[^`]*)`", settings))
+        assert list(written) == list(known), name
+        assert known or settings == "none", name
+        expected: Any = "switch" if name == IMMUNITY else PEERS[name].gate
+        if name != "rse":  # one network, without a gate
+            assert gate.split()[0].strip("`,") == expected, name
+        text = ",".join(f"{each}={value}" for each, value in written.items() if value)
+        method = method_of(name + ":" * bool(text) + text)
+        default = method_of(name)
+        for each in known:
+            if hasattr(default, each):
+                assert getattr(method, each) == getattr(default, each), f"{name}: {each}"
+            shown = {True: "true", False: "false"}.get(known[each]) if isinstance(known[each], bool) else known[each]
+            same = written[each] == shown if isinstance(shown, str) else float(written[each]) == shown
+            assert same, f"{name}: {each}={written[each]}, which is {known[each]}"

@@ -117,8 +117,10 @@ def test_the_ascent_finds_larger_gradients() -> None:
     assert squares[1] > squares[0]
 
 
-def test_the_radius_grows_by_epochs() -> None:
-    model, loss_fn, radii = mixture(2), TRSLoss(start_eps=0.01, eps=0.05), []
+@pytest.mark.parametrize("listed", [False, True])
+def test_the_radius_grows_by_epochs(listed: bool) -> None:
+    loss_fn, radii = TRSLoss(start_eps=0.01, eps=0.05), []
+    model: Any = [network(), network()] if listed else mixture(2)
     for epoch in range(4):
         assert not loss_fn.begin_epoch(model, epoch, 4, 0)
         radii.append(loss_fn.radius)
@@ -164,6 +166,21 @@ def test_experts_that_answer_the_same_to_all_are_finite() -> None:
 def test_other_members_are_refused(members: Any) -> None:
     with pytest.raises(TypeError, match="members: expected an ImmunityMoE or a list of networks, got"):
         TRSLoss(steps=0)(members, *batch())
+
+
+def test_data_parallel_networks_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"members: expected networks as they are, its .module, got DataParallel"):
+        TRSLoss(steps=0)([network().double(), nn.DataParallel(network().double())], *batch())
+
+
+def test_images_and_targets_are_checked_before_they_are_halved() -> None:
+    networks, (images, labels) = [network().double(), network().double()], batch(4)
+    with pytest.raises(TypeError, match="images: expected a floating-point tensor"):
+        TRSLoss()(networks, (255 * images).byte(), labels)
+    with pytest.raises(ValueError, match="images: expected shape"):
+        TRSLoss()(networks, images[0], labels)
+    with pytest.raises(ValueError, match=r"targets: expected labels \(4,\) or \(2, 4\).*, got shape \(2,\)"):
+        TRSLoss()(networks, images, labels[:2])
 
 
 def test_one_expert_is_refused() -> None:
