@@ -40,7 +40,6 @@ class Way:
         square: whether the experts have to be a square number: the least one that is no fewer than the others'.
         widened: whether it is one network with as many operations as all the experts.
         begins_from_plain: whether it begins with the weights of the trained plain ensemble.
-        slow: whether an answer takes many passes, so that attacks take longer than training: its runs come last.
     """
 
     label: str
@@ -50,7 +49,6 @@ class Way:
     square: bool = False
     widened: bool = False
     begins_from_plain: bool = False
-    slow: bool = False
 
 
 _wider = functools.cache(wider)  # which takes a while, as it counts operations of many widths
@@ -80,7 +78,7 @@ WAYS: tuple[Way, ...] = (
     _way("MRBoost", "mrboost"),
     _way("BARRE", "barre"),
     _way("HRS", "hrs:blocks=2", square=True),
-    _way("RSE", "rse", experts=1, slow=True),
+    _way("RSE", "rse", experts=1),
 )
 
 
@@ -112,9 +110,9 @@ class Comparison:
     def queue(self) -> list[Entry]:
         """All runs as rows of one each: the first seed's first, of each the cheapest first."""
         rows = [row for training in TRAININGS for row in self.rows(training)]
-        runs = [(job.config.seed, way.slow, cost(job), way.label, job) for way, entry in rows for job in entry.jobs]
-        runs.sort(key=lambda run: run[:3])
-        return [Entry((label,), (job,)) for *_, label, job in runs]
+        runs = [(job.config.seed, cost(job), way.label, job) for way, entry in rows for job in entry.jobs]
+        runs.sort(key=lambda run: run[:2])
+        return [Entry((label,), (job,)) for _, _, label, job in runs]
 
     def _entry(self, way: Way, training: str) -> Entry:
         first = self.config(training)
