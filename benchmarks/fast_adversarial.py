@@ -59,9 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
     """The command `python -m benchmarks.fast_adversarial`."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="CIFAR-10 as .npz, in MedMNIST's layout")
-    parser.add_argument("--train-images", type=int, default=5000, help="training images (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=10, help="of each training (default: %(default)s)")
-    parser.add_argument("--check-images", type=int, default=500, help="validation images (default: %(default)s)")
+    parser.add_argument("--train-images", type=int, default=3000, help="training images (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=8, help="of each training (default: %(default)s)")
+    parser.add_argument("--check-images", type=int, default=400, help="validation images (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     record: dict[str, Any] = header("python -m benchmarks.fast_adversarial")
