@@ -84,6 +84,7 @@ def attacker(
               transferred to what does (it broke an aggregation whose own gradients misled, arXiv 2411.14834);
             * "worst": by the permutation of all N! that is worst for the image, see `worst_weights`;
             * a number 0..N−1: not at all, this expert alone, whose images are then transferred to the mixture.
+
             Of a gate that draws one expert, a `SelectionGate`, "sample" is a draw, "off" and "mean" are by its
             probabilities, the exact expectation, and "worst" is the expert of those it may draw that is worst for the
             image. Of a gate whose weights are fixed all are by these.

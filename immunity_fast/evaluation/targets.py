@@ -63,7 +63,6 @@ class TargetModel(Protocol):
         has_members: whether it is known which networks it is made of.
         permuted: whether a random permutation of the members' weights answers; else one member, or all together.
         has_shares: whether `Verdict.shares` are known.
-        shares_are_exact: whether they are exact, where they are.
         loss_of_expected: by which loss `expected_loss` is the expected loss: a name, or a function, see `Attack`.
     """
 
@@ -79,7 +78,7 @@ class TargetModel(Protocol):
 
     @property
     def shares_are_exact(self) -> bool:
-        """See the class."""
+        """Whether the shares are exact, where they are known."""
 
     def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
         """What an attacker of that name differentiates.

@@ -27,9 +27,9 @@ SCRIPTS_UNIT = 2 / 128**2  # of a squared gradient of one image's loss: theirs i
 
 
 class TRSLoss(InputGradientLoss):
-    """Σ_i CE_i + s·(c·mean_{i<j} |cos(∇_x L_i, ∇_x L_j)| + k·S), the mean over images: TRS (Yang et al., 2104.00671).
+    """Σ_i CE_i + s·(c·A + k·S), the mean over images: TRS (Yang et al., arXiv 2104.00671).
 
-    S is u·mean_i ‖∇_x L_i‖², half of it on the batch's images, half on points near the others where an ascent has
+    A is the mean over pairs i < j of the absolute value of cos(∇_x L_i, ∇_x L_j); S is u·mean_i ‖∇_x L_i‖², half of it on the batch's images, half on points near the others where an ascent has
     found it larger. L_i is expert i's cross-entropy of an image x, and a gradient that is 0 has the cosine 0 with any
     other. u = 2/128²: the authors' scripts double the square and differentiate the mean loss of a batch of 128, so that
     with u the weight k is theirs, and does not depend on the size of a batch. The ascent runs in evaluation mode, and
@@ -49,7 +49,7 @@ class TRSLoss(InputGradientLoss):
         steps: of the ascent, of a third of the radius each, from a random point of the ball.
         label_smoothing, class_weights, ignore_index, group_name: see `EnsembleLoss`.
 
-    `measured` are the loss, the mean of the experts' cross-entropies, the mean |cos|, and the mean ‖∇_x L_i‖².
+    `measured` are the loss, the mean of the experts' cross-entropies, the mean absolute cosine, and the mean ‖∇_x L_i‖².
 
     Attributes:
         radius: of the ball in this epoch, which `begin_epoch` sets.
