@@ -29,11 +29,12 @@ SCRIPTS_UNIT = 2 / 128**2  # of a squared gradient of one image's loss: theirs i
 class TRSLoss(InputGradientLoss):
     """Σ_i CE_i + s·(c·A + k·S), the mean over images: TRS (Yang et al., arXiv 2104.00671).
 
-    A is the mean over pairs i < j of the absolute value of cos(∇_x L_i, ∇_x L_j); S is u·mean_i ‖∇_x L_i‖², half of it on the batch's images, half on points near the others where an ascent has
-    found it larger. L_i is expert i's cross-entropy of an image x, and a gradient that is 0 has the cosine 0 with any
-    other. u = 2/128²: the authors' scripts double the square and differentiate the mean loss of a batch of 128, so that
-    with u the weight k is theirs, and does not depend on the size of a batch. The ascent runs in evaluation mode, and
-    leaves statistics as they are; the scripts' counts its batches in them.
+    A is the mean over pairs i < j of the absolute value of cos(∇_x L_i, ∇_x L_j); S is u·mean_i ‖∇_x L_i‖², half of it
+    on the batch's images, half on points near the others where an ascent has found it larger. L_i is expert i's cross-
+    entropy of an image x, and a gradient that is 0 has the cosine 0 with any other. u = 2/128²: the authors' scripts
+    double the square and differentiate the mean loss of a batch of 128, so that with u the weight k is theirs, and does
+    not depend on the size of a batch. The ascent runs in evaluation mode, and leaves statistics as they are; the
+    scripts' counts its batches in them.
 
     The published robustness has not been reproduced: a user of the authors' code got 20.8 % at ε = 0.01 with the
     paper's settings (issue 1 of its repository), far less than the paper says, and MORA (arXiv 2211.08008) leaves next
