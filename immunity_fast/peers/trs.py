@@ -50,7 +50,7 @@ class TRSLoss(InputGradientLoss):
         steps: of the ascent, of a third of the radius each, from a random point of the ball.
         label_smoothing, class_weights, ignore_index, group_name: see `EnsembleLoss`.
 
-    `measured` are the loss, the mean of the experts' cross-entropies, the mean absolute cosine, and the mean ‖∇_x L_i‖².
+    `measured` are the loss, the mean of the cross-entropies, the mean absolute cosine, and the mean ‖∇_x L_i‖².
 
     Attributes:
         radius: of the ball in this epoch, which `begin_epoch` sets.
