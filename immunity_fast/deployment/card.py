@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from immunity_fast.data.poisoning import named
 from immunity_fast.models.card import model_card
 from immunity_fast.models.moe import ImmunityMoE
 from immunity_fast.runtime.files import parse_json
@@ -68,6 +67,8 @@ def _about(config: dict[str, Any], *, single: bool) -> dict[str, str]:
 def _poison(text: str) -> str:
     """What the settings say of poisons; of a file its name alone, not where it lies on somebody's machine."""
     try:
+        from immunity_fast.data.poisoning import named  # not at the top: it needs NumPy, which loading does not
+
         found = named(text)
     except ValueError:
         return text

@@ -150,7 +150,9 @@ def test_what_cannot_be_poisoned_is_one_line(data: Path, tmp_path: Path, capsys:
         _file(tmp_path / "a.npz", images=torch.zeros(3, 1, 4, 4), target_image=None, target_class=None)
     )
     np.savez(tmp_path / "b.npz", images=np.zeros((1, 3, 12, 12), np.uint8))
-    assert f"--poison: {tmp_path / 'b.npz'}: expected indices and images, got no indices" in said(tmp_path / "b.npz")
+    assert f"--poison: {tmp_path / 'b.npz'}: indices: expected indices and images, got no indices" in said(
+        tmp_path / "b.npz"
+    )
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(8, 3, 12, 12), torch.arange(8)))
     trainer = Trainer(TrainConfig(poison="badnets:0.5", arch="resnet8", device="cpu"), train=loader, classes=8)
     with pytest.raises(ValueError, match=r"^--poison: expected training images in memory"):
