@@ -26,7 +26,6 @@ from immunity_fast.evaluation.targets import (
     MixtureTarget,
     Verdict,
     check_outputs,
-    expert_names,
 )
 from immunity_fast.functional import log_mixture
 from immunity_fast.models.gate import kind_of_gate
@@ -52,27 +51,9 @@ class _FixedTarget(MixtureTarget):
     """What both have in common: weights that are the same for all images, and never permuted."""
 
     gate: str
-    knowledge: tuple[str, ...]
-    answers: tuple[str, ...]
     permuted = False
     shares_are_exact = True
     loss_of_expected: Any = staticmethod(expected_loss)
-
-    def __init__(
-        self,
-        model: ImmunityMoE,
-        num_classes: int,
-        *,
-        draws: int = 20,
-        transfer: Model | None = None,
-        expert_logits: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        super().__init__(model, num_classes, draws=draws, transfer=transfer, expert_logits=expert_logits)
-        self.judges = (*self.answers, *expert_names(model.num_experts))
-
-    @classmethod
-    def attacker_names(cls, num_experts: int, *, transfer: bool) -> tuple[str, ...]:
-        return (*cls.knowledge, *expert_names(num_experts), *(("transfer",) if transfer else ()))
 
     def settling(self, name: str) -> Settling:
         def asked(images: Tensor, labels: Tensor) -> Tensor:

@@ -156,6 +156,8 @@ class MixtureTarget(TargetModel):
         expert_logits: what computes the model's, if compiled code is to.
     """
 
+    knowledge: tuple[str, ...] = gate_attackers.KNOWLEDGE  # what may be known of the gate
+    answers: tuple[str, ...] = ("sample", "mean", "off", "worst")  # what may answer, besides each expert
     exact = "mean"
     random: tuple[str, ...] = ("sample", "eot")
     has_members = True
@@ -175,7 +177,7 @@ class MixtureTarget(TargetModel):
         self.model, self.num_classes, self.draws, self.transfer = model, num_classes, draws, transfer
         self.expert_logits = expert_logits or model.expert_logits
         self.attackers = self.attacker_names(model.num_experts, transfer=transfer is not None)
-        self.judges = ("sample", "mean", "off", "worst", *expert_names(model.num_experts))
+        self.judges = (*self.answers, *expert_names(model.num_experts))
         self._experts: list[nn.Module] = []
 
     @property
@@ -185,7 +187,7 @@ class MixtureTarget(TargetModel):
     @classmethod
     def attacker_names(cls, num_experts: int, *, transfer: bool) -> tuple[str, ...]:
         """`attackers` of a mixture of so many experts; `transfer`: whether there is another network, to transfer."""
-        return (*gate_attackers.KNOWLEDGE, *expert_names(num_experts), *(("transfer",) if transfer else ()))
+        return (*cls.knowledge, *expert_names(num_experts), *(("transfer",) if transfer else ()))
 
     def attacker(self, name: str, generator: torch.Generator) -> LabelledModel:
         if name == "transfer" and self.transfer is not None:
